@@ -1,0 +1,24 @@
+PYTHON ?= python3
+EXEC = $(PYTHON) tools/host.py exec
+
+demo:  ## set everything up, run the bundled workflows, leave pictures under output/demo
+	$(EXEC) tools/demo.py $(if $(IMAGE),--image "$(IMAGE)") $(if $(DEPTH),--depth "$(DEPTH)")
+
+test:  ## every test, the browser's included
+	$(EXEC) tools/chromium.py
+	$(EXEC) -m pytest $(ARGS)
+
+check:  ## style, and files that are generated
+	$(EXEC) -m ruff check .
+	$(EXEC) tools/papers.py --check
+
+serve:  ## open ComfyUI with this pack for a person
+	$(PYTHON) tools/host.py serve
+
+run:  ## make run W=workflows/layers_roundtrip.json ARGS="--out pictures"
+	$(EXEC) tools/run.py $(W) $(ARGS)
+
+bench:  ## time and memory against plain ways of doing the same
+	$(EXEC) tools/bench.py $(ARGS)
+
+.PHONY: demo test check serve run bench

