@@ -71,7 +71,9 @@ def locked(folder: Path):
                 fcntl.flock(handle, fcntl.LOCK_EX)
             yield
     except OSError as error:
-        raise HostError(f"Cannot write to the cache folder {folder} ({error.strerror or error}). Free some space there, or set STRATA_CACHE to another folder.") from error
+        raise HostError(
+            f"Cannot write to the cache folder {folder} ({error.strerror or error}). Free some space there, or set STRATA_CACHE to another folder."
+        ) from error
 
 
 def run_pip(python: Path, *args: str) -> None:
@@ -92,7 +94,10 @@ def run_pip(python: Path, *args: str) -> None:
 def need_space(folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < FREE_BYTES:
-        raise HostError(f"{folder} has {free / 2**30:.1f} GB free, and ComfyUI with PyTorch needs 4 GB. Free some space, or set STRATA_CACHE to another folder.")
+        raise HostError(
+            f"{folder} has {free / 2**30:.1f} GB free, and ComfyUI with PyTorch needs 4 GB. "
+            "Free some space, or set STRATA_CACHE to another folder."
+        )
 
 
 def install_tree(cache: Path, python: Path) -> Path:
@@ -137,7 +142,8 @@ def install_python(cache: Path, root: Path) -> Path:
     print(f"Preparing Python for ComfyUI in {folder} (about 1.7 GB, once) ...", flush=True)
     made = subprocess.run([sys.executable, "-m", "venv", str(folder)], text=True, capture_output=True)
     if made.returncode:
-        raise HostError(f"Python could not make a virtual environment: {(made.stderr or made.stdout).strip().splitlines()[-1]} On Debian and Ubuntu: apt install python3-venv.")
+        reason = (made.stderr or made.stdout).strip().splitlines()[-1]
+        raise HostError(f"Python could not make a virtual environment: {reason} On Debian and Ubuntu: apt install python3-venv.")
     run_pip(python, "install", TORCH[0])
     run_pip(python, "install", "--no-deps", TORCH[1], "comfy-cli==1.23.0")  # comfy-cli for its workflow converter alone
     run_pip(python, "install", TORCH[0], *packages)
@@ -152,7 +158,9 @@ def find_or_install() -> Host:
     cache = cache_dir()
     given = os.environ.get("COMFYUI_DIR")
     if given and not (Path(given) / "main.py").exists():
-        raise HostError(f"COMFYUI_DIR is {given}, and there is no main.py in it. Set it to the folder of your ComfyUI, or unset it to have one installed.")
+        raise HostError(
+            f"COMFYUI_DIR is {given}, and there is no main.py in it. Set it to the folder of your ComfyUI, or unset it to have one installed."
+        )
     with locked(cache):
         bootstrap = Path(sys.executable)
         root = Path(given).resolve() if given else install_tree(cache, bootstrap)
