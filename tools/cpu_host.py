@@ -9,7 +9,6 @@ import sys
 
 import torch
 
-
 with contextlib.suppress(ModuleNotFoundError):
     try:
         import torchvision  # noqa: F401
