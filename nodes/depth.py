@@ -136,7 +136,7 @@ class DepthTopView(io.ComfyNode):
             description="The scene from above: columns of the picture against depth, nearest at the bottom. To choose thresholds without the editor.",
             inputs=[
                 io.Image.Input("image", tooltip="The picture; its colours are shown."), depth_input(), NEAR, MISSING,
-                io.Int.Input("height", default=512, min=16, max=4096, tooltip="Height of the view in pixels; depth 1 is at the top, 0 at the bottom."),
+                io.Int.Input("height", default=512, min=16, max=4096, tooltip="Height of the view in pixels, for depth 0 to 1."),
             ],
             outputs=[io.Image.Output("view", display_name="view", tooltip="The view from above, as wide as the picture.")])
 
@@ -197,7 +197,8 @@ class ComposeByDepth(io.ComfyNode):
             outputs=[
                 io.Image.Output("image", display_name="image", tooltip="The composite."),
                 io.Mask.Output("mask", display_name="mask", tooltip="1 where the foreground scene shows."),
-                io.Image.Output("composite_depth", display_name="depth", tooltip="Depth of the composite, black = nearest; a depth ControlNet wants it inverted."),
+                io.Image.Output("composite_depth", display_name="depth", tooltip=(
+                    "Depth of the composite, black = nearest. A depth ControlNet wants it inverted.")),
                 Layers.Output("layers", display_name="layers", is_output_list=True, tooltip="Background and foreground, one document per image."),
             ])
 
