@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .compositing import flatten_image
-from .geometry import place, rasterise
+from .geometry import fit, place, rasterise, transform
 from .layers import MAX_LAYERS, Layer, LayerStack
 
 ACTIONS = ("pick", "drop", "reorder", "bring to front", "send to back", "reverse", "rename", "merge")
@@ -74,7 +74,8 @@ def rename(stack: LayerStack, indices: Sequence[int], names: str) -> LayerStack:
     lines = _lines(names)
     if len(lines) != len(indices):
         raise ValueError(f"names: there are {len(lines)} names for {len(indices)} selected layers; write one name per line for each.")
-    return stack.with_layers(_put(stack.layers, indices, [replace(stack.layers[index], name=name) for index, name in zip(indices, lines, strict=True)]))
+    named = [replace(stack.layers[index], name=name) for index, name in zip(indices, lines, strict=True)]
+    return stack.with_layers(_put(stack.layers, indices, named))
 
 
 def merge(stack: LayerStack, indices: Sequence[int], name: str = "") -> LayerStack:
@@ -104,10 +105,10 @@ def from_images(images: Tensor, masks: Tensor | None = None, names: str = "", be
     masks: [B,H,W] or one for all, 1 = transparent. names: one per line, "Layer N" beyond the last line.
     Raises ValueError naming the input. Source: ours, ComfyUI's layer document.
     """
-    check_mask_fits(images, masks, "images", "masks")
+    _check_mask(images, masks, "images", "masks")
     before = below.layers if below else ()
     if len(before) + len(images) > MAX_LAYERS:
-        raise ValueError(f"images: this makes {len(before) + len(images)} layers and a LAYERS document holds at most {MAX_LAYERS}; pass fewer images.")
+        raise ValueError(f"images: this makes {len(before) + len(images)} layers and a LAYERS document holds at most {MAX_LAYERS}; pass fewer.")
     lines = _lines(names)
     if len(lines) > len(images):
         raise ValueError(f"names: there are {len(lines)} names for {len(images)} images; write one name per line, at most one for each image.")
@@ -124,10 +125,9 @@ def insert(stack: LayerStack | None, images: Tensor, masks: Tensor | None, below
     """
     grown = from_images(images, masks, below=stack)
     before = len(grown.layers) - len(images)
-    name = fields.pop("name", "")
-    named = {} if not name else {"name": name}
-    new = [replace(layer, **fields, **(named if len(images) == 1 else {"name": f"{name} {i}"} if name else {}))
-           for i, layer in enumerate(grown.layers[before:], 1)]
+    new = [replace(layer, **fields) for layer in grown.layers[before:]]
+    if "name" in fields and len(new) > 1:
+        new = [replace(layer, name=f"{layer.name} {number}") for number, layer in enumerate(new, 1)]
     position = before
     if below is not None and stack:
         targets = select(stack, below, "layer")
@@ -150,9 +150,18 @@ def change(stack: LayerStack, text: str, images: Tensor | None, masks: Tensor | 
     for layer in (stack.layers[index] for index in indices):
         image = layer.image[None] if images is None else images
         mask = masks if masks is not None or layer.mask is None else layer.mask[None]
-        check_mask_fits(image, mask, "image" if images is not None else f"layer {layer.name!r}", "mask")
+        _check_mask(image, mask, "image" if images is not None else f"layer {layer.name!r}", "mask")
         changed.append(replace(layer, image=image[0], mask=None if mask is None else mask[0], **fields))
     return stack.with_layers(_put(stack.layers, indices, changed))
+
+
+def transform_layers(stack: LayerStack, text: str, how: str = "none", **changes: Any) -> LayerStack:
+    """The stack with the selected layers fitted (see `fit`) and then transformed with these arguments of `transform`.
+
+    Raises ValueError naming the input. Source: ours, similarity transform of ComfyUI's layer fields.
+    """
+    indices = select(stack, text)
+    return stack.with_layers(_put(stack.layers, indices, [transform(fit(stack.layers[i], stack.canvas, how), **changes) for i in indices]))
 
 
 def chosen_fields(values: dict[str, Any], text: str) -> dict[str, Any]:
@@ -182,11 +191,8 @@ def to_batch(stack: LayerStack, at_canvas_size: bool = True) -> Tensor:
     return torch.stack([layer.rgba() * layer.image.new_tensor((1, 1, 1, layer.opacity)) for layer in stack.layers])
 
 
-def check_mask_fits(images: Tensor, masks: Tensor | None, image_socket: str, mask_socket: str) -> None:
-    """Raises ValueError when masks [B,H,W] do not fit images [B,H,W,C]: one mask for all, or one for each, of the same size.
-
-    Source: ours, ComfyUI's layer document.
-    """
+def _check_mask(images: Tensor, masks: Tensor | None, image_socket: str, mask_socket: str) -> None:
+    """Raises ValueError when masks [B,H,W] do not fit images [B,H,W,C]: one mask for all, or one for each, of the same size."""
     if masks is None:
         return
     height, width = images.shape[1:3]
@@ -201,7 +207,7 @@ def _parts(text: str, socket: str) -> list[tuple[str, str]]:
     while position < len(text):
         match = _PART.match(text, position)
         if not match:
-            raise ValueError(f'{socket}: {text!r} cannot be read; write numbers, ranges and names with commas between them, as in: 1, 3-5, "Sky, left".')
+            raise ValueError(f'{socket}: {text!r} cannot be read; write numbers, ranges and names with commas between, as in: 1, 3-5, "Sky, left".')
         if match[1] or (match[2] and match[2].strip()):
             parts.append((match[1] or "", (match[2] or "").strip()))
         position = match.end()
@@ -215,7 +221,8 @@ def _numbered(stack: LayerStack, part: str, socket: str) -> list[int]:
     first, last = int(match[1]), int(match[2] or match[1])
     for number in (first, last):
         if not 1 <= number <= len(stack.layers):
-            raise ValueError(f"{socket}: there is no layer {number}; numbers run from 1 at the back to {len(stack.layers)} (put a name that is a number in double quotes).")
+            raise ValueError(f"{socket}: there is no layer {number}; numbers run from 1 at the back to {len(stack.layers)} "
+                             "(put a name that is a number in double quotes).")
     return list(range(first - 1, last)) if first <= last else list(range(first - 1, last - 2, -1))
 
 

@@ -141,6 +141,16 @@ def transform(layer: Layer, pivot: tuple[float, float] | None = None, move: tupl
                    h=height if scale != 1 else layer.h, rotation=angle + rotation, flip_h=layer.flip_h != flip_h, flip_v=layer.flip_v != flip_v)
 
 
+def pivot(about: str, canvas: tuple[int, int]) -> tuple[float, float] | None:
+    """The point of `transform` for "layer centre" (None), "canvas centre" or "canvas top left". Source: ours, anchors of image editors."""
+    return {"layer centre": None, "canvas centre": (canvas[0] / 2, canvas[1] / 2), "canvas top left": (0.0, 0.0)}[about]
+
+
+def in_pixels(distance: tuple[float, float], unit: str, canvas: tuple[int, int]) -> tuple[float, float]:
+    """A (right, down) distance in "pixels" or in "fractions" of the canvas, to pixels. Source: ours, fractions of width and height."""
+    return distance if unit == "pixels" else (distance[0] * canvas[0], distance[1] * canvas[1])
+
+
 def _side(length: float) -> int:
     return min(max(1, round(length)), MAX_SIDE)
 
