@@ -199,8 +199,9 @@ def main() -> int:
             made = run_file(Client(options.server), options.workflow, options.set, options.out)
         else:
             base = host.PACK / "output" / "comfyui"
-            host.copy_inputs(base)
-            with host.Server(host.find_or_install(), base) as server:
+            found = host.find_or_install()
+            host.copy_inputs(found, base)
+            with host.Server(found, base) as server:
                 made = run_file(Client(server.url), options.workflow, options.set, options.out)
                 made = made if options.out else [base / "output" / name for name in made]
         print("\n".join(str(name) for name in made))
