@@ -49,7 +49,7 @@ def write(file: BinaryIO, stack: LayerStack, merged: Tensor, metadata: dict[str,
         channels.append(planes)
         size += sum(len(plane.data) for plane in planes)
         if size > MAX_BYTES - 2 * pixels.size:
-            raise ValueError(f"layers: the {len(stack.layers)} layers need more than the 2 GB of a PSD file; save as OpenRaster, or scale the layers down.")
+            raise ValueError("layers: they need more than the 2 GB of a PSD file; save as OpenRaster, or scale them down.")
         progress(done)
     compressed = _compressed(pixels.transpose(2, 0, 1).reshape(-1, width))
     # A negative count says that the merged picture's fourth channel is its transparency.

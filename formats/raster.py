@@ -82,4 +82,5 @@ def check_total(what: str, sizes: list[tuple[int, int]]) -> None:
         raise ValueError(f"{what} has {len(sizes)} layers with pixels and 1 to {MAX_LAYERS} can be loaded; merge or add some in your paint program.")
     pixels = sum(width * height for width, height in sizes)
     if pixels > MAX_PIXELS:
-        raise ValueError(f"{what} has {pixels / 1e6:.0f} million pixels in its layers and {MAX_PIXELS / 1e6:.0f} million can be loaded; scale it down or split it.")
+        raise ValueError(f"{what} has {pixels / 1e6:.0f} million pixels in its layers and {MAX_PIXELS / 1e6:.0f} million can be loaded; "
+                         "scale it down or split it.")
