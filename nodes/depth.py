@@ -257,7 +257,7 @@ def read_depth_file(path: Path) -> np.ndarray:
                 values = np.array(picture if picture.mode in ("L", "F") or picture.mode.startswith("I") else picture.convert("L"))
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"file: {path.name} cannot be read as depth ({error}); save it as PNG, TIFF or NPY.") from error
-    values = np.squeeze(values)
+    values = values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values
     if values.ndim != 2 or values.dtype.kind not in "uif":
         raise ValueError(f"file: {path.name} holds {values.dtype} values of shape {values.shape}; depth is one number per pixel, [height, width].")
     if values.dtype.kind == "f":
