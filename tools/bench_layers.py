@@ -1,12 +1,14 @@
-"""Flattening 8 layers of 3840×2160 against a plain NumPy loop over whole pictures."""
+"""Flattening 8 layers of 3840×2160 against plain NumPy and Pillow loops over whole pictures."""
 from __future__ import annotations
 
+import math
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -15,13 +17,26 @@ from strata.techniques.compositing import flatten_image  # noqa: E402
 from strata.techniques.layers import Layer, LayerStack  # noqa: E402
 
 
-def plain_flatten(pictures: list[np.ndarray]) -> np.ndarray:
+def plain_flatten(pictures: list[np.ndarray], linear: bool = False) -> np.ndarray:
     colour, alpha = np.zeros((*pictures[0].shape[:2], 3), np.float32), np.zeros((*pictures[0].shape[:2], 1), np.float32)
     for picture in pictures:
-        over = picture[..., 3:]
-        colour = picture[..., :3] * over + colour * (1 - over)
+        source, over = picture[..., :3], picture[..., 3:]
+        if linear:
+            source = np.where(source <= 0.04045, source / 12.92, ((source + 0.055) / 1.055) ** 2.4)
+        colour = source * over + colour * (1 - over)
         alpha = over + alpha * (1 - over)
-    return np.concatenate([colour / np.maximum(alpha, 1e-6), alpha], axis=-1)
+    colour = colour / np.maximum(alpha, 1e-6)
+    if linear:
+        colour = np.where(colour <= 0.0031308, colour * 12.92, 1.055 * np.maximum(colour, 1e-6) ** (1 / 2.4) - 0.055)
+    return np.concatenate([colour, alpha], axis=-1)
+
+
+def plain_turned(pictures: list[np.ndarray], degrees: float) -> Image.Image:
+    result = Image.new("RGBA", (pictures[0].shape[1], pictures[0].shape[0]))
+    for picture in pictures:
+        premultiplied = Image.fromarray((picture * 255).astype(np.uint8)).convert("RGBa")
+        result.alpha_composite(premultiplied.rotate(-degrees, Image.Resampling.BICUBIC).convert("RGBA"))
+    return result
 
 
 def seconds(work, *values) -> float:
@@ -35,12 +50,14 @@ def seconds(work, *values) -> float:
 def rows():
     """(what, seconds of ours, seconds of the plain way, ratio)."""
     pictures = torch.rand((8, 2160, 3840, 4), generator=torch.Generator().manual_seed(1))
-    plain = seconds(plain_flatten, [picture.numpy() for picture in pictures])
-    for name, fields, linear in (("8 layers", {}, False), ("8 layers, opaque background", {}, False), ("8 layers, linear light", {}, True),
-                                 ("8 layers, soft-light", {"blend_mode": "soft-light"}, False), ("8 layers, turned by 10°", {"rotation": 0.17}, False)):
+    arrays = [picture.numpy() for picture in pictures]
+    for name, fields, linear, plain in (
+            ("8 layers of 4K, NumPy", {}, False, lambda: plain_flatten(arrays)),
+            ("8 layers of 4K in linear light, NumPy", {}, True, lambda: plain_flatten(arrays, True)),
+            ("8 layers of 4K turned by 10°, Pillow in 8 bits", {"rotation": math.radians(10)}, False, lambda: plain_turned(arrays, 10))):
         stack = LayerStack((3840, 2160), tuple(Layer(picture, **fields) for picture in pictures))
-        ours = seconds(flatten_image, stack, (1, 1, 1, 1 if "opaque" in name else 0), linear)
-        yield name, ours, plain, ours / plain
+        ours, theirs = seconds(flatten_image, stack, (0, 0, 0, 0), linear), seconds(plain)
+        yield name, ours, theirs, ours / theirs
 
 
 if __name__ == "__main__":
