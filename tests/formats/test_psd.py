@@ -147,7 +147,8 @@ def test_group_mask_and_clipping_cut_the_layers(tmp_path):
     clipped = document.create_pixel_layer(Image.new("RGB", (8, 6), 90), name="clipped")
     clipped.clipping = True
     group = document.create_group([document.create_pixel_layer(Image.new("RGB", (4, 2), 50), name="inner", top=1, left=2)], name="group")
-    group._channels = type(group._channels)(group._channels)  # psd-tools shares the list with the group's end mark
+    # psd-tools shares these with the group's end mark, which must not get a mask.
+    group._channels, group._record.channel_info = type(group._channels)(group._channels), list(group._record.channel_info)
     group.create_mask(Image.new("L", (2, 6), 51), left=3)
     group.mask.data.background_color = 255
     document.save(tmp_path / "masks.psd")
