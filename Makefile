@@ -2,7 +2,7 @@ PYTHON ?= python3
 EXEC = $(PYTHON) tools/host.py exec
 
 demo:  ## set everything up, run the bundled workflows, leave pictures under output/demo
-	$(EXEC) tools/demo.py $(if $(IMAGE),--image "$(IMAGE)") $(if $(DEPTH),--depth "$(DEPTH)")
+	$(EXEC) tools/demo.py $(if $(IMAGE),--image "$(IMAGE)") $(if $(DEPTH),--depth "$(DEPTH)") $(if $(DEPTH_IS),--depth-is $(DEPTH_IS))
 
 test:  ## every test, the browser's included
 	$(EXEC) tools/chromium.py

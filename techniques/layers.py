@@ -78,7 +78,10 @@ def read_layers(document: Any, socket: str = "layers") -> LayerStack:
     if not isinstance(document, dict) or "layers" not in document:
         raise ValueError(f"{socket}: this is not a LAYERS document (got {type(document).__name__}); connect the output of a node that makes layers.")
     if document.get("version") != 1:
-        raise ValueError(f"{socket}: the LAYERS document has version {document.get('version')!r} and only version 1 is known; update ComfyUI-Strata or the node that made it.")
+        raise ValueError(
+            f"{socket}: the LAYERS document has version {document.get('version')!r} and only version 1 is known; "
+            "update ComfyUI-Strata or the node that made it."
+        )
     entries = document["layers"]
     if not isinstance(entries, (list, tuple)) or not entries:
         raise ValueError(f"{socket}: the LAYERS document has no layers; add at least one.")

@@ -33,7 +33,10 @@ class Client:
         self._object_info = None
 
     def get(self, path: str, **query):
-        answer = requests.get(self.url + path, params=query, timeout=60)
+        try:
+            answer = requests.get(self.url + path, params=query, timeout=60)
+        except requests.ConnectionError as error:
+            raise RunError(f"No ComfyUI answers at {self.url}; start it, or leave --server out to have one started.") from error
         answer.raise_for_status()
         return answer
 

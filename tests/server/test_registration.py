@@ -1,0 +1,55 @@
+"""What the host makes of the pack: every node is there, explains itself, and keeps the ids that saved graphs rely on."""
+import asyncio
+import json
+import logging
+import re
+import sys
+
+import node_files
+import pytest
+import strata
+
+
+def test_ids_inputs_order_and_outputs_are_as_recorded(comfy):
+    """A difference is a change that old graphs see: append at the end, or say in CHANGELOG.md why not; then run tools/node_files.py."""
+    recorded = json.loads(node_files.GOLDEN.read_text(encoding="utf-8"))
+    assert node_files.golden(comfy.object_info()) == recorded
+
+
+def test_every_node_explains_itself(comfy):
+    nodes = node_files.ours(comfy.object_info())
+    assert nodes
+    for name, info in nodes.items():
+        assert re.fullmatch(r"Strata_[A-Z][A-Za-z]+", name)
+        assert info["category"].split("/")[0] == "Strata" and info["display_name"] and info["description"], name
+        assert not [key for key, _, options, _ in node_files.inputs(info) if not options.get("tooltip")], name
+        assert all(info["output_tooltips"]), name
+
+
+def test_every_node_has_a_help_page_that_the_frontend_can_read(comfy):
+    for name in node_files.ours(comfy.object_info()):
+        page = comfy.get(f"/extensions/ComfyUI-Strata/docs/{name}.md").text
+        assert len(page) > 200 and page.startswith("# "), name
+    pages = {path.stem for path in (node_files.host.PACK / "web" / "docs").glob("*.md")}
+    assert pages == set(node_files.ours(comfy.object_info()))
+
+
+def test_the_locale_file_is_current_and_served(comfy):
+    expected = node_files.locale(comfy.object_info())
+    assert json.loads(node_files.LOCALE.read_text(encoding="utf-8")) == expected
+    served = comfy.get("/i18n").json()["en"]["nodeDefs"]
+    assert {name: served[name] for name in expected} == expected
+
+
+def test_nothing_about_the_pack_in_the_log(comfy):
+    log = comfy.server.log.read_text()
+    lines = [line for line in log.splitlines() if "strata" in line.lower() and re.search(r"warn|error|fail|cannot|rename", line, re.I)]
+    lines = [line for line in lines if "example_workflows" not in line]  # the folder's name is fixed; the host says so once
+    assert lines == []
+
+
+def test_an_error_while_loading_is_logged_with_its_traceback(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "strata.nodes", None)
+    with caplog.at_level(logging.ERROR), pytest.raises(ImportError):
+        asyncio.run(strata.comfy_entrypoint())
+    assert "ComfyUI-Strata could not be loaded" in caplog.text and "Traceback" in caplog.text

@@ -1,0 +1,36 @@
+"""Time and memory of the pack against plain ways of doing the same, side by side in one run.
+
+    make bench            # every bench
+    make bench ARGS=depth # those whose name contains "depth"
+"""
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import host
+
+
+def import_seconds() -> str:
+    """The pack's line in ComfyUI's own report of import times."""
+    with tempfile.TemporaryDirectory() as base, host.Server(host.find_or_install(), Path(base)) as server:
+        return re.search(r"([\d.]+) seconds: .*" + host.PACK_NAME, server.log.read_text())[1]
+
+
+def main() -> int:
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    for path in sorted(Path(__file__).parent.glob(f"bench_*{wanted}*.py")):
+        module = importlib.import_module(path.stem)
+        print(f"\n{module.__doc__.strip().splitlines()[0]}\n| what | ours, s | plain, s | ratio |\n|---|---|---|---|", flush=True)
+        for name, ours, plain, ratio in module.rows():
+            print(f"| {name} | {ours:.2f} | {plain:.2f} | {ratio:.2f} |", flush=True)
+    if not wanted:
+        print(f"\nImport of the pack, as ComfyUI reports it: {import_seconds()} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Write the two files that follow from the nodes' schemas: the English locale, and the record of ids that old graphs depend on.
+
+    python tools/host.py exec tools/node_files.py
+"""
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import host
+import run
+
+LOCALE = host.PACK / "locales" / "en" / "nodeDefs.json"
+GOLDEN = host.PACK / "tests" / "server" / "object_info.json"
+
+
+def ours(object_info: dict) -> dict:
+    return {name: info for name, info in sorted(object_info.items()) if name.startswith("Strata_")}
+
+
+def inputs(info: dict):
+    """(name, type, options, required) of every input in the order of the node's widgets."""
+    for kind in ("required", "optional"):
+        for name, spec in info["input"].get(kind, {}).items():
+            yield name, spec[0], spec[1] if len(spec) > 1 else {}, kind == "required"
+
+
+def locale(object_info: dict) -> dict:
+    """ComfyUI's nodeDefs.json: what a translator starts from."""
+    return {
+        name: {
+            "display_name": info["display_name"],
+            "description": info["description"],
+            "inputs": {key: {"name": options.get("display_name", key), "tooltip": options.get("tooltip", "")} for key, _, options, _ in inputs(info)},
+            "outputs": {
+                str(index): {"name": label, "tooltip": tooltip or ""}
+                for index, (label, tooltip) in enumerate(zip(info["output_name"], info["output_tooltips"], strict=True))
+            },
+        }
+        for name, info in ours(object_info).items()
+    }
+
+
+def golden(object_info: dict) -> dict:
+    """What a saved graph relies on: ids, the order of inputs and outputs, their types, defaults and choices."""
+    def describe(key, kind, options, required):
+        entry = {"id": key, "type": kind, "required": required, "default": options.get("default")}
+        files = any(name.endswith("_upload") or name == "remote" for name in options) or options.get("strata_files")
+        if kind == "COMBO" and not files:
+            entry["choices"] = options["options"]
+        return entry
+
+    return {
+        name: {
+            "category": info["category"],
+            "inputs": [describe(*item) for item in inputs(info)],
+            "outputs": [
+                {"name": label, "type": kind, "list": many}
+                for label, kind, many in zip(info["output_name"], info["output"], info["output_is_list"], strict=True)
+            ],
+            "output_node": info["output_node"],
+        }
+        for name, info in ours(object_info).items()
+    }
+
+
+def text(content: dict) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as base, host.Server(host.find_or_install(), Path(base)) as server:
+        object_info = run.Client(server.url).object_info()
+    for path, content in ((LOCALE, locale(object_info)), (GOLDEN, golden(object_info))):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text(content), encoding="utf-8")
+        print(path)
