@@ -88,10 +88,10 @@ function attach(node) {
     };
 
     passOnToCanvas(picker.element);
-    const options = { serialize: false, getMinHeight: () => 300, hideOnZoom: true };
+    const options = { serialize: false, getMinHeight: () => 340, hideOnZoom: true };
     const view = node.addDOMWidget("depth_picker", "strata_depth_picker", picker.element, options);
     view.serialize = false;
-    view.computeLayoutSize = () => ({ minHeight: 300, minWidth: 300 });
+    view.computeLayoutSize = () => ({ minHeight: 340, minWidth: 300 });
 
     for (const name of ["thresholds", "points"]) if (widget(name)) after(widget(name), "callback", follow);
     after(node, "onExecuted", (output) => {
@@ -103,7 +103,7 @@ function attach(node) {
     after(node, "onConfigure", () => { load(); follow(); });
     after(node, "onConnectionsChange", follow);
     after(node, "onRemoved", () => { newest++; picker.dispose(); });
-    node.setSize([Math.max(node.size[0], 400), Math.max(node.size[1], node.computeSize()[1] + 160)]);
+    node.setSize([Math.max(node.size[0], 400), Math.max(node.size[1], node.computeSize()[1] + 120)]);
     load();
     follow();
 }

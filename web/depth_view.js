@@ -92,7 +92,7 @@ export function topView(picture, depth, width, rows) {
         const count = sums[cell + 3];
         if (!count) continue;
         for (let c = 0; c < 3; c++) view[cell + c] = sums[cell + c] / count;
-        view[cell + 3] = 255 * Math.min(1, 0.35 + 0.65 * (Math.log1p(count) / full));
+        view[cell + 3] = 255 * Math.min(1, 0.5 + 0.5 * (Math.log1p(count) / full));
     }
     return view;
 }

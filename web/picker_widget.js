@@ -4,12 +4,12 @@ import {
     decodeDepth, layerAt, layerColour, moveThreshold, nearest, placeThreshold, thresholdBehind, tidy, tint, topView,
 } from "./depth_view.js";
 
-const HINT = "Drag a line · click sets it · Shift-click adds · Delete removes";
-const TOP_ROWS = 160;
+const HINT = "Drag · click sets · Shift-click adds · Delete removes";
+const TOP_ROWS = 96;
 const STEPS = { ArrowUp: 0.005, ArrowRight: 0.005, ArrowDown: -0.005, ArrowLeft: -0.005, PageUp: 0.05, PageDown: -0.05, Home: -1, End: 1 };
 
 const STYLE = `
-:host { display: block; box-sizing: border-box; min-width: 0; min-height: 300px; height: 100%; contain: content; }
+:host { display: block; box-sizing: border-box; min-width: 0; min-height: 340px; height: 100%; contain: content; }
 * { box-sizing: border-box; }
 .frame { position: absolute; inset: 0; display: flex; flex-direction: column; gap: 4px; padding: 4px; border-radius: 6px;
     background: #15171b; color: #d6d9df; font: 11px/1.3 system-ui, sans-serif; user-select: none; -webkit-user-select: none; }
@@ -287,7 +287,7 @@ export class DepthPicker {
         const wide = this.frameEl.clientWidth - 8;
         const high = this.frameEl.clientHeight - this.barEl.offsetHeight - 16;
         const { width, height } = this.scene;
-        const front = Math.max(1, Math.min(high * 0.62, wide * height / width));
+        const front = Math.max(1, Math.min(high * 0.64, wide * height / width));
         const scale = Math.min(wide / width, front / height);
         this.frontEl.style.height = `${front}px`;
         this.area = { x: (wide - width * scale) / 2, y: (front - height * scale) / 2, width: width * scale, height: height * scale };
@@ -301,7 +301,7 @@ export class DepthPicker {
             const [r, g, b] = layerColour(layer);
             band.className = "band";
             Object.assign(band.style, {
-                top: `${(1 - far) * 100}%`, height: `${(far - near) * 100}%`, borderColor: `rgb(${r} ${g} ${b})`, background: `rgb(${r} ${g} ${b} / .13)`,
+                top: `${(1 - far) * 100}%`, height: `${(far - near) * 100}%`, borderColor: `rgb(${r} ${g} ${b})`, background: `rgb(${r} ${g} ${b} / .1)`,
             });
             if ((far - near) * this.topEl.clientHeight > 26) band.textContent = `${layer + 1} · ${this.share(layer)} %`;
             return band;
