@@ -75,8 +75,8 @@ class SetLayer(io.ComfyNode):
                 io.Combo.Input("blend_mode", options=list(BLEND_MODES), default="normal", tooltip="How the layer mixes with what is behind it. "
                                "Saved in files; Flatten layers knows the sixteen of W3C (normal to exclusion, hue to luminosity)."),
                 io.Boolean.Input("visible", default=True, tooltip="Whether the layer is shown."),
-                io.String.Input("fields", default="", tooltip="For change: the fields to set, as in: x, y, opacity. Empty sets those that differ from "
-                                "their default above and keeps the rest; to set one back to its default, name it here."),
+                io.String.Input("fields", default="", tooltip="For change: the fields to set, as in: x, y, opacity. Empty sets those that differ "
+                                "from their default above and keeps the rest; to set one back to its default, name it here."),
             ],
             outputs=[layers_output()])
 
@@ -97,6 +97,7 @@ class SetLayer(io.ComfyNode):
 class TransformLayer(io.ComfyNode):
     @classmethod
     def define_schema(cls):
+        reach = {"min": -MAX_SIDE, "max": MAX_SIDE, "step": 1.0, "round": 0.0001}
         return schema(
             node_id="Strata_TransformLayer", display_name="Transform layer", category="Strata/Layers",
             description="Fits, flips, scales, turns and moves layers, in this order. Pixels are not resampled until the layers are flattened.",
@@ -108,14 +109,14 @@ class TransformLayer(io.ComfyNode):
                                "rotation: contain (wholly visible), cover (no gap), stretch (exactly the canvas), centre (keep the size)."),
                 io.Boolean.Input("flip_h", default=False, tooltip="Mirror left and right, as seen on the canvas."),
                 io.Boolean.Input("flip_v", default=False, tooltip="Mirror top and bottom, as seen on the canvas."),
-                io.Float.Input("scale", default=1.0, min=0.001, max=1000.0, step=0.01, round=0.0001, tooltip="Factor on the size; 2 is twice as large."),
+                io.Float.Input("scale", default=1.0, min=0.001, max=1000.0, step=0.01, round=0.0001, tooltip="Factor on the size; 2 doubles it."),
                 io.Float.Input("rotation", default=0.0, min=-360.0, max=360.0, step=1.0, round=0.001, tooltip="Degrees clockwise."),
-                io.Combo.Input("about", options=["layer centre", "canvas centre", "canvas top left"], default="layer centre", tooltip="The point that "
-                               "stays where it is in flip, scale and rotation. The canvas points keep several layers together."),
+                io.Combo.Input("about", options=["layer centre", "canvas centre", "canvas top left"], default="layer centre",
+                               tooltip="The point that stays where it is in flip, scale and rotation. The canvas points keep several layers together."),
                 io.Combo.Input("unit", options=["pixels", "fractions"], default="pixels", tooltip="Of move_x and move_y: pixels, or fractions of the "
                                "canvas's width and height (0.5 is half of it)."),
-                io.Float.Input("move_x", default=0.0, min=-MAX_SIDE, max=MAX_SIDE, step=1.0, round=0.0001, tooltip="Move to the right; negative: left."),
-                io.Float.Input("move_y", default=0.0, min=-MAX_SIDE, max=MAX_SIDE, step=1.0, round=0.0001, tooltip="Move down; negative: up."),
+                io.Float.Input("move_x", default=0.0, **reach, tooltip="Move to the right; negative: left."),
+                io.Float.Input("move_y", default=0.0, **reach, tooltip="Move down; negative: up."),
             ],
             outputs=[layers_output()])
 
@@ -137,12 +138,12 @@ class OrderLayers(io.ComfyNode):
             search_aliases=["merge layers", "rename layers", "pick layers", "drop layers", "delete layer", "reorder layers"],
             inputs=[
                 layers_input(),
-                io.Combo.Input("action", options=list(arrange.ACTIONS), default="pick", tooltip="pick: keep these, in the order written. drop: remove these. "
-                               "reorder: all layers, in the order written, back to front. bring to front, send to back: move these. reverse: turn the "
-                               "order of these round. rename: see names. merge: flatten neighbouring layers into one; hidden ones are left out."),
+                io.Combo.Input("action", options=list(arrange.ACTIONS), default="pick",
+                               tooltip="pick: keep these, in the order written. drop: remove these. reorder: all layers, in the order written, back to front. bring to front, send to back: move these. reverse: turn "
+                               "the order of these round. rename: see names. merge: flatten neighbouring layers into one; hidden ones are left out."),
                 io.String.Input("select", default="", tooltip=SELECT),
-                io.String.Input("names", multiline=True, default="", tooltip="For rename: the new names, one per line, in the order of select. For merge: "
-                                "the name of the merged layer; empty takes the name of its nearest layer."),
+                io.String.Input("names", multiline=True, default="", tooltip="For rename: the new names, one per line, in the order of select. For "
+                                "merge: the name of the merged layer; empty takes the name of its nearest layer."),
             ],
             outputs=[layers_output()])
 
@@ -160,8 +161,8 @@ class FlattenLayers(io.ComfyNode):
             search_aliases=["composite layers", "merge visible", "layers to image"],
             inputs=[
                 layers_input(),
-                io.Combo.Input("blending", options=["sRGB", "linear light"], default="sRGB", tooltip="sRGB mixes the stored values, as image editors do, "
-                               "and gives a sliced picture back as it was. linear light mixes light, as ComfyUI's layer editor does."),
+                io.Combo.Input("blending", options=["sRGB", "linear light"], default="sRGB", tooltip="sRGB mixes the stored values, as image editors "
+                               "do, and gives a sliced picture back as it was. linear light mixes light, as ComfyUI's layer editor does."),
                 io.String.Input("background", default="transparent", tooltip="What is behind the layers: transparent (the image is then RGBA), or a "
                                 "colour such as #ffffff, #fff or white; #ff000080 is half transparent."),
             ],
@@ -185,11 +186,11 @@ class LayersToBatch(io.ComfyNode):
             search_aliases=["layers to images", "split layers"],
             inputs=[
                 layers_input(),
-                io.Boolean.Input("at_canvas_size", default=True, tooltip="On: every layer as it is placed on the canvas. Off: every layer's own pixels, "
-                                 "which must all have the same size."),
+                io.Boolean.Input("at_canvas_size", default=True, tooltip="On: every layer as it is placed on the canvas. Off: every layer's own "
+                                 "pixels, which must all have the same size."),
             ],
             outputs=[
-                io.Image.Output(display_name="images", tooltip="One RGBA image per layer, back to front, hidden layers too; opacity and mask are in the alpha."),
+                io.Image.Output(display_name="images", tooltip="One RGBA image per layer, back to front, hidden ones too; opacity and mask are in the alpha."),
                 io.Mask.Output(display_name="masks", tooltip="Transparency of the images, 1 = transparent."),
                 io.String.Output(display_name="names", tooltip="The layers' names, one per line, in the same order."),
             ])

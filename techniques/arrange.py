@@ -83,7 +83,7 @@ def merge(stack: LayerStack, indices: Sequence[int], name: str = "") -> LayerSta
 
     The flattened picture stays the same when the merged layers are normal, and always when the range begins at the back: a
     blend mode further up mixes only with what is merged. Raises ValueError for a gap or when nothing of them is visible.
-    Source: W3C Compositing and Blending Level 1, 5.5 (a merged range is an isolated group).
+    Source: w3c, section 5.5 (a merged range is an isolated group).
     """
     indices = sorted(indices)
     if indices != list(range(indices[0], indices[-1] + 1)):

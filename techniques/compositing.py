@@ -81,7 +81,7 @@ W3C_MODES = tuple(_BLENDS)
 def blend(backdrop: Tensor, source: Tensor, mode: str) -> Tensor:
     """B(Cb, Cs): two opaque colours [3,...] in 0..1 mixed by one of the sixteen W3C blend modes.
 
-    Raises ValueError for another mode. Source: W3C Compositing and Blending Level 1, 10 Blending.
+    Raises ValueError for another mode. Source: w3c, section 10 Blending.
     """
     if mode not in _BLENDS:
         raise ValueError(f"blend mode {mode!r} has no W3C formula; use one of {', '.join(W3C_MODES)}.")
@@ -89,12 +89,12 @@ def blend(backdrop: Tensor, source: Tensor, mode: str) -> Tensor:
 
 
 def to_linear(colour: Tensor) -> Tensor:
-    """sRGB values in 0..1 to linear light. Source: IEC 61966-2-1, sRGB transfer function."""
+    """sRGB values in 0..1 to linear light. Source: ours, sRGB transfer function of IEC 61966-2-1."""
     return torch.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
 
 
 def to_srgb(colour: Tensor) -> Tensor:
-    """Linear light in 0..1 to sRGB values. Source: IEC 61966-2-1, sRGB transfer function, inverse."""
+    """Linear light in 0..1 to sRGB values. Source: ours, inverse sRGB transfer function of IEC 61966-2-1."""
     return torch.where(colour <= 0.04045 / 12.92, colour * 12.92, 1.055 * colour.clamp(min=1e-6) ** (1 / 2.4) - 0.055)
 
 
@@ -106,7 +106,7 @@ def flatten(stack: LayerStack, background: tuple[float, float, float, float] = (
     Invisible layers are skipped. Each layer is first mixed with what is behind it, Cs' = (1 - αb)·Cs + αb·B(Cb, Cs), then put
     over it: co = αs·Cs' + (1 - αs)·αb·Cb, αo = αs + αb·(1 - αs), and Co = co / αo at the end.
     Raises ValueError naming the layer for a blend mode without a W3C formula.
-    Source: W3C Compositing and Blending Level 1, 5.1 and 9.1.4 (source over).
+    Source: w3c, section 5.1 and 9.1.4 (source over).
     """
     shown = [layer for layer in stack.layers if layer.visible and layer.opacity > 0]
     _check_modes(shown, socket)

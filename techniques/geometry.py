@@ -22,7 +22,7 @@ class Placement:
     """The visible box of one layer: left, top, right, bottom on the canvas, right and bottom exclusive.
 
     Either a copy (image and mask are views of the layer's pixels, already turned and cropped to the box), or a resampling, when
-    `source` [1,4,h,w] is the premultiplied picture and `inverse` (a, b, c, d, e, f) takes a canvas point to the layer's own
+    `source` [1,3|4,h,w] is the (premultiplied) picture and `inverse` (a, b, c, d, e, f) takes a canvas point to the layer's own
     display coordinates: u = a·x + b·y + c, v = d·x + e·y + f, inside the layer where 0 ≤ u ≤ size[0] and 0 ≤ v ≤ size[1].
     """
     left: int
@@ -54,10 +54,12 @@ class Placement:
         u, v = a * x + b * y + c, d * x + e * y + f
         grid = torch.stack([u * (2 / width) - 1, v * (2 / height) - 1], dim=-1)[None]
         pixels = F.grid_sample(self.source, grid, mode="bicubic", padding_mode="border", align_corners=False)[0]
+        border = _coverage(u, width) * _coverage(v, height)
+        if len(pixels) == 3:
+            return pixels.clamp(0, 1), border
         alpha = pixels[3].clamp(0, 1)
         # Bicubic overshoots: a premultiplied colour above its alpha would come out brighter than white.
-        colour = torch.minimum(pixels[:3].clamp(min=0), alpha) / alpha.clamp(min=1e-6)
-        return colour, alpha * _coverage(u, width) * _coverage(v, height)
+        return torch.minimum(pixels[:3].clamp(min=0), alpha) / alpha.clamp(min=1e-6), alpha * border
 
 
 def place(layer: Layer, canvas: tuple[int, int]) -> Placement | None:
@@ -182,8 +184,9 @@ def _copy(layer: Layer, box: tuple[int, int, int, int], left: int, top: int, qua
 
 def _resampling(layer: Layer, box: tuple[int, int, int, int]) -> Placement:
     width, height = layer.size
-    source = layer.rgba().permute(2, 0, 1)[None]
-    source = torch.cat([source[:, :3] * source[:, 3:], source[:, 3:]], dim=1)
+    opaque = layer.mask is None and layer.image.shape[-1] == 3
+    source = (layer.image if opaque else layer.rgba()).permute(2, 0, 1)[None]
+    source = source if opaque else torch.cat([source[:, :3] * source[:, 3:], source[:, 3:]], dim=1)
     reduced = min(height, source.shape[2]), min(width, source.shape[3])
     if reduced != tuple(source.shape[2:]):
         source = F.interpolate(source, size=reduced, mode="bicubic", antialias=True, align_corners=False)
@@ -196,5 +199,5 @@ def _resampling(layer: Layer, box: tuple[int, int, int, int]) -> Placement:
 
 
 def _coverage(position: Tensor, length: int) -> Tensor:
-    """How much of the unit interval around each position lies in [0, length]."""
-    return (torch.clamp(position + 0.5, max=length) - torch.clamp(position - 0.5, min=0)).clamp(0, 1)
+    """How much of the unit interval around each position lies in [0, length], length being at least 1."""
+    return (torch.minimum(position, length - position) + 0.5).clamp(0, 1)
