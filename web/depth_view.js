@@ -1,26 +1,37 @@
 // What the depth picker computes: no DOM and no ComfyUI in here, so that tests can call it directly.
 // Depth is a Float32Array in 0..1, 0 = nearest, row by row; pictures are RGBA bytes of the same size.
 
+const BINS = 256;
 export const LAYER_COLOURS = [
     [255, 159, 64], [64, 190, 255], [190, 120, 255], [120, 215, 110], [255, 105, 150], [245, 215, 80], [90, 225, 205], [165, 175, 195],
 ];
 
 export const layerColour = (layer) => LAYER_COLOURS[layer % LAYER_COLOURS.length];
 
-/** Numbers of "0.350, 0.620"; null when the text is not a list of ascending numbers between 0 and 1. */
+/** Numbers of "0.35, 0.6"; null when the node would refuse the text: not ascending, or not between 0 and 1. */
 export function parseThresholds(text) {
-    const values = String(text).split(",").map((part) => part.trim()).filter((part) => part !== "").map(Number);
-    return values.every((value, i) => value >= 0 && value <= 1 && (i === 0 || value > values[i - 1])) ? values : null;
+    const values = String(text).split(/[,;\s]+/).filter((part) => part !== "").map(Number);
+    return values.every((value, i) => value > 0 && value < 1 && (i === 0 || value > values[i - 1])) ? values : null;
 }
 
 export function formatThresholds(values) {
     return values.map((value) => value.toFixed(3)).join(", ");
 }
 
-/** Inside 0..1, rounded as they are written, ascending, none twice. */
+const round = (value) => Math.round(Math.min(0.999, Math.max(0.001, value)) * 1000) / 1000;
+
+/** As they are written: three decimals between 0 and 1, ascending, none twice. */
 export function tidy(values) {
-    const rounded = values.map((value) => Math.round(Math.min(1, Math.max(0, value)) * 1000) / 1000);
-    return [...new Set(rounded)].sort((a, b) => a - b);
+    return [...new Set(values.map(round))].sort((a, b) => a - b);
+}
+
+/** Given thresholds with those of points, which count only where they are not as good as there already. */
+export function joinThresholds(given, points) {
+    const used = [];
+    for (const value of [...given, ...points].sort((a, b) => a - b)) {
+        if (!used.length || given.includes(value) || value - used.at(-1) >= 1 / BINS) used.push(value);
+    }
+    return used;
 }
 
 /** The thresholds with number `index` moved to `value`, kept between its neighbours so that lines never cross. */
@@ -28,7 +39,7 @@ export function moveThreshold(thresholds, index, value) {
     const low = index > 0 ? thresholds[index - 1] + 0.001 : 0;
     const high = index < thresholds.length - 1 ? thresholds[index + 1] - 0.001 : 1;
     const moved = [...thresholds];
-    moved[index] = Math.round(Math.min(high, Math.max(low, value)) * 1000) / 1000;
+    moved[index] = round(Math.min(high, Math.max(low, value)));
     return moved;
 }
 
@@ -104,6 +115,33 @@ export function pointThresholds({ depth, width, height }, text) {
         .map(([x, y]) => thresholdBehind(depth, width, height, x, y));
 }
 
+/** The depth just behind the object at (x, y), fractions of width and height: techniques/depth.py's threshold_behind, step by step. */
 export function thresholdBehind(depth, width, height, x, y) {
-    return Math.min(1, depth[Math.floor(y * height) * width + Math.floor(x * width)] + 0.05);
+    const column = Math.min(Math.floor(x * width), width - 1);
+    const row = Math.min(Math.floor(y * height), height - 1);
+    const counts = smooth(smooth(smooth(histogramAround(depth, width, height, column, row))));
+    let peak = binOf(depth[row * width + column]);
+    while (peak + 1 < BINS && counts[peak + 1] > counts[peak]) peak++;
+    let lowest = peak;
+    for (let bin = peak + 1; bin < BINS; bin++) {
+        if (counts[lowest] < counts[peak] / 20 || counts[bin] > 1.5 * counts[lowest]) break;
+        if (counts[bin] < counts[lowest]) lowest = bin;
+    }
+    return Math.min(lowest + 1, BINS - 1) / BINS;
 }
+
+const binOf = (depth) => Math.min(BINS - 1, Math.floor(depth * BINS));
+
+/** Pixels per depth bin, weighted by a Gaussian around a pixel. */
+function histogramAround(depth, width, height, column, row) {
+    const scale = 2 * (0.15 * Math.max(width, height)) ** 2;
+    const across = Float64Array.from({ length: width }, (_, x) => Math.exp(-((x - column) ** 2) / scale));
+    const counts = new Float64Array(BINS);
+    for (let y = 0; y < height; y++) {
+        const down = Math.exp(-((y - row) ** 2) / scale);
+        for (let x = 0; x < width; x++) counts[binOf(depth[y * width + x])] += down * across[x];
+    }
+    return counts;
+}
+
+const smooth = (counts) => counts.map((count, i) => (counts[Math.max(0, i - 1)] + 2 * count + counts[Math.min(BINS - 1, i + 1)]) / 4);

@@ -1,7 +1,7 @@
 // The depth picker as a DOM element: a front view and a top view of one scene with draggable thresholds. It knows nothing of
 // ComfyUI: depth_picker.js gives it pictures and thresholds, and hears of changes through onChange(thresholds, finished).
 import {
-    decodeDepth, layerAt, layerColour, moveThreshold, nearest, placeThreshold, thresholdBehind, tidy, tint, topView,
+    decodeDepth, joinThresholds, layerColour, moveThreshold, nearest, placeThreshold, thresholdBehind, tint, topView,
 } from "./depth_view.js";
 
 const HINT = "Drag · click sets · Shift-click adds · Delete removes";
@@ -137,7 +137,7 @@ export class DepthPicker {
     }
 
     all() {
-        return tidy([...this.thresholds, ...this.fixed]);
+        return joinThresholds(this.thresholds, this.fixed);
     }
 
     lines() {
@@ -230,9 +230,9 @@ export class DepthPicker {
     }
 
     remove() {
-        if (this.locked || this.thresholds.length < 2) return; // the node needs one
+        if (this.locked || this.all().length < 2 || !this.thresholds.length) return; // the node needs one
         const rest = this.thresholds.filter((_, i) => i !== this.selected);
-        this.change(rest, rest[Math.min(this.selected, rest.length - 1)], true);
+        this.change(rest, rest[Math.min(this.selected, rest.length - 1)] ?? 0, true);
     }
 
     key(event) {
@@ -274,7 +274,7 @@ export class DepthPicker {
         paint(this.frontCanvas, this.frontEl, this.frontImage, x, y, w, h);
         paint(this.topCanvas, this.topEl, this.topImage, x, 0, w, this.topEl.clientHeight);
         this.frontEl.setAttribute("aria-label", `The picture in ${this.all().length + 1} layers. A click puts the threshold just behind the object under it.`);
-        this.hintEl.textContent = this.wrong ? "thresholds: write ascending numbers from 0 to 1, separated by commas."
+        this.hintEl.textContent = this.wrong ? "thresholds: write ascending numbers between 0 and 1, separated by commas."
             : this.locked ? "thresholds comes from another node; the lines show the last run." : HINT;
         this.hintEl.title = this.hintEl.textContent;
         this.hintEl.classList.toggle("wrong", this.wrong);

@@ -211,7 +211,7 @@ def test_it_follows_the_typed_value(picker):
     picker.editor.set_widget(SLICE, "thresholds", "0.9, near")
     hint = picker.root.locator(".hint.wrong")
     hint.wait_for()
-    assert hint.inner_text() == "thresholds: write ascending numbers from 0 to 1, separated by commas."
+    assert hint.inner_text() == "thresholds: write ascending numbers between 0 and 1, separated by commas."
     assert picker.lines.count() == 0
     picker.page.mouse.click(*picker.at(0.5))
     picker.wait_value(0.5)
@@ -287,15 +287,17 @@ def calculate(browser, site):
 
 
 def test_thresholds_as_text(calculate):
-    assert calculate("parseThresholds", " 0.25,.5 , 1") == [0.25, 0.5, 1]
-    assert calculate("parseThresholds", "") == []
-    for wrong in ("0.5, 0.2", "0.5, 0.5", "1.2", "-0.1", "half", "nan", "0.5;0.6"):
+    for text in (" 0.25,.5 , 0.75", "", "0.5;0.6", "0.1 0.2", "1e-2"):
+        assert calculate("parseThresholds", text) == technique.parse_thresholds(text)
+    for wrong in ("0.5, 0.2", "0.5, 0.5", "1", "0", "1.2", "-0.1", "half", "nan", "0.5:0.6"):
         assert calculate("parseThresholds", wrong) is None, wrong
+        with pytest.raises(ValueError, match="thresholds:"):
+            technique.parse_thresholds(wrong)
     assert calculate("formatThresholds", [0, 0.62, 1]) == "0.000, 0.620, 1.000"
 
 
 def test_depth_bytes(calculate):
-    values = np.arange(65536)
+    values = np.append(np.arange(0, 65536, 97), 65535)
     rgba = np.stack([values >> 8, values & 255, values * 0, values * 0 + 255], -1)
     found = calculate("decodeDepth", rgba.reshape(-1).tolist())
     assert np.abs(np.asarray(found) * 65535 - values).max() < 0.01
