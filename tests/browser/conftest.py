@@ -14,7 +14,7 @@ ARGS = ["--no-sandbox", "--disable-gpu", "--use-gl=swiftshader", "--enable-unsaf
 READY = """() => window.app?.graph && window.LiteGraph && LiteGraph.registered_node_types.Strata_SliceByDepth
     && !document.querySelector('#comfyui-body-loading') && window.app.vueAppReady"""
 # What the frontend reports of itself on an older or offline host: addresses that it asks for and does not get
-FOREIGN = ("favicon", "/userdata", "/releases", "api.comfy.org", "user.css", "/jobs", "[Jobs API]", "workflow_templates", "net::ERR")
+FOREIGN = ("favicon", "/userdata", "/releases", "api.comfy.org", "user.css", "/jobs", "[Jobs API]", "JobsApiError", "huggingface.co", "workflow_templates", "net::ERR")
 
 
 @pytest.fixture(scope="session")

@@ -100,7 +100,7 @@ class Picker:
 
 
 @pytest.fixture
-def picker(editor, prompt) -> Picker:
+def picker(prompt, editor) -> Picker:
     """The picker after one run, at 100 %."""
     editor.load_api(prompt)
     editor.queue()
@@ -120,7 +120,7 @@ def no_run(picker):
     assert not requested
 
 
-def test_before_a_run_it_says_what_to_do(editor, prompt):
+def test_before_a_run_it_says_what_to_do(prompt, editor):
     editor.load_api(prompt)
     editor.show(SLICE)
     picker = Picker(editor)
