@@ -223,7 +223,7 @@ class LoadDepth(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         folder = Path(folder_paths.get_input_directory())
-        names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in (".png", ".tif", ".tiff", ".npy")) if folder.is_dir() else []
+        names = sorted(path.name for path in folder.glob("*") if path.suffix.lower() in (".png", ".tif", ".tiff", ".npy", ".npz"))
         return schema(
             node_id="Strata_LoadDepth", display_name="Load depth", category="Strata/Depth",
             search_aliases=["16-bit depth", "load disparity", "depth png"],
@@ -249,8 +249,9 @@ class LoadDepth(io.ComfyNode):
 def read_depth_file(path: Path) -> np.ndarray:
     """float32 [H,W]: integers of 8 or 16 bits scaled to 0..1, floats as they are. Raises ValueError naming the file."""
     try:
-        if path.suffix.lower() == ".npy":
+        if path.suffix.lower() in (".npy", ".npz"):
             values = np.load(path, allow_pickle=False)
+            values = values[values.files[0]] if path.suffix.lower() == ".npz" else values
         else:
             with Image.open(path) as picture:
                 values = np.array(picture if picture.mode in ("L", "F") or picture.mode.startswith("I") else picture.convert("L"))

@@ -112,7 +112,8 @@ class TransformLayer(io.ComfyNode):
                 io.Float.Input("scale", default=1.0, min=0.001, max=1000.0, step=0.01, round=0.0001, tooltip="Factor on the size; 2 doubles it."),
                 io.Float.Input("rotation", default=0.0, min=-360.0, max=360.0, step=1.0, round=0.001, tooltip="Degrees clockwise."),
                 io.Combo.Input("about", options=["layer centre", "canvas centre", "canvas top left"], default="layer centre",
-                               tooltip="The point that stays where it is in flip, scale and rotation. The canvas points keep several layers together."),
+                               tooltip="The point that stays where it is in flip, scale and rotation. The canvas points keep several layers "
+                               "together."),
                 io.Combo.Input("unit", options=["pixels", "fractions"], default="pixels", tooltip="Of move_x and move_y: pixels, or fractions of the "
                                "canvas's width and height (0.5 is half of it)."),
                 io.Float.Input("move_x", default=0.0, **reach, tooltip="Move to the right; negative: left."),
@@ -139,7 +140,8 @@ class OrderLayers(io.ComfyNode):
             inputs=[
                 layers_input(),
                 io.Combo.Input("action", options=list(arrange.ACTIONS), default="pick",
-                               tooltip="pick: keep these, in the order written. drop: remove these. reorder: all layers, in the order written, back to front. bring to front, send to back: move these. reverse: turn "
+                               tooltip="pick: keep these, in the order written. drop: remove these. "
+                               "reorder: all layers, in the order written, back to front. bring to front, send to back: move these. reverse: turn "
                                "the order of these round. rename: see names. merge: flatten neighbouring layers into one; hidden ones are left out."),
                 io.String.Input("select", default="", tooltip=SELECT),
                 io.String.Input("names", multiline=True, default="", tooltip="For rename: the new names, one per line, in the order of select. For "
@@ -190,7 +192,8 @@ class LayersToBatch(io.ComfyNode):
                                  "pixels, which must all have the same size."),
             ],
             outputs=[
-                io.Image.Output(display_name="images", tooltip="One RGBA image per layer, back to front, hidden ones too; opacity and mask are in the alpha."),
+                io.Image.Output(display_name="images", tooltip="One RGBA image per layer, back to front, hidden ones too; opacity and mask are in "
+                                "the alpha."),
                 io.Mask.Output(display_name="masks", tooltip="Transparency of the images, 1 = transparent."),
                 io.String.Output(display_name="names", tooltip="The layers' names, one per line, in the same order."),
             ])

@@ -3,10 +3,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+KNOWN, PRIOR = 100.0, 0.05
 MAX_SOLVED = 1_000_000  # pixels: the closed-form system grows with them, and finer than this no eye sees it in an edge
 
 
@@ -35,23 +37,35 @@ def matte(image: Tensor, mask: Tensor, width: int) -> Tensor:
     """Alpha [H,W] for a cut-out mask [H,W] of 0 or 1, estimated within `width` pixels of its edge from the image [H,W,3].
 
     Source: ours, closed-form matting (Levin et al. 2008, A closed-form solution to natural image matting) of pymatting.
+    Differs: inside the band the cut-out mask stays a weak prior, because a depth edge is roughly right and thin things have no
+    certain inside; without it three of the six photographs that it was measured on got worse than the mask itself.
     """
     reach = max(1, round(width / 2))
     inside, outside = _erode(mask, reach), _erode(1 - mask, reach)
     unknown = (inside + outside) == 0
-    if not unknown.any() or not inside.any() or not outside.any():
+    if not unknown.any():
         return mask
     rows, columns = unknown.any(1).nonzero(), unknown.any(0).nonzero()
     box = tuple(slice(max(0, int(places[0]) - 2 * reach), int(places[-1]) + 2 * reach + 1) for places in (rows, columns))
-    trimap = torch.where(unknown, 0.5, inside)[box]
-    height, wide = trimap.shape
+    height, wide = unknown[box].shape
     scale = min(1.0, (MAX_SOLVED / (height * wide)) ** 0.5)
     size = (max(1, round(height * scale)), max(1, round(wide * scale)))
-    solved = _pymatting().estimate_alpha_cf(_numpy(_resize(image[box], size)), _numpy(_resize(trimap[..., None], size, "nearest-exact")[..., 0]))
+    known = _resize((~unknown[box]).to(mask)[..., None], size, "nearest-exact")[..., 0] > 0.5
+    solved = _closed_form(_numpy(_resize(image[box], size)), _numpy(_resize(mask[box][..., None], size)[..., 0]), known.cpu().numpy())
     alpha = _resize(torch.from_numpy(solved).to(image)[..., None], (height, wide))[..., 0].clamp(0, 1)
     refined = mask.clone()
     refined[box] = torch.where(unknown[box], alpha, mask[box])
     return refined
+
+
+def _closed_form(image: np.ndarray, mask: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """argmin of aᵀLa + Σ c (a − mask)², L the matting Laplacian, c strong where the mask is known and weak elsewhere."""
+    pymatting = _pymatting()
+    import scipy.sparse
+
+    trust = np.where(known.ravel(), KNOWN, PRIOR)
+    system = (pymatting.cf_laplacian(image, is_known=known.ravel()) + scipy.sparse.diags(trust)).tocsc()
+    return pymatting.cg(system, trust * mask.ravel(), M=pymatting.ichol(system), rtol=1e-5).reshape(mask.shape)
 
 
 def separate_colours(image: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:

@@ -263,18 +263,21 @@ def serve(host: Host, port: int) -> None:
     base = PACK / "output" / "comfyui"
     server = Server(host, base, port)
     base.mkdir(parents=True, exist_ok=True)
-    copy_inputs(base)
+    copy_inputs(host, base)
     with server:
         print(f"ComfyUI {host.version} with {PACK_NAME}: {server.url}\nLog: {server.log}\nFiles: {base / 'output'}\nStop with Ctrl-C.", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.process.wait()
 
 
-def copy_inputs(base: Path) -> None:
-    """The pictures that the bundled workflows load, into the server's input folder."""
+def copy_inputs(host: Host, base: Path) -> None:
+    """The pictures that the bundled workflows load, and scikit-image's photograph with measured disparity, into the input folder."""
     (base / "input").mkdir(parents=True, exist_ok=True)
-    for source in sorted((PACK / "workflows" / "input").glob("*")):
-        shutil.copy(source, base / "input" / source.name)
+    photographs = next(iter(host.python.parent.parent.glob("[Ll]ib/**/site-packages/skimage/data")), None)
+    extra = [photographs / name for name in ("motorcycle_left.png", "motorcycle_disp.npz")] if photographs else []
+    for source in [*sorted((PACK / "workflows" / "input").glob("*")), *extra]:
+        if source.suffix != ".md":
+            shutil.copy(source, base / "input" / source.name)
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -75,7 +76,9 @@ class Client:
             _follow(socket, prompt_id, prompt, progress)
         finally:
             socket.close()
-        entry = self.get(f"/history/{prompt_id}").json()[prompt_id]
+        while not (history := self.get(f"/history/{prompt_id}").json()):  # written a moment after the last message
+            time.sleep(0.01)
+        entry = history[prompt_id]
         for kind, message in entry["status"]["messages"]:
             if kind == "execution_error":
                 raise RunError(f"{_label(prompt, message['node_id'])}: {message['exception_message'].strip()}")
@@ -199,8 +202,9 @@ def main() -> int:
             made = run_file(Client(options.server), options.workflow, options.set, options.out)
         else:
             base = host.PACK / "output" / "comfyui"
-            host.copy_inputs(base)
-            with host.Server(host.find_or_install(), base) as server:
+            found = host.find_or_install()
+            host.copy_inputs(found, base)
+            with host.Server(found, base) as server:
                 made = run_file(Client(server.url), options.workflow, options.set, options.out)
                 made = made if options.out else [base / "output" / name for name in made]
         print("\n".join(str(name) for name in made))
