@@ -228,7 +228,7 @@ def push_pull(values: Tensor, weights: Tensor) -> Tensor:
     return image.permute(0, 2, 3, 1).view(shape)
 
 
-def depth_layers(colours: Tensor, alphas: Tensor, thresholds: list[float]) -> LayerStack:
+def _depth_layers(colours: Tensor, alphas: Tensor, thresholds: list[float]) -> LayerStack:
     """Layers of one picture, back to front, from colours [N,H,W,3] and alphas [N,H,W]; each carries its depth range.
 
     Source: deglad, Sec. 3.2 (the layers that the masks of Eq. 2 give).
@@ -298,7 +298,7 @@ def cut_layers(colours: Tensor, weights: Tensor, thresholds: list[float], fill: 
     if fill:
         colours, extra = fill_behind(colours, weights)
         alphas = alphas + extra
-    return depth_layers(colours[0], alphas[0], thresholds)
+    return _depth_layers(colours[0], alphas[0], thresholds)
 
 
 def paste_layers(back: Tensor, front: Tensor, weights: Tensor) -> LayerStack:
