@@ -26,8 +26,8 @@ class SaveLayers(io.ComfyNode):
             inputs=[
                 Layers.Input("layers", tooltip="The layers to save, from any node that makes layers."),
                 io.String.Input("filename_prefix", default="layers/strata",
-                                tooltip="Start of the file names; a / makes a subfolder of the output folder. %date:yyyy-MM-dd%, %year%, %month%, %day%, "
-                                        "%hour%, %minute%, %second%, %width% and %height% are replaced."),
+                                tooltip="Start of the file names; a / makes a subfolder of the output folder. %date:yyyy-MM-dd%, %year%, %month%, "
+                                        "%day%, %hour%, %minute%, %second%, %width% and %height% are replaced."),
                 io.Combo.Input("format", options=list(files.FORMATS), default=files.FORMATS[0],
                                tooltip="PSD: Photoshop, GIMP, Krita, Affinity. OpenRaster: Krita, GIMP, MyPaint. PNG or WebP layers: one lossless "
                                        "canvas-sized picture per layer and the flattened one."),
@@ -106,7 +106,8 @@ def _metadata(hidden) -> dict:
 
 
 def _loadable() -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder_paths.get_input_directory()) if entry.is_file() and entry.name.lower().endswith(files.SUFFIXES))
+    entries = os.scandir(folder_paths.get_input_directory())
+    return sorted(entry.name for entry in entries if entry.is_file() and entry.name.lower().endswith(files.SUFFIXES))
 
 
 def _input(file: str) -> Path | None:

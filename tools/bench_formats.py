@@ -94,7 +94,8 @@ def rows(formats=files.FORMATS):
             ours = seconds(lambda folder=folder, format=format: files.save(folder, "ours_", stack, picture(stack), format, {"prompt": {}}))
             plain = seconds(lambda folder=folder, format=format: PLAIN[format](stack, folder))
             megabytes = [sum(path.stat().st_size for path in folder.glob(f"{who}*")) / 1e6 for who in ("ours", "plain")]
-        yield f"{LAYERS} layers {WIDTH}×{HEIGHT} flattened and saved as {format} ({megabytes[0]:.0f} MB, plain {megabytes[1]:.0f} MB)", ours, plain, ours / plain
+        sizes = f"{megabytes[0]:.0f} MB, plain {megabytes[1]:.0f} MB"
+        yield f"{LAYERS} layers {WIDTH}×{HEIGHT} flattened and saved as {format} ({sizes})", ours, plain, ours / plain
     if "PSD" in formats:
         merged = picture(stack)
         with tempfile.TemporaryDirectory() as name:
@@ -113,6 +114,6 @@ def plain_load(path: Path) -> list[np.ndarray]:
 
 
 if __name__ == "__main__":
-    for row in rows(sys.argv[1:] or files.FORMATS):
-        print("%-70s ours %6.2f s  plain %6.2f s  ratio %.2f" % row)
+    for name, ours, plain, ratio in rows(sys.argv[1:] or files.FORMATS):
+        print(f"{name:70} ours {ours:6.2f} s  plain {plain:6.2f} s  ratio {ratio:.2f}", flush=True)
     print(f"Peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB")

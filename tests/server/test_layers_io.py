@@ -21,8 +21,9 @@ def pixels(seed, *shape):
 
 
 def stack():
-    return LayerStack((12, 10), (Layer(pixels(1, 10, 12, 3), "sky"), Layer(pixels(2, 6, 5, 4), "a/b 漢", None, -2, 7, opacity=0.5, blend_mode="screen"),
-                                 Layer(pixels(3, 3, 3, 4), "off", None, 4, 4, visible=False)))
+    return LayerStack((12, 10), (
+        Layer(pixels(1, 10, 12, 3), "sky"), Layer(pixels(2, 6, 5, 4), "a/b 漢", None, -2, 7, opacity=0.5, blend_mode="screen"),
+        Layer(pixels(3, 3, 3, 4), "off", None, 4, 4, visible=False)))
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,7 @@ def test_a_changed_file_is_loaded_again(comfy, tmp_path):
     shades = []
     for shade in (10, 200):
         layers = LayerStack((2, 2), (Layer(pixels(0, 2, 2, 3) * 0 + shade / 255, "flat"),))
+        (tmp_path / "changing.psd").unlink(missing_ok=True)
         (path,) = files.save(tmp_path, "changing", layers, picture(layers), "PSD", {})
         shades.append(flattened(comfy, comfy.upload(path))[0, 0, 0])
     assert shades == [10, 200]
