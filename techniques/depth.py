@@ -212,7 +212,8 @@ def fill_behind(colours: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     hidden = behind <= 1e-4
     share = push_pull((weights / behind.clamp_min(1e-4))[..., None], behind)[..., 0]
     share[:, 0] = 1
-    smooth = push_pull(colours, weights)
+    clean = 1 - F.max_pool2d(1 - behind, 7, 1, 3)  # the rim of a nearer layer is stained by its colour
+    smooth = push_pull(colours, weights * (clean.clamp(0, 1) + 1e-3))
     return torch.where(hidden[..., None], smooth, colours), (hidden & (share > 0.5)).to(weights.dtype)
 
 

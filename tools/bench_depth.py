@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from techniques import depth as deglad  # noqa: E402
+import conftest  # noqa: E402, F401  makes the pack importable as strata
+from strata.techniques import depth as deglad  # noqa: E402
 
 HEIGHT, WIDTH = 2160, 3840
 THRESHOLDS = [k / 8 for k in range(1, 8)]
@@ -56,7 +57,8 @@ def plain(image: np.ndarray, depth: np.ndarray, soft_edge: float) -> list[np.nda
 
 
 def rows():
-    for name, missing, soft_edge in (("hard edges", False, 0.0), ("hard edges, 2 % of the depth missing", True, 0.0), ("soft edges of 4 pixels", False, 4.0)):
+    cases = (("hard edges", False, 0.0), ("hard edges, 2 % of the depth missing", True, 0.0), ("soft edges of 4 pixels", False, 4.0))
+    for name, missing, soft_edge in cases:
         image, depth = scene(missing)
         seconds = {}
         for run in (ours, plain, ours, plain):  # the first of each warms up
