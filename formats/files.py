@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..techniques.layers import LayerStack
 from . import openraster, png, psd
-from .raster import on_canvas, plain_name, to_bytes
+from .raster import in_parallel, on_canvas, plain_name, to_bytes
 
 FORMATS = ("PSD", "OpenRaster", "PNG layers", "WebP layers")
 SUFFIXES = (".psd", ".psb", ".ora")  # what can be loaded
@@ -28,17 +28,20 @@ def save(folder: Path, stem: str, stack: LayerStack, merged: Tensor, format: str
     """
     if format in ("PSD", "OpenRaster"):
         module, suffix = (psd, ".psd") if format == "PSD" else (openraster, ".ora")
-        with _new_files([folder / f"{stem}{suffix}"]) as (paths, files):
-            module.write(files[0], stack, merged, metadata, progress)
+        with _new_files([folder / f"{stem}{suffix}"]) as (paths, opened):
+            module.write(opened[0], stack, merged, metadata, progress)
         return paths
     write, suffix = (png.write_png, ".png") if format == "PNG layers" else (png.write_webp, ".webp")
     names = [f"{stem}{index:02}_{file_name(layer.name)}" for index, layer in enumerate(stack.layers, 1)]
-    with _new_files([folder / f"{name}{suffix}" for name in (*names, f"{stem}flattened")]) as (paths, files):
-        for index, layer in enumerate(stack.layers):
+    with _new_files([folder / f"{name}{suffix}" for name in (*names, f"{stem}flattened")]) as (paths, opened):
+        def write_layer(index: int) -> None:
+            layer = stack.layers[index]
             fields = {"name": layer.name, "opacity": layer.opacity, "blend_mode": layer.blend_mode, "visible": layer.visible, "z_index": index}
-            write(files[index], on_canvas(layer, stack.canvas), {**metadata, "strata": fields})
-            progress(index + 1)
-        write(files[-1], to_bytes(merged), metadata)
+            write(opened[index], on_canvas(layer, stack.canvas), {**metadata, "strata": fields})
+
+        for done, _ in enumerate(in_parallel(write_layer, range(len(stack.layers))), 1):
+            progress(done)
+        write(opened[-1], to_bytes(merged), metadata)
     return paths
 
 
@@ -63,7 +66,10 @@ def file_name(name: str) -> str:
 
 @contextmanager
 def _new_files(paths: list[Path]) -> Iterator[tuple[list[Path], list[BinaryIO]]]:
-    """Open files that appear under their names together when the block ends, and not at all when it raises."""
+    """Open files that appear under their names together when the block ends, and not at all when it raises or one is there already."""
+    for path in paths:
+        if path.exists():
+            raise ValueError(f"{path.name} is there already and is not overwritten; use another name.")
     parts = [path.with_name(f".{uuid.uuid4().hex}.part") for path in paths]
     with ExitStack() as leftovers:
         for part in parts:

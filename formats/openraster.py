@@ -5,7 +5,6 @@ import io
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from xml.etree import ElementTree
@@ -17,7 +16,7 @@ from torch import Tensor
 from ..techniques.layers import Layer, LayerStack
 from .png import read_metadata as read_png_metadata
 from .png import write_png
-from .raster import check_sides, check_total, from_bytes, in_place, log, plain_name, to_bytes
+from .raster import check_sides, check_total, from_bytes, in_parallel, in_place, log, plain_name, to_bytes
 from .xml import parse_xml
 
 MODES = {
@@ -39,15 +38,13 @@ def write(file: BinaryIO, stack: LayerStack, merged: Tensor, metadata: dict[str,
     Raises ValueError for a blend mode that OpenRaster lacks.
     """
     root, names = _stack_xml(stack), [f"data/layer{index:03}.png" for index in range(len(stack.layers))]
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive, ThreadPoolExecutor(4) as pool:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("mimetype", MIMETYPE)
         places = []
-        # Pillow encodes outside Python's lock. A few at a time, so that memory does not hold every layer twice.
-        for start in range(0, len(names), 4):
-            for encoded, x, y in pool.map(_encoded, stack.layers[start:start + 4]):
-                archive.writestr(names[len(places)], encoded)
-                places.append((x, y))
-                progress(len(places))
+        for name, (encoded, x, y) in zip(names, in_parallel(_encoded, stack.layers), strict=True):
+            archive.writestr(name, encoded)
+            places.append((x, y))
+            progress(len(places))
         for element, name, (x, y) in zip(root.iter("layer"), reversed(names), reversed(places), strict=True):
             element.attrib |= {"src": name, "x": str(x), "y": str(y)}
         archive.writestr("stack.xml", ElementTree.tostring(root, "UTF-8", xml_declaration=True))

@@ -26,8 +26,8 @@ class SaveLayers(io.ComfyNode):
             inputs=[
                 Layers.Input("layers", tooltip="The layers to save, from any node that makes layers."),
                 io.String.Input("filename_prefix", default="layers/strata",
-                                tooltip="Start of the file names; a / makes a subfolder of the output folder. %date:yyyy-MM-dd%, %year%, %month%, %day%, "
-                                        "%hour%, %minute%, %second%, %width% and %height% are replaced."),
+                                tooltip="Start of the file names; a / makes a subfolder of the output folder. %date:yyyy-MM-dd%, %year%, %month%, "
+                                        "%day%, %hour%, %minute%, %second%, %width% and %height% are replaced."),
                 io.Combo.Input("format", options=list(files.FORMATS), default=files.FORMATS[0],
                                tooltip="PSD: Photoshop, GIMP, Krita, Affinity. OpenRaster: Krita, GIMP, MyPaint. PNG or WebP layers: one lossless "
                                        "canvas-sized picture per layer and the flattened one."),
@@ -82,11 +82,12 @@ class LoadLayers(io.ComfyNode):
 
 def _target(prefix: str, canvas: tuple[int, int]) -> tuple[Path, str, str]:
     """(folder, start of the file names, subfolder) that are free in the output folder, by ComfyUI's own rules."""
-    root, prefix = folder_paths.get_output_directory(), re.sub(r"%date:(.*?)%", lambda found: _date(found[1]), prefix)
-    folder = Path(os.path.realpath(os.path.join(root, os.path.dirname(os.path.normpath(prefix)))))
+    # Normalised first: with a / at its end ComfyUI would count from 1 again.
+    root, prefix = folder_paths.get_output_directory(), os.path.normpath(re.sub(r"%date:(.*?)%", lambda found: _date(found[1]), prefix))
+    folder = Path(os.path.realpath(os.path.join(root, os.path.dirname(prefix))))
     if "\0" in prefix or not folder.is_relative_to(os.path.realpath(root)):
         raise ValueError(f"filename_prefix: {prefix!r} leads outside ComfyUI's output folder; use a name, or subfolder/name.")
-    if os.path.basename(os.path.normpath(prefix)) in ("", ".", ".."):
+    if os.path.basename(prefix) in ("", ".", ".."):
         raise ValueError(f"filename_prefix: {prefix!r} has no file name; write one, for example layers/strata.")
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, *canvas)
     return Path(folder), f"{name}_{counter:05}_", subfolder
@@ -105,7 +106,8 @@ def _metadata(hidden) -> dict:
 
 
 def _loadable() -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder_paths.get_input_directory()) if entry.is_file() and entry.name.lower().endswith(files.SUFFIXES))
+    entries = os.scandir(folder_paths.get_input_directory())
+    return sorted(entry.name for entry in entries if entry.is_file() and entry.name.lower().endswith(files.SUFFIXES))
 
 
 def _input(file: str) -> Path | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,25 +42,29 @@ def fill_missing(depth: Tensor, valid: Tensor) -> Tensor:
     Source: ours, depth sensors leave holes on the far side of an edge.
     """
     while not valid.all():
-        distances, depths = zip(*(_nearest(depth, valid, axis, reverse) for axis in (1, 2) for reverse in (False, True)), strict=True)
+        holes = (~valid).nonzero(as_tuple=True)
+        distances, depths = zip(*(_nearest(depth, valid, holes, axis, reverse) for axis in (1, 2) for reverse in (False, True)), strict=True)
         distances, depths = torch.stack(distances), torch.stack(depths)
-        asked = distances <= 2 * distances.amin(0)
-        found = distances.amin(0).isfinite()
-        filled = torch.where(asked & distances.isfinite(), depths, -1.0).amax(0)
-        depth = torch.where(valid | ~found, depth, filled)
-        valid = valid | found
+        closest = distances.amin(0)
+        farthest = torch.where(distances <= 2 * closest, depths, -1.0).amax(0)
+        found = closest.isfinite()
+        reached = tuple(place[found] for place in holes)
+        depth, valid = depth.index_put(reached, farthest[found]), valid.index_put(reached, torch.ones_like(found[found]))
     return depth
 
 
-def _nearest(depth: Tensor, valid: Tensor, axis: int, reverse: bool) -> tuple[Tensor, Tensor]:
-    """Distance to, and depth of, the last valid pixel before each one along an axis (after it when reversed)."""
-    if reverse:
-        distance, value = _nearest(depth.flip(axis), valid.flip(axis), axis, False)
-        return distance.flip(axis), value.flip(axis)
-    place = torch.arange(depth.shape[axis], device=depth.device).view([-1 if i == axis else 1 for i in range(3)])
-    last = torch.where(valid, place, -1).cummax(axis).values
-    distance = torch.where(last < 0, math.inf, (place - last).to(depth.dtype))
-    return distance, depth.gather(axis, last.clamp_min(0))
+def _nearest(depth: Tensor, valid: Tensor, holes: tuple[Tensor, ...], axis: int, reverse: bool) -> tuple[Tensor, Tensor]:
+    """Distance to, and depth of, the last valid pixel before each hole along an axis (after it when reversed); infinity, −1 if none."""
+    length = depth.shape[axis]
+    seen = (valid.flip(axis) if reverse else valid).cpu().numpy()
+    place = np.where(seen, np.arange(length, dtype=np.int32).reshape([-1 if i == axis else 1 for i in range(3)]), np.int32(-1))
+    last = torch.from_numpy(np.maximum.accumulate(place, axis, out=place))
+    last = last.flip(axis)[holes] if reverse else last[holes]
+    none = last < 0
+    last = (length - 1 - last if reverse else last).long().clamp(0, length - 1).to(depth.device)
+    distance = torch.where(none.to(depth.device), math.inf, (holes[axis] - last).abs().to(depth.dtype))
+    source = tuple(last if i == axis else index for i, index in enumerate(holes))
+    return distance, torch.where(distance.isfinite(), depth[source], -1.0)
 
 
 def resize_depth(depth: Tensor, height: int, width: int, edge: float = 0.02) -> Tensor:
@@ -166,12 +171,16 @@ def soften(weights: Tensor, width: float) -> Tensor:
         return weights
     half = width / 2 + 1
     reach = math.ceil(half) - 1
-    kernel = (1 - torch.arange(-reach, reach + 1, dtype=weights.dtype, device=weights.device).abs() / half)
-    kernel = kernel / kernel.sum()
-    flat = weights.flatten(0, 1)[:, None]
-    flat = F.conv2d(F.pad(flat, (0, 0, reach, reach), mode="replicate"), kernel[None, None, :, None])
-    flat = F.conv2d(F.pad(flat, (reach, reach, 0, 0), mode="replicate"), kernel[None, None, None, :])
-    return flat[:, 0].unflatten(0, weights.shape[:2])
+    shares = [1 - abs(offset) / half for offset in range(-reach, reach + 1)]
+    shares = [share / sum(shares) for share in shares]
+    # sums of shifted copies: on a CPU a convolution of one channel is ten times slower
+    for size in ((0, 0, reach, reach), (reach, reach, 0, 0)):
+        padded = F.pad(weights, size, mode="replicate")
+        axis = 2 if size[2] else 3
+        weights = padded.narrow(axis, 0, weights.shape[axis]) * shares[0]
+        for offset, share in enumerate(shares[1:], 1):
+            weights.add_(padded.narrow(axis, offset, weights.shape[axis]), alpha=share)
+    return weights
 
 
 def over_alphas(weights: Tensor) -> Tensor:
@@ -203,7 +212,8 @@ def fill_behind(colours: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     hidden = behind <= 1e-4
     share = push_pull((weights / behind.clamp_min(1e-4))[..., None], behind)[..., 0]
     share[:, 0] = 1
-    smooth = push_pull(colours, weights)
+    clean = 1 - F.max_pool2d(1 - behind, 7, 1, 3)  # the rim of a nearer layer is stained by its colour
+    smooth = push_pull(colours, weights * (clean.clamp(0, 1) + 1e-3))
     return torch.where(hidden[..., None], smooth, colours), (hidden & (share > 0.5)).to(weights.dtype)
 
 

@@ -14,7 +14,13 @@ import requests
 import run
 from PIL import Image, ImageDraw
 
-WORKFLOWS = ("depth_slice_to_psd", "depth_swap_background", "layers_roundtrip")
+SLICE = "depth_slice_to_psd"
+PHOTOGRAPH = ["LoadImage.image=motorcycle_left.png", "Strata_LoadDepth.file=motorcycle_disp.npz", "Strata_SliceByDepth.near_is=white",
+              "Strata_SliceByDepth.thresholds=0.42, 0.72", "Strata_SliceByDepth.refine_edges=matting", "Strata_SliceByDepth.refine_width=10",
+              "Strata_SliceByDepth.fill_holes=blurred"]
+# (name of the run, workflow, settings)
+RUNS = [("scene", SLICE, []), ("photograph", SLICE, PHOTOGRAPH), ("swap_background", "depth_swap_background", []),
+        ("layers_roundtrip", "layers_roundtrip", [])]
 OUT = host.PACK / "output" / "demo"
 CELL = (300, 240)
 LABEL = 22
@@ -58,11 +64,10 @@ def contact_sheet(rows: list[tuple[str, list[tuple[str, Image.Image]]]]) -> Imag
     return sheet
 
 
-def settings(options: argparse.Namespace, name: str) -> list[str]:
-    """What `make demo IMAGE=… DEPTH=…` changes in the slicing workflow."""
-    if name != "depth_slice_to_psd" or not options.image:
-        return []
-    return [f"LoadImage.image={options.image}", f"Strata_LoadDepth.file={options.depth}", f"Strata_SliceByDepth.near_is={options.depth_is}"]
+def own(options: argparse.Namespace) -> list[tuple[str, str, list[str]]]:
+    """The one run of `make demo IMAGE=… DEPTH=…`."""
+    changes = [f"LoadImage.image={options.image}", f"Strata_LoadDepth.file={options.depth}", f"Strata_SliceByDepth.near_is={options.depth_is}"]
+    return [(options.image.stem, SLICE, changes)]
 
 
 def main() -> int:
@@ -84,9 +89,9 @@ def main() -> int:
         with host.Server(found, base) as server:
             print(f"ComfyUI {server.host.version} is running; its log is {server.log}", flush=True)
             client = run.Client(server.url)
-            for name in ("depth_slice_to_psd",) if options.image else WORKFLOWS:
+            for name, workflow, settings in own(options) if options.image else RUNS:
                 print(f"{name} ...", flush=True)
-                files = run.run_file(client, host.PACK / "workflows" / f"{name}.json", settings(options, name), OUT / name)
+                files = run.run_file(client, host.PACK / "workflows" / f"{workflow}.json", settings, OUT / name, sys.stderr.isatty())
                 made += files
                 rows.append((name, [picture for path in files for picture in pictures(Path(path))]))
     except (run.RunError, host.HostError, requests.RequestException) as error:

@@ -31,8 +31,11 @@ def png(width=4, height=3, mode="RGBA", colour=(1, 2, 3, 4)):
     return file.getvalue()
 
 
-def archive(folder, stack=STACK.format(LAYER.format("")), **entries):
-    """An OpenRaster file as another program might write it; a keyword data__one__png is the entry data/one.png."""
+ONE = STACK.format(LAYER.format(""))
+
+
+def archive(folder, stack=ONE, **entries):
+    """An OpenRaster file as another program might write it, with further entries, or others than its own."""
     path = folder / "made.ora"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
         made.writestr("mimetype", openraster.MIMETYPE)
@@ -109,6 +112,14 @@ def test_other_kinds_of_png(tmp_path, mode):
     assert layer.image.shape[:2] == (3, 4) and layer.image.shape[2] in (3, 4)
 
 
+ENTITIES = '<!DOCTYPE a [<!ENTITY b "bb"><!ENTITY c "&b;&b;&b;">]>'
+
+
+def claims(side: bytes) -> dict[str, bytes]:
+    """A picture whose head claims these sides."""
+    return {"data/one.png": png()[:16] + side * 2 + png()[24:]}
+
+
 def bomb(folder):
     return archive(folder, **{"data/one.png": png() + bytes(2**26 + 4096)})
 
@@ -116,21 +127,22 @@ def bomb(folder):
 REFUSED = {
     "zip bomb": (bomb, "layer 'one' would unpack to 67 MB for 4×3 pixels"),
     "xml bomb": (lambda f: archive(f, " " * 2**23), "stack.xml would unpack to 8 MB"),
-    "entities": (lambda f: archive(f, '<!DOCTYPE a [<!ENTITY b "bb"><!ENTITY c "&b;&b;&b;">]>' + STACK.format(LAYER.format('x="&c;"'))), "declares a DOCTYPE"),
-    "entities in UTF-16": (lambda f: archive(f, ('<?xml version="1.0" encoding="UTF-16"?><!DOCTYPE a [<!ENTITY b "b">]>' + STACK).encode("utf-16")), "declares a DOCTYPE"),
+    "entities": (lambda f: archive(f, ENTITIES + STACK.format(LAYER.format('x="&c;"'))), "declares a DOCTYPE"),
+    "entities in UTF-16": (lambda f: archive(f, ('<?xml version="1.0" encoding="UTF-16"?>' + ENTITIES + ONE).encode("utf-16")), "declares a DOCTYPE"),
     "broken xml": (lambda f: archive(f, "<image"), "stack.xml cannot be read"),
     "no stack.xml": (lambda f: archive(f, None), "has no stack.xml"),
     "no layers": (lambda f: archive(f, STACK.format("")), "has 0 layers with pixels"),
     "51 layers": (lambda f: archive(f, STACK.format(LAYER.format("") * 51)), "has 51 layers with pixels"),
     "canvas": (lambda f: archive(f, STACK.replace('w="4"', 'w="99999"').format(LAYER.format(""))), "the canvas is 99999×3; sides must be"),
     "canvas missing": (lambda f: archive(f, "<image><stack/></image>"), "the canvas is 0×0; sides must be"),
-    "traversal": (lambda f: archive(f, STACK.format('<layer name="one" src="../../etc/a.png"/>'), **{"../../etc/a.png": png()}), "points outside the file"),
+    "traversal": (lambda f: archive(f, STACK.format('<layer name="one" src="../../etc/a.png"/>'), **{"../../etc/a.png": png()}),
+                  "points outside the file"),
     "absolute": (lambda f: archive(f, STACK.format('<layer name="one" src="/etc/a.png"/>')), "points outside the file"),
     "missing layer": (lambda f: archive(f, STACK.format('<layer name="one" src="data/two.png"/>')), "names 'data/two.png', which is not in the file"),
     "not a png": (lambda f: archive(f, **{"data/one.png": b"GIF89a" * 9}), "layer 'one' is not a PNG"),
     "cut png": (lambda f: archive(f, **{"data/one.png": png()[:-30]}), "the PNG of layer 'one' cannot be read"),
-    "huge png": (lambda f: archive(f, **{"data/one.png": png()[:16] + b"\x00\x10\x00\x00" * 2 + png()[24:]}), "layer 'one' is 1048576×1048576; sides must be"),
-    "too much in all": (lambda f: archive(f, STACK.format(LAYER.format("") * 9), **{"data/one.png": png()[:16] + b"\x00\x00\x20\x00" * 2 + png()[24:]}),
+    "huge png": (lambda f: archive(f, **claims(b"\x00\x10\x00\x00")), "layer 'one' is 1048576×1048576; sides must be"),
+    "too much in all": (lambda f: archive(f, STACK.format(LAYER.format("") * 9), **claims(b"\x00\x00\x20\x00")),
                         "has 604 million pixels in its layers"),
     "number": (lambda f: archive(f, STACK.format(LAYER.format('x="nan"'))), "has 'nan' as the x of 'one'"),
     "word": (lambda f: archive(f, STACK.format(LAYER.format('opacity="half"'))), "has 'half' as the opacity of 'one'"),

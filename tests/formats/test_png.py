@@ -70,3 +70,12 @@ def test_webp_side_limit(tmp_path):
     with pytest.raises(ValueError, match="WebP holds sides up to 16383 pixels and the canvas is 16384×1"):
         files.save(tmp_path, "x_", stack, picture(stack), "WebP layers", {})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", files.FORMATS)
+def test_a_file_that_is_there_stays(tmp_path, format):
+    (first, *_) = files.save(tmp_path, "x_", example(), picture(example()), format, {})
+    content = first.read_bytes()
+    with pytest.raises(ValueError, match="is there already"):
+        files.save(tmp_path, "x_", LayerStack((1, 1), (Layer(pixels(1, 1, 1, 4), "Back"),)), pixels(2, 1, 1, 4), format, {})
+    assert first.read_bytes() == content

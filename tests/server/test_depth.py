@@ -102,7 +102,8 @@ def test_numpy_depth_and_another_size_give_the_same_cut(comfy, inputs):
     a, b = (saved(comfy, graph(depth=name), ["slice", 1], mask=True) for name in ("planes_depth.png", "planes_depth.npy"))
     assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
     prompt = graph()
-    prompt["half"] = {"class_type": "ImageScale", "inputs": {"image": ["depth", 0], "upscale_method": "nearest-exact", "width": 32, "height": 24, "crop": "disabled"}}
+    prompt["half"] = {"class_type": "ImageScale", "inputs": {
+        "image": ["depth", 0], "upscale_method": "nearest-exact", "width": 32, "height": 24, "crop": "disabled"}}
     prompt["slice"]["inputs"]["depth"] = ["half", 0]
     masks = saved(comfy, prompt, ["slice", 1], mask=True)
     assert np.mean([np.mean(x != y) for x, y in zip(a, masks, strict=True)]) < 0.05
@@ -150,7 +151,8 @@ def test_compose_keeps_the_near_part_over_the_other_scene(comfy, inputs):
 def test_amodal_mask_is_the_box_without_what_is_nearer(comfy, inputs):
     prompt = graph()
     prompt["amodal"] = {"class_type": "Strata_AmodalMask", "inputs": {
-        "image": ["image", 0], "depth": ["depth", 0], "threshold": 0.3, "x": 20, "y": 5, "width": 30, "height": 30, "near_is": "black", "missing_depth": "auto"}}
+        "image": ["image", 0], "depth": ["depth", 0], "threshold": 0.3, "x": 20, "y": 5, "width": 30, "height": 30,
+        "near_is": "black", "missing_depth": "auto"}}
     mask = saved(comfy, prompt, ["amodal", 0], mask=True)[0][..., 0]
     expected = np.zeros((48, 64), int)
     expected[5:35, 20:50] = 255
@@ -163,15 +165,19 @@ def test_amodal_mask_is_the_box_without_what_is_nearer(comfy, inputs):
 
 def test_the_top_view_is_a_picture_of_the_asked_height(comfy, inputs):
     prompt = graph()
-    prompt["top"] = {"class_type": "Strata_DepthTopView", "inputs": {"image": ["image", 0], "depth": ["depth", 0], "near_is": "black", "missing_depth": "auto", "height": 64}}
+    prompt["top"] = {"class_type": "Strata_DepthTopView", "inputs": {
+        "image": ["image", 0], "depth": ["depth", 0], "near_is": "black", "missing_depth": "auto", "height": 64}}
     view = saved(comfy, prompt, ["top", 0])[0]
     assert view.shape == (64, 64, 3)
     assert view[63, 10:30].any() and not view[40, 10:30].any()  # the nearest plane lies at the bottom
 
 
+def estimate(model):
+    return {"image": graph()["image"], "estimate": {"class_type": "Strata_EstimateDepth", "inputs": {"image": ["image", 0], "model": model}}}
+
+
 def test_estimate_depth_names_what_is_missing(comfy, inputs):
-    prompt = {"image": graph()["image"], "estimate": {"class_type": "Strata_EstimateDepth", "inputs": {"image": ["image", 0], "model": "Depth-Anything-V2-Small-hf"}}}
-    message = error(comfy, prompt, "estimate")
+    message = error(comfy, estimate("Depth-Anything-V2-Small-hf"), "estimate")
     assert "model.safetensors" in message and "depth_estimation" in message and "https://huggingface.co/depth-anything/" in message
 
 
@@ -184,7 +190,8 @@ def test_estimate_depth_equals_transformers_on_the_same_weights(comfy, inputs):
                             out_features=["stage1", "stage2", "stage3", "stage4"], reshape_hidden_states=False, apply_layernorm=True)
     torch.manual_seed(0)
     model = DepthAnythingForDepthEstimation(DepthAnythingConfig(
-        backbone_config=backbone, reassemble_hidden_size=32, neck_hidden_sizes=[8, 16, 32, 32], fusion_hidden_size=16, head_hidden_size=8, patch_size=14)).eval()
+        backbone_config=backbone, reassemble_hidden_size=32, neck_hidden_sizes=[8, 16, 32, 32], fusion_hidden_size=16, head_hidden_size=8,
+        patch_size=14)).eval()
     for weight in (p for p in model.parameters() if p.ndim > 1):
         torch.nn.init.normal_(weight, 0, 0.2)  # transformers' own initial weights give a depth of 1e-8: all rounding
     folder = comfy.server.base / "models" / "depth_estimation" / "tiny"
@@ -192,8 +199,7 @@ def test_estimate_depth_equals_transformers_on_the_same_weights(comfy, inputs):
     (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 70, "width": 70}, "ensure_multiple_of": 14}))
     comfy._object_info = None
     assert "tiny" in comfy.object_info()["Strata_EstimateDepth"]["input"]["required"]["model"][1]["options"]
-    prompt = {"image": graph()["image"], "estimate": {"class_type": "Strata_EstimateDepth", "inputs": {"image": ["image", 0], "model": "tiny"}}}
-    got = saved(comfy, prompt, ["estimate", 0])[0][..., 0].astype(float) / 255
+    got = saved(comfy, estimate("tiny"), ["estimate", 0])[0][..., 0].astype(float) / 255
     pixels = torch.from_numpy(inputs[0]).float().movedim(-1, 0)[None] / 255
     pixels = torch.nn.functional.interpolate(pixels, (70, 98), mode="bicubic", antialias=True).clamp(0, 1)
     pixels = (pixels - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
