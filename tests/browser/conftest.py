@@ -107,7 +107,7 @@ def site(comfy) -> str:
 def opened(request, browser, site):
     """The page, once with the classic canvas and once with Nodes 2.0."""
     requests.post(site + "/settings/Comfy.VueNodes.Enabled", json=request.param == "nodes2", timeout=10).raise_for_status()
-    context = browser.new_context(viewport={"width": 1600, "height": 1000})
+    context = browser.new_context(viewport={"width": 1600, "height": 1400})
     page = context.new_page()
     page.set_default_timeout(20_000)
     editor = Editor(page, site, request.param)
