@@ -85,7 +85,7 @@ def run_pip(python: Path, *args: str) -> None:
     if "No space left" in done.stderr:
         reason = "the disk is full: free about 4 GB, or set STRATA_CACHE to a folder on another disk"
     elif re.search(r"Temporary failure in name resolution|Connection|Network is unreachable|timed out|ProxyError|from versions: none", done.stderr):
-        reason = "the package index cannot be reached, or does not have it: check the network or your pip configuration, then run the same command again"
+        reason = "the package index cannot be reached or does not have it: check the network and your pip configuration, then try again"
     else:
         reason = "see pip's message above"
         print(done.stderr, file=sys.stderr)
