@@ -8,7 +8,6 @@ import pytest
 import requests
 import torch
 from PIL import Image
-
 from strata.techniques import depth as technique
 
 SLICE = "Strata_SliceByDepth"
