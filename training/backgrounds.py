@@ -79,6 +79,9 @@ def rgb(*values) -> np.ndarray:
     return np.array(values, np.float32) / 255
 
 
+WHITE = rgb(255, 255, 255)
+
+
 def mix(a, b, weight) -> np.ndarray:
     weight = np.asarray(weight, np.float32)[..., None]
     return a * (1 - weight) + b * weight
@@ -91,7 +94,7 @@ def ridge(plane: Plane, rng, height: float, roughness: float) -> np.ndarray:
     return np.clip((plane.y - top) * len(plane.y) + 0.5, 0, 1) * (plane.y < plane.horizon)
 
 
-def sky(plane: Plane, rng, top, low, clouds: float = 0.0, cloud=(1.0, 1.0, 1.0)) -> np.ndarray:
+def sky(plane: Plane, rng, top, low, clouds: float = 0.0, cloud=WHITE) -> np.ndarray:
     up = np.clip((plane.horizon - plane.y) / max(plane.horizon, 1e-3), 0, 1)
     image = mix(low, top, np.broadcast_to(up**0.7, plane.u.shape))
     if clouds:
