@@ -15,6 +15,7 @@ from torch import Tensor
 from .layers import Layer, LayerStack
 
 BINS = 256
+RIM = 8  # pixels
 
 
 def normalise_depth(depth: Tensor, near_is_white: bool, zero_is_missing: bool) -> Tensor:
@@ -37,19 +38,25 @@ def normalise_depth(depth: Tensor, near_is_white: bool, zero_is_missing: bool) -
 def fill_missing(depth: Tensor, valid: Tensor) -> Tensor:
     """Depth [B,H,W], 0 = nearest, with every pixel outside `valid` given the depth of a valid one in its row or column.
 
-    Of the nearest valid pixels to the left, right, above and below, those at most twice as far away as the closest are asked and
-    the farthest depth wins: stereo and depth cameras miss what a nearer object hides, so a hole belongs to what is behind.
+    A hole is crossed where it is narrowest, along its row or along its column. A rim of at most RIM pixels is an edge that was not
+    measured sharply, and each pixel takes the closer end; a wider hole is what a nearer object hides from one of a camera's two eyes, or
+    lies beyond its range, and takes the farther end. So nothing near is smeared over what is behind it. At the picture's border, where a
+    hole has one end, it counts as twice as wide as that end is far.
     Source: ours, depth sensors leave holes on the far side of an edge.
     """
     while not valid.all():
         holes = (~valid).nonzero(as_tuple=True)
         distances, depths = zip(*(_nearest(depth, valid, holes, axis, reverse) for axis in (1, 2) for reverse in (False, True)), strict=True)
-        distances, depths = torch.stack(distances), torch.stack(depths)
-        closest = distances.amin(0)
-        farthest = torch.where(distances <= 2 * closest, depths, -1.0).amax(0)
-        found = closest.isfinite()
+        distances, depths = (torch.stack(ends).unflatten(0, (2, 2)) for ends in (distances, depths))  # axis, side, hole
+        width = torch.where(distances.isinf().any(1), 2 * distances.amin(1), distances.sum(1))
+        one_side_closer = (width <= RIM) & (distances[:, 0] != distances[:, 1])
+        closer = torch.where(distances[:, 0] < distances[:, 1], depths[:, 0], depths[:, 1])
+        ends = torch.where(one_side_closer, closer, depths.amax(1))
+        narrowest, axis = width.min(0)
+        found = narrowest.isfinite()
         reached = tuple(place[found] for place in holes)
-        depth, valid = depth.index_put(reached, farthest[found]), valid.index_put(reached, torch.ones_like(found[found]))
+        depth = depth.index_put(reached, ends.gather(0, axis[None])[0, found])
+        valid = valid.index_put(reached, torch.ones_like(found[found]))
     return depth
 
 

@@ -12,6 +12,7 @@ from strata.techniques.layers import read_layers, write_layers
 
 thresholds_strategy = st.lists(st.integers(1, 99), min_size=1, max_size=6, unique=True).map(lambda values: [v / 100 for v in sorted(values)])
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
+larger_sizes = st.tuples(st.integers(1, 16), st.integers(1, 16))
 
 
 def random(*shape, seed=0):
@@ -128,28 +129,52 @@ def brute_fill(depth, valid):
             for column in range(width):
                 if valid[row, column]:
                     continue
-                candidates = []
-                for dy, dx in ((-1, 0), (1, 0), (0, -1), (0, 1)):
-                    y, x = row + dy, column + dx
-                    while 0 <= y < height and 0 <= x < width and not valid[y, x]:
-                        y, x = y + dy, x + dx
-                    if 0 <= y < height and 0 <= x < width:
-                        candidates.append((abs(y - row) + abs(x - column), depth[y, x]))
-                if candidates:
-                    closest = min(distance for distance, _ in candidates)
-                    new[row, column] = max(value for distance, value in candidates if distance <= 2 * closest)
+                found = []  # (width, depth) of the hole along the column, then along the row
+                for steps in (((-1, 0), (1, 0)), ((0, -1), (0, 1))):
+                    ends = []
+                    for dy, dx in steps:
+                        y, x = row + dy, column + dx
+                        while 0 <= y < height and 0 <= x < width and not valid[y, x]:
+                            y, x = y + dy, x + dx
+                        if 0 <= y < height and 0 <= x < width:
+                            ends.append((abs(y - row) + abs(x - column), depth[y, x]))
+                    if not ends:
+                        continue
+                    wide = 2 * ends[0][0] if len(ends) == 1 else ends[0][0] + ends[1][0]
+                    farther = max(value for _, value in ends)
+                    closest = min(distance for distance, _ in ends)
+                    found.append((wide, max(value for distance, value in ends if distance == closest) if wide <= deglad.RIM else farther))
+                if found:
+                    new[row, column] = min(found, key=lambda item: item[0])[1]
                     new_valid[row, column] = True
         depth, valid = new, new_valid
     return depth
 
 
 @settings(max_examples=40, deadline=None)
-@given(sizes, st.floats(0.1, 0.95), st.integers(0, 999))
+@given(larger_sizes, st.floats(0.1, 0.99), st.integers(0, 999))
 def test_fill_missing_equals_a_walk_from_every_pixel(size, missing, seed):
     depth, valid = random(1, *size, seed=seed), random(1, *size, seed=seed + 1) > missing
     valid[0, 0, 0] = True
     depth = torch.where(valid, depth, 0.0)
     assert np.allclose(deglad.fill_missing(depth, valid)[0], brute_fill(depth[0].numpy(), valid[0].numpy()))
+
+
+def test_a_wide_hole_beside_a_near_object_belongs_to_what_is_behind():
+    depth = torch.full((1, 40, 60), 0.9)
+    depth[:, 10:30, 30:] = 0.2
+    hole = torch.zeros_like(depth, dtype=torch.bool)
+    hole[:, 8:32, 14:30] = True  # what the object hides from a camera's other eye
+    filled = deglad.fill_missing(torch.where(hole, 0.0, depth), ~hole)
+    assert torch.equal(filled, depth)
+
+
+def test_an_edge_that_was_not_measured_sharply_stays_in_the_middle_of_its_rim():
+    depth = torch.full((1, 40, 60), 0.9)
+    depth[:, :, 30:] = 0.2
+    hole = torch.zeros_like(depth, dtype=torch.bool)
+    hole[:, :, 27:33] = True
+    assert torch.equal(deglad.fill_missing(torch.where(hole, 0.0, depth), ~hole), depth)
 
 
 @settings(max_examples=40, deadline=None)
