@@ -196,8 +196,12 @@ def over_alphas(weights: Tensor) -> Tensor:
     weights: shares of a pixel, sum one. alpha_i = M_i / (M_1 + … + M_i): what lies in front of layer i takes its share off afterwards.
     Source: ours, the inverse of dreamlayer Eq. 1 (composite of layers by "over").
     """
-    behind = weights.cumsum(1)
-    return torch.where(behind > 1e-4, weights / behind.clamp_min(1e-4), 0.0).clamp(0, 1)
+    alphas, behind = torch.empty_like(weights), torch.zeros_like(weights[:, 0])
+    for weight, alpha in zip(weights.unbind(1), alphas.unbind(1), strict=True):  # one layer at a time stays in the processor's cache
+        behind += weight
+        torch.div(weight, behind.clamp_min(1e-4), out=alpha)
+        alpha.mul_(behind > 1e-4).clamp_(0, 1)
+    return alphas
 
 
 def hidden_parts(weights: Tensor) -> Tensor:
