@@ -57,7 +57,6 @@ def test_the_slicing_workflow_from_start_to_layers(editor, comfy):
     editor.page.mouse.down()
     editor.page.mouse.move(x, y - 0.5 * box["height"], steps=3)
     editor.page.mouse.up()
-    editor.picture(f"slicing_{editor.mode}")
     editor.queue()
     low, middle, high = (float(part) for part in editor.widget("Strata_SliceByDepth", "thresholds").split(","))
     assert (low, high) == (0.15, 0.7)
@@ -65,5 +64,9 @@ def test_the_slicing_workflow_from_start_to_layers(editor, comfy):
     entry = max(comfy.get("/history").json().values(), key=lambda entry: entry["prompt"][0])
     layers = next(output["images"] for output in entry["outputs"].values() if len(output.get("images", [])) > 1)
     assert len(layers) == 1 + 4, "the flattened picture and four layers"
+    # Nodes 2.0 of the floor frontend shows a batch one picture at a time
+    editor.page.wait_for_function("""(name) => [...document.images, ...app.graph.nodes.flatMap((n) => n.imgs ?? [])]
+        .some((image) => image.src.includes(name) && image.naturalWidth)""", arg=layers[0]["filename"])
+    editor.picture(f"slicing_{editor.mode}")
     assert any(file["filename"].endswith(".psd") for file in comfy.files(entry))
     assert editor.errors == []
