@@ -59,9 +59,9 @@ class LoadLayers(io.ComfyNode):
             inputs=[io.Combo.Input("file", options=_loadable(),
                                    tooltip="A PSD, PSB or ORA file in ComfyUI's input folder; the button below uploads one.")],
             outputs=[
-                Layers.Output("layers", tooltip="The layers, back to front, with name, place, opacity, blend mode, visibility and mask."),
-                io.Image.Output("image", tooltip="The visible layers flattened."),
-                io.Mask.Output("mask", tooltip="Transparency of the flattened picture, 1 = transparent."),
+                Layers.Output("layers", display_name="layers", tooltip="The layers, back to front, with name, place, opacity, blend mode, visibility and mask."),
+                io.Image.Output("image", display_name="image", tooltip="The visible layers flattened."),
+                io.Mask.Output("mask", display_name="mask", tooltip="Transparency of the flattened picture, 1 = transparent."),
             ])
 
     @classmethod

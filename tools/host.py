@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 import urllib.error
 import urllib.request
 import zipfile
@@ -85,12 +84,13 @@ def run_pip(python: Path, *args: str) -> None:
         return
     if "No space left" in done.stderr:
         reason = "the disk is full: free about 4 GB, or set STRATA_CACHE to a folder on another disk"
-    elif re.search(r"Temporary failure in name resolution|Connection|Network is unreachable|timed out|ProxyError", done.stderr):
-        reason = "the package index cannot be reached: check the network or your pip configuration, then run the same command again"
+    elif re.search(r"Temporary failure in name resolution|Connection|Network is unreachable|timed out|ProxyError|from versions: none", done.stderr):
+        reason = "the package index cannot be reached or does not have it: check the network and your pip configuration, then try again"
     else:
         reason = "see pip's message above"
         print(done.stderr, file=sys.stderr)
-    raise HostError(f"pip could not install {' '.join(a for a in args if not a.startswith('-'))[:200]}: {reason}.")
+    packages = " ".join(arg for arg in args[1:] if not arg.startswith("-") and "/" not in arg)
+    raise HostError(f"pip could not fetch {packages[:200]}: {reason}.")
 
 
 def need_space(folder: Path) -> None:
@@ -121,6 +121,8 @@ def install_tree(cache: Path, python: Path) -> Path:
 
 def wanted_packages(root: Path) -> list[str]:
     """What ComfyUI lists without its torch lines, which are pinned above, and what this pack lists."""
+    import tomllib  # not in older Pythons, which are to get find_or_install's sentence
+
     lines = [line.strip() for line in (root / "requirements.txt").read_text().splitlines()]
     host = [line for line in lines if line and not line.startswith("#") and not re.match(r"torch(vision|audio)?\b", line)]
     front = os.environ.get("STRATA_FRONTEND")
@@ -168,7 +170,7 @@ def given_host() -> Path | None:
 
 def find_or_install() -> Host:
     """The ComfyUI of COMFYUI_DIR, or the default one from the cache; raises HostError with what to do."""
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036
         raise HostError(f"Python 3.11 or newer is needed and this is {sys.version.split()[0]}. Run with PYTHON=python3.12 make ...")
     cache = cache_dir()
     given = given_host()

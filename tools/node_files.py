@@ -13,6 +13,7 @@ import run
 
 LOCALE = host.PACK / "locales" / "en" / "nodeDefs.json"
 GOLDEN = host.PACK / "tests" / "server" / "object_info.json"
+FROM_DISK = {"file", "model"}  # inputs whose choices are what lies in a folder
 
 
 def ours(object_info: dict) -> dict:
@@ -45,9 +46,8 @@ def locale(object_info: dict) -> dict:
 def golden(object_info: dict) -> dict:
     """What a saved graph relies on: ids, the order of inputs and outputs, their types, defaults and choices."""
     def describe(key, kind, options, required):
-        entry = {"id": key, "type": kind, "required": required, "default": options.get("default")}
-        files = any(name.endswith("_upload") or name == "remote" for name in options) or options.get("strata_files")
-        if kind == "COMBO" and not files:
+        entry = {"id": key, "type": kind, "required": required, "default": None if key in FROM_DISK else options.get("default")}
+        if kind == "COMBO" and key not in FROM_DISK:
             entry["choices"] = options["options"]
         return entry
 

@@ -9,6 +9,10 @@ const PROPERTY = "strata_slice"; // where the last run's pictures are: saved wit
 const RUN_FIRST = "Run the graph once to see the depth here.";
 const GONE = "The pictures of the last run are gone (ComfyUI clears them when it restarts).\nRun the graph again to see the depth here.";
 
+// Undo goes back to a node from before its run; the pictures are still those of this node
+const lastRun = new Map();
+const keyOf = (node) => node.graph?.id && `${node.graph.id} ${node.id}`;
+
 /** Chain a handler behind one that may be there already. */
 function after(object, name, handler) {
     const before = object[name];
@@ -36,7 +40,7 @@ async function fetchPixels({ filename, subfolder = "", type = "temp" }) {
 function passOnToCanvas(element) {
     const inVueNode = () => Boolean(element.closest("[data-node-id]"));
     const pass = (name, when) => (event) => { if (!inVueNode() && when(event)) app.canvas[name]?.(event); };
-    element.addEventListener("wheel", pass("processMouseWheel", () => true), { passive: true });
+    element.addEventListener("wheel", pass("processMouseWheel", () => true));
     element.addEventListener("pointerdown", pass("processMouseDown", (event) => event.button === 1));
     element.addEventListener("pointermove", pass("processMouseMove", (event) => event.buttons & 4));
     element.addEventListener("pointerup", pass("processMouseUp", (event) => event.button === 1));
@@ -44,6 +48,13 @@ function passOnToCanvas(element) {
         // A Vue node would start to drag itself
         element.addEventListener(name, (event) => { if (event.button <= 0 && !(event.buttons & 4)) event.stopPropagation(); });
     }
+}
+
+/** A Vue card that outlives its node (undo, or another workflow with the same node id) keeps the old node's element: take its place. */
+function takePlace(node, element, frames = 120) {
+    if (element.isConnected || frames === 0) return;
+    document.querySelector(`[data-node-id="${node.id}"] .strata-depth-picker[data-gone]`)?.replaceWith(element);
+    requestAnimationFrame(() => takePlace(node, element, frames - 1));
 }
 
 function attach(node) {
@@ -71,6 +82,7 @@ function attach(node) {
     };
 
     const load = async () => {
+        if (!node.properties[PROPERTY] && lastRun.has(keyOf(node))) node.properties[PROPERTY] = lastRun.get(keyOf(node));
         const slice = node.properties[PROPERTY];
         if (!slice?.front || !slice?.depth) {
             picker.say(RUN_FIRST);
@@ -98,10 +110,12 @@ function attach(node) {
         const slice = output?.[PROPERTY]?.[0];
         if (!slice) return;
         node.properties[PROPERTY] = slice;
+        if (keyOf(node)) lastRun.set(keyOf(node), slice);
         load();
     });
     after(node, "onConfigure", () => { load(); follow(); });
     after(node, "onConnectionsChange", follow);
+    after(node, "onAdded", () => takePlace(node, picker.element));
     after(node, "onRemoved", () => { newest++; picker.dispose(); });
     node.setSize([Math.max(node.size[0], 400), Math.max(node.size[1], node.computeSize()[1] + 120)]);
     load();

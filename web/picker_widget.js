@@ -99,6 +99,7 @@ export class DepthPicker {
         this.observer.disconnect();
         cancelAnimationFrame(this.frame);
         this.onChange = () => {};
+        this.element.dataset.gone = "";
     }
 
     // What to show

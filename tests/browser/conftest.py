@@ -14,7 +14,8 @@ ARGS = ["--no-sandbox", "--disable-gpu", "--use-gl=swiftshader", "--enable-unsaf
 READY = """() => window.app?.graph && window.LiteGraph && LiteGraph.registered_node_types.Strata_SliceByDepth
     && !document.querySelector('#comfyui-body-loading') && window.app.vueAppReady"""
 # What the frontend reports of itself on an older or offline host: addresses that it asks for and does not get
-FOREIGN = ("favicon", "/userdata", "/releases", "api.comfy.org", "user.css", "/jobs", "[Jobs API]", "JobsApiError", "huggingface.co", "workflow_templates", "net::ERR")
+FOREIGN = ("favicon", "/userdata", "/releases", "api.comfy.org", "user.css", "/jobs", "[Jobs API]", "JobsApiError",
+           "huggingface.co", "workflow_templates", "net::ERR")
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +81,8 @@ class Editor:
         }""", node_type)
 
     def widget(self, node_type: str, name: str):
-        return self.page.evaluate("([type, name]) => app.graph.nodes.find((n) => n.type === type).widgets.find((w) => w.name === name).value", [node_type, name])
+        script = "([type, name]) => app.graph.nodes.find((n) => n.type === type).widgets.find((w) => w.name === name).value"
+        return self.page.evaluate(script, [node_type, name])
 
     def set_widget(self, node_type: str, name: str, value) -> None:
         """As the frontend does when somebody has typed into it."""
@@ -107,7 +109,7 @@ def site(comfy) -> str:
 def opened(request, browser, site):
     """The page, once with the classic canvas and once with Nodes 2.0."""
     requests.post(site + "/settings/Comfy.VueNodes.Enabled", json=request.param == "nodes2", timeout=10).raise_for_status()
-    context = browser.new_context(viewport={"width": 1600, "height": 1000})
+    context = browser.new_context(viewport={"width": 1600, "height": 1400})
     page = context.new_page()
     page.set_default_timeout(20_000)
     editor = Editor(page, site, request.param)

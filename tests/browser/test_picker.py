@@ -8,7 +8,6 @@ import pytest
 import requests
 import torch
 from PIL import Image
-
 from strata.techniques import depth as technique
 
 SLICE = "Strata_SliceByDepth"
@@ -142,6 +141,11 @@ def test_drag_changes_widget_and_tint_without_a_run(picker, no_run):
     picker.editor.picture(f"picker_dragged_{picker.editor.mode}")
     picker.page.keyboard.press("Control+z")
     picker.page.wait_for_function("() => app.graph.nodes.find((n) => n.type === 'Strata_SliceByDepth').widgets[0].value === '0.3'")
+    # the node was made anew: its own picker must be the one on the page
+    picker.page.wait_for_function("() => document.querySelector('.strata-depth-picker:not([data-gone])')?.shadowRoot.querySelector('.line')?.ariaValueNow === '0.300'")
+    picker.root.wait_for()
+    picker.drag(0.3, 0.45)
+    picker.wait_value(0.45)
     assert picker.editor.errors == []
 
 
@@ -242,6 +246,37 @@ def test_run_then_reload_keeps_the_views(picker):
     picker.editor.load(saved, "lost")
     picker.root.locator(".message", has_text="gone").wait_for()
     assert "Run the graph again" in picker.message()
+
+
+def test_thresholds_from_another_node_are_shown_and_not_changed(prompt, editor):
+    linked = {**prompt, "5": {"class_type": "PrimitiveString", "inputs": {"value": "0.2, 0.7"}}}
+    linked["3"] = {"class_type": SLICE, "inputs": {**prompt["3"]["inputs"], "thresholds": ["5", 0]}}
+    editor.load_api(linked)
+    editor.queue()
+    editor.show(SLICE)
+    picker = Picker(editor)
+    picker.page.wait_for_function("() => document.querySelector('.strata-depth-picker:not([data-gone])')?.shadowRoot.querySelectorAll('.line').length === 2")
+    assert picker.shown() == [0.2, 0.7]
+    assert "comes from another node" in picker.root.locator(".hint").inner_text()
+    picker.page.mouse.click(*picker.at(0.5))
+    picker.drag(0.2, 0.4)
+    assert picker.shown() == [0.2, 0.7]
+
+
+def test_zoom_and_pan_go_through_to_the_canvas(picker):
+    place = picker.page.evaluate("() => [app.canvas.ds.scale, ...app.canvas.ds.offset]")
+    box = picker.front.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    picker.page.mouse.move(x, y)
+    picker.page.mouse.wheel(0, -100)
+    picker.page.wait_for_function("(before) => app.canvas.ds.scale > before", arg=place[0])
+    left = picker.page.evaluate("() => app.canvas.ds.offset[0]")
+    picker.page.mouse.down(button="middle")
+    picker.page.mouse.move(x + 60, y, steps=3)
+    picker.page.mouse.up(button="middle")
+    picker.page.wait_for_function("(before) => app.canvas.ds.offset[0] > before + 20", arg=left)
+    assert picker.value() == "0.3"
+    assert picker.editor.errors == []
 
 
 CORNER = """(type) => {

@@ -126,6 +126,17 @@ def test_bad_slicing_is_one_sentence(comfy, inputs, changes, words):
     assert all(word in message for word in words) and "\n" not in message and message.endswith("."), message
 
 
+def test_a_picture_with_nan_is_refused_and_nan_in_depth_is_filled(comfy, inputs):
+    values = inputs[1].astype(np.float32) / 65535
+    values[5:9, 5:9] = np.nan
+    np.save(comfy.server.base / "input" / "nan.npy", values)
+    prompt = graph(depth="nan.npy")
+    assert len(saved(comfy, prompt, ["slice", 1], mask=True)) == 3
+    prompt["slice"]["inputs"]["image"] = ["depth", 0]
+    message = error(comfy, prompt)
+    assert "image: there are NaN" in message and message.endswith(".")
+
+
 def test_a_broken_or_missing_depth_file_is_named(comfy, inputs):
     assert "broken.png" in error(comfy, graph(depth="broken.png"))
     assert "no 'absent.png'" in error(comfy, graph(depth="absent.png"))

