@@ -103,20 +103,21 @@ class SliceByDepth(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, depth, thresholds, points, near_is, missing_depth, soft_edge, refine_edges, refine_width, fill_holes):
-        image = check_image(image, "image")[..., :3]
+        image = check_image(image, "image")
+        image, opacity = image[..., :3], image[..., 3] if image.shape[-1] == 4 else None
         depth = read_depth(depth, image, near_is, missing_depth)
         given, clicked = deglad.parse_thresholds(thresholds), deglad.parse_points(points)
         cuts = [deglad.all_thresholds(one, given, clicked) for one in depth]
         progress = ProgressBar(sum(len(used) + 1 for used in cuts))
         stacks, masks, holes = [], [], []
-        for picture, one, used in zip(image, depth, cuts, strict=True):
+        for index, (picture, one, used) in enumerate(zip(image, depth, cuts, strict=True)):
             weights, colours = deglad.slice_masks(one[None], used), picture.expand(1, len(used) + 1, -1, -1, -1)
             if refine_edges == "matting":
                 refined = refine_slices(picture, weights[0], refine_width, lambda: progress.update(1))
                 weights, colours = (value[None] for value in refined)
             else:
                 weights = deglad.soften(weights, soft_edge)
-            stack = deglad.cut_layers(colours, weights, used, fill_holes == "blurred")
+            stack = deglad.cut_layers(colours, weights, used, fill_holes == "blurred", None if opacity is None else opacity[index:index + 1])
             stacks.append(write_layers(stack))
             masks.append(weights[0])
             holes.append(deglad.hidden_parts(weights)[0])
@@ -243,7 +244,8 @@ class LoadDepth(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file):
-        return folder_paths.exists_annotated_filepath(file) or f"file: there is no {file!r} in the input folder; upload it or choose another."
+        inside = not Path(file).is_absolute() and ".." not in Path(file).parts
+        return (inside and folder_paths.exists_annotated_filepath(file)) or f"file: there is no {file!r} in the input folder; upload it or choose another."
 
 
 def read_depth_file(path: Path) -> np.ndarray:

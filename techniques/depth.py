@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layers import Layer, LayerStack
+from .layers import MAX_LAYERS, Layer, LayerStack
 
 BINS = 256
 RIM = 8  # pixels
@@ -190,16 +190,18 @@ def soften(weights: Tensor, width: float) -> Tensor:
     return weights
 
 
-def over_alphas(weights: Tensor) -> Tensor:
+def over_alphas(weights: Tensor, opacity: Tensor | None = None) -> Tensor:
     """Alpha [B,N,H,W] of each layer, back to front, that shows the weights [B,N,H,W] when the layers are laid over each other.
 
     weights: shares of a pixel, sum one. alpha_i = M_i / (M_1 + … + M_i): what lies in front of layer i takes its share off afterwards.
+    opacity: [B,H,W] in 0..1, the alpha a of the picture that is cut, which the layers then have together: a M_i / (1 − a + a (M_1 + … + M_i)).
     Source: ours, the inverse of dreamlayer Eq. 1 (composite of layers by "over").
     """
     alphas, behind = torch.empty_like(weights), torch.zeros_like(weights[:, 0])
     for weight, alpha in zip(weights.unbind(1), alphas.unbind(1), strict=True):  # one layer at a time stays in the processor's cache
         behind += weight
-        torch.div(weight, behind.clamp_min(1e-4), out=alpha)
+        let_through = behind if opacity is None else torch.lerp(torch.ones_like(behind), behind, opacity)
+        torch.div(weight if opacity is None else weight * opacity, let_through.clamp_min(1e-4), out=alpha)
         alpha.mul_(behind > 1e-4).clamp_(0, 1)
     return alphas
 
@@ -299,26 +301,29 @@ def top_view(image: Tensor, depth: Tensor, height: int = 256) -> Tensor:
 def all_thresholds(depth: Tensor, given: list[float], points: list[tuple[float, float]]) -> list[float]:
     """The given thresholds and one behind the object at each point of depth [H,W], ascending, without repeats closer than 1/256.
 
-    Raises ValueError when there are none. Source: ours, clicks add to what was typed.
+    Raises ValueError when there are none or too many for a document. Source: ours, clicks add to what was typed.
     """
     used: list[float] = []
     for value in sorted([*given, *(threshold_behind(depth, x, y) for x, y in points)]):
-        if not used or value in given or value - used[-1] >= 1 / BINS:
+        if not used or value - used[-1] >= 1 / BINS or (value in given and value != used[-1]):
             used.append(value)
     if not used:
         raise ValueError("thresholds: there is no threshold and no point; write one, for example 0.5, or click in the node's views.")
+    if len(used) >= MAX_LAYERS:
+        raise ValueError(f"thresholds: there are {len(used)} cuts and a document holds {MAX_LAYERS} layers; give at most {MAX_LAYERS - 1}.")
     return used
 
 
-def cut_layers(colours: Tensor, weights: Tensor, thresholds: list[float], fill: bool) -> LayerStack:
+def cut_layers(colours: Tensor, weights: Tensor, thresholds: list[float], fill: bool, opacity: Tensor | None = None) -> LayerStack:
     """The layers of one picture from colours [1,N,H,W,3] and weights [1,N,H,W], back to front, made whole behind nearer ones if asked.
 
+    opacity: [1,H,W] in 0..1, the alpha of a picture that is itself transparent in places.
     Source: deglad, Sec. 3.2 (the layers that the masks of Eq. 2 give).
     """
-    alphas = over_alphas(weights)
+    alphas = over_alphas(weights, opacity)
     if fill:
         colours, extra = fill_behind(colours, weights)
-        alphas = alphas + extra
+        alphas = alphas + (extra if opacity is None else extra * opacity)
     return _depth_layers(colours[0], alphas[0], thresholds)
 
 

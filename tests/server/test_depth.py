@@ -98,6 +98,22 @@ def test_two_images_of_a_batch_are_sliced_apart(comfy, inputs):
     assert len(saved(comfy, prompt, ["slice", 1], mask=True)) == 6
 
 
+def test_a_transparent_picture_stays_transparent(comfy, inputs):
+    folder = comfy.server.base / "input"
+    alpha = np.tile(np.linspace(0, 255, 64).round().astype(np.uint8), (48, 1))
+    Image.fromarray(alpha).save(folder / "planes_alpha.png")
+    prompt = graph(soft_edge=4.0)
+    prompt["alpha"] = {"class_type": "LoadImageMask", "inputs": {"image": "planes_alpha.png", "channel": "red"}}
+    prompt["invert"] = {"class_type": "InvertMask", "inputs": {"mask": ["alpha", 0]}}
+    prompt["rgba"] = {"class_type": "JoinImageWithAlpha", "inputs": {"image": ["image", 0], "alpha": ["invert", 0]}}
+    prompt["slice"]["inputs"]["image"] = ["rgba", 0]
+    prompt["flat"] = {"class_type": "Strata_FlattenLayers", "inputs": {
+        "layers": ["slice", 0], **{key: options["default"] for key, _, options, _ in widgets(comfy, "Strata_FlattenLayers")}}}
+    prompt["flat"]["inputs"]["background"] = "transparent"
+    picture = saved(comfy, prompt, ["flat", 0])[0].astype(int)
+    assert picture.shape[-1] == 4 and np.abs(picture[..., 3] - alpha).max() <= 1
+
+
 def test_numpy_depth_and_another_size_give_the_same_cut(comfy, inputs):
     a, b = (saved(comfy, graph(depth=name), ["slice", 1], mask=True) for name in ("planes_depth.png", "planes_depth.npy"))
     assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
@@ -140,6 +156,9 @@ def test_a_picture_with_nan_is_refused_and_nan_in_depth_is_filled(comfy, inputs)
 def test_a_broken_or_missing_depth_file_is_named(comfy, inputs):
     assert "broken.png" in error(comfy, graph(depth="broken.png"))
     assert "no 'absent.png'" in error(comfy, graph(depth="absent.png"))
+    (comfy.server.base / "outside.npy").write_bytes((comfy.server.base / "input" / "planes_depth.npy").read_bytes())
+    for outside in ("../outside.npy", str(comfy.server.base / "outside.npy")):
+        assert "outside.npy" in error(comfy, graph(depth=outside)) and "input folder" in error(comfy, graph(depth=outside))
 
 
 def compose(**changes):

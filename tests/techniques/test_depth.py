@@ -72,6 +72,22 @@ def test_over_alphas_are_weights_over_what_lies_behind():
     assert deglad.over_alphas(weights).flatten().tolist() == pytest.approx([1.0, 0.6, 0.5])
 
 
+@settings(max_examples=40, deadline=None)
+@given(sizes, thresholds_strategy, st.floats(0, 6), st.booleans(), st.integers(0, 999))
+def test_cut_layers_of_a_transparent_picture_have_its_alpha_together(size, thresholds, width, fill, seed):
+    image, opacity = random(*size, 3, seed=seed), random(1, *size, seed=seed + 1).mul(3).sub(1).clamp(0, 1)
+    weights = deglad.soften(deglad.slice_masks(random(1, *size, seed=seed + 2), thresholds), width)
+    stack = deglad.cut_layers(image.expand(1, len(thresholds) + 1, -1, -1, -1), weights, thresholds, fill, opacity)
+    colour, through = torch.zeros(*size, 3, dtype=torch.float64), torch.ones(*size, 1, dtype=torch.float64)
+    for layer in stack.layers:
+        alpha = layer.image[..., 3:]
+        colour, through = alpha * layer.image[..., :3] + (1 - alpha) * colour, through * (1 - alpha)
+    if not fill:  # what is filled in shows through a transparent front
+        assert (1 - through[..., 0] - opacity[0]).abs().max() < 1 / 255
+        assert (colour - opacity[0, ..., None] * image).abs().max() < 1 / 255
+    assert all(layer.image[..., 3].max() <= 1 for layer in stack.layers)
+
+
 def test_hidden_parts_are_what_nearer_layers_cover():
     masks = deglad.slice_masks(torch.tensor([[[0.1, 0.5, 0.9]]]), [0.3, 0.7])
     assert deglad.hidden_parts(masks)[0, :, 0].tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 0]]
@@ -251,6 +267,10 @@ def test_all_thresholds_adds_points_to_what_was_typed():
     depth = three_planes()[0]
     used = deglad.all_thresholds(depth, [0.1], [(0.7, 0.6), (0.35, 0.5), (0.36, 0.5)])
     assert used[0] == 0.1 and len(used) == 3 and used == sorted(used)
+    behind = deglad.threshold_behind(depth, 0.7, 0.6)
+    assert deglad.all_thresholds(depth, [behind], [(0.7, 0.6)]) == [behind]
+    with pytest.raises(ValueError, match="^thresholds: there are 50 cuts .* at most 49"):
+        deglad.all_thresholds(depth, [k / 51 for k in range(1, 51)], [])
     with pytest.raises(ValueError, match="no threshold and no point"):
         deglad.all_thresholds(depth, [], [])
 
