@@ -1,2 +1,286 @@
-"""To come."""
-NODES = []
+"""Nodes of the menu category Strata/Depth."""
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import folder_paths
+import numpy as np
+import torch
+from comfy.utils import ProgressBar, common_upscale
+from comfy_api.latest import io
+from PIL import Image
+
+from ..patches import depth_model
+from ..techniques import depth as deglad
+from ..techniques.layers import write_layers
+from ..techniques.matting import refine_slices
+from .inputs import check_image, check_mask
+from .sockets import Layers, schema
+
+NEAR = io.Combo.Input("near_is", ["white", "black"], default="white", tooltip=(
+    "What near pixels are in the depth picture: white for Depth Anything, MiDaS and disparity, black for depth cameras and metric depth."))
+MISSING = io.Combo.Input("missing_depth", ["auto", "zero and NaN", "NaN only"], default="auto", tooltip=(
+    "Which values mean 'not measured' and are filled from their surroundings. auto: zero counts as missing when near is black, as depth cameras "
+    "give it, and as the far end when near is white."))
+THRESHOLD = io.Float.Input("threshold", default=0.5, min=0.0, max=1.0, step=0.001, round=0.0001,
+                           tooltip="Depth of the cut: 0 is the nearest depth of the picture, 1 the farthest.")
+
+
+def depth_input(name: str = "depth"):
+    return io.MultiType.Input(name, [io.Image, io.Mask], tooltip="Depth of the picture from any depth node; another size is resized.")
+
+
+def read_depth(value: torch.Tensor, image: torch.Tensor, near_is: str, missing: str, socket: str = "depth") -> torch.Tensor:
+    """[B,H,W] in 0..1, 0 = nearest, at the size and batch of the image. NaN is allowed here: it means missing."""
+    if not isinstance(value, torch.Tensor) or value.ndim not in (2, 3, 4) or 0 in value.shape:
+        raise ValueError(f"{socket}: this is not a depth picture; connect the IMAGE or MASK of a depth node.")
+    value = value.float()
+    value = value[..., :3].mean(-1) if value.ndim == 4 else value.view(-1, *value.shape[-2:])
+    if len(value) not in (1, len(image)):
+        raise ValueError(f"{socket}: there are {len(value)} depth pictures for {len(image)} images; connect one, or one for each image.")
+    zero = missing == "zero and NaN" or (missing == "auto" and near_is == "black")
+    try:
+        depth = deglad.normalise_depth(value, near_is == "white", zero)
+    except ValueError as error:
+        raise ValueError(str(error).replace("depth:", f"{socket}:", 1)) from error
+    return deglad.resize_depth(depth, *image.shape[1:3]).expand(len(image), -1, -1)
+
+
+def picker_files(image: torch.Tensor, depth: torch.Tensor, thresholds: list[float]) -> dict:
+    """What the picker on the node draws: a small picture, and its depth in 16 bits (red the high byte, green the low one)."""
+    height, width = depth.shape
+    scale = min(1.0, 768 / max(height, width))
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    front = torch.nn.functional.interpolate(image.permute(2, 0, 1)[None], size, mode="area")[0].permute(1, 2, 0)
+    values = (deglad.resize_depth(depth[None], *size)[0] * 65535).round().int()
+    packed = torch.stack([values // 256, values % 256, torch.zeros_like(values)], -1)
+    pictures = {"front": (front.clamp(0, 1) * 255).round(), "depth": packed}
+    return {"width": width, "height": height, "thresholds": thresholds,
+            **{name: save_temporary(pixels.to(torch.uint8).cpu().numpy()) for name, pixels in pictures.items()}}
+
+
+def save_temporary(pixels: np.ndarray) -> dict:
+    """A PNG in ComfyUI's temp folder, named by its content, as the reference that /view takes."""
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"strata_{hashlib.sha256(pixels.tobytes()).hexdigest()[:20]}.png"
+    Image.fromarray(pixels).save(folder / name, compress_level=1)
+    return {"filename": name, "subfolder": "", "type": "temp"}
+
+
+class SliceByDepth(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Strata_SliceByDepth", display_name="Slice by depth", category="Strata/Depth", is_output_node=True,
+            search_aliases=["DeGLaD", "depth layers", "split by depth"],
+            description="Cuts a picture into layers at one or more depths. Run it once, then click in the views on the node to choose where.",
+            inputs=[
+                io.Image.Input("image", tooltip="The picture to cut into layers."),
+                depth_input(),
+                io.String.Input("thresholds", default="0.5", tooltip="Depths of the cuts from near to far (0 to 1), for example 0.3, 0.6."),
+                io.String.Input("points", default="", tooltip=(
+                    "Points on objects, as fractions of width and height, for example 0.5, 0.4; 0.2, 0.7. "
+                    "Each adds a cut just behind the object there.")),
+                NEAR,
+                MISSING,
+                io.Float.Input("soft_edge", default=0.0, min=0.0, max=256.0, step=0.5, tooltip=(
+                    "Pixels over which neighbouring layers fade into each other; 0 cuts hard. Not used with matting.")),
+                io.Combo.Input("refine_edges", ["off", "matting"], default="off", tooltip=(
+                    "matting: finds hair-fine alpha along each cut and removes the other side's colour from it. Takes seconds; needs pymatting.")),
+                io.Int.Input("refine_width", default=16, min=2, max=256, tooltip="Pixels around each cut that matting may change."),
+                io.Combo.Input("fill_holes", ["none", "blurred"], default="none", tooltip=(
+                    "blurred: continues each layer smoothly behind nearer ones. none: leaves holes; inpaint them with the holes output.")),
+            ],
+            outputs=[
+                Layers.Output("layers", display_name="layers", is_output_list=True, tooltip="One LAYERS document per image, layers back to front."),
+                io.Mask.Output("masks", display_name="masks", tooltip="One per layer, back to front: 1 where a pixel belongs to it. They sum to 1."),
+                io.Image.Output("depth_map", display_name="depth", tooltip="The depth that was used, black = nearest, white = farthest."),
+                io.Mask.Output("holes", display_name="holes", tooltip="One mask per layer, back to front: 1 where nearer layers hide it."),
+                io.String.Output("used_thresholds", display_name="thresholds", tooltip="Those of the first image, with those of its points."),
+            ])
+
+    @classmethod
+    def execute(cls, image, depth, thresholds, points, near_is, missing_depth, soft_edge, refine_edges, refine_width, fill_holes):
+        image = check_image(image, "image")[..., :3]
+        depth = read_depth(depth, image, near_is, missing_depth)
+        given, clicked = deglad.parse_thresholds(thresholds), deglad.parse_points(points)
+        cuts = [deglad.all_thresholds(one, given, clicked) for one in depth]
+        progress = ProgressBar(sum(len(used) + 1 for used in cuts))
+        stacks, masks, holes = [], [], []
+        for picture, one, used in zip(image, depth, cuts, strict=True):
+            weights, colours = deglad.slice_masks(one[None], used), picture.expand(1, len(used) + 1, -1, -1, -1)
+            if refine_edges == "matting":
+                refined = refine_slices(picture, weights[0], refine_width, lambda: progress.update(1))
+                weights, colours = (value[None] for value in refined)
+            else:
+                weights = deglad.soften(weights, soft_edge)
+            stack = deglad.cut_layers(colours, weights, used, fill_holes == "blurred")
+            stacks.append(write_layers(stack))
+            masks.append(weights[0])
+            holes.append(deglad.hidden_parts(weights)[0])
+            progress.update(1)
+        text = ", ".join(f"{value:.4g}" for value in cuts[0])
+        gray = depth[..., None].expand(-1, -1, -1, 3)
+        return io.NodeOutput(stacks, torch.cat(masks), gray, torch.cat(holes), text,
+                             ui={"strata_slice": [picker_files(image[0], depth[0], cuts[0])]})
+
+
+class DepthTopView(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Strata_DepthTopView", display_name="View depth from above", category="Strata/Depth",
+            search_aliases=["DeGLaD", "top view", "bird's eye"],
+            description="The scene from above: columns of the picture against depth, nearest at the bottom. To choose thresholds without the editor.",
+            inputs=[
+                io.Image.Input("image", tooltip="The picture; its colours are shown."), depth_input(), NEAR, MISSING,
+                io.Int.Input("height", default=512, min=16, max=4096, tooltip="Height of the view in pixels, for depth 0 to 1."),
+            ],
+            outputs=[io.Image.Output("view", display_name="view", tooltip="The view from above, as wide as the picture.")])
+
+    @classmethod
+    def execute(cls, image, depth, near_is, missing_depth, height):
+        image = check_image(image, "image")
+        return io.NodeOutput(deglad.top_view(image, read_depth(depth, image, near_is, missing_depth), height))
+
+
+class AmodalMask(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Strata_AmodalMask", display_name="Mask a region behind nearer things", category="Strata/Depth",
+            search_aliases=["DeGLaD", "amodal", "occlusion mask"],
+            description="A box, or a mask, without what is nearer than a depth: where an object at that depth can be seen. For inpainting.",
+            inputs=[
+                io.Image.Input("image", tooltip="The picture that the region lies in; it gives the size."), depth_input(), THRESHOLD,
+                io.Int.Input("x", default=0, min=-16384, max=16384, tooltip="Left side of the box in pixels."),
+                io.Int.Input("y", default=0, min=-16384, max=16384, tooltip="Upper side of the box in pixels."),
+                io.Int.Input("width", default=256, min=1, max=16384, tooltip="Width of the box in pixels."),
+                io.Int.Input("height", default=256, min=1, max=16384, tooltip="Height of the box in pixels."),
+                NEAR, MISSING,
+                io.Mask.Input("region", optional=True, tooltip="A mask to use in place of the box, 1 = in the region."),
+            ],
+            outputs=[io.Mask.Output("mask", display_name="mask", tooltip="1 where the object can be seen.")])
+
+    @classmethod
+    def execute(cls, image, depth, threshold, x, y, width, height, near_is, missing_depth, region=None):
+        image = check_image(image, "image")
+        depth = read_depth(depth, image, near_is, missing_depth)
+        if region is None:
+            region = torch.zeros_like(depth)
+            region[:, max(0, y):max(0, y + height), max(0, x):max(0, x + width)] = 1
+            if not region.any():
+                raise ValueError(f"x, y, width, height: the box lies outside of the picture of {depth.shape[2]}×{depth.shape[1]}; move it inside.")
+        region = check_mask(region, "region")
+        if region.shape[1:] != depth.shape[1:] or len(region) not in (1, len(depth)):
+            raise ValueError(f"region: the mask is {region.shape[2]}×{region.shape[1]} ({len(region)}) and the picture is "
+                             f"{depth.shape[2]}×{depth.shape[1]} ({len(depth)}); make them the same size.")
+        return io.NodeOutput(deglad.amodal_mask(region, depth, threshold))
+
+
+class ComposeByDepth(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Strata_ComposeByDepth", display_name="Compose two scenes at a depth", category="Strata/Depth",
+            search_aliases=["DeGLaD", "swap background", "replace background"],
+            description="Pastes what is nearer than a depth in one scene over another scene, and composes their depths in the same way.",
+            inputs=[
+                io.Image.Input("foreground", tooltip="The scene whose near part is kept; it gives the size."),
+                depth_input("foreground_depth"),
+                io.Image.Input("background", tooltip="The scene behind; scaled and centred to fill the foreground's frame."),
+                depth_input("background_depth"), THRESHOLD, NEAR, MISSING,
+                io.Float.Input("soft_edge", default=2.0, min=0.0, max=256.0, step=0.5, tooltip="Pixels over which the cut fades; 0 cuts hard."),
+            ],
+            outputs=[
+                io.Image.Output("image", display_name="image", tooltip="The composite."),
+                io.Mask.Output("mask", display_name="mask", tooltip="1 where the foreground scene shows."),
+                io.Image.Output("composite_depth", display_name="depth", tooltip=(
+                    "Depth of the composite, black = nearest. A depth ControlNet wants it inverted.")),
+                Layers.Output("layers", display_name="layers", is_output_list=True, tooltip="Background and foreground, one document per image."),
+            ])
+
+    @classmethod
+    def execute(cls, foreground, foreground_depth, background, background_depth, threshold, near_is, missing_depth, soft_edge):
+        front, back = check_image(foreground, "foreground")[..., :3], check_image(background, "background")[..., :3]
+        if len(back) not in (1, len(front)):
+            raise ValueError(f"background: there are {len(back)} images for {len(front)} foregrounds; connect one, or one for each.")
+        front_depth = read_depth(foreground_depth, front, near_is, missing_depth, "foreground_depth")
+        back_depth = read_depth(background_depth, back, near_is, missing_depth, "background_depth")
+        height, width = front.shape[1:3]
+        back = common_upscale(back.movedim(-1, 1), width, height, "lanczos", "center").movedim(1, -1)
+        back_depth = common_upscale(back_depth[:, None], width, height, "nearest-exact", "center")[:, 0]
+        back, back_depth = back.expand(len(front), -1, -1, -1), back_depth.expand(len(front), -1, -1)
+        weights = deglad.soften(deglad.slice_masks(front_depth, [threshold]), soft_edge)
+        image, depth = deglad.compose_by_depth(front, back, front_depth, back_depth, weights[:, 1])
+        stacks = [write_layers(deglad.paste_layers(*pair)) for pair in zip(back, front, weights[:, 1], strict=True)]
+        return io.NodeOutput(image, weights[:, 1], depth[..., None].expand(-1, -1, -1, 3), stacks)
+
+
+class LoadDepth(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        folder = Path(folder_paths.get_input_directory())
+        names = sorted(path.name for path in folder.glob("*") if path.suffix.lower() in (".png", ".tif", ".tiff", ".npy", ".npz"))
+        return schema(
+            node_id="Strata_LoadDepth", display_name="Load depth", category="Strata/Depth",
+            search_aliases=["16-bit depth", "load disparity", "depth png"],
+            description="Loads a depth or disparity file with its full precision: 8- and 16-bit PNG, TIFF with floats, or a NumPy file.",
+            inputs=[io.Combo.Input("file", names, upload=io.UploadType.image, image_folder=io.FolderType.input,
+                                   tooltip="A depth file in ComfyUI's input folder; core's Load Image would cut 16 bits down to 8.")],
+            outputs=[io.Image.Output("depth", display_name="depth", tooltip="The stored values, integers scaled to 0..1; NaN stays NaN.")])
+
+    @classmethod
+    def execute(cls, file):
+        values = read_depth_file(Path(folder_paths.get_annotated_filepath(file)))
+        return io.NodeOutput(torch.from_numpy(values)[None, ..., None].expand(-1, -1, -1, 3))
+
+    @classmethod
+    def fingerprint_inputs(cls, file):
+        return hashlib.sha256(Path(folder_paths.get_annotated_filepath(file)).read_bytes()).hexdigest()
+
+    @classmethod
+    def validate_inputs(cls, file):
+        return folder_paths.exists_annotated_filepath(file) or f"file: there is no {file!r} in the input folder; upload it or choose another."
+
+
+def read_depth_file(path: Path) -> np.ndarray:
+    """float32 [H,W]: integers of 8 or 16 bits scaled to 0..1, floats as they are. Raises ValueError naming the file."""
+    try:
+        if path.suffix.lower() in (".npy", ".npz"):
+            values = np.load(path, allow_pickle=False)
+            values = values[values.files[0]] if path.suffix.lower() == ".npz" else values
+        else:
+            with Image.open(path) as picture:
+                values = np.array(picture if picture.mode in ("L", "F") or picture.mode.startswith("I") else picture.convert("L"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"file: {path.name} cannot be read as depth ({error}); save it as PNG, TIFF or NPY.") from error
+    values = values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values
+    if values.ndim != 2 or values.dtype.kind not in "uif":
+        raise ValueError(f"file: {path.name} holds {values.dtype} values of shape {values.shape}; depth is one number per pixel, [height, width].")
+    if values.dtype.kind == "f":
+        return values.astype(np.float32)
+    return values.astype(np.float32) / (255 if values.dtype.itemsize == 1 else 65535)
+
+
+class EstimateDepth(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Strata_EstimateDepth", display_name="Estimate depth", category="Strata/Depth",
+            search_aliases=["Depth Anything V2", "monocular depth", "depth map"],
+            description="Depth of a picture by Depth Anything V2 (or another transformers depth model) from a folder below models/depth_estimation.",
+            inputs=[
+                io.Image.Input("image", tooltip="The picture whose depth is wanted."),
+                io.Combo.Input("model", depth_model.choices(), tooltip="A folder below models/depth_estimation with config.json and weights."),
+            ],
+            outputs=[io.Image.Output("depth", display_name="depth", tooltip="Relative depth in 0..1, white = near.")])
+
+    @classmethod
+    def execute(cls, image, model):
+        return io.NodeOutput(depth_model.estimate(check_image(image, "image")[..., :3], model))
+
+
+NODES = [SliceByDepth, DepthTopView, EstimateDepth, LoadDepth, AmodalMask, ComposeByDepth]

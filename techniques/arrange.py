@@ -1,0 +1,241 @@
+"""Layers chosen by number or name, put in another order, renamed, merged, and made from or into image batches."""
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .compositing import flatten_image
+from .geometry import fit, place, rasterise, transform
+from .layers import MAX_LAYERS, Layer, LayerStack
+
+ACTIONS = ("pick", "drop", "reorder", "bring to front", "send to back", "reverse", "rename", "merge")
+_PART = re.compile(r'\s*(?:"([^"]*)"|([^",]*))\s*(?:,|$)')
+
+
+def select(stack: LayerStack, text: str, socket: str = "select") -> list[int]:
+    """Indices of the layers that a text such as `1, 3-5, Sky` names, in its order; all of them for an empty text.
+
+    Numbers count from 1 at the back; a range may run backwards. Anything else is a name (capitals do not matter), and stands for
+    every layer of that name; in double quotes it is always a name, so that it may be a number or hold a comma.
+    Raises ValueError for a layer that is not there or is named twice. Source: ours, page ranges of a print dialog.
+    """
+    if not text.strip():
+        return list(range(len(stack.layers)))
+    chosen: list[int] = []
+    for quoted, plain in _parts(text, socket):
+        found = _named(stack, quoted) if quoted else _numbered(stack, plain, socket) or _named(stack, plain)
+        if not found:
+            names = ", ".join(f"{number} {layer.name!r}" for number, layer in enumerate(stack.layers, 1))
+            raise ValueError(f"{socket}: there is no layer {quoted or plain!r}; the layers are {names}.")
+        chosen += found
+    twice = next((index for index in chosen if chosen.count(index) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{socket}: {text!r} names layer {twice + 1} ({stack.layers[twice].name!r}) twice; name every layer once.")
+    return chosen
+
+
+def arrange(stack: LayerStack, action: str, text: str, names: str = "") -> LayerStack:
+    """The stack after one action on the selected layers (see `select`).
+
+    pick: only these, in the order written. drop: all but these. reorder: all layers, in the order written, back to front.
+    bring to front, send to back: these, in the order written. reverse: these swap places, front to back. rename: one line of
+    `names` for each. merge: neighbouring layers become one, named by `names` or after the nearest.
+    Raises ValueError naming the input. Source: ours, what layer panels of image editors do.
+    """
+    if action not in ACTIONS:
+        raise ValueError(f"action: {action!r} is not known; use one of {', '.join(ACTIONS)}.")
+    indices = select(stack, text)
+    chosen = [stack.layers[index] for index in indices]
+    others = [layer for index, layer in enumerate(stack.layers) if index not in indices]
+    if action == "merge":
+        return merge(stack, indices, names.strip())
+    if action == "rename":
+        return rename(stack, indices, names)
+    if action == "reverse":
+        return stack.with_layers(_put(stack.layers, sorted(indices), [stack.layers[index] for index in sorted(indices, reverse=True)]))
+    if action == "drop" and not others:
+        raise ValueError("select: this drops every layer, and a LAYERS document needs at least one; select fewer.")
+    if action == "reorder" and others:
+        missing = ", ".join(repr(layer.name) for layer in others)
+        raise ValueError(f"select: the new order leaves out {missing}; name every layer once, back to front, or use another action.")
+    return stack.with_layers({"drop": others, "bring to front": others + chosen, "send to back": chosen + others}.get(action, chosen))
+
+
+def rename(stack: LayerStack, indices: Sequence[int], names: str) -> LayerStack:
+    """These layers with new names, one per line. Raises ValueError when there are more or fewer lines than layers.
+
+    Source: ours, one name per line.
+    """
+    lines = _lines(names)
+    if len(lines) != len(indices):
+        raise ValueError(f"names: there are {len(lines)} names for {len(indices)} selected layers; write one name per line for each.")
+    named = [replace(stack.layers[index], name=name) for index, name in zip(indices, lines, strict=True)]
+    return stack.with_layers(_put(stack.layers, indices, named))
+
+
+def merge(stack: LayerStack, indices: Sequence[int], name: str = "") -> LayerStack:
+    """Neighbouring layers flattened (sRGB) into one normal layer that covers their boxes on the canvas; hidden ones are left out.
+
+    The flattened picture stays the same when the merged layers are normal, and always when the range begins at the back: a
+    blend mode further up mixes only with what is merged. Raises ValueError for a gap or when nothing of them is visible.
+    Source: w3c, section 5.5 (a merged range is an isolated group).
+    """
+    indices = sorted(indices)
+    if indices != list(range(indices[0], indices[-1] + 1)):
+        raise ValueError("select: only neighbouring layers can be merged; bring them together with reorder first.")
+    group = stack.with_layers(stack.layers[index] for index in indices)
+    boxes = [box for layer in group.layers if layer.visible and (box := place(layer, stack.canvas))]
+    if not boxes:
+        raise ValueError("select: none of the selected layers is visible on the canvas, so there is nothing to merge; drop them or show one.")
+    left, top = min(box.left for box in boxes), min(box.top for box in boxes)
+    right, bottom = max(box.right for box in boxes), max(box.bottom for box in boxes)
+    window = LayerStack((right - left, bottom - top), tuple(replace(layer, x=layer.x - left, y=layer.y - top) for layer in group.layers))
+    merged = Layer(flatten_image(window, (0, 0, 0, 0))[0], name or group.layers[-1].name, x=left, y=top)
+    return stack.with_layers((*stack.layers[:indices[0]], merged, *stack.layers[indices[-1] + 1:]))
+
+
+def from_images(images: Tensor, masks: Tensor | None = None, names: str = "", below: LayerStack | None = None) -> LayerStack:
+    """One layer per image [B,H,W,3|4], the first at the back, on top of `below` when given; otherwise the canvas is the image's size.
+
+    masks: [B,H,W] or one for all, 1 = transparent. names: one per line, "Layer N" beyond the last line.
+    Raises ValueError naming the input. Source: ours, ComfyUI's layer document.
+    """
+    _check_mask(images, masks, "images", "masks")
+    before = below.layers if below else ()
+    if len(before) + len(images) > MAX_LAYERS:
+        raise ValueError(f"images: this makes {len(before) + len(images)} layers and a LAYERS document holds at most {MAX_LAYERS}; pass fewer.")
+    lines = _lines(names)
+    if len(lines) > len(images):
+        raise ValueError(f"names: there are {len(lines)} names for {len(images)} images; write one name per line, at most one for each image.")
+    lines += [f"Layer {len(before) + number}" for number in range(len(lines) + 1, len(images) + 1)]
+    mask = [None] * len(images) if masks is None else masks.expand(len(images), -1, -1)
+    layers = tuple(Layer(image, name, one) for image, name, one in zip(images, lines, mask, strict=True))
+    return LayerStack(below.canvas if below else (images.shape[2], images.shape[1]), before + layers)
+
+
+def insert(stack: LayerStack | None, images: Tensor, masks: Tensor | None, below: str | None, fields: dict[str, Any]) -> LayerStack:
+    """The images as new layers with these fields, on top, or just behind the layer that `below` names; on their own without a stack.
+
+    Raises ValueError naming the input. Source: ours, ComfyUI's "Add Layer".
+    """
+    grown = from_images(images, masks, below=stack)
+    before = len(grown.layers) - len(images)
+    new = [replace(layer, **fields) for layer in grown.layers[before:]]
+    if "name" in fields and len(new) > 1:
+        new = [replace(layer, name=f"{layer.name} {number}") for number, layer in enumerate(new, 1)]
+    position = before
+    if below is not None and stack:
+        targets = select(stack, below, "layer")
+        if len(targets) != 1:
+            raise ValueError(f"layer: {below!r} stands for {len(targets)} layers; name the one layer that the new one goes behind.")
+        position = targets[0]
+    return grown.with_layers((*grown.layers[:position], *new, *grown.layers[position:before]))
+
+
+def change(stack: LayerStack, text: str, images: Tensor | None, masks: Tensor | None, fields: dict[str, Any]) -> LayerStack:
+    """The stack with these fields, and the image and mask when given, set on the selected layers.
+
+    Raises ValueError naming the input. Source: ours, ComfyUI's layer document.
+    """
+    for tensor, socket in ((images, "image"), (masks, "mask")):
+        if tensor is not None and len(tensor) != 1:
+            raise ValueError(f"{socket}: there are {len(tensor)} frames and a layer has one; pass a single one to change a layer.")
+    indices = select(stack, text, "layer")
+    changed = []
+    for layer in (stack.layers[index] for index in indices):
+        image = layer.image[None] if images is None else images
+        mask = masks if masks is not None or layer.mask is None else layer.mask[None]
+        _check_mask(image, mask, "image" if images is not None else f"layer {layer.name!r}", "mask")
+        changed.append(replace(layer, image=image[0], mask=None if mask is None else mask[0], **fields))
+    return stack.with_layers(_put(stack.layers, indices, changed))
+
+
+def transform_layers(stack: LayerStack, text: str, how: str = "none", **changes: Any) -> LayerStack:
+    """The stack with the selected layers fitted (see `fit`) and then transformed with these arguments of `transform`.
+
+    Raises ValueError naming the input. Source: ours, similarity transform of ComfyUI's layer fields.
+    """
+    indices = select(stack, text)
+    return stack.with_layers(_put(stack.layers, indices, [transform(fit(stack.layers[i], stack.canvas, how), **changes) for i in indices]))
+
+
+def chosen_fields(values: dict[str, Any], text: str) -> dict[str, Any]:
+    """The fields to set: those that the text lists (`x, y, opacity`), or for an empty text those that are not a new layer's.
+
+    Raises ValueError for a field that is not in `values`. Source: ours, unchanged fields stay.
+    """
+    names = [name for part in text.split(",") if (name := part.strip())]
+    unknown = [name for name in names if name not in values]
+    if unknown:
+        raise ValueError(f"fields: {unknown[0]!r} is not a field of a layer; use {', '.join(values)}.")
+    plain = {"name": ""}
+    return {name: value for name, value in values.items() if (name in names if names else value != plain.get(name, getattr(Layer, name)))}
+
+
+def to_batch(stack: LayerStack, at_canvas_size: bool = True) -> Tensor:
+    """[layers,H,W,4], straight alpha with mask and opacity in it, back to front: as placed on the canvas, or every layer's own pixels.
+
+    Raises ValueError when the layers' own sizes differ. Source: ours, see `rasterise`.
+    """
+    if at_canvas_size:
+        return torch.stack([rasterise(layer, stack.canvas) for layer in stack.layers])
+    sizes = {tuple(layer.image.shape[:2]) for layer in stack.layers}
+    if len(sizes) > 1:
+        listed = ", ".join(f"{width}×{height}" for height, width in sorted(sizes))
+        raise ValueError(f"at_canvas_size: the layers have different sizes ({listed}) and a batch has one; turn at_canvas_size on.")
+    return torch.stack([layer.rgba() * layer.image.new_tensor((1, 1, 1, layer.opacity)) for layer in stack.layers])
+
+
+def _check_mask(images: Tensor, masks: Tensor | None, image_socket: str, mask_socket: str) -> None:
+    """Raises ValueError when masks [B,H,W] do not fit images [B,H,W,C]: one mask for all, or one for each, of the same size."""
+    if masks is None:
+        return
+    height, width = images.shape[1:3]
+    if tuple(masks.shape[1:]) != (height, width):
+        raise ValueError(f"{mask_socket}: it is {masks.shape[2]}×{masks.shape[1]} and {image_socket} is {width}×{height}; make them the same size.")
+    if len(masks) not in (1, len(images)):
+        raise ValueError(f"{mask_socket}: there are {len(masks)} masks for {len(images)} {image_socket}; pass one for all or one for each.")
+
+
+def _parts(text: str, socket: str) -> list[tuple[str, str]]:
+    parts, position = [], 0
+    while position < len(text):
+        match = _PART.match(text, position)
+        if not match:
+            raise ValueError(f'{socket}: {text!r} cannot be read; write numbers, ranges and names with commas between, as in: 1, 3-5, "Sky, left".')
+        if match[1] or (match[2] and match[2].strip()):
+            parts.append((match[1] or "", (match[2] or "").strip()))
+        position = match.end()
+    return parts
+
+
+def _numbered(stack: LayerStack, part: str, socket: str) -> list[int]:
+    match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
+    if not match:
+        return []
+    first, last = int(match[1]), int(match[2] or match[1])
+    for number in (first, last):
+        if not 1 <= number <= len(stack.layers):
+            raise ValueError(f"{socket}: there is no layer {number}; numbers run from 1 at the back to {len(stack.layers)} "
+                             "(put a name that is a number in double quotes).")
+    return list(range(first - 1, last)) if first <= last else list(range(first - 1, last - 2, -1))
+
+
+def _named(stack: LayerStack, name: str) -> list[int]:
+    return [index for index, layer in enumerate(stack.layers) if layer.name.casefold() == name.casefold()]
+
+
+def _put(layers: Sequence[Layer], indices: Sequence[int], new: Sequence[Layer]) -> list[Layer]:
+    result = list(layers)
+    for index, layer in zip(indices, new, strict=True):
+        result[index] = layer
+    return result
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -1,0 +1,319 @@
+"""Depth-guided layer decomposition: normalised depth, the masks of its slices, and the layers that they cut.
+
+Depth here is 0..1 with 0 = nearest. Slices and layers are ordered back to front: index 0 is the farthest.
+"""
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layers import Layer, LayerStack
+
+BINS = 256
+
+
+def normalise_depth(depth: Tensor, near_is_white: bool, zero_is_missing: bool) -> Tensor:
+    """Raw depth or disparity [B,H,W] -> 0..1, 0 = nearest, each image stretched to its own range; missing values filled.
+
+    NaN and infinite values are missing, zeros too when asked. Raises ValueError when a whole image is missing.
+    Source: deglad, Sec. 3.2 (the depth map D that a threshold d is compared with).
+    Differs: the paper takes the predictor's values as they are; a range of 0..1 makes thresholds comparable between sources.
+    """
+    valid = depth.isfinite() & ((depth != 0) | (not zero_is_missing))
+    if not valid.flatten(1).any(1).all():
+        raise ValueError("depth: there is no valid value in it (all are missing, NaN or infinite); connect the depth of this picture.")
+    low = torch.where(valid, depth, math.inf).amin((1, 2), keepdim=True)
+    high = torch.where(valid, depth, -math.inf).amax((1, 2), keepdim=True)
+    scaled = ((depth - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    scaled = 1 - scaled if near_is_white else scaled
+    return fill_missing(torch.where(valid, scaled, 0.0), valid)
+
+
+def fill_missing(depth: Tensor, valid: Tensor) -> Tensor:
+    """Depth [B,H,W], 0 = nearest, with every pixel outside `valid` given the depth of a valid one in its row or column.
+
+    Of the nearest valid pixels to the left, right, above and below, those at most twice as far away as the closest are asked and
+    the farthest depth wins: stereo and depth cameras miss what a nearer object hides, so a hole belongs to what is behind.
+    Source: ours, depth sensors leave holes on the far side of an edge.
+    """
+    while not valid.all():
+        holes = (~valid).nonzero(as_tuple=True)
+        distances, depths = zip(*(_nearest(depth, valid, holes, axis, reverse) for axis in (1, 2) for reverse in (False, True)), strict=True)
+        distances, depths = torch.stack(distances), torch.stack(depths)
+        closest = distances.amin(0)
+        farthest = torch.where(distances <= 2 * closest, depths, -1.0).amax(0)
+        found = closest.isfinite()
+        reached = tuple(place[found] for place in holes)
+        depth, valid = depth.index_put(reached, farthest[found]), valid.index_put(reached, torch.ones_like(found[found]))
+    return depth
+
+
+def _nearest(depth: Tensor, valid: Tensor, holes: tuple[Tensor, ...], axis: int, reverse: bool) -> tuple[Tensor, Tensor]:
+    """Distance to, and depth of, the last valid pixel before each hole along an axis (after it when reversed); infinity, −1 if none."""
+    length = depth.shape[axis]
+    seen = (valid.flip(axis) if reverse else valid).cpu().numpy()
+    place = np.where(seen, np.arange(length, dtype=np.int32).reshape([-1 if i == axis else 1 for i in range(3)]), np.int32(-1))
+    last = torch.from_numpy(np.maximum.accumulate(place, axis, out=place))
+    last = last.flip(axis)[holes] if reverse else last[holes]
+    none = last < 0
+    last = (length - 1 - last if reverse else last).long().clamp(0, length - 1).to(depth.device)
+    distance = torch.where(none.to(depth.device), math.inf, (holes[axis] - last).abs().to(depth.dtype))
+    source = tuple(last if i == axis else index for i, index in enumerate(holes))
+    return distance, torch.where(distance.isfinite(), depth[source], -1.0)
+
+
+def resize_depth(depth: Tensor, height: int, width: int, edge: float = 0.02) -> Tensor:
+    """Depth [B,H,W] at another size without new depths at edges.
+
+    Where the four samples around a pixel agree within `edge` they are interpolated; across an edge the one closest to the
+    interpolated value is taken, so that no rim of in-between depth appears.
+    Source: ours, a rim of invented depth would fall into a middle slice.
+    """
+    if depth.shape[1:] == (height, width):
+        return depth
+    rows, columns = ((torch.arange(n, device=depth.device) + 0.5) * old / n - 0.5 for n, old in ((height, depth.shape[1]), (width, depth.shape[2])))
+    y, x = (p.floor().long() for p in (rows, columns))
+    corners = torch.stack([
+        depth[:, (y + i).clamp(0, depth.shape[1] - 1)][:, :, (x + j).clamp(0, depth.shape[2] - 1)] for i in (0, 1) for j in (0, 1)
+    ])
+    v, u = (rows - y)[:, None].to(depth.dtype), (columns - x).to(depth.dtype)
+    smooth = corners[0] * (1 - v) * (1 - u) + corners[1] * (1 - v) * u + corners[2] * v * (1 - u) + corners[3] * v * u
+    closest = corners.gather(0, (corners - smooth).abs().argmin(0, keepdim=True))[0]
+    return torch.where(corners.amax(0) - corners.amin(0) < edge, smooth, closest)
+
+
+def parse_thresholds(text: str) -> list[float]:
+    """"0.35, 0.6" -> [0.35, 0.6]; an empty text is no threshold. Raises ValueError naming the input.
+
+    Source: deglad, Sec. 3.2 (a set of depth values {d_1..d_k}).
+    """
+    try:
+        values = [float(part) for part in re.split(r"[,;\s]+", text.strip()) if part]
+    except ValueError as error:
+        raise ValueError(f"thresholds: {text!r} is not a list of numbers; write for example 0.35, 0.6.") from error
+    if outside := [value for value in values if not 0 < value < 1]:
+        raise ValueError(f"thresholds: {outside[0]:g} is outside of 0 to 1; 0 is the nearest depth of the picture and 1 the farthest.")
+    if values != sorted(set(values)):
+        raise ValueError(f"thresholds: {text!r} is not in ascending order without repeats; write them from near to far.")
+    return values
+
+
+def parse_points(text: str) -> list[tuple[float, float]]:
+    """"0.5, 0.4; 0.2, 0.7" -> [(0.5, 0.4), (0.2, 0.7)]: x, y as fractions of width and height. Raises ValueError naming the input.
+
+    Source: ours, one click per slice as in the paper's interface.
+    """
+    try:
+        points = [tuple(float(value) for value in part.split(",")) for part in text.split(";") if part.strip()]
+    except ValueError as error:
+        raise ValueError(f"points: {text!r} is not a list of points; write for example 0.5, 0.4; 0.2, 0.7.") from error
+    for point in points:
+        if len(point) != 2 or not all(0 <= value <= 1 for value in point):
+            raise ValueError(f"points: {point} is not x, y with both from 0 to 1 (fractions of width and height).")
+    return points
+
+
+def threshold_behind(depth: Tensor, x: float, y: float) -> float:
+    """The depth just behind the object at a point. depth [H,W]; x, y fractions of width and height; returns a value in (0, 1).
+
+    1. A histogram of depth in 256 bins (bin = min(floor(256·D), 255)); a pixel counts exp(−r²/2s²), r its distance in pixels
+       from the pixel of the point (floor(x·W), floor(y·H), clamped), s = 0.15·max(W, H).
+    2. Smoothed three times by (1, 2, 1)/4, the end bins repeated.
+    3. From the point's bin, deeper while it rises: the object's peak. Then on, keeping the lowest bin so far, until a bin is above
+       1.5 times the lowest (something else begins), or the lowest is below 1/20 of the peak, or the end.
+    4. The far edge of the lowest bin: (bin + 1)/256, at most 255/256.
+    Source: ours, the paper's click chooses a depth on the top view; this one chooses an object.
+    """
+    height, width = depth.shape
+    row, column = min(int(y * height), height - 1), min(int(x * width), width - 1)
+    scale = 2 * (0.15 * max(width, height)) ** 2
+    rows = torch.exp(-(torch.arange(height, dtype=torch.float64) - row) ** 2 / scale)
+    columns = torch.exp(-(torch.arange(width, dtype=torch.float64) - column) ** 2 / scale)
+    bins = (depth.double().cpu() * BINS).long().clamp(0, BINS - 1)
+    histogram = torch.bincount(bins.flatten(), (rows[:, None] * columns).flatten(), BINS)
+    for _ in range(3):
+        padded = torch.cat([histogram[:1], histogram, histogram[-1:]])
+        histogram = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
+    counts = histogram.tolist()
+    peak = int(bins[row, column])
+    while peak + 1 < BINS and counts[peak + 1] > counts[peak]:
+        peak += 1
+    lowest = peak
+    for place in range(peak + 1, BINS):
+        if counts[lowest] < counts[peak] / 20 or counts[place] > 1.5 * counts[lowest]:
+            break
+        if counts[place] < counts[lowest]:
+            lowest = place
+    return min(lowest + 1, BINS - 1) / BINS
+
+
+def slice_masks(depth: Tensor, thresholds: list[float]) -> Tensor:
+    """Membership [B,N+1,H,W] of each slice, back to front, exactly 0 or 1: disjoint, and their sum is one everywhere.
+
+    Source: deglad, Eq. 2, with several depths.
+    """
+    edges = torch.tensor([-math.inf, *thresholds, math.inf], dtype=depth.dtype, device=depth.device)
+    slices = [(depth >= near) & (depth < far) for near, far in zip(edges[:-1], edges[1:], strict=True)]
+    return torch.stack(slices[::-1], 1).to(depth.dtype)
+
+
+def soften(weights: Tensor, width: float) -> Tensor:
+    """Slice weights [B,N,H,W] with edges that fade over about `width` pixels; their sum stays what it was. 0 changes nothing.
+
+    Source: ours, a normalised blur of a partition of one is a partition of one.
+    """
+    if width <= 0:
+        return weights
+    half = width / 2 + 1
+    reach = math.ceil(half) - 1
+    shares = [1 - abs(offset) / half for offset in range(-reach, reach + 1)]
+    shares = [share / sum(shares) for share in shares]
+    # sums of shifted copies: on a CPU a convolution of one channel is ten times slower
+    for size in ((0, 0, reach, reach), (reach, reach, 0, 0)):
+        padded = F.pad(weights, size, mode="replicate")
+        axis = 2 if size[2] else 3
+        weights = padded.narrow(axis, 0, weights.shape[axis]) * shares[0]
+        for offset, share in enumerate(shares[1:], 1):
+            weights.add_(padded.narrow(axis, offset, weights.shape[axis]), alpha=share)
+    return weights
+
+
+def over_alphas(weights: Tensor) -> Tensor:
+    """Alpha [B,N,H,W] of each layer, back to front, that shows the weights [B,N,H,W] when the layers are laid over each other.
+
+    weights: shares of a pixel, sum one. alpha_i = M_i / (M_1 + … + M_i): what lies in front of layer i takes its share off afterwards.
+    Source: ours, the inverse of dreamlayer Eq. 1 (composite of layers by "over").
+    """
+    behind = weights.cumsum(1)
+    return torch.where(behind > 1e-4, weights / behind.clamp_min(1e-4), 0.0).clamp(0, 1)
+
+
+def hidden_parts(weights: Tensor) -> Tensor:
+    """What nearer layers hide of each layer, [B,N,H,W] in 0..1: the mask to inpaint when a layer must be whole.
+
+    Source: deglad, Sec. 3.4 (the background layer behind the foreground is what an object is inserted into).
+    """
+    return (1 - weights.cumsum(1)).clamp(0, 1)
+
+
+def fill_behind(colours: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Colours [B,N,H,W,3] and extra alpha [B,N,H,W] (0 or 1) that make layers whole where nearer ones hide them completely.
+
+    colours: of each layer, of use where its weight is. A hidden pixel goes to the layer that most of the visible, farther
+    surroundings belong to, and always to the farthest one; its colour is a smooth continuation. The flattened picture is unchanged.
+    Source: ours, push-pull interpolation (Gortler et al. 1996, The Lumigraph, Sec. 3.4).
+    """
+    behind = weights.cumsum(1)
+    hidden = behind <= 1e-4
+    share = push_pull((weights / behind.clamp_min(1e-4))[..., None], behind)[..., 0]
+    share[:, 0] = 1
+    smooth = push_pull(colours, weights)
+    return torch.where(hidden[..., None], smooth, colours), (hidden & (share > 0.5)).to(weights.dtype)
+
+
+def push_pull(values: Tensor, weights: Tensor) -> Tensor:
+    """Values [B,N,H,W,C] continued smoothly to where weights [B,N,H,W] are 0; unchanged where they are 1.
+
+    Source: ours, push-pull interpolation (Gortler et al. 1996, The Lumigraph, Sec. 3.4).
+    """
+    shape = values.shape
+    image = (values * weights[..., None]).flatten(0, 1).permute(0, 3, 1, 2)
+    weight = weights.flatten(0, 1)[:, None]
+    levels = [(image, weight)]
+    while max(image.shape[-2:]) > 1:
+        image, weight = (F.avg_pool2d(level, 2, ceil_mode=True, count_include_pad=False) * 4 for level in (image, weight))
+        excess = weight.clamp_min(1)
+        image, weight = image / excess, weight / excess
+        levels.append((image, weight))
+    image, weight = levels.pop()
+    image = image / weight.clamp_min(1e-12)
+    for detail, weight in reversed(levels):
+        image = detail + (1 - weight) * F.interpolate(image, detail.shape[-2:], mode="bilinear", align_corners=False)
+    return image.permute(0, 2, 3, 1).view(shape)
+
+
+def _depth_layers(colours: Tensor, alphas: Tensor, thresholds: list[float]) -> LayerStack:
+    """Layers of one picture, back to front, from colours [N,H,W,3] and alphas [N,H,W]; each carries its depth range.
+
+    Source: deglad, Sec. 3.2 (the layers that the masks of Eq. 2 give).
+    """
+    edges = [0.0, *thresholds, 1.0]
+    ranges = list(zip(edges[:-1], edges[1:], strict=True))[::-1]
+    images = torch.cat([colours, alphas[..., None]], -1)
+    layers = [Layer(image, f"Depth {near:.2f}-{far:.2f}", extra={"strata": {"depth": (near, far)}})
+              for image, (near, far) in zip(images, ranges, strict=True)]
+    return LayerStack((images.shape[2], images.shape[1]), tuple(layers))
+
+
+def amodal_mask(region: Tensor, depth: Tensor, threshold: float) -> Tensor:
+    """The part of a region [B,H,W] (1 = in it) where an object at depth `threshold` is visible: the region minus what is nearer.
+
+    Source: deglad, Sec. 4.3 (amodal bounding box).
+    """
+    return region * (depth >= threshold)
+
+
+def compose_by_depth(front: Tensor, back: Tensor, front_depth: Tensor, back_depth: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Image [B,H,W,3] and depth [B,H,W] of one scene's foreground pasted over another scene; weights [B,H,W] 1 = foreground.
+
+    Source: deglad, Eq. 3 in image space (the paste baseline); the depth as the released code composes it.
+    """
+    share = weights[..., None]
+    return front * share + back * (1 - share), front_depth * weights + back_depth * (1 - weights)
+
+
+def top_view(image: Tensor, depth: Tensor, height: int = 256) -> Tensor:
+    """Picture [B,height,W,3] of the scene from above: columns of the image [B,H,W,3] against depth [B,H,W], nearest at the bottom.
+
+    A place shows the mean colour of the pixels that fall there, and is brighter the more they are.
+    Source: deglad, Suppl. B (the top view that a click chooses the depth on).
+    """
+    batch, rows, width = depth.shape
+    bins = ((1 - depth) * height).long().clamp(0, height - 1)
+    place = (bins * width + torch.arange(width, device=depth.device)).flatten(1)
+    sums = torch.zeros(batch, height * width, 4, dtype=image.dtype, device=image.device)
+    pixels = torch.cat([image[..., :3], torch.ones_like(image[..., :1])], -1).flatten(1, 2)
+    sums.scatter_add_(1, place[..., None].expand(-1, -1, 4), pixels)
+    count = sums[..., 3:]
+    density = torch.where(count > 0, 0.4, 0.0) + 0.6 * (1 - torch.exp(-count * (12 / rows)))
+    return (sums[..., :3] / count.clamp_min(1) * density).view(batch, height, width, 3)
+
+
+def all_thresholds(depth: Tensor, given: list[float], points: list[tuple[float, float]]) -> list[float]:
+    """The given thresholds and one behind the object at each point of depth [H,W], ascending, without repeats closer than 1/256.
+
+    Raises ValueError when there are none. Source: ours, clicks add to what was typed.
+    """
+    used: list[float] = []
+    for value in sorted([*given, *(threshold_behind(depth, x, y) for x, y in points)]):
+        if not used or value in given or value - used[-1] >= 1 / BINS:
+            used.append(value)
+    if not used:
+        raise ValueError("thresholds: there is no threshold and no point; write one, for example 0.5, or click in the node's views.")
+    return used
+
+
+def cut_layers(colours: Tensor, weights: Tensor, thresholds: list[float], fill: bool) -> LayerStack:
+    """The layers of one picture from colours [1,N,H,W,3] and weights [1,N,H,W], back to front, made whole behind nearer ones if asked.
+
+    Source: deglad, Sec. 3.2 (the layers that the masks of Eq. 2 give).
+    """
+    alphas = over_alphas(weights)
+    if fill:
+        colours, extra = fill_behind(colours, weights)
+        alphas = alphas + extra
+    return _depth_layers(colours[0], alphas[0], thresholds)
+
+
+def paste_layers(back: Tensor, front: Tensor, weights: Tensor) -> LayerStack:
+    """Background [H,W,3] and, over it, the foreground [H,W,3] where weights [H,W] are.
+
+    Source: deglad, Eq. 3 in image space (the paste baseline).
+    """
+    layers = (Layer(back, "Background"), Layer(torch.cat([front, weights[..., None]], -1), "Foreground"))
+    return LayerStack((back.shape[1], back.shape[0]), layers)

@@ -1,0 +1,113 @@
+"""Cuts whose edges are partly transparent and carry no colour of the other side: matting along the edge of each slice."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KNOWN, PRIOR = 100.0, 0.05
+MAX_SOLVED = 1_000_000  # pixels: the closed-form system grows with them, and finer than this no eye sees it in an edge
+
+
+def refine_slices(image: Tensor, masks: Tensor, width: int, step: Callable[[], None] = lambda: None) -> tuple[Tensor, Tensor]:
+    """Weights [N,H,W] and colours [N,H,W,3] of slices whose edges were refined by matting.
+
+    image: [H,W,3] in 0..1. masks: [N,H,W] of 0 or 1, back to front, sum one. width: pixels around each edge that are open to
+    change. step is called after each of the N − 1 edges. The weights still sum to one, and the layers laid over each other give
+    the image within 1/255. Raises ModuleNotFoundError with advice when pymatting is missing.
+    Source: ours, closed-form matting (Levin et al. 2008) and multi-level foreground estimation (Germer et al. 2020) of pymatting.
+    """
+    nearer = torch.zeros_like(masks[0])
+    weights, colours, rest = [], [], image
+    for hard in masks.flip(0).cumsum(0)[:-1]:
+        alpha = torch.maximum(nearer, matte(image, hard, width))
+        weights.append(alpha - nearer)
+        over = torch.where(nearer < 1 - 1e-4, weights[-1] / (1 - nearer).clamp_min(1e-4), 0.0).clamp(0, 1)
+        front, rest = separate_colours(rest, over)
+        colours.append(front)
+        nearer = alpha
+        step()
+    return torch.stack([*weights, 1 - nearer][::-1]), torch.stack([*colours, rest][::-1])
+
+
+def matte(image: Tensor, mask: Tensor, width: int) -> Tensor:
+    """Alpha [H,W] for a cut-out mask [H,W] of 0 or 1, estimated within `width` pixels of its edge from the image [H,W,3].
+
+    Source: ours, closed-form matting (Levin et al. 2008, A closed-form solution to natural image matting) of pymatting.
+    Differs: inside the band the cut-out mask stays a weak prior, because a depth edge is roughly right and thin things have no
+    certain inside; without it three of the six photographs that it was measured on got worse than the mask itself.
+    """
+    reach = max(1, round(width / 2))
+    inside, outside = _erode(mask, reach), _erode(1 - mask, reach)
+    unknown = (inside + outside) == 0
+    if not unknown.any():
+        return mask
+    rows, columns = unknown.any(1).nonzero(), unknown.any(0).nonzero()
+    box = tuple(slice(max(0, int(places[0]) - 2 * reach), int(places[-1]) + 2 * reach + 1) for places in (rows, columns))
+    height, wide = unknown[box].shape
+    scale = min(1.0, (MAX_SOLVED / (height * wide)) ** 0.5)
+    size = (max(1, round(height * scale)), max(1, round(wide * scale)))
+    known = _resize((~unknown[box]).to(mask)[..., None], size, "nearest-exact")[..., 0] > 0.5
+    solved = _closed_form(_numpy(_resize(image[box], size)), _numpy(_resize(mask[box][..., None], size)[..., 0]), known.cpu().numpy())
+    alpha = _resize(torch.from_numpy(solved).to(image)[..., None], (height, wide))[..., 0].clamp(0, 1)
+    refined = mask.clone()
+    refined[box] = torch.where(unknown[box], alpha, mask[box])
+    return refined
+
+
+def _closed_form(image: np.ndarray, mask: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """argmin of aᵀLa + Σ c (a − mask)², L the matting Laplacian, c strong where the mask is known and weak elsewhere."""
+    pymatting = _pymatting()
+    import scipy.sparse
+
+    trust = np.where(known.ravel(), KNOWN, PRIOR)
+    system = (pymatting.cf_laplacian(image, is_known=known.ravel()) + scipy.sparse.diags(trust)).tocsc()
+    return pymatting.cg(system, trust * mask.ravel(), M=pymatting.ichol(system), rtol=1e-5).reshape(mask.shape)
+
+
+def separate_colours(image: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Foreground and background colours [H,W,3] of an image [H,W,3] with alpha [H,W], such that alpha·F + (1 − alpha)·B is the image.
+
+    Source: ours, multi-level foreground estimation (Germer et al. 2020) of pymatting.
+    Differs: its estimate is then projected onto the compositing equation, by least squares within 0..1, so that nothing is lost.
+    """
+    front, back = _pymatting().estimate_foreground_ml(_numpy(image), _numpy(alpha), return_background=True)
+    front, back = (torch.from_numpy(value).to(image).clamp(0, 1) for value in (front, back))
+    share = alpha[..., None]
+    norm = share**2 + (1 - share) ** 2
+    for _ in range(8):
+        missing = (image - share * front - (1 - share) * back) / norm
+        front, back = (front + share * missing).clamp(0, 1), (back + (1 - share) * missing).clamp(0, 1)
+    off = (image - share * front - (1 - share) * back).abs().amax(-1, keepdim=True) > 0.5 / 255
+    return torch.where(off, image, front), torch.where(off, image, back)
+
+
+def _erode(mask: Tensor, reach: int) -> Tensor:
+    """1 where the whole disc of that radius is 1; the picture's border does not erode."""
+    grown = F.max_pool2d((1 - mask)[None, None], (2 * reach + 1, 1), 1, (reach, 0))
+    return 1 - F.max_pool2d(grown, (1, 2 * reach + 1), 1, (0, reach))[0, 0]
+
+
+def _resize(image: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
+    if tuple(image.shape[:2]) == size:
+        return image
+    options = {"align_corners": False, "antialias": True} if mode == "bilinear" else {}
+    return F.interpolate(image.permute(2, 0, 1)[None], size, mode=mode, **options)[0].permute(1, 2, 0)
+
+
+def _numpy(tensor: Tensor):
+    return tensor.double().cpu().contiguous().numpy()
+
+
+def _pymatting():
+    try:
+        import pymatting
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "refine_edges: matting needs the Python package pymatting, which is not installed; run 'pip install pymatting' in ComfyUI's Python, "
+            "or set refine_edges to off."
+        ) from error
+    return pymatting

@@ -1,0 +1,123 @@
+"""The real frontend in Chromium, on the session's ComfyUI."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import chromium
+import pytest
+import requests
+
+PICTURES = Path(__file__).resolve().parents[2] / "output" / "browser"
+# No GPU, and none of the browser's own errands on the network
+ARGS = ["--no-sandbox", "--disable-gpu", "--use-gl=swiftshader", "--enable-unsafe-swiftshader", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", "--disable-default-apps", "--no-first-run", "--disable-dev-shm-usage"]
+READY = """() => window.app?.graph && window.LiteGraph && LiteGraph.registered_node_types.Strata_SliceByDepth
+    && !document.querySelector('#comfyui-body-loading') && window.app.vueAppReady"""
+# What the frontend reports of itself on an older or offline host: addresses that it asks for and does not get
+FOREIGN = ("favicon", "/userdata", "/releases", "api.comfy.org", "user.css", "/jobs", "[Jobs API]", "JobsApiError", "huggingface.co", "workflow_templates", "net::ERR")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    path = chromium.find()
+    if path is None:
+        pytest.skip("no Chromium on PATH: `make test` installs it where it may; elsewhere install chromium or set CHROMIUM to its path")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
+    with playwright.sync_playwright() as engine:
+        process = engine.chromium.launch(executable_path=path, args=ARGS)
+        yield process
+        process.close()
+
+
+class Editor:
+    """ComfyUI's page: what a person does in it, and what it holds."""
+
+    def __init__(self, page, url: str, mode: str):
+        self.page, self.url, self.mode, self.errors = page, url, mode, []
+        page.on("pageerror", lambda error: self.errors.append(f"page: {error}"))
+        page.on("console", lambda message: message.type == "error" and self.note(message))
+
+    def note(self, message) -> None:
+        text = f"{message.text} {message.location.get('url', '')}"
+        if not any(word in text for word in FOREIGN):
+            self.errors.append(text)
+
+    def open(self) -> Editor:
+        self.page.goto(self.url, wait_until="domcontentloaded")
+        self.page.wait_for_function(READY, timeout=60_000)
+        assert not [error for error in self.errors if "Strata" in error]
+        self.errors.clear()  # what an older host's own start-up says
+        return self
+
+    def load(self, workflow: dict, name: str = "test") -> None:
+        self.page.evaluate("([graph, name]) => app.loadGraphData(graph, true, true, name)", [workflow, name])
+
+    def load_api(self, prompt: dict) -> None:
+        self.page.evaluate("(prompt) => app.loadApiJson(prompt, 'test')", prompt)
+
+    def prompt(self) -> dict:
+        return self.page.evaluate("async () => (await app.graphToPrompt()).output")
+
+    def queue(self) -> None:
+        """Run the graph from the page and wait until all of its messages have arrived."""
+        self.page.evaluate("""() => { window.ran = new Promise((done, fail) => {
+            app.api.addEventListener('execution_success', () => done(), { once: true });
+            app.api.addEventListener('execution_error', (event) => fail(new Error(event.detail.exception_message)), { once: true });
+        }); }""")
+        self.page.evaluate("() => app.queuePrompt(0, 1)")
+        self.page.evaluate("() => window.ran")
+
+    def fit(self) -> None:
+        self.page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+
+    def show(self, node_type: str) -> None:
+        """Bring the first node of a type to the left of the window, at 100 %."""
+        self.page.evaluate("""(type) => {
+            const node = app.graph.nodes.find((node) => node.type === type);
+            app.canvas.ds.scale = 1;
+            app.canvas.ds.offset = [150 - node.pos[0], 140 - node.pos[1]];
+            app.canvas.setDirty(true, true);
+        }""", node_type)
+
+    def widget(self, node_type: str, name: str):
+        return self.page.evaluate("([type, name]) => app.graph.nodes.find((n) => n.type === type).widgets.find((w) => w.name === name).value", [node_type, name])
+
+    def set_widget(self, node_type: str, name: str, value) -> None:
+        """As the frontend does when somebody has typed into it."""
+        self.page.evaluate("""([type, name, value]) => {
+            const node = app.graph.nodes.find((n) => n.type === type);
+            const widget = node.widgets.find((w) => w.name === name);
+            widget.value = value;
+            widget.callback?.(value, app.canvas, node);
+        }""", [node_type, name, value])
+
+    def picture(self, name: str) -> None:
+        PICTURES.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=PICTURES / f"{name}.png")
+
+
+@pytest.fixture(scope="session")
+def site(comfy) -> str:
+    """Address of a ComfyUI whose frontend has had its first start."""
+    requests.post(comfy.url + "/settings/Comfy.TutorialCompleted", json=True, timeout=10).raise_for_status()
+    return comfy.url
+
+
+@pytest.fixture(scope="module", params=["canvas", "nodes2"])
+def opened(request, browser, site):
+    """The page, once with the classic canvas and once with Nodes 2.0."""
+    requests.post(site + "/settings/Comfy.VueNodes.Enabled", json=request.param == "nodes2", timeout=10).raise_for_status()
+    context = browser.new_context(viewport={"width": 1600, "height": 1000})
+    page = context.new_page()
+    page.set_default_timeout(20_000)
+    editor = Editor(page, site, request.param)
+    yield editor.open()
+    context.close()
+
+
+@pytest.fixture
+def editor(opened):
+    """The page with an empty graph and no errors yet."""
+    opened.page.evaluate("() => app.graph.clear()")
+    opened.errors.clear()
+    return opened

@@ -1,0 +1,332 @@
+"""The depth picker on Slice by depth, driven with mouse and keyboard in the real frontend."""
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import requests
+import torch
+from PIL import Image
+
+from strata.techniques import depth as technique
+
+SLICE = "Strata_SliceByDepth"
+SIZE = (240, 160)
+# A wall with a ramp of floor before it, a box in the middle distance and a pole in front; white is near
+WALL, BOX, POLE = 20, 130, 250
+
+
+def scene() -> tuple[Image.Image, Image.Image]:
+    """(picture, depth) of 240×160."""
+    width, height = SIZE
+    near = np.full((height, width), WALL, np.uint8)
+    near[100:] = np.linspace(WALL, POLE, height - 100)[:, None]
+    colour = np.full((height, width, 3), (90, 110, 140), np.uint8)
+    colour[100:] = (120, 100, 80)
+    for box, value, rgb in (((90, 50, 150, 120), BOX, (210, 60, 50)), ((30, 10, 50, 160), POLE, (230, 210, 90))):
+        left, top, right, bottom = box
+        near[top:bottom, left:right] = value
+        colour[top:bottom, left:right] = rgb
+    return Image.fromarray(colour), Image.fromarray(near)
+
+
+@pytest.fixture(scope="module")
+def prompt(site) -> dict:
+    """A graph that slices the scene, in API format."""
+    for name, image in zip(("picker_scene.png", "picker_depth.png"), scene(), strict=True):
+        data = io.BytesIO()
+        image.save(data, "PNG")
+        requests.post(site + "/upload/image", files={"image": (name, data.getvalue())}, data={"overwrite": "true"}, timeout=30).raise_for_status()
+    return {
+        "1": {"class_type": "LoadImage", "inputs": {"image": "picker_scene.png"}},
+        "2": {"class_type": "LoadImage", "inputs": {"image": "picker_depth.png"}},
+        "3": {"class_type": SLICE, "inputs": {"image": ["1", 0], "depth": ["2", 0], "thresholds": "0.3"}},
+        "4": {"class_type": "Strata_PreviewLayers", "inputs": {"layers": ["3", 0]}},
+    }
+
+
+class Picker:
+    def __init__(self, editor):
+        self.editor, self.page = editor, editor.page
+        self.root = self.page.locator(".strata-depth-picker")
+        self.front, self.top, self.lines = (self.root.locator(part) for part in (".front", ".top", ".line:not(.fixed)"))
+
+    def message(self) -> str:
+        return self.root.locator(".message").inner_text()
+
+    def value(self) -> str:
+        return self.editor.widget(SLICE, "thresholds")
+
+    def wait_value(self, *expected: float, within: float = 0.011) -> None:
+        """Until the widget holds these numbers, as three decimals."""
+        self.page.wait_for_function("""([type, expected, within]) => {
+            const text = app.graph.nodes.find((n) => n.type === type).widgets.find((w) => w.name === 'thresholds').value;
+            const found = text.split(', ');
+            return found.length === expected.length && found.every((part, i) => /^[01]\\.\\d{3}$/.test(part) && Math.abs(part - expected[i]) <= within);
+        }""", arg=[SLICE, list(expected), within], timeout=5000)
+
+    def shown(self) -> list[float]:
+        return [float(line.get_attribute("aria-valuenow")) for line in self.lines.all()]
+
+    def at(self, depth: float, across: float = 0.7) -> tuple[float, float]:
+        """Where a depth is in the top view, page pixels."""
+        box = self.top.bounding_box()
+        return box["x"] + across * box["width"], box["y"] + (1 - depth) * box["height"]
+
+    def drag(self, start: float, end: float) -> None:
+        self.page.mouse.move(*self.at(start))
+        self.page.mouse.down()
+        self.page.mouse.move(*self.at((start + end) / 2))
+        self.page.mouse.move(*self.at(end))
+        self.page.mouse.up()
+
+    def on_picture(self, x: float, y: float) -> dict:
+        """Position inside the front view of a point of the picture, as fractions of its sides."""
+        box = self.front.bounding_box()
+        scale = min(box["width"] / SIZE[0], box["height"] / SIZE[1])
+        width, height = SIZE[0] * scale, SIZE[1] * scale
+        return {"x": (box["width"] - width) / 2 + x * width, "y": (box["height"] - height) / 2 + y * height}
+
+    def colour(self, x: float, y: float) -> list[int]:
+        """What the front view shows at a point of the picture."""
+        self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        place = self.on_picture(x, y)
+        return self.root.evaluate("""(host, [x, y]) => {
+            const canvas = host.shadowRoot.querySelector('.front canvas');
+            const ratio = canvas.width / canvas.getBoundingClientRect().width;
+            return [...canvas.getContext('2d').getImageData(x * ratio, y * ratio, 1, 1).data.slice(0, 3)];
+        }""", [place["x"], place["y"]])
+
+
+@pytest.fixture
+def picker(prompt, editor) -> Picker:
+    """The picker after one run, at 100 %."""
+    editor.load_api(prompt)
+    editor.queue()
+    editor.show(SLICE)
+    picker = Picker(editor)
+    picker.front.wait_for()
+    picker.lines.first.wait_for()
+    return picker
+
+
+@pytest.fixture
+def no_run(picker):
+    """Fails when the test made the page queue anything."""
+    requested = []
+    picker.page.on("request", lambda request: request.method == "POST" and request.url.endswith("/prompt") and requested.append(request.url))
+    yield
+    assert not requested
+
+
+def test_before_a_run_it_says_what_to_do(prompt, editor):
+    editor.load_api(prompt)
+    editor.show(SLICE)
+    picker = Picker(editor)
+    picker.root.wait_for()
+    assert picker.message() == "Run the graph once to see the depth here."
+    assert not picker.front.is_visible()
+    editor.picture(f"picker_before_run_{editor.mode}")
+    assert editor.errors == []
+
+
+def test_drag_changes_widget_and_tint_without_a_run(picker, no_run):
+    depth_of_box = (POLE - BOX) / (POLE - WALL)
+    before, wall = picker.colour(0.5, 0.5), picker.colour(0.75, 0.3)
+    picker.drag(0.3, depth_of_box + 0.2)
+    picker.wait_value(depth_of_box + 0.2)
+    assert picker.shown() == [float(picker.value())]
+    assert picker.colour(0.5, 0.5) != before, "the box is now in front of the threshold"
+    assert picker.colour(0.75, 0.3) == wall
+    picker.editor.picture(f"picker_dragged_{picker.editor.mode}")
+    picker.page.keyboard.press("Control+z")
+    picker.page.wait_for_function("() => app.graph.nodes.find((n) => n.type === 'Strata_SliceByDepth').widgets[0].value === '0.3'")
+    assert picker.editor.errors == []
+
+
+def test_clicks_set_add_and_remove(picker, no_run):
+    picker.page.mouse.click(*picker.at(0.6))
+    picker.wait_value(0.6)
+    picker.page.keyboard.down("Shift")
+    picker.page.mouse.click(*picker.at(0.2))
+    picker.page.mouse.click(*picker.at(0.85))
+    picker.page.keyboard.up("Shift")
+    picker.wait_value(0.2, 0.6, 0.85)
+    picker.lines.nth(0).focus()
+    picker.page.mouse.click(*picker.at(0.4))
+    picker.wait_value(0.4, 0.6, 0.85)
+    picker.editor.picture(f"picker_lines_{picker.editor.mode}")
+    picker.page.mouse.dblclick(*picker.at(picker.shown()[1]))
+    picker.wait_value(0.4, 0.85)
+    picker.drag(picker.shown()[0], 0.99)  # lines never cross
+    picker.wait_value(picker.shown()[1] - 0.001, picker.shown()[1], within=0.0001)
+    assert picker.editor.errors == []
+
+
+def test_click_on_an_object_sets_the_threshold_behind_it(picker, no_run):
+    near = torch.from_numpy(np.array(scene()[1])).double()
+    depth = (near.max() - near) / (near.max() - near.min())
+    box, pole = (0.5, 0.5), (40 / SIZE[0], 0.3)
+    expected = [technique.threshold_behind(depth, *point) for point in (box, pole)]
+    picker.front.click(position=picker.on_picture(*box))
+    picker.wait_value(expected[0])
+    picker.front.click(position=picker.on_picture(*pole), modifiers=["Shift"])
+    picker.wait_value(*sorted(expected))
+    picker.editor.picture(f"picker_front_click_{picker.editor.mode}")
+
+
+def test_keyboard(picker, no_run):
+    line = picker.lines.first
+    line.focus()
+    picker.page.keyboard.press("ArrowUp")
+    picker.wait_value(0.305, within=1e-6)
+    picker.page.keyboard.press("Shift+ArrowDown")
+    picker.wait_value(0.255, within=1e-6)
+    picker.page.keyboard.press("Insert")
+    picker.wait_value(0.255, (0.255 + 1) / 2, within=0.001)
+    picker.page.keyboard.press("1")
+    picker.page.keyboard.press("End")
+    picker.wait_value(picker.shown()[1] - 0.001, picker.shown()[1], within=1e-6)
+    picker.page.keyboard.press("Tab")
+    picker.page.keyboard.press("ArrowRight")
+    first, second = picker.shown()
+    picker.wait_value(first, second, within=1e-6)
+    assert second - first == pytest.approx(0.006)
+    described = picker.lines.nth(1).evaluate("(line) => [line.role ?? line.getAttribute('role'), line.ariaLabel, line.ariaValueMin, line.ariaValueMax]")
+    assert described == ["slider", "Threshold 2 of 2", "0", "1"]
+    picker.editor.picture(f"picker_focus_{picker.editor.mode}")
+    picker.page.keyboard.press("Delete")
+    picker.wait_value(first, within=1e-6)
+    picker.page.keyboard.press("Delete")
+    assert picker.shown() == [first], "the last one stays"
+    nodes = picker.page.evaluate("() => app.graph.nodes.length")
+    assert nodes == 4, "ComfyUI's own Delete did not see the key"
+
+
+def test_it_follows_the_typed_value(picker):
+    picker.editor.set_widget(SLICE, "thresholds", "0.1, 0.45, 0.9")
+    picker.page.wait_for_function("() => document.querySelector('.strata-depth-picker').shadowRoot.querySelectorAll('.line:not(.fixed)').length === 3")
+    assert picker.shown() == [0.1, 0.45, 0.9]
+    picker.editor.set_widget(SLICE, "thresholds", "0.9, near")
+    hint = picker.root.locator(".hint.wrong")
+    hint.wait_for()
+    assert hint.inner_text() == "thresholds: write ascending numbers between 0 and 1, separated by commas."
+    assert picker.lines.count() == 0
+    picker.page.mouse.click(*picker.at(0.5))
+    picker.wait_value(0.5)
+    picker.editor.set_widget(SLICE, "points", "0.5, 0.5")
+    picker.root.locator(".line.fixed").wait_for(state="attached")
+    assert picker.value() == picker.lines.first.get_attribute("aria-valuenow")
+
+
+def test_run_then_reload_keeps_the_views(picker):
+    picker.page.keyboard.down("Shift")
+    picker.page.mouse.click(*picker.at(0.8))
+    picker.page.keyboard.up("Shift")
+    picker.wait_value(0.3, 0.8)
+    picker.editor.queue()
+    used = picker.page.evaluate("() => app.graph.nodes.find((n) => n.type === 'Strata_SliceByDepth').properties.strata_slice.thresholds")
+    assert used == pytest.approx([0.3, float(picker.value().split(", ")[1])])
+    # flattened picture and three layers
+    picker.page.wait_for_function("() => app.nodeOutputs[app.graph.nodes.find((n) => n.type === 'Strata_PreviewLayers').id]?.images.length === 4")
+    saved = picker.page.evaluate("() => app.graph.serialize()")
+    picker.editor.open()
+    picker.editor.load(saved)
+    picker.editor.show(SLICE)
+    picker.front.wait_for()
+    assert picker.shown() == pytest.approx(used, abs=0.0005)
+    lost = next(node for node in saved["nodes"] if node["type"] == SLICE)
+    lost["properties"]["strata_slice"]["front"]["filename"] = "cleared_away.png"
+    assert picker.editor.errors == []
+    picker.editor.load(saved, "lost")
+    picker.root.locator(".message", has_text="gone").wait_for()
+    assert "Run the graph again" in picker.message()
+
+
+CORNER = """(type) => {
+    const node = app.graph.nodes.find((n) => n.type === type), card = document.querySelector(`[data-node-id="${node.id}"]`);
+    if (card) return [card.getBoundingClientRect().right, card.getBoundingClientRect().bottom];
+    const box = app.canvas.canvas.getBoundingClientRect(), { scale, offset } = app.canvas.ds;
+    return [box.left + (node.pos[0] + node.size[0] + offset[0]) * scale, box.top + (node.pos[1] + node.size[1] + offset[1]) * scale];
+}"""
+
+
+def test_it_resizes_and_leaves_with_its_node(picker):
+    width = picker.root.evaluate("(host) => host.clientWidth")
+    x, y = picker.page.evaluate(CORNER, SLICE)
+    picker.page.mouse.move(x - 4, y - 4)
+    picker.page.mouse.down()
+    picker.page.mouse.move(x + 100, y + 10, steps=4)
+    picker.page.mouse.move(x + 196, y + 16, steps=4)
+    picker.page.mouse.up()
+    picker.page.wait_for_function("""(width) => {
+        const host = document.querySelector('.strata-depth-picker'), canvas = host.shadowRoot.querySelector('.front canvas');
+        return Math.abs(host.clientWidth - width - 200) < 10 && Math.abs(canvas.width - canvas.clientWidth * devicePixelRatio) <= 1;
+    }""", arg=width)
+    picker.editor.picture(f"picker_wide_{picker.editor.mode}")
+    picker.page.evaluate("() => app.graph.remove(app.graph.nodes.find((n) => n.type === 'Strata_SliceByDepth'))")
+    picker.root.wait_for(state="detached")
+    assert picker.editor.errors == []
+
+
+CALCULATE = """async ([call, ...args]) => {
+    const view = await import('/extensions/ComfyUI-Strata/depth_view.js');
+    const result = view[call](...args.map((arg) => (arg?.floats ? Float32Array.from(arg.floats) : arg)));
+    return ArrayBuffer.isView(result) ? [...result] : result;
+}"""
+
+
+@pytest.fixture(scope="module")
+def calculate(browser, site):
+    """calculate(name, *arguments) calls a function of web/depth_view.js; {"floats": [...]} becomes a Float32Array."""
+    page = browser.new_page()
+    page.goto(site + "/extensions/ComfyUI-Strata/depth_view.js")
+    yield lambda *call: page.evaluate(CALCULATE, list(call))
+    page.close()
+
+
+def test_thresholds_as_text(calculate):
+    for text in (" 0.25,.5 , 0.75", "", "0.5;0.6", "0.1 0.2", "1e-2"):
+        assert calculate("parseThresholds", text) == technique.parse_thresholds(text)
+    for wrong in ("0.5, 0.2", "0.5, 0.5", "1", "0", "1.2", "-0.1", "half", "nan", "0.5:0.6"):
+        assert calculate("parseThresholds", wrong) is None, wrong
+        with pytest.raises(ValueError, match="thresholds:"):
+            technique.parse_thresholds(wrong)
+    assert calculate("formatThresholds", [0, 0.62, 1]) == "0.000, 0.620, 1.000"
+
+
+def test_depth_bytes(calculate):
+    values = np.append(np.arange(0, 65536, 97), 65535)
+    rgba = np.stack([values >> 8, values & 255, values * 0, values * 0 + 255], -1)
+    found = calculate("decodeDepth", rgba.reshape(-1).tolist())
+    assert np.abs(np.asarray(found) * 65535 - values).max() < 0.01
+
+
+def test_top_view_counts_every_pixel_once(calculate):
+    rng = np.random.default_rng(3)
+    depth = rng.random((12, 5)).astype(np.float32)
+    depth[0, 0], depth[1, 0] = 0, 1
+    picture = np.concatenate([rng.integers(0, 256, (12, 5, 3)), np.full((12, 5, 1), 255)], -1)
+    rows = 8
+    seen = np.asarray(calculate("topView", picture.reshape(-1).tolist(), {"floats": depth.reshape(-1).tolist()}, 5, rows)).reshape(rows, 5, 4)
+    for column in range(5):
+        for row in range(rows):
+            near = (rows - 1 - row) / rows
+            inside = (depth[:, column] >= near) & ((depth[:, column] < near + 1 / rows) | (row == 0))
+            if not inside.any():
+                assert seen[row, column, 3] == 0
+            else:
+                assert np.abs(seen[row, column, :3] - picture[inside, column, :3].mean(0)).max() <= 0.51
+                assert seen[row, column, 3] >= 127
+
+
+def test_threshold_behind_equals_python(calculate):
+    rng = np.random.default_rng(5)
+    for _ in range(25):
+        height, width = rng.integers(4, 40, 2)
+        levels = np.sort(rng.random(rng.integers(2, 6)))
+        depth = np.clip(levels[rng.integers(0, len(levels), (height, width))] + rng.normal(0, 0.01, (height, width)), 0, 1).astype(np.float32)
+        x, y = rng.random(2)
+        ours = calculate("thresholdBehind", {"floats": depth.reshape(-1).tolist()}, int(width), int(height), x, y)
+        assert ours == pytest.approx(technique.threshold_behind(torch.from_numpy(depth), x, y), abs=0.01)

@@ -1,0 +1,36 @@
+"""Stacks of layers for the tests of every format: 8-bit colours, the ones under alpha 0 included."""
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from strata.techniques.layers import Layer, LayerStack
+
+
+def pixels(seed: int, *shape: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, shape).astype(np.float32) / 255)
+
+
+def eight_bit(image: torch.Tensor) -> np.ndarray:
+    return np.rint(image.numpy().astype(np.float64) * 255).astype(int)
+
+
+def example() -> LayerStack:
+    """Opaque back, a masked layer that begins outside the canvas, a hidden one that ends outside, one over transparent black."""
+    soft = pixels(4, 9, 20, 4)
+    soft[:4, :, 3] = 0
+    return LayerStack((40, 30), (
+        Layer(pixels(1, 30, 40, 3), "Back"),
+        Layer(pixels(2, 10, 12, 4), "ünï 漢 😀", pixels(3, 10, 12), -3, -2, opacity=0.5, blend_mode="multiply"),
+        Layer(soft, "a/b\\c:<d>&\"e\"", None, 30, 25, visible=False, blend_mode="luminosity"),
+        Layer(pixels(5, 1, 1, 4), "dot", None, 39, 29, opacity=0.25),
+    ))
+
+
+def layers(modes: tuple[str, ...]):
+    """Any one layer that a file of these blend modes can hold."""
+    text = st.text(st.characters(exclude_categories=("Cs", "Cc", "Cn")), min_size=1, max_size=300)
+    return st.builds(
+        lambda seed, width, height, channels, **fields: Layer(pixels(seed, height, width, channels), **fields),
+        st.integers(0, 999), st.integers(1, 9), st.integers(1, 9), st.sampled_from((3, 4)), name=text, x=st.integers(-20000, 20000),
+        y=st.integers(-20000, 20000), opacity=st.floats(0, 1), blend_mode=st.sampled_from(modes), visible=st.booleans())

@@ -1,0 +1,244 @@
+import io
+import shutil
+import struct
+import subprocess
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from psd_tools import PSDImage
+from psd_tools.constants import BlendMode
+from strata.formats import files, psd
+from strata.formats.raster import picture
+from strata.techniques.layers import BLEND_MODES, Layer, LayerStack
+
+from .stacks import eight_bit, example, layers, pixels
+
+MODES = tuple(mode for mode in BLEND_MODES if mode not in psd.MISSING_MODES)
+
+
+def save(folder, stack, metadata=None):
+    path = folder / "stack.psd"
+    with open(path, "wb") as file:
+        psd.write(file, stack, picture(stack), metadata or {})
+    return path
+
+
+def test_round_trip_keeps_pixels_and_fields(tmp_path):
+    stack = example()
+    back = psd.read(save(tmp_path, stack))
+    assert back.canvas == stack.canvas
+    for ours, theirs in zip(stack.layers, back.layers, strict=True):
+        assert np.array_equal(eight_bit(ours.image), eight_bit(theirs.image))
+        assert (ours.mask is None) == (theirs.mask is None)
+        assert ours.mask is None or np.array_equal(eight_bit(ours.mask), eight_bit(theirs.mask))
+        assert replace(ours, image=None, mask=None) == replace(theirs, image=None, mask=None)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(layers(MODES), min_size=1, max_size=3))
+def test_round_trip_of_any_layer(tmp_path_factory, made):
+    back = psd.read(save(tmp_path_factory.mktemp("psd"), LayerStack((7, 5), tuple(made)))).layers
+    for ours, theirs in zip(made, back, strict=True):
+        assert np.array_equal(eight_bit(ours.image), eight_bit(theirs.image))
+        assert abs(ours.opacity - theirs.opacity) <= 0.5 / 255 + 0.005
+        for field in ("name", "x", "y", "blend_mode", "visible"):
+            assert getattr(ours, field) == getattr(theirs, field)
+
+
+@pytest.mark.parametrize("hundredth", range(101))
+def test_opacity_in_hundredths_comes_back(tmp_path, hundredth):
+    layer = Layer(pixels(1, 1, 1, 4), opacity=hundredth / 100)
+    assert psd.read(save(tmp_path, LayerStack((1, 1), (layer,)))).layers[0].opacity == hundredth / 100
+
+
+def test_metadata_is_read_back(tmp_path):
+    metadata = {"prompt": {"1": {"text": "<a> & \"b\" ]]> 漢 \n"}}, "workflow": {"nodes": [1, 2.5, None]}}
+    assert psd.read_metadata(save(tmp_path, example(), metadata)) == metadata
+
+
+def test_metadata_of_another_programs_file_is_empty(tmp_path):
+    path = tmp_path / "other.psd"
+    PSDImage.new("RGB", (4, 4)).save(path)
+    assert psd.read_metadata(path) == {}
+
+
+def test_pillow_reads_layers_and_flattened_picture(tmp_path):
+    # Pillow takes layers of at most four channels, so none with a mask, and their old short names.
+    stack = LayerStack((40, 30), (Layer(pixels(1, 30, 40, 3), "Back"), Layer(pixels(2, 10, 12, 4), "front", None, 3, 5, opacity=0.5)))
+    with Image.open(save(tmp_path, stack)) as image:
+        assert np.array_equal(np.array(image), eight_bit(picture(stack))[..., :3])  # opaque, so no fourth channel
+        assert [layer[:3] for layer in image.layers] == [("Back", "RGB", (0, 0, 40, 30)), ("front", "RGBA", (3, 5, 15, 15))]
+        for number, layer in reversed(list(enumerate(stack.layers, 1))):  # Pillow begins with frame 1 being the flattened picture
+            image.seek(number)
+            assert np.array_equal(np.array(image.crop(image.layers[number - 1][2])), eight_bit(layer.image))
+
+
+def test_merged_picture_is_over_white_where_transparent(tmp_path):
+    half = Layer(torch.tensor([1.0, 0, 0, 0.6]).expand(2, 2, 4))
+    with Image.open(save(tmp_path, LayerStack((3, 2), (half,)))) as image:
+        assert np.array(image).tolist() == [[[255, 102, 102, 153], [255, 102, 102, 153], [255, 255, 255, 0]]] * 2
+
+
+@pytest.mark.skipif(not shutil.which("identify"), reason="ImageMagick is not installed")
+def test_imagemagick_reads_layers(tmp_path):
+    stack, path = example(), save(tmp_path, example())
+    lines = subprocess.check_output(["identify", "-format", "%wx%h%X%Y\n", str(path)], text=True).split()
+    assert lines == ["40x30+0+0", "40x30+0+0", "12x10-3-2", "20x9+30+25", "1x1+39+29"]
+    raw = subprocess.check_output(["convert", f"{path}[3]", "-depth", "8", "rgba:-"])
+    assert np.array_equal(np.frombuffer(raw, np.uint8).reshape(9, 20, 4), eight_bit(stack.layers[2].image))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_blend_modes_are_photoshops(tmp_path, mode):
+    layer = PSDImage.open(save(tmp_path, LayerStack((2, 2), (Layer(pixels(1, 2, 2, 4), blend_mode=mode),))))[0]
+    assert layer.blend_mode == BlendMode[mode.upper().replace("-", "_")]
+
+
+@pytest.mark.parametrize("mode", psd.MISSING_MODES)
+def test_blend_mode_that_psd_lacks(tmp_path, mode):
+    stack = LayerStack((2, 2), (Layer(pixels(1, 2, 2, 4), "grain", blend_mode=mode),))
+    with pytest.raises(ValueError, match=f"layer 'grain' has the blend mode {mode}, which PSD does not have"):
+        files.save(tmp_path, "x_", stack, picture(stack), "PSD", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_flipped_and_turned_layers_are_drawn(tmp_path):
+    image = pixels(1, 3, 5, 4)
+    made = (Layer(image, x=2, y=1, flip_h=True, flip_v=True), Layer(image, x=-40, y=60, rotation=np.pi), Layer(image, w=10, h=6, x=1))
+    back = psd.read(save(tmp_path, LayerStack((20, 20), made))).layers
+    turned = eight_bit(image)[::-1, ::-1]
+    assert np.array_equal(eight_bit(back[0].image), turned) and (back[0].x, back[0].y) == (2, 1)
+    assert np.array_equal(eight_bit(back[1].image), turned) and (back[1].x, back[1].y) == (-40, 60)
+    assert back[2].image.shape == (6, 10, 4) and (back[2].x, back[2].w) == (1, 0)
+
+
+def grouped(mode="RGB"):
+    """A document as paint programs make it, built with psd-tools' own API: group of 50 % with a mask, clipped layer, hidden group."""
+    document = PSDImage.new(mode, (8, 6))
+    document.create_pixel_layer(Image.new(mode, (8, 6), 10), name="base")
+    inner = document.create_pixel_layer(Image.fromarray(np.full((2, 4, 4), (200, 100, 50, 255), np.uint8)).convert(mode), name="inner", top=1, left=2)
+    inner.opacity = 128
+    group = document.create_group([inner], name="group")
+    group.opacity = 128
+    hidden = document.create_group([document.create_pixel_layer(Image.new(mode, (1, 1)), name="in hidden")], name="hidden group")
+    hidden.visible = False
+    clipped = document.create_pixel_layer(Image.new(mode, (6, 6), 90), name="clipped", left=4)
+    clipped.clipping = True
+    return document
+
+
+def test_groups_become_their_leaves(tmp_path):
+    path = tmp_path / "groups.psd"
+    grouped().save(path)
+    base, inner, hidden, clipped = psd.read(path).layers
+    assert [layer.name for layer in (base, inner, hidden, clipped)] == ["base", "inner", "in hidden", "clipped"]
+    assert inner.opacity == pytest.approx((128 / 255) ** 2) and (inner.x, inner.y) == (2, 1)
+    assert [layer.visible for layer in (base, inner, hidden, clipped)] == [True, True, False, True]
+
+
+def test_group_mask_and_clipping_cut_the_layers(tmp_path):
+    document = PSDImage.new("RGB", (8, 6))
+    document.create_pixel_layer(Image.new("RGBA", (3, 6), (9, 9, 9, 102)), name="base", left=1)
+    clipped = document.create_pixel_layer(Image.new("RGB", (8, 6), 90), name="clipped")
+    clipped.clipping = True
+    document.create_group([document.create_pixel_layer(Image.new("RGB", (4, 2), 50), name="inner", top=1, left=2)], name="group")
+    path = tmp_path / "masks.psd"
+    document.save(path)
+    document = PSDImage.open(path)  # psd-tools cannot mask a group that it has just made
+    document[2].create_mask(Image.new("L", (2, 6), 51), left=3)
+    document[2].mask.data.background_color = 255
+    document.save(path)
+    _, over, inner = psd.read(path).layers
+    assert eight_bit(over.rgba()[..., 3])[0].tolist() == [0, *[eight_bit(torch.tensor(0.4)).item()] * 3, 0, 0, 0, 0]
+    assert eight_bit(inner.rgba()[..., 3]).tolist() == [[255, 51, 51, 255]] * 2
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_other_colour_modes_are_converted(tmp_path, mode):
+    path = tmp_path / "mode.psd"
+    document = PSDImage.new(mode, (4, 4))
+    document.create_pixel_layer(Image.new("RGB", (4, 3), (255, 255, 255)), name="white")
+    document.save(path)
+    layer = psd.read(path).layers[0]
+    assert layer.name == "white" and eight_bit(layer.image[..., :3]).min() == 255 and layer.image.shape[:2] == (3, 4)
+
+
+def test_sixteen_bits_are_read_in_full(tmp_path):
+    path = tmp_path / "deep.psd"
+    document = PSDImage.new("RGB", (2, 2), depth=16)
+    values = np.array([0.1234, 0.5005, 0.9, 1.0], np.float32)
+    document.create_pixel_layer_from_array(np.broadcast_to(values, (2, 2, 4)).copy(), name="deep")
+    document.save(path)
+    assert np.abs(psd.read(path).layers[0].image.numpy() - values).max() <= 0.51 / 65535
+
+
+def test_document_without_layers_is_one_layer(tmp_path):
+    path = tmp_path / "flat.psd"
+    PSDImage.frompil(Image.new("RGB", (3, 2), (1, 2, 3))).save(path)
+    (layer,) = psd.read(path).layers
+    assert layer.name == "Background" and eight_bit(layer.image[..., :3])[1, 2].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("share", [0.001, 0.02, 0.1, 0.3, 0.5])
+def test_truncated(tmp_path, share):
+    data = save(tmp_path, example()).read_bytes()
+    path = tmp_path / "cut.psd"
+    path.write_bytes(data[:max(5, int(len(data) * share))])
+    with pytest.raises(ValueError, match=r"^cut\.psd (is damaged|has damaged|is not a PSD)"):
+        files.load(path)
+
+
+def test_cut_short_after_its_layers(tmp_path):
+    # The flattened picture is the last part of the file and is not needed: every layer is still whole.
+    path = save(tmp_path, example())
+    path.write_bytes(path.read_bytes()[:-100])
+    assert [layer.name for layer in files.load(path).layers] == [layer.name for layer in example().layers]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_damaged_bytes_never_give_anything_but_layers_or_one_sentence(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("damaged")
+    content = bytearray(save(folder, example()).read_bytes())
+    for place in data.draw(st.lists(st.integers(4, len(content) - 1), min_size=1, max_size=8)):
+        content[place] = data.draw(st.integers(0, 255))
+    path = folder / "bad.psd"
+    path.write_bytes(content)
+    try:
+        assert files.load(path).layers
+    except ValueError as error:
+        assert str(error).startswith("bad.psd")
+
+
+def test_huge_sides_are_refused_before_reading(tmp_path):
+    path = tmp_path / "huge.psd"
+    path.write_bytes(struct.pack(">4sH6xHIIHH", b"8BPS", 1, 3, 200000, 200000, 8, 3) + bytes(20))
+    with pytest.raises(ValueError, match="200000×200000; sides must be from 1 to 16384"):
+        files.load(path)
+
+
+def test_too_many_layers(tmp_path):
+    document = PSDImage.new("RGB", (2, 2))
+    for _ in range(51):
+        document.create_pixel_layer(Image.new("RGB", (1, 1)))
+    document.save(tmp_path / "many.psd")
+    with pytest.raises(ValueError, match="many.psd has 51 layers"):
+        files.load(tmp_path / "many.psd")
+
+
+def test_not_a_layer_file(tmp_path):
+    for content, message in ((b"", "is empty"), (b"GIF89a" * 9, "is neither a PSD nor an OpenRaster file")):
+        (tmp_path / "x.psd").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            files.load(tmp_path / "x.psd")
+
+
+def test_two_gigabytes(monkeypatch):
+    monkeypatch.setattr(psd, "MAX_BYTES", 20000)
+    with pytest.raises(ValueError, match="more than the 2 GB of a PSD file"):
+        psd.write(io.BytesIO(), LayerStack((99, 99), (Layer(pixels(1, 99, 99, 4)),)), pixels(2, 99, 99, 3), {})

@@ -1,0 +1,136 @@
+"""Files in and out through the real server: what is saved is loaded back equal, and nothing bad ends it."""
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import requests
+import run
+from PIL import Image
+from strata.formats import files, openraster, png, psd
+from strata.formats.raster import picture
+from strata.techniques.layers import Layer, LayerStack
+
+MODULES = {"PSD": psd, "OpenRaster": openraster}
+
+
+def pixels(seed, *shape):
+    import torch
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, shape).astype(np.float32) / 255)
+
+
+def stack():
+    return LayerStack((12, 10), (Layer(pixels(1, 10, 12, 3), "sky"), Layer(pixels(2, 6, 5, 4), "a/b 漢", None, -2, 7, opacity=0.5, blend_mode="screen"),
+                                 Layer(pixels(3, 3, 3, 4), "off", None, 4, 4, visible=False)))
+
+
+@pytest.fixture(scope="module")
+def source(comfy, tmp_path_factory):
+    """A PSD in the input folder, put there as the upload button does it."""
+    folder = tmp_path_factory.mktemp("source")
+    (path,) = files.save(folder, "layers_io", stack(), picture(stack()), "PSD", {})
+    return comfy.upload(path)
+
+
+def save(comfy, file, format, prefix="io/strata"):
+    return comfy.run({
+        "1": {"class_type": "Strata_LoadLayers", "inputs": {"file": file}},
+        "2": {"class_type": "Strata_SaveLayers", "inputs": {"layers": ["1", 0], "filename_prefix": prefix, "format": format}}})
+
+
+def flattened(comfy, file):
+    """What a graph sees of a file: the IMAGE output of Load layers joined with its MASK, as SaveImage writes them."""
+    entry = comfy.run({
+        "1": {"class_type": "Strata_LoadLayers", "inputs": {"file": file}},
+        "2": {"class_type": "JoinImageWithAlpha", "inputs": {"image": ["1", 1], "alpha": ["1", 2]}},
+        "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "io/flat"}}})
+    return np.array(Image.open(io.BytesIO(comfy.download(comfy.files(entry)[0]))))
+
+
+@pytest.mark.parametrize("format", ["PSD", "OpenRaster"])
+def test_document_saved_and_loaded_again_is_equal(comfy, source, format, tmp_path):
+    (reference,) = comfy.files(save(comfy, source, format))
+    assert reference["subfolder"] == "io"
+    path = tmp_path / reference["filename"]
+    path.write_bytes(comfy.download(reference))
+    for ours, theirs in zip(stack().layers, files.load(path).layers, strict=True):
+        assert np.array_equal(np.rint(ours.image.numpy() * 255), np.rint(theirs.image.numpy() * 255))
+        assert [getattr(ours, key) == getattr(theirs, key) for key in ("name", "x", "y", "opacity", "blend_mode", "visible")] == [True] * 6
+    assert "Strata_SaveLayers" in json.dumps(MODULES[format].read_metadata(path)["prompt"])
+    assert "workflow" in MODULES[format].read_metadata(path)
+    assert np.array_equal(flattened(comfy, source), flattened(comfy, f"io/{reference['filename']} [output]"))
+
+
+@pytest.mark.parametrize("format", ["PNG layers", "WebP layers"])
+def test_pictures_carry_the_workflow(comfy, source, format):
+    references = comfy.files(save(comfy, source, format))
+    assert len(references) == 4
+    metadata = png.read_metadata(io.BytesIO(comfy.download(references[1])))
+    assert metadata["strata"]["name"] == "a/b 漢" and "prompt" in metadata and "workflow" in metadata
+    last = Image.open(io.BytesIO(comfy.download(references[-1]))).convert("RGBA")
+    assert np.array_equal(np.array(last), np.rint(picture(stack()).numpy() * 255))
+
+
+def test_a_preview_is_shown_beside_the_document(comfy, source):
+    entry = save(comfy, source, "PSD", "io/preview")
+    (shown,) = [item for output in entry["outputs"].values() for item in output.get("images", [])]
+    assert shown["type"] == "temp" and Image.open(io.BytesIO(comfy.download(shown))).size == (12, 10)
+
+
+def test_nothing_is_overwritten(comfy, source):
+    first, second = (comfy.files(save(comfy, source, "PSD", f"io/twice{subfolder}"))[0] for subfolder in ("", "/"))
+    assert (first["filename"], second["filename"]) == ("twice_00001_.psd", "twice_00002_.psd")
+
+
+def test_dates_and_sizes_in_the_prefix(comfy, source):
+    (reference,) = comfy.files(save(comfy, source, "PSD", "io/%date:yyyy%-%width%x%height%"))
+    assert reference["filename"].endswith("-12x10_00001_.psd") and reference["filename"][:4].isdigit()
+
+
+@pytest.mark.parametrize("prefix", ["../x", "a/../../x", "/tmp/x", "io/../../output2/x"])
+def test_nothing_is_written_outside_the_output_folder(comfy, source, prefix):
+    before = sorted(comfy.server.base.rglob("*.psd"))
+    with pytest.raises(run.RunError, match="filename_prefix: .* leads outside ComfyUI's output folder"):
+        save(comfy, source, "PSD", prefix)
+    assert sorted(comfy.server.base.rglob("*.psd")) == before
+
+
+@pytest.mark.parametrize("prefix", ["", ".", "../output"])
+def test_a_prefix_without_a_name_is_refused(comfy, source, prefix):
+    with pytest.raises(run.RunError, match="filename_prefix"):
+        save(comfy, source, "PSD", prefix)
+
+
+@pytest.mark.parametrize("name", ["missing.psd", "../output/io/x.psd", "/etc/passwd", ""])
+def test_a_file_that_is_not_there_is_refused_before_the_run(comfy, name):
+    with pytest.raises(run.RunError, match="is not a file in ComfyUI's input folder; upload a PSD or ORA file"):
+        flattened(comfy, name)
+
+
+def test_damaged_files_give_one_sentence_and_the_server_lives_on(comfy, source, tmp_path):
+    whole = (comfy.server.base / "input" / source).read_bytes()
+    (tmp_path / "cut.psd").write_bytes(whole[:len(whole) // 2])
+    with zipfile.ZipFile(tmp_path / "bomb.ora", "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("stack.xml", " " * 2**25)
+    (tmp_path / "text.psd").write_text("hello")
+    for name, message in (("cut.psd", "cut.psd (is|has) damaged"), ("bomb.ora", "would unpack to"), ("text.psd", "neither a PSD nor an OpenRaster")):
+        with pytest.raises(run.RunError, match=message) as caught:
+            flattened(comfy, comfy.upload(tmp_path / name))
+        assert "\n" not in str(caught.value)
+    assert flattened(comfy, source).shape == (10, 12, 4)
+
+
+def test_a_changed_file_is_loaded_again(comfy, tmp_path):
+    shades = []
+    for shade in (10, 200):
+        layers = LayerStack((2, 2), (Layer(pixels(0, 2, 2, 3) * 0 + shade / 255, "flat"),))
+        (path,) = files.save(tmp_path, "changing", layers, picture(layers), "PSD", {})
+        shades.append(flattened(comfy, comfy.upload(path))[0, 0, 0])
+    assert shades == [10, 200]
+
+
+def test_the_upload_extension_is_served_and_new_files_are_listed(comfy, source):
+    assert "Strata.LoadLayers" in comfy.get("/extensions/ComfyUI-Strata/load_layers.js").text
+    options = requests.get(comfy.url + "/object_info/Strata_LoadLayers", timeout=60).json()["Strata_LoadLayers"]["input"]["required"]["file"]
+    assert source in str(options)

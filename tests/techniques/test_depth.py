@@ -1,0 +1,278 @@
+"""Depth slicing against brute force, pixel by pixel, and the properties that every cut must keep."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from strata.techniques import depth as deglad
+from strata.techniques.layers import read_layers, write_layers
+
+thresholds_strategy = st.lists(st.integers(1, 99), min_size=1, max_size=6, unique=True).map(lambda values: [v / 100 for v in sorted(values)])
+sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
+
+
+def random(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def over(stack):
+    """Straight 'over' of full-canvas layers in float64, one pixel formula: c = a·F + (1 − a)·c."""
+    result = torch.zeros(*stack.layers[0].image.shape[:2], 3, dtype=torch.float64)
+    for layer in stack.layers:
+        alpha = layer.image[..., 3:].double()
+        result = alpha * layer.image[..., :3] + (1 - alpha) * result
+    return result
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, thresholds_strategy, st.integers(0, 999))
+def test_slice_masks_is_equation_2_for_every_pixel(size, thresholds, seed):
+    depth = random(2, *size, seed=seed)
+    masks = deglad.slice_masks(depth, thresholds)
+    for image in range(2):
+        for row in range(size[0]):
+            for column in range(size[1]):
+                nearer = sum(float(depth[image, row, column]) >= d for d in thresholds)  # 0 = in front of every threshold
+                expected = [1.0 if len(thresholds) - index == nearer else 0.0 for index in range(len(thresholds) + 1)]
+                assert masks[image, :, row, column].tolist() == expected
+
+
+def test_a_pixel_exactly_at_the_threshold_is_background():
+    masks = deglad.slice_masks(torch.tensor([[[0.5, math.nextafter(0.5, 0)]]], dtype=torch.float64), [0.5])
+    assert masks[0, :, 0].tolist() == [[1, 0], [0, 1]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, thresholds_strategy, st.floats(0, 12), st.booleans(), st.integers(0, 999))
+def test_soften_over_alphas_and_cut_layers_give_the_image_back(size, thresholds, width, fill, seed):
+    image, depth = random(*size, 3, seed=seed), random(1, *size, seed=seed + 1)
+    weights = deglad.soften(deglad.slice_masks(depth, thresholds), width)
+    assert torch.allclose(weights.sum(1), torch.ones(1, *size, dtype=torch.float64), atol=1e-9)
+    colours = image.expand(1, len(thresholds) + 1, -1, -1, -1)
+    stack = deglad.cut_layers(colours, weights, thresholds, fill)
+    assert (over(stack) - image).abs().max() < 1 / 255
+    assert [layer.extra["strata"]["depth"] for layer in read_layers(write_layers(stack)).layers][0] == (thresholds[-1], 1.0)
+
+
+def test_soften_is_a_blur_of_unit_mass_with_the_asked_width():
+    step = torch.zeros(1, 2, 9, 40, dtype=torch.float64)
+    step[:, 0, :, 20:] = 1
+    step[:, 1] = 1 - step[:, 0]
+    assert torch.equal(deglad.soften(step, 0), step)
+    row = deglad.soften(step, 8)[0, 0, 4]
+    assert (row.diff() >= 0).all() and 7 <= int(((row > 0) & (row < 1)).sum()) <= 9
+
+
+def test_over_alphas_are_weights_over_what_lies_behind():
+    weights = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64).view(1, 3, 1, 1)
+    assert deglad.over_alphas(weights).flatten().tolist() == pytest.approx([1.0, 0.6, 0.5])
+
+
+def test_hidden_parts_are_what_nearer_layers_cover():
+    masks = deglad.slice_masks(torch.tensor([[[0.1, 0.5, 0.9]]]), [0.3, 0.7])
+    assert deglad.hidden_parts(masks)[0, :, 0].tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 0]]
+
+
+def test_fill_behind_makes_the_farthest_layer_whole_and_keeps_what_is_visible():
+    depth = torch.ones(1, 16, 16, dtype=torch.float64)
+    depth[:, 4:12, 4:12] = 0.1
+    image = torch.where(depth[0, ..., None] < 0.5, torch.tensor([1.0, 0, 0]).double(), torch.tensor([0, 0.25, 1.0]).double())
+    weights = deglad.slice_masks(depth, [0.5])
+    colours, extra = deglad.fill_behind(image.expand(1, 2, -1, -1, -1), weights)
+    assert torch.equal(extra[0, 0], (depth[0] < 0.5).double()) and not extra[0, 1].any()
+    assert (colours[0, 0] - torch.tensor([0, 0.25, 1.0])).abs().max() < 1e-9  # a flat background is continued flat
+    assert torch.equal(colours[0, 1][4:12, 4:12], image[4:12, 4:12])
+
+
+def test_push_pull_keeps_known_values_and_stays_within_their_range():
+    values, weights = random(1, 2, 13, 7, 3), (random(1, 2, 13, 7, seed=3) > 0.6).double()
+    filled = deglad.push_pull(values, weights)
+    assert torch.allclose(filled[weights > 0], values[weights > 0], atol=1e-12)
+    assert filled.min() >= values[weights > 0].min() - 1e-9 and filled.max() <= values[weights > 0].max() + 1e-9
+
+
+@pytest.mark.parametrize("white", [True, False])
+def test_normalise_depth_puts_the_nearest_at_0_and_fills_what_is_missing(white):
+    raw = torch.tensor([[[2.0, 4.0, 6.0], [math.nan, math.inf, 6.0]]])
+    depth = deglad.normalise_depth(raw, white, True)
+    assert depth[0, 0].tolist() == pytest.approx([1.0, 0.5, 0.0] if white else [0.0, 0.5, 1.0])
+    assert depth.isfinite().all() and depth.min() >= 0 and depth.max() <= 1
+
+
+def test_zero_is_missing_only_when_asked():
+    raw = torch.tensor([[[0.0, 2.0, 4.0]]])
+    assert deglad.normalise_depth(raw, False, False)[0, 0].tolist() == pytest.approx([0, 0.5, 1])
+    assert deglad.normalise_depth(raw, False, True)[0, 0].tolist() == pytest.approx([0, 0, 1])
+
+
+def test_a_constant_depth_and_a_single_pixel_are_depth_too():
+    for shape in ((1, 1, 1), (1, 3, 4)):
+        depth = deglad.normalise_depth(torch.full(shape, 7.0), False, True)
+        assert torch.equal(depth, torch.zeros(shape))
+
+
+def test_all_missing_depth_is_refused():
+    with pytest.raises(ValueError, match="no valid value"):
+        deglad.normalise_depth(torch.zeros(1, 3, 3), False, True)
+
+
+def brute_fill(depth, valid):
+    """fill_missing for one image, one pixel at a time."""
+    height, width = depth.shape
+    while not valid.all():
+        new, new_valid = depth.copy(), valid.copy()
+        for row in range(height):
+            for column in range(width):
+                if valid[row, column]:
+                    continue
+                candidates = []
+                for dy, dx in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+                    y, x = row + dy, column + dx
+                    while 0 <= y < height and 0 <= x < width and not valid[y, x]:
+                        y, x = y + dy, x + dx
+                    if 0 <= y < height and 0 <= x < width:
+                        candidates.append((abs(y - row) + abs(x - column), depth[y, x]))
+                if candidates:
+                    closest = min(distance for distance, _ in candidates)
+                    new[row, column] = max(value for distance, value in candidates if distance <= 2 * closest)
+                    new_valid[row, column] = True
+        depth, valid = new, new_valid
+    return depth
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes, st.floats(0.1, 0.95), st.integers(0, 999))
+def test_fill_missing_equals_a_walk_from_every_pixel(size, missing, seed):
+    depth, valid = random(1, *size, seed=seed), random(1, *size, seed=seed + 1) > missing
+    valid[0, 0, 0] = True
+    depth = torch.where(valid, depth, 0.0)
+    assert np.allclose(deglad.fill_missing(depth, valid)[0], brute_fill(depth[0].numpy(), valid[0].numpy()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes, sizes, st.integers(0, 999))
+def test_resize_depth_never_invents_a_depth_across_an_edge(old, new, seed):
+    depth = (random(1, *old, seed=seed) * 4).floor() / 4  # steps of 0.25: every difference is an edge
+    resized = deglad.resize_depth(depth, *new)
+    assert resized.shape == (1, *new) and set(resized.flatten().tolist()) <= set(depth.flatten().tolist())
+
+
+def test_resize_depth_interpolates_smooth_ground_like_pillow():
+    ramp = torch.linspace(0, 0.3, 20, dtype=torch.float64).expand(1, 20, 20)
+    expected = np.array(Image.fromarray(ramp[0].float().numpy()).resize((40, 40), Image.BILINEAR))
+    assert np.abs(deglad.resize_depth(ramp, 40, 40)[0].numpy() - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize(("text", "values"), [("0.35, 0.6", [0.35, 0.6]), ("", []), (" 0.5 ;0.75\n", [0.5, 0.75])])
+def test_parse_thresholds(text, values):
+    assert deglad.parse_thresholds(text) == values
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("0.6, 0.3", "ascending"), ("0.3, 0.3", "ascending"), ("1.5", "outside of 0 to 1"), ("0", "outside"), ("nan", "outside"),
+    ("near", "not a list of numbers"),
+])
+def test_parse_thresholds_says_what_is_wrong(text, words):
+    with pytest.raises(ValueError, match=f"^thresholds: .*{words}"):
+        deglad.parse_thresholds(text)
+
+
+def test_parse_points():
+    assert deglad.parse_points("0.5, 0.4; 0.2,0.7;") == [(0.5, 0.4), (0.2, 0.7)]
+    for text in ("0.5", "1.5, 0", "a, b", "nan, 0.5"):
+        with pytest.raises(ValueError, match="^points: "):
+            deglad.parse_points(text)
+
+
+def three_planes():
+    depth = torch.full((1, 60, 80), 0.9, dtype=torch.float64)
+    depth[:, 10:50, 20:40] = 0.2
+    depth[:, 20:50, 45:70] = 0.55
+    return depth
+
+
+@pytest.mark.parametrize(("point", "low", "high"), [((0.35, 0.5), 0.2, 0.55), ((0.7, 0.6), 0.55, 0.9)])
+def test_threshold_behind_lies_between_the_object_and_the_next(point, low, high):
+    assert low < deglad.threshold_behind(three_planes()[0], *point) < high
+
+
+def test_threshold_behind_follows_its_written_steps():
+    """The docstring's steps in plain Python, which the picker repeats in JavaScript."""
+    depth = torch.sort(random(1, 1, 40 * 30).flatten()).values.view(30, 40) ** 2
+    x, y = 0.3, 0.4
+    counts = [0.0] * 256
+    for row in range(30):
+        for column in range(40):
+            distance = (row - int(y * 30)) ** 2 + (column - int(x * 40)) ** 2
+            counts[min(int(256 * float(depth[row, column])), 255)] += math.exp(-distance / (2 * (0.15 * 40) ** 2))
+    for _ in range(3):
+        padded = [counts[0], *counts, counts[-1]]
+        counts = [(a + 2 * b + c) / 4 for a, b, c in zip(padded, padded[1:], padded[2:], strict=False)]
+    place = min(int(256 * float(depth[int(y * 30), int(x * 40)])), 255)
+    while place < 255 and counts[place + 1] > counts[place]:
+        place += 1
+    peak = lowest = place
+    for place in range(peak + 1, 256):
+        if counts[lowest] < counts[peak] / 20 or counts[place] > 1.5 * counts[lowest]:
+            break
+        lowest = place if counts[place] < counts[lowest] else lowest
+    assert deglad.threshold_behind(depth, x, y) == min(lowest + 1, 255) / 256
+
+
+def test_all_thresholds_adds_points_to_what_was_typed():
+    depth = three_planes()[0]
+    used = deglad.all_thresholds(depth, [0.1], [(0.7, 0.6), (0.35, 0.5), (0.36, 0.5)])
+    assert used[0] == 0.1 and len(used) == 3 and used == sorted(used)
+    with pytest.raises(ValueError, match="no threshold and no point"):
+        deglad.all_thresholds(depth, [], [])
+
+
+def test_amodal_mask_is_the_region_without_what_is_nearer():
+    region = torch.zeros(1, 60, 80)
+    region[:, 15:45, 30:60] = 1
+    depth = three_planes().float()
+    mask = deglad.amodal_mask(region, depth, 0.5)
+    expected = [[float(15 <= r < 45 and 30 <= c < 60 and depth[0, r, c] >= 0.5) for c in range(80)] for r in range(60)]
+    assert mask[0].tolist() == expected
+
+
+def test_compose_by_depth_is_equation_3_and_paste_layers_flatten_to_it():
+    front, back, weights = random(1, 5, 6, 3), random(1, 5, 6, 3, seed=1), random(1, 5, 6, seed=2)
+    image, depth = deglad.compose_by_depth(front, back, front[..., 0], back[..., 0], weights)
+    for row in range(5):
+        for column in range(6):
+            w = float(weights[0, row, column])
+            assert image[0, row, column].tolist() == pytest.approx((w * front[0, row, column] + (1 - w) * back[0, row, column]).tolist())
+            assert float(depth[0, row, column]) == pytest.approx(float(image[0, row, column, 0]))
+    stack = deglad.paste_layers(back[0], front[0], weights[0])
+    top = stack.layers[1].image
+    assert torch.allclose(top[..., 3:] * top[..., :3] + (1 - top[..., 3:]) * stack.layers[0].image, image[0])
+
+
+def test_top_view_places_every_pixel_at_its_column_and_depth():
+    image, depth = random(1, 6, 5, 3), random(1, 6, 5, seed=4)
+    view = deglad.top_view(image, depth, 10)[0]
+    for column in range(5):
+        rows = [min(max(int((1 - float(depth[0, r, column])) * 10), 0), 9) for r in range(6)]
+        for place in range(10):
+            members = [image[0, r, column] for r in range(6) if rows[r] == place]
+            density = 0.4 + 0.6 * (1 - math.exp(-len(members) * 12 / 6)) if members else 0.0
+            expected = (torch.stack(members).mean(0) * density).tolist() if members else [0, 0, 0]
+            assert view[place, column].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["redwood", "tum", "sun"])
+@pytest.mark.parametrize("width", [0, 3])
+def test_real_photographs_with_measured_depth_come_back_whole(shared, name, width):
+    folder = shared / "data" / "rgbd"
+    image = torch.from_numpy(np.array(Image.open(folder / f"{name}_color.png").convert("RGB"))).float() / 255
+    raw = torch.from_numpy(np.array(Image.open(folder / f"{name}_depth.png")).astype("float32"))[None]
+    depth = deglad.normalise_depth(raw, False, True)
+    thresholds = deglad.all_thresholds(depth[0], [], [(0.5, 0.8), (0.7, 0.5)])
+    weights = deglad.soften(deglad.slice_masks(depth, thresholds), width)
+    stack = deglad.cut_layers(image.expand(1, len(thresholds) + 1, -1, -1, -1), weights, thresholds, True)
+    assert len(stack.layers) == 3 and all((layer.image[..., 3] > 0.5).float().mean() > 0.01 for layer in stack.layers)
+    assert (over(stack) - image).abs().max() < 1 / 255

@@ -1,0 +1,68 @@
+"""Matting of cuts: closer to the true alpha than the cut itself, sum one, and nothing of the picture is lost."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from strata.techniques.depth import over_alphas
+from strata.techniques.matting import matte, refine_slices, separate_colours
+
+PHOTOGRAPHS = ("GT01", "GT04", "GT13", "GT21", "GT24", "GT27")
+
+
+def load(folder, name, mode):
+    picture = Image.open(folder / f"{name}.png").convert(mode)
+    return torch.from_numpy(np.array(picture.resize((picture.width // 2, picture.height // 2), Image.BOX))).float() / 255
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_matte_is_closer_to_the_true_alpha_than_the_cut(shared, name):
+    folder = shared / "data" / "matting"
+    image, alpha = load(folder, name + "i", "RGB"), load(folder, name + "a", "L")
+    cut = (alpha > 0.5).float()
+    refined = matte(image, cut, 8)
+    sad, mse = ([float(f(mask - alpha)) for mask in (cut, refined)] for f in (lambda e: e.abs().sum() / 1000, lambda e: (e**2).mean()))
+    print(f"{name}: SAD {sad[0]:.2f} -> {sad[1]:.2f} (thousands), MSE {mse[0]:.5f} -> {mse[1]:.5f}")
+    assert sad[1] < 0.8 * sad[0] and mse[1] < 0.6 * mse[0]
+
+
+def scene():
+    """A red disc with a soft rim over a blue-green gradient: (image, true alpha)."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 80), indexing="ij")
+    alpha = ((0.6 - (x**2 + y**2).sqrt()) * 12 + 0.5).clamp(0, 1)
+    front = torch.tensor([0.9, 0.15, 0.1]).expand(64, 80, 3)
+    back = torch.stack([0.1 + 0 * x, 0.5 + 0.3 * y, 0.8 + 0.1 * x], -1)
+    return alpha[..., None] * front + (1 - alpha[..., None]) * back, alpha, front, back
+
+
+def test_separate_colours_recompose_exactly_and_lose_the_fringe():
+    image, alpha, front, back = scene()
+    estimated_front, estimated_back = separate_colours(image, alpha)
+    share = alpha[..., None]
+    assert (share * estimated_front + (1 - share) * estimated_back - image).abs().max() < 1 / 255
+    rim = (alpha > 0.3) & (alpha < 0.9)
+    assert (estimated_front - front)[rim].abs().mean() < 0.3 * (image - front)[rim].abs().mean()
+    assert estimated_front.min() >= 0 and estimated_front.max() <= 1
+
+
+def test_refine_slices_sums_to_one_and_gives_the_image_back():
+    image, alpha, _, _ = scene()
+    near = torch.zeros_like(alpha)
+    near[40:, :40] = 1
+    middle = (alpha > 0.5).float() * (1 - near)
+    masks = torch.stack([1 - near - middle, middle, near])
+    steps = []
+    weights, colours = refine_slices(image, masks, 8, lambda: steps.append(1))
+    assert len(steps) == 2 and weights.min() >= 0
+    assert (weights.sum(0) - 1).abs().max() < 1e-6
+    result = torch.zeros_like(image)
+    for colour, share in zip(colours, over_alphas(weights[None])[0][..., None], strict=True):
+        result = share * colour + (1 - share) * result
+    assert (result - image).abs().max() < 1 / 255
+    assert ((weights[1] - alpha * (1 - near)).abs().sum() < (masks[1] - alpha * (1 - near)).abs().sum())
+
+
+def test_a_mask_without_an_edge_stays():
+    image, _, _, _ = scene()
+    for value in (0.0, 1.0):
+        mask = torch.full(image.shape[:2], value)
+        assert torch.equal(matte(image, mask, 8), mask)

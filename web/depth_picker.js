@@ -1,0 +1,116 @@
+// Puts the depth picker on "Slice by depth" and keeps it in step with the node: its `thresholds` widget, its last run, its links.
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+import { formatThresholds, parseThresholds, pointThresholds } from "./depth_view.js";
+import { DepthPicker } from "./picker_widget.js";
+
+const NODE = "Strata_SliceByDepth";
+const PROPERTY = "strata_slice"; // where the last run's pictures are: saved with the workflow, so that they are found after a reload
+const RUN_FIRST = "Run the graph once to see the depth here.";
+const GONE = "The pictures of the last run are gone (ComfyUI clears them when it restarts).\nRun the graph again to see the depth here.";
+
+/** Chain a handler behind one that may be there already. */
+function after(object, name, handler) {
+    const before = object[name];
+    object[name] = function (...args) {
+        const result = before?.apply(this, args);
+        handler.apply(this, args);
+        return result;
+    };
+}
+
+async function fetchPixels({ filename, subfolder = "", type = "temp" }) {
+    const answer = await api.fetchApi(`/view?${new URLSearchParams({ filename, subfolder, type })}`, { cache: "no-store" });
+    if (!answer.ok) return null;
+    // Colour management would change the depth bytes
+    const bitmap = await createImageBitmap(await answer.blob(), { colorSpaceConversion: "none", premultiplyAlpha: "none" });
+    const canvas = document.createElement("canvas");
+    Object.assign(canvas, { width: bitmap.width, height: bitmap.height });
+    const context = canvas.getContext("2d", { willReadFrequently: true });
+    context.drawImage(bitmap, 0, 0);
+    bitmap.close();
+    return context.getImageData(0, 0, canvas.width, canvas.height);
+}
+
+/** In the classic canvas a DOM widget lies over the canvas and would swallow zooming and panning; Nodes 2.0 handles both itself. */
+function passOnToCanvas(element) {
+    const inVueNode = () => Boolean(element.closest("[data-node-id]"));
+    const pass = (name, when) => (event) => { if (!inVueNode() && when(event)) app.canvas[name]?.(event); };
+    element.addEventListener("wheel", pass("processMouseWheel", () => true), { passive: true });
+    element.addEventListener("pointerdown", pass("processMouseDown", (event) => event.button === 1));
+    element.addEventListener("pointermove", pass("processMouseMove", (event) => event.buttons & 4));
+    element.addEventListener("pointerup", pass("processMouseUp", (event) => event.button === 1));
+    for (const name of ["pointerdown", "pointermove", "pointerup", "dblclick"]) {
+        // A Vue node would start to drag itself
+        element.addEventListener(name, (event) => { if (event.button <= 0 && !(event.buttons & 4)) event.stopPropagation(); });
+    }
+}
+
+function attach(node) {
+    const widget = (name) => node.widgets?.find((candidate) => candidate.name === name);
+    let newest = 0; // a slow answer must not replace a newer one
+
+    const picker = new DepthPicker((values, finished) => {
+        const text = formatThresholds(values);
+        const thresholds = widget("thresholds");
+        if (finished) node.graph?.beforeChange?.();
+        if (thresholds.value !== text) {
+            thresholds.value = text;
+            thresholds.callback?.(text, app.canvas, node);
+        }
+        if (finished) node.graph?.afterChange?.(); // one step for undo
+        node.setDirtyCanvas(true, true);
+    });
+
+    const follow = () => {
+        const slice = node.properties[PROPERTY];
+        const linked = node.inputs?.some((input) => input.name === "thresholds" && input.link != null);
+        const fixed = picker.scene ? pointThresholds(picker.scene, widget("points")?.value ?? "") : [];
+        const values = linked ? slice?.thresholds ?? [] : parseThresholds(widget("thresholds")?.value ?? "");
+        picker.setThresholds(values, { fixed: linked ? [] : fixed, locked: linked });
+    };
+
+    const load = async () => {
+        const slice = node.properties[PROPERTY];
+        if (!slice?.front || !slice?.depth) {
+            picker.say(RUN_FIRST);
+            return;
+        }
+        const turn = ++newest;
+        const [front, depth] = await Promise.all([fetchPixels(slice.front), fetchPixels(slice.depth)]).catch(() => [null, null]);
+        if (turn !== newest) return;
+        if (!front || front.width !== depth?.width || front.height !== depth.height) {
+            picker.say(GONE);
+            return;
+        }
+        picker.setScene(front, depth);
+        follow();
+    };
+
+    passOnToCanvas(picker.element);
+    const options = { serialize: false, getMinHeight: () => 340, hideOnZoom: true };
+    const view = node.addDOMWidget("depth_picker", "strata_depth_picker", picker.element, options);
+    view.serialize = false;
+    view.computeLayoutSize = () => ({ minHeight: 340, minWidth: 300 });
+
+    for (const name of ["thresholds", "points"]) if (widget(name)) after(widget(name), "callback", follow);
+    after(node, "onExecuted", (output) => {
+        const slice = output?.[PROPERTY]?.[0];
+        if (!slice) return;
+        node.properties[PROPERTY] = slice;
+        load();
+    });
+    after(node, "onConfigure", () => { load(); follow(); });
+    after(node, "onConnectionsChange", follow);
+    after(node, "onRemoved", () => { newest++; picker.dispose(); });
+    node.setSize([Math.max(node.size[0], 400), Math.max(node.size[1], node.computeSize()[1] + 120)]);
+    load();
+    follow();
+}
+
+app.registerExtension({
+    name: "Strata.DepthPicker",
+    nodeCreated(node) {
+        if (node.comfyClass === NODE) attach(node);
+    },
+});
