@@ -1,9 +1,9 @@
 """The nodes that users see: one file per menu category, each with a NODES list."""
 from comfy_api.latest import ComfyExtension
 
-from . import depth, layers_edit, layers_io
+from . import depth, generate, layers_edit, layers_io
 
 
 class StrataExtension(ComfyExtension):
     async def get_node_list(self):
-        return [node for module in (layers_io, layers_edit, depth) for node in module.NODES]
+        return [node for module in (layers_io, layers_edit, depth, generate) for node in module.NODES]

@@ -199,7 +199,8 @@ def street(plane, rng):
     back = mix(back, walls, np.clip((plane.y - plane.horizon + heights) * len(plane.y) + 0.5, 0, 1))
     grain = 0.5 * plane.texture(rng, 0.015) + 0.3 * plane.texture(rng, 0.3)
     ground = rgb(98, 100, 106) + 0.07 * grain[..., None]
-    dash = np.clip((0.035 - np.abs(plane.u - rng.uniform(-0.5, 0.5))) / np.maximum(plane.step, 0.01) + 0.5, 0, 1) * ((plane.v + rng.uniform(0, 2)) % 1.6 < 0.9)
+    dash = np.clip((0.035 - np.abs(plane.u - rng.uniform(-0.5, 0.5))) / np.maximum(plane.step, 0.01) + 0.5, 0, 1)
+    dash *= (plane.v + rng.uniform(0, 2)) % 1.6 < 0.9
     ground = mix(ground, rgb(240, 236, 220), dash * np.clip(0.4 / plane.step, 0, 1))
     return *_outdoor(plane, back, ground), rgb(250, 248, 244), 0.5, rgb(14, 15, 20)
 
@@ -224,7 +225,8 @@ def room(plane, rng):
     brick = np.floor(along).astype(np.int32)
     tone = _tile()[(row * 31) % TILE, brick % TILE]
     bricks = mix(rgb(150, 68, 50), rgb(196, 104, 76), np.clip(0.5 + 0.5 * tone, 0, 1))
-    joint = np.maximum(np.clip(1.3 - 9 * np.abs((along + 0.5) % 1 - 0.5), 0, 1), np.clip(1.3 - 7 * np.abs(((plane.y - line) * 14 + 0.5) % 1 - 0.5), 0, 1))
+    upright, level = (np.abs((place + 0.5) % 1 - 0.5) for place in (along, (plane.y - line) * 14))
+    joint = np.maximum(np.clip(1.3 - 9 * upright, 0, 1), np.clip(1.3 - 7 * level, 0, 1))
     wall = mix(bricks, rgb(206, 194, 180), joint * 0.8)
     wall = wall * (0.78 + 0.22 * np.clip(plane.y / line, 0, 1))[..., None]
     boards = np.floor(plane.v / 0.3).astype(np.int32)
@@ -235,7 +237,8 @@ def room(plane, rng):
 
 
 def tiles(plane, rng):
-    pale, dark = [(rgb(244, 244, 240), rgb(60, 66, 76)), (rgb(246, 240, 226), rgb(120, 170, 178)), (rgb(240, 236, 240), rgb(176, 110, 120))][rng.integers(3)]
+    pairs = ((244, 244, 240), (60, 66, 76)), ((246, 240, 226), (120, 170, 178)), ((240, 236, 240), (176, 110, 120))
+    pale, dark = (rgb(*color) for color in pairs[rng.integers(3)])
     wall = mix(rgb(226, 232, 236), rgb(206, 216, 224), np.broadcast_to(np.clip(plane.y * 2, 0, 1), plane.u.shape))
     side = rng.uniform(-0.3, 0.3)
     window = (np.abs(plane.x - side) < 0.2) & (plane.y < plane.horizon * 0.7)
@@ -245,7 +248,8 @@ def tiles(plane, rng):
     angle = rng.choice([0.0, np.pi / 4])
     u, v = plane.u * np.cos(angle) + plane.v * np.sin(angle), plane.v * np.cos(angle) - plane.u * np.sin(angle)
     soft = np.maximum(plane.step, 0.01) * 1.2
-    wave = np.clip((np.abs(u / size % 2 - 1) - 0.5) * size / soft, -0.5, 0.5) * np.clip((np.abs(v / size % 2 - 1) - 0.5) * size / soft, -0.5, 0.5)
+    across, along = (np.clip((np.abs(place / size % 2 - 1) - 0.5) * size / soft, -0.5, 0.5) for place in (u, v))
+    wave = across * along
     floor = mix(pale, dark, (0.5 + 2 * wave * np.clip(size / (2 * plane.step) - 0.3, 0, 1)))
     return *_indoor(plane, wall, floor, rng.uniform(0.12, 0.2)), rgb(250, 250, 255), 0.42, rgb(24, 28, 36)
 

@@ -28,6 +28,7 @@ PLACE_WORDS = {
     "autumn": ("in autumn leaves", "in an autumn park", "among orange trees in autumn"), "street": ("on a street", "on a road in a city", "in a city street"),
 }
 ARRANGEMENTS = ("{what} {where}", "{what} {where}", "a picture of {what} {where}", "a photo of {what} {where}")
+MOST_OBJECTS = 6
 SIZE = 0.58  # height of an object of size 1 at the lower edge, in picture heights
 NEAREST, FARTHEST = 0.97, 0.42  # where feet may stand, as t of the ground plane
 
@@ -85,6 +86,12 @@ class Scene:
     light: Light
     seed: int
 
+    @property
+    def masks(self) -> np.ndarray:
+        """[1 + objects, H, W]: the background's mask, then the objects', back to front; 1 = belongs to it, they sum to one."""
+        objects = np.array([o.mask for o in self.objects], np.float32).reshape(-1, *self.depth.shape)
+        return np.concatenate([1 - objects.sum(0, keepdims=True), objects])
+
 
 @lru_cache(maxsize=1)
 def catalogue() -> dict[str, ObjectKind]:
@@ -126,10 +133,12 @@ def render(request: Request, height: int, width: int, seed: int) -> Scene:
         mask = (alpha > 0.5) & ~covered
         visible = float((alpha * clear).sum() / max(alpha.sum(), 1e-6))
         covered, clear = covered | mask, clear * (1 - alpha)
-        objects.insert(0, SceneObject(entry.name, words, rgba, shadow, _stack(rgba, shadow), mask.astype(np.float32), float(1 - t), box, visible))
+        whole = _stack(rgba, shadow)
+        objects.insert(0, SceneObject(entry.name, words, rgba, shadow, whole, mask.astype(np.float32), float(1 - t), box, visible))
     where = str(rng.choice(PLACE_WORDS[kind]))
     prompt = str(rng.choice(ARRANGEMENTS)).format(what=_list([o.prompt for o in objects[::-1]]), where=where)
-    return Scene(composite.astype(np.float32), place.image, depth.astype(np.float32), place.depth, tuple(objects), kind, prompt, f"an empty place {where}", place.horizon, place.light, seed)
+    return Scene(composite.astype(np.float32), place.image, depth.astype(np.float32), place.depth, tuple(objects), kind, prompt,
+                 f"an empty place {where}", place.horizon, place.light, seed)
 
 
 def _choose(request: Request, rng) -> tuple[str, list[str]]:
@@ -140,9 +149,15 @@ def _choose(request: Request, rng) -> tuple[str, list[str]]:
     if request.kind is not None and request.kind not in KINDS:
         raise ValueError(f"kind: {request.kind!r} is not one of the places; use {', '.join(KINDS)}.")
     kind = request.kind or str(rng.choice(KINDS))
+    if len(request.objects or ()) > MOST_OBJECTS:
+        raise ValueError(f"objects: there are {len(request.objects)} of them and a scene holds at most {MOST_OBJECTS}; name fewer.")
     if request.objects is not None:
         return kind, list(request.objects)
-    pool = [n for n in known if not (request.train and is_held_out(n, kind)) and not (request.held_out and (not is_held_out(n, kind) or known[n].held_out))]
+    pool = list(known)
+    if request.train:
+        pool = [name for name in known if not is_held_out(name, kind)]
+    elif request.held_out:
+        pool = [name for name in known if is_held_out(name, kind) and not known[name].held_out]
     count = request.count if request.count is not None else int(rng.choice((1, 1, 2, 3)))
     if count > len(pool):
         raise ValueError(f"count: {count} objects were asked for and there are {len(pool)} to choose from.")
@@ -152,7 +167,7 @@ def _choose(request: Request, rng) -> tuple[str, list[str]]:
 def _arrange(entries: list[ObjectKind], horizon: float, height: int, width: int, rng):
     """Feet and sizes, farthest first: (object, t, left pixel, (height, width) pixels). Tries for places where nothing hides another."""
     best, best_hidden = [], np.inf
-    for _ in range(24):
+    for _attempt in range(24):
         spots, boxes, hidden = [], [], 0.0
         for entry, t in zip(entries, _depths(len(entries), rng), strict=True):
             full = _sprite_size(entry)
@@ -163,7 +178,7 @@ def _arrange(entries: list[ObjectKind], horizon: float, height: int, width: int,
             room = width - size[1]
             left = int(rng.integers(0, room + 1)) if len(entries) > 1 else int(round(room * rng.uniform(0.2, 0.8)))
             foot = (horizon + (1 - horizon) * t) * height
-            for other, other_left, other_size, other_foot in boxes:
+            for _, other_left, other_size, other_foot in boxes:
                 wide_share = max(0, min(left + size[1], other_left + other_size[1]) - max(left, other_left)) / other_size[1]
                 tall_share = np.clip((other_foot - (foot - size[0])) / other_size[0], 0, 1)
                 hidden = max(hidden, wide_share * tall_share)

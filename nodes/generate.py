@@ -1,0 +1,58 @@
+"""Pictures made here: the scene renderer."""
+import torch
+from comfy_api.latest import io
+
+from ..techniques.layers import Layer, LayerStack, write_layers
+from ..training.scenes import KINDS, MOST_OBJECTS, Request, SceneObject, catalogue, render
+from .sockets import Layers, schema
+
+
+class RenderScene(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Strata_RenderScene", display_name="Render a layered scene", category="Strata/Generate",
+            search_aliases=["synthetic scene", "example layers", "ground truth", "test picture"],
+            description="Draws objects with shadows on a ground plane and returns the picture with its exact layers, depth and masks.",
+            inputs=[
+                io.Combo.Input("kind", options=["random", *KINDS], default="random", tooltip="The place; random draws one from the seed."),
+                io.String.Input("objects", default="", tooltip="Names with commas between them, such as: house, dog, pumpkin (nearest last). "
+                                f"Empty draws them from the seed. Known: {', '.join(catalogue())}."),
+                io.Int.Input("count", default=2, min=0, max=MOST_OBJECTS, tooltip="How many objects to draw when none are named; 0 leaves the place empty."),
+                io.Int.Input("width", default=512, min=64, max=2048, tooltip="Width in pixels."),
+                io.Int.Input("height", default=512, min=64, max=2048, tooltip="Height in pixels."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                             tooltip="The same seed gives the same picture."),
+            ],
+            outputs=[
+                io.Image.Output("IMAGE", display_name="image", tooltip="The whole picture."),
+                io.Image.Output("BACKGROUND", display_name="background", tooltip="The same place without the objects and their shadows."),
+                Layers.Output("LAYERS", display_name="layers",
+                              tooltip="Background and one layer per object with its shadow, back to front; flattened they are the picture."),
+                io.Image.Output("DEPTH", display_name="depth", tooltip="Exact depth, near is black: 0 = nearest, 1 = farthest."),
+                io.Mask.Output("MASKS", display_name="masks", tooltip="One per layer, back to front: 1 where that layer is in front. They sum to one."),
+                io.String.Output("PROMPT", display_name="prompt", tooltip="A sentence that says what is in the picture."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, kind, objects, count, width, height, seed):
+        names = tuple(name.strip().lower() for name in objects.split(",") if name.strip())
+        request = Request(None if kind == "random" else kind, names or None, count)
+        scene = render(request, height, width, seed)
+        back = Layer(_tensor(scene.background), "background", extra={"strata": {"prompt": scene.background_prompt, "depth": (0.0, 1.0)}})
+        layers = write_layers(LayerStack((width, height), (back, *map(_layer, scene.objects))))
+        depth = _tensor(scene.depth)[None, ..., None].expand(-1, -1, -1, 3)
+        return io.NodeOutput(_tensor(scene.composite)[None], _tensor(scene.background)[None], layers, depth, _tensor(scene.masks), scene.prompt)
+
+
+def _tensor(array) -> torch.Tensor:
+    return torch.from_numpy(array)
+
+
+def _layer(thing: SceneObject) -> Layer:
+    strata = {"prompt": thing.prompt, "depth": (thing.depth, thing.depth)}
+    return Layer(_tensor(thing.rgba_with_shadow), thing.name, extra={"strata": strata})
+
+
+NODES = [RenderScene]

@@ -1,0 +1,157 @@
+"""The truth of rendered scenes: what the renderer says about a picture is what is in the picture."""
+import numpy as np
+import pytest
+from strata.training import scenes
+from strata.training.scenes import Request
+
+SIZES = [(128, 128), (96, 160), (200, 120)]
+SEEDS = range(40)
+
+
+def many():
+    for seed in SEEDS:
+        yield scenes.render(Request(count=1 + seed % 3), *SIZES[seed % 3], seed)
+
+
+def over64(layers, background):
+    """Laying straight-alpha layers over a background, written again in float64."""
+    picture = background.astype(np.float64)
+    for layer in layers:
+        alpha = layer[..., 3:].astype(np.float64)
+        picture = layer[..., :3] * alpha + picture * (1 - alpha)
+    return picture
+
+
+def test_layers_over_the_background_give_the_composite():
+    for scene in many():
+        joined = over64([o.rgba_with_shadow for o in scene.objects], scene.background)
+        apart = over64([layer for o in scene.objects for layer in (o.shadow, o.rgba)], scene.background)
+        assert np.abs(joined - scene.composite).max() < 1e-4
+        assert np.abs(apart - scene.composite).max() < 1e-4
+
+
+def test_masks_are_disjoint_and_the_nearest_wins():
+    for scene in many():
+        assert np.array_equal(scene.masks.sum(0), np.ones_like(scene.depth))
+        assert set(np.unique(scene.masks)) <= {0.0, 1.0}
+        solid = np.array([o.rgba[..., 3] > 0.5 for o in scene.objects])
+        front = np.where(solid.any(0), len(solid) - 1 - solid[::-1].argmax(0), -1)
+        for index, thing in enumerate(scene.objects):
+            assert np.array_equal(thing.mask > 0, front == index)
+
+
+def test_depth_falls_with_the_order_of_layers_and_is_that_of_the_frontmost_thing():
+    for scene in many():
+        depths = [o.depth for o in scene.objects]
+        assert depths == sorted(depths, reverse=True) and len(set(depths)) == len(depths)
+        expected = scene.background_depth.copy()
+        for thing in scene.objects:
+            expected[thing.mask > 0] = thing.depth
+        assert np.array_equal(expected, scene.depth)
+        assert scene.depth.min() >= 0 and scene.depth.max() <= 1
+        assert (np.diff(scene.background_depth, axis=0) <= 0).all()
+
+
+def test_an_object_stands_where_its_depth_says():
+    for scene in many():
+        height = len(scene.depth)
+        for thing in scene.objects:
+            if scenes.catalogue()[thing.name].hover == 0:
+                foot = scene.horizon + (1 - scene.horizon) * (1 - thing.depth)
+                assert abs(thing.box[3] - foot * height) <= 0.025 * height
+
+
+def test_boxes_are_tight():
+    for scene in many():
+        for thing in scene.objects:
+            left, top, right, bottom = thing.box
+            inside = np.zeros_like(scene.depth, bool)
+            inside[top:bottom, left:right] = True
+            alpha = thing.rgba[..., 3]
+            assert not alpha[~inside].any()
+            assert all(edge.any() for edge in (alpha[top, :], alpha[bottom - 1, :], alpha[:, left], alpha[:, right - 1]))
+
+
+def test_a_shadow_is_in_the_shadow_layer_alone():
+    cast = 0
+    for scene in many():
+        for thing in scene.objects:
+            pixels = thing.shadow[..., 3] > 0
+            assert not pixels[: int(scene.horizon * len(pixels))].any()
+            assert np.allclose(thing.shadow[pixels][:, :3], scene.light.shade)
+            plain = scenes.over(thing.rgba, scene.background)
+            assert np.array_equal(plain[thing.rgba[..., 3] == 0], scene.background[thing.rgba[..., 3] == 0])
+            if scenes.catalogue()[thing.name].material == "solid":
+                assert thing.shadow[..., 3].max() > 0.25, (thing.name, scene.seed)
+                cast += 1
+    assert cast > 40
+
+
+def test_a_shadow_touches_the_foot_of_what_stands():
+    for name in ("dog", "soccer ball", "house"):
+        thing = scenes.render(Request("snow", (name,)), 256, 256, 3).objects[0]
+        left, _, right, bottom = thing.box
+        below = thing.shadow[bottom - 3:bottom + 2, left:right, 3]
+        assert below.max() > 0.3, name
+
+
+def test_words_match_the_content():
+    known = scenes.catalogue()
+    for scene in many():
+        for thing in scene.objects:
+            assert thing.prompt in known[thing.name].prompts and thing.prompt in scene.prompt
+        assert any(words in scene.prompt for words in scenes.PLACE_WORDS[scene.kind])
+
+
+def test_the_same_seed_gives_the_same_pixels_and_another_one_does_not():
+    first, again, other = (scenes.render(Request(), 128, 128, seed) for seed in (5, 5, 6))
+    assert np.array_equal(first.composite, again.composite) and first.prompt == again.prompt
+    assert not np.array_equal(first.composite, other.composite)
+
+
+@pytest.mark.parametrize("kind", scenes.KINDS)
+def test_every_place_has_a_ground_and_a_far_end(kind):
+    scene = scenes.render(Request(kind, ()), 128, 128, 1)
+    assert np.array_equal(scene.composite, scene.background) and scene.composite.std() > 0.03
+    rows = (np.arange(128) + 0.5) / 128
+    ground = 1 - (rows - scene.horizon) / (1 - scene.horizon)
+    lower = rows > scene.horizon + 0.25 * (1 - scene.horizon)
+    assert np.allclose(scene.depth[lower], ground[lower, None], atol=1e-5)
+    assert scene.depth[0].min() > 0.7
+
+
+@pytest.mark.parametrize("name", list(scenes.catalogue()))
+def test_every_object_renders(name):
+    scene = scenes.render(Request("table", (name,)), 128, 128, 2)
+    thing = scene.objects[0]
+    material = scenes.catalogue()[name].material
+    middle = thing.rgba[..., 3][thing.rgba[..., 3] > 0.05]
+    assert len(middle) > 200 and thing.visible == pytest.approx(1)
+    partial = ((middle > 0.1) & (middle < 0.9)).mean()
+    assert partial > 0.3 if material != "solid" else partial < 0.3
+
+
+def test_training_never_sees_what_is_held_out():
+    for seed in range(150):
+        scene = scenes.render(Request(train=True), 64, 64, seed)
+        assert not any(scenes.is_held_out(o.name, scene.kind) for o in scene.objects)
+    kept = [scenes.render(Request(held_out=True, count=1), 64, 64, seed) for seed in range(20)]
+    assert all(scenes.is_held_out(s.objects[0].name, s.kind) and not scenes.catalogue()[s.objects[0].name].held_out for s in kept)
+
+
+@pytest.mark.parametrize("request_, word", [(Request("moon"), "moon"), (Request(objects=("dragon",)), "dragon"), (Request(objects=("dog",) * 7), "at most 6")])
+def test_a_wrong_request_says_what_is_known(request_, word):
+    with pytest.raises(ValueError, match=word):
+        scenes.render(request_, 64, 64, 0)
+
+
+def test_the_bundled_pictures_are_what_the_renderer_says():
+    from pathlib import Path
+
+    from PIL import Image
+    folder = Path(scenes.__file__).parent.parent / "workflows" / "input"
+    scene = scenes.render(Request("meadow", ("house", "dog", "pumpkin")), 512, 768, 3)
+    picture = np.asarray(Image.open(folder / "scene.png"), np.float32) / 255
+    depth = np.asarray(Image.open(folder / "scene_depth.png"))
+    assert np.abs(picture - scene.composite).max() < 1.5 / 255
+    assert depth.min() > 0 and np.abs((depth.astype(np.float64) - 1) / 65534 - scene.depth).max() < 2 / 65534
