@@ -46,7 +46,7 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
 
     def loss(model, step, rank):
         device = next(model.parameters()).device
-        image = pool.batch(config["batch"], config["seed"], step, rank).to(device, memory_format=torch.channels_last)
+        image = pool.batch(config["batch"], config["crop"], config["seed"], step, rank).to(device, memory_format=torch.channels_last)
         return losses(config, *model(image), image)
 
     @torch.no_grad()

@@ -34,10 +34,11 @@ class ScenePool:
             self.ready[index] = 1
         return self.pixels[index]
 
-    def batch(self, size: int, seed: int, step: int, rank: int = 0) -> Tensor:
-        """[size,3,side,side] in 0..1, mirrored at random; a function of seed, step and rank alone."""
+    def batch(self, size: int, crop: int, seed: int, step: int, rank: int = 0) -> Tensor:
+        """[size,3,crop,crop] in 0..1, cut and mirrored at random; a function of these numbers alone."""
         rng = np.random.default_rng((seed, step, rank))
-        picked = np.stack([self[i] for i in rng.integers(0, self.count, size)])
+        corners = rng.integers(0, self.side - crop + 1, (size, 2))
+        picked = np.stack([self[i][y:y + crop, x:x + crop] for i, (y, x) in zip(rng.integers(0, self.count, size), corners, strict=True)])
         flip = rng.random(size) < 0.5
         picked[flip] = picked[flip][:, :, ::-1]
         return torch.from_numpy(picked).permute(0, 3, 1, 2).float() / 255

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-SHOW_EVERY = 50
+SHOW_EVERY = 20
 
 
 def learning_rate(step: int, config: dict) -> float:
@@ -60,13 +60,20 @@ class Progress:
         self.step = state["step"]
 
 
+def has_fast_bf16() -> bool:
+    """A processor without bf16 instructions emulates them, many times slower than float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
 def fit(model: nn.Module, loss: Callable[[nn.Module, int, int], dict[str, Tensor]], validate: Callable[[nn.Module, int], dict[str, float]],
         config: dict, folder: Path, minutes: float | None, save_every: float) -> nn.Module:
     """Train until config["steps"]; returns the averaged model. loss(model, step, rank) returns {"loss": scalar, ...} of one batch."""
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = Accelerator(mixed_precision="bf16" if has_fast_bf16() else "no")
     set_seed(config["seed"])
     folder.mkdir(parents=True, exist_ok=True)
     _same_config(config, folder)
@@ -93,7 +100,8 @@ def fit(model: nn.Module, loss: Callable[[nn.Module, int, int], dict[str, Tensor
         with accelerator.autocast():
             terms = loss(model, progress.step, accelerator.process_index)
         if not torch.isfinite(terms["loss"]):
-            raise SystemExit(f"error: the loss is {terms['loss'].item()} at step {progress.step}; lower learning_rate and train again in a new --folder.")
+            raise SystemExit(f"error: the loss is {terms['loss'].item()} at step {progress.step}; "
+                             "lower learning_rate and train again in a new --folder.")
         optimizer.zero_grad(set_to_none=True)
         accelerator.backward(terms["loss"])
         accelerator.clip_grad_norm_(model.parameters(), 1.0)

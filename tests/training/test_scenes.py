@@ -139,7 +139,9 @@ def test_training_never_sees_what_is_held_out():
     assert all(scenes.is_held_out(s.objects[0].name, s.kind) and not scenes.catalogue()[s.objects[0].name].held_out for s in kept)
 
 
-@pytest.mark.parametrize("request_, word", [(Request("moon"), "moon"), (Request(objects=("dragon",)), "dragon"), (Request(objects=("dog",) * 7), "at most 6")])
+@pytest.mark.parametrize("request_, word", [
+    (Request("moon"), "moon"), (Request(objects=("dragon",)), "dragon"), (Request(objects=("dog",) * 7), "at most 6"),
+])
 def test_a_wrong_request_says_what_is_known(request_, word):
     with pytest.raises(ValueError, match=word):
         scenes.render(request_, 64, 64, 0)
