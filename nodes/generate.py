@@ -19,7 +19,8 @@ class RenderScene(io.ComfyNode):
                 io.String.Input("objects", default="",
                                 tooltip="Names with commas between them, such as: house, dog, pumpkin (nearest last). "
                                 f"Empty draws them from the seed. Known: {', '.join(catalogue())}."),
-                io.Int.Input("count", default=2, min=0, max=MOST_OBJECTS, tooltip="How many objects to draw when none are named; 0 leaves the place empty."),
+                io.Int.Input("count", default=2, min=0, max=MOST_OBJECTS,
+                             tooltip="How many objects to draw when none are named; 0 leaves the place empty."),
                 io.Int.Input("width", default=512, min=64, max=2048, tooltip="Width in pixels."),
                 io.Int.Input("height", default=512, min=64, max=2048, tooltip="Height in pixels."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
@@ -31,7 +32,8 @@ class RenderScene(io.ComfyNode):
                 Layers.Output("LAYERS", display_name="layers",
                               tooltip="Background and an object with its shadow per layer, back to front; flattened they are the picture."),
                 io.Image.Output("DEPTH", display_name="depth", tooltip="Exact depth, near is black: 0 = nearest, 1 = farthest."),
-                io.Mask.Output("MASKS", display_name="masks", tooltip="One per layer, back to front: 1 where that layer is in front. They sum to one."),
+                io.Mask.Output("MASKS", display_name="masks",
+                               tooltip="One per layer, back to front: 1 where that layer is in front. They sum to one."),
                 io.String.Output("PROMPT", display_name="prompt", tooltip="A sentence that says what is in the picture."),
             ],
         )
