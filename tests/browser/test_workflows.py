@@ -36,7 +36,7 @@ def test_opens_and_runs(editor, workflow, comfy):
     editor.queue()
     kinds = ("Strata_PreviewLayers", "Strata_SaveLayers", "SaveImage")
     page.wait_for_function("""(kinds) => app.graph.nodes.filter((n) => kinds.includes(n.type))
-            .every((n) => n.imgs?.length && n.imgs.every((i) => i.naturalWidth))
+        .every((n) => n.imgs?.length && n.imgs.every((i) => i.naturalWidth))
         || [...document.querySelectorAll('[data-node-id] img')].length >= app.graph.nodes.filter((n) => kinds.includes(n.type)).length""", arg=kinds)
     editor.fit()
     page.wait_for_function("() => app.canvas.ds.scale < 1")
