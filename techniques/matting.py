@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KNOWN, PRIOR = 100.0, 0.05
+FAINT = 0.03  # less than this of a layer is noise of the solution, which would leave specks of made-up colour in the layer behind
 MAX_SOLVED = 1_000_000  # pixels: the closed-form system grows with them, and finer than this no eye sees it in an edge
 
 
@@ -18,12 +19,19 @@ def refine_slices(image: Tensor, masks: Tensor, width: int, step: Callable[[], N
     image: [H,W,3] in 0..1. masks: [N,H,W] of 0 or 1, back to front, sum one. width: pixels around each edge that are open to
     change. step is called after each of the N − 1 edges. The weights still sum to one, and the layers laid over each other give
     the image within 1/255. Raises ModuleNotFoundError with advice when pymatting is missing.
+    What is thinner than 3 pixels at the edge of a nearer layer is taken for depth mixed across that edge and goes to the layers around it.
     Source: ours, closed-form matting (Levin et al. 2008) and multi-level foreground estimation (Germer et al. 2020) of pymatting.
     """
-    nearer = torch.zeros_like(masks[0])
+    nearer = hard = torch.zeros_like(masks[0])
     weights, colours, rest = [], [], image
-    for hard in masks.flip(0).cumsum(0)[:-1]:
+    reach = max(1, round(width / 2))
+    for mask in masks.flip(0)[:-1]:
+        own = _without_slivers(mask, hard)
+        hard = hard + mask
         alpha = torch.maximum(nearer, matte(image, hard, width))
+        # where this layer is far and the one behind it near, both cuts follow the same edge: what they differ by is not a layer
+        shared = (_erode(1 - own, reach) == 1) & (_erode(hard, reach) == 0)
+        alpha = torch.where(shared, nearer, alpha)
         weights.append(alpha - nearer)
         over = torch.where(nearer < 1 - 1e-4, weights[-1] / (1 - nearer).clamp_min(1e-4), 0.0).clamp(0, 1)
         front, rest = separate_colours(rest, over)
@@ -54,6 +62,7 @@ def matte(image: Tensor, mask: Tensor, width: int) -> Tensor:
     solved = _closed_form(_numpy(_resize(image[box], size)), _numpy(_resize(mask[box][..., None], size)[..., 0]), known.cpu().numpy())
     alpha = _resize(torch.from_numpy(solved).to(image)[..., None], (height, wide))[..., 0].clamp(0, 1)
     refined = mask.clone()
+    alpha = torch.where(alpha < FAINT, 0.0, torch.where(alpha > 1 - FAINT, 1.0, alpha))
     refined[box] = torch.where(unknown[box], alpha, mask[box])
     return refined
 
@@ -72,17 +81,23 @@ def separate_colours(image: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     """Foreground and background colours [H,W,3] of an image [H,W,3] with alpha [H,W], such that alpha·F + (1 − alpha)·B is the image.
 
     Source: ours, multi-level foreground estimation (Germer et al. 2020) of pymatting.
-    Differs: its estimate is then projected onto the compositing equation, by least squares within 0..1, so that nothing is lost.
+    Differs: its estimate is then moved to the nearest colours within 0..1 that the compositing equation holds for, so that nothing is lost.
     """
     front, back = _pymatting().estimate_foreground_ml(_numpy(image), _numpy(alpha), return_background=True)
     front, back = (torch.from_numpy(value).to(image).clamp(0, 1) for value in (front, back))
-    share = alpha[..., None]
-    norm = share**2 + (1 - share) ** 2
-    for _ in range(8):
-        missing = (image - share * front - (1 - share) * back) / norm
-        front, back = (front + share * missing).clamp(0, 1), (back + (1 - share) * missing).clamp(0, 1)
-    off = (image - share * front - (1 - share) * back).abs().amax(-1, keepdim=True) > 0.5 / 255
-    return torch.where(off, image, front), torch.where(off, image, back)
+    share, mostly_front = torch.maximum(alpha, 1 - alpha)[..., None], (alpha >= 0.5)[..., None]
+    more, less = torch.where(mostly_front, front, back), torch.where(mostly_front, back, front)
+    more = more + share * (image - share * more - (1 - share) * less) / (share**2 + (1 - share) ** 2)
+    # the other colour is within 0..1 exactly when this one is between these two
+    more = torch.minimum(torch.maximum(more, ((image - (1 - share)) / share).clamp_min(0)), (image / share).clamp_max(1))
+    less = torch.where(1 - share > 1e-6, (image - share * more) / (1 - share).clamp_min(1e-6), less).clamp(0, 1)
+    return torch.where(mostly_front, more, less), torch.where(mostly_front, less, more)
+
+
+def _without_slivers(mask: Tensor, nearer: Tensor) -> Tensor:
+    """The mask [H,W] less what is thinner than 3 pixels along the edge of nearer layers [H,W]: depth that was mixed across that edge."""
+    thick = 1 - _erode(1 - _erode(mask, 1), 1)
+    return torch.maximum(thick, mask * _erode(1 - nearer, 2))
 
 
 def _erode(mask: Tensor, reach: int) -> Tensor:

@@ -2,6 +2,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from strata.techniques.depth import over_alphas
 from strata.techniques.matting import matte, refine_slices, separate_colours
@@ -59,6 +61,32 @@ def test_refine_slices_sums_to_one_and_gives_the_image_back():
         result = share * colour + (1 - share) * result
     assert (result - image).abs().max() < 1 / 255
     assert ((weights[1] - alpha * (1 - near)).abs().sum() < (masks[1] - alpha * (1 - near)).abs().sum())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 999), st.sampled_from([0.0, 0.2, 0.5, 0.97, 1.0]))
+def test_separate_colours_holds_the_compositing_equation_for_any_picture_and_alpha(seed, spread):
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.rand(9, 11, 3, generator=generator).round(decimals=seed % 3)
+    alpha = torch.lerp(torch.rand(9, 11, generator=generator).round(), torch.rand(9, 11, generator=generator), spread)
+    front, back = separate_colours(image, alpha)
+    for colours in (front, back):
+        assert colours.min() >= 0 and colours.max() <= 1
+    share = alpha[..., None].double()
+    assert (share * front + (1 - share) * back - image).abs().max() < 1e-5
+
+
+def test_two_cuts_at_one_edge_leave_nothing_in_the_layer_between():
+    """A near disc before a far wall, and in the depth a ring of mixed values one pixel wide between them: it is no layer."""
+    image, alpha, _, _ = scene()
+    near = (alpha > 0.5).float()
+    ring = torch.nn.functional.max_pool2d(near[None], 3, 1, 1)[0] - near
+    far_object = torch.zeros_like(near)
+    far_object[:12, :12] = 1  # a real one, away from the disc
+    middle = torch.maximum(ring, far_object)
+    weights, _ = refine_slices(image, torch.stack([1 - near - middle, middle, near]), 8)
+    assert weights[1][20:, 20:].max() < 1e-6 and weights[1][:8, :8].min() > 0.9
+    assert (weights.sum(0) - 1).abs().max() < 1e-6
 
 
 def test_a_mask_without_an_edge_stays():
