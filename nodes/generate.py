@@ -16,9 +16,11 @@ class RenderScene(io.ComfyNode):
             description="Draws objects with shadows on a ground plane and returns the picture with its exact layers, depth and masks.",
             inputs=[
                 io.Combo.Input("kind", options=["random", *KINDS], default="random", tooltip="The place; random draws one from the seed."),
-                io.String.Input("objects", default="", tooltip="Names with commas between them, such as: house, dog, pumpkin (nearest last). "
+                io.String.Input("objects", default="",
+                                tooltip="Names with commas between them, such as: house, dog, pumpkin (nearest last). "
                                 f"Empty draws them from the seed. Known: {', '.join(catalogue())}."),
-                io.Int.Input("count", default=2, min=0, max=MOST_OBJECTS, tooltip="How many objects to draw when none are named; 0 leaves the place empty."),
+                io.Int.Input("count", default=2, min=0, max=MOST_OBJECTS,
+                             tooltip="How many objects to draw when none are named; 0 leaves the place empty."),
                 io.Int.Input("width", default=512, min=64, max=2048, tooltip="Width in pixels."),
                 io.Int.Input("height", default=512, min=64, max=2048, tooltip="Height in pixels."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
@@ -28,9 +30,10 @@ class RenderScene(io.ComfyNode):
                 io.Image.Output("IMAGE", display_name="image", tooltip="The whole picture."),
                 io.Image.Output("BACKGROUND", display_name="background", tooltip="The same place without the objects and their shadows."),
                 Layers.Output("LAYERS", display_name="layers",
-                              tooltip="Background and one layer per object with its shadow, back to front; flattened they are the picture."),
+                              tooltip="Background and an object with its shadow per layer, back to front; flattened they are the picture."),
                 io.Image.Output("DEPTH", display_name="depth", tooltip="Exact depth, near is black: 0 = nearest, 1 = farthest."),
-                io.Mask.Output("MASKS", display_name="masks", tooltip="One per layer, back to front: 1 where that layer is in front. They sum to one."),
+                io.Mask.Output("MASKS", display_name="masks",
+                               tooltip="One per layer, back to front: 1 where that layer is in front. They sum to one."),
                 io.String.Output("PROMPT", display_name="prompt", tooltip="A sentence that says what is in the picture."),
             ],
         )

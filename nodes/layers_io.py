@@ -59,7 +59,7 @@ class LoadLayers(io.ComfyNode):
             inputs=[io.Combo.Input("file", options=_loadable(),
                                    tooltip="A PSD, PSB or ORA file in ComfyUI's input folder; the button below uploads one.")],
             outputs=[
-                Layers.Output("layers", display_name="layers", tooltip="The layers, back to front, with name, place, opacity, blend mode, visibility and mask."),
+                Layers.Output("layers", display_name="layers", tooltip="The layers, back to front, with all their fields."),
                 io.Image.Output("image", display_name="image", tooltip="The visible layers flattened."),
                 io.Mask.Output("mask", display_name="mask", tooltip="Transparency of the flattened picture, 1 = transparent."),
             ])

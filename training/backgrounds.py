@@ -79,9 +79,6 @@ def rgb(*values) -> np.ndarray:
     return np.array(values, np.float32) / 255
 
 
-WHITE = rgb(255, 255, 255)
-
-
 def mix(a, b, weight) -> np.ndarray:
     weight = np.asarray(weight, np.float32)[..., None]
     return a * (1 - weight) + b * weight
@@ -94,13 +91,13 @@ def ridge(plane: Plane, rng, height: float, roughness: float) -> np.ndarray:
     return np.clip((plane.y - top) * len(plane.y) + 0.5, 0, 1) * (plane.y < plane.horizon)
 
 
-def sky(plane: Plane, rng, top, low, clouds: float = 0.0, cloud=WHITE) -> np.ndarray:
+def sky(plane: Plane, rng, top, low, clouds: float = 0.0) -> np.ndarray:
     up = np.clip((plane.horizon - plane.y) / max(plane.horizon, 1e-3), 0, 1)
     image = mix(low, top, np.broadcast_to(up**0.7, plane.u.shape))
     if clouds:
         reach = plane.x / (up + 0.25), 0.6 / (up + 0.25)
         puff = noise(rng, reach[0] * 2.5, reach[1] * 4) + 0.5 * noise(rng, reach[0] * 6, reach[1] * 9)
-        image = mix(image, cloud, np.clip(puff * 1.3 + clouds - 0.5, 0, 1) * np.clip(up * 3, 0, 1) * 0.85)
+        image = mix(image, rgb(255, 255, 255), np.clip(puff * 1.3 + clouds - 0.5, 0, 1) * np.clip(up * 3, 0, 1) * 0.85)
     return image
 
 

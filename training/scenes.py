@@ -21,12 +21,16 @@ from .backgrounds import FOCAL, Light
 OBJECTS = Path(__file__).parent / "objects"
 KINDS = tuple(backgrounds.PLACES)
 PLACE_WORDS = {
-    "meadow": ("in a meadow", "on the grass", "in a green field"), "beach": ("on a beach", "on the sand by the sea", "at the seaside"),
-    "snow": ("in the snow", "on a snowy field", "in winter"), "night": ("at night", "under the moon", "in the dark under the stars"),
-    "desert": ("in a desert", "on a sand dune", "in the hot desert"), "table": ("on a wooden table", "on a table", "on a wooden desk"),
+    "meadow": ("in a meadow", "on the grass", "in a green field"),
+    "beach": ("on a beach", "on the sand by the sea", "at the seaside"),
+    "snow": ("in the snow", "on a snowy field", "in winter"),
+    "night": ("at night", "under the moon", "in the dark under the stars"),
+    "desert": ("in a desert", "on a sand dune", "in the hot desert"),
+    "table": ("on a wooden table", "on a table", "on a wooden desk"),
     "room": ("in a brick room", "in front of a brick wall", "in a room with a brick wall"),
     "tiles": ("on a tiled floor", "on checkered tiles", "in a tiled hall"),
-    "autumn": ("in autumn leaves", "in an autumn park", "among orange trees in autumn"), "street": ("on a street", "on a road in a city", "in a city street"),
+    "autumn": ("in autumn leaves", "in an autumn park", "among orange trees in autumn"),
+    "street": ("on a street", "on a road in a city", "in a city street"),
 }
 ARRANGEMENTS = ("{what} {where}", "{what} {where}", "a picture of {what} {where}", "a photo of {what} {where}")
 MOST_OBJECTS = 6
@@ -74,7 +78,8 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """composite, background: [H,W,3]. depth, background_depth: [H,W], 0 = nearest, 1 = farthest. objects: farthest first. horizon: row, as a fraction."""
+    """composite, background: [H,W,3]. depth, background_depth: [H,W], 0 = nearest, 1 = farthest. objects: farthest first. horizon: row as a
+    fraction of the height."""
     composite: np.ndarray
     background: np.ndarray
     depth: np.ndarray

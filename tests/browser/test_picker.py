@@ -142,7 +142,10 @@ def test_drag_changes_widget_and_tint_without_a_run(picker, no_run):
     picker.page.keyboard.press("Control+z")
     picker.page.wait_for_function("() => app.graph.nodes.find((n) => n.type === 'Strata_SliceByDepth').widgets[0].value === '0.3'")
     # the node was made anew: its own picker must be the one on the page
-    picker.page.wait_for_function("() => document.querySelector('.strata-depth-picker:not([data-gone])')?.shadowRoot.querySelector('.line')?.ariaValueNow === '0.300'")
+    picker.page.wait_for_function("""() => {
+        const own = document.querySelector('.strata-depth-picker:not([data-gone])');
+        return own?.shadowRoot.querySelector('.line')?.ariaValueNow === '0.300';
+    }""")
     picker.root.wait_for()
     picker.drag(0.3, 0.45)
     picker.wait_value(0.45)
@@ -255,7 +258,10 @@ def test_thresholds_from_another_node_are_shown_and_not_changed(prompt, editor):
     editor.queue()
     editor.show(SLICE)
     picker = Picker(editor)
-    picker.page.wait_for_function("() => document.querySelector('.strata-depth-picker:not([data-gone])')?.shadowRoot.querySelectorAll('.line').length === 2")
+    picker.page.wait_for_function("""() => {
+        const own = document.querySelector('.strata-depth-picker:not([data-gone])');
+        return own?.shadowRoot.querySelectorAll('.line').length === 2;
+    }""")
     assert picker.shown() == [0.2, 0.7]
     assert "comes from another node" in picker.root.locator(".hint").inner_text()
     picker.page.mouse.click(*picker.at(0.5))

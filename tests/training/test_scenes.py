@@ -1,6 +1,9 @@
 """The truth of rendered scenes: what the renderer says about a picture is what is in the picture."""
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 from strata.training import scenes
 from strata.training.scenes import Request
 
@@ -139,19 +142,21 @@ def test_training_never_sees_what_is_held_out():
     assert all(scenes.is_held_out(s.objects[0].name, s.kind) and not scenes.catalogue()[s.objects[0].name].held_out for s in kept)
 
 
-@pytest.mark.parametrize("request_, word", [(Request("moon"), "moon"), (Request(objects=("dragon",)), "dragon"), (Request(objects=("dog",) * 7), "at most 6")])
+@pytest.mark.parametrize("request_, word", [
+    (Request("moon"), "moon"), (Request(objects=("dragon",)), "dragon"), (Request(objects=("dog",) * 7), "at most 6"),
+])
 def test_a_wrong_request_says_what_is_known(request_, word):
     with pytest.raises(ValueError, match=word):
         scenes.render(request_, 64, 64, 0)
 
 
-def test_the_bundled_pictures_are_what_the_renderer_says():
-    from pathlib import Path
-
-    from PIL import Image
+@pytest.mark.parametrize(("name", "request_", "seed"), [
+    ("scene", Request("meadow", ("house", "dog", "pumpkin")), 7), ("beach", Request("beach"), 5),
+])
+def test_the_bundled_pictures_are_what_the_renderer_says(name, request_, seed):
     folder = Path(scenes.__file__).parent.parent / "workflows" / "input"
-    scene = scenes.render(Request("meadow", ("house", "dog", "pumpkin")), 512, 768, 3)
-    picture = np.asarray(Image.open(folder / "scene.png"), np.float32) / 255
-    depth = np.asarray(Image.open(folder / "scene_depth.png"))
-    assert np.abs(picture - scene.composite).max() < 1.5 / 255
-    assert depth.min() > 0 and np.abs((depth.astype(np.float64) - 1) / 65534 - scene.depth).max() < 2 / 65534
+    scene = scenes.render(request_, 512, 768, seed)
+    picture = np.asarray(Image.open(folder / f"strata_{name}.png"), np.float32) / 255
+    depth = np.asarray(Image.open(folder / f"strata_{name}_depth.png"))
+    assert np.abs(picture - scene.composite).max() < 1 / 255
+    assert depth.min() > 0 and np.abs((depth.astype(np.float64) - 1) / 65534 - scene.depth).max() < 1 / 65534

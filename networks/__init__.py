@@ -1,0 +1,1 @@
+"""Neural networks whose attribute names are the keys of their checkpoints."""

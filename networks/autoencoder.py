@@ -1,0 +1,42 @@
+"""The small autoencoder in TAESD's layout, with the key names that ComfyUI's VAE loader knows."""
+from torch import Tensor, nn
+
+
+class Clamp(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x / 3).tanh() * 3
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int, operations=nn):
+        super().__init__()
+        layers = [operations.Conv2d(channels, channels, 3, padding=1) for _ in range(3)]
+        self.conv = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+        self.fuse = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fuse(self.conv(x) + x)
+
+
+class Autoencoder(nn.Module):
+    """encode: [B,3,H,W] in 0..1, sides multiples of 8 -> [B,4,H/8,W/8], of about unit variance. decode: the way back."""
+
+    def __init__(self, channels: int = 64, latent_channels: int = 4, operations=nn):
+        super().__init__()
+
+        def blocks(count: int):
+            return [Block(channels, operations) for _ in range(count)]
+
+        def conv(inputs: int, outputs: int, **options):
+            return operations.Conv2d(inputs, outputs, 3, padding=1, **options)
+
+        down = [layer for _ in range(3) for layer in (conv(channels, channels, stride=2, bias=False), *blocks(3))]
+        up = [layer for _ in range(3) for layer in (*blocks(3), nn.Upsample(scale_factor=2), conv(channels, channels, bias=False))]
+        self.taesd_encoder = nn.Sequential(conv(3, channels), *blocks(1), *down, conv(channels, latent_channels))
+        self.taesd_decoder = nn.Sequential(Clamp(), conv(latent_channels, channels), nn.ReLU(), *up, *blocks(1), conv(channels, 3))
+
+    def encode(self, image: Tensor) -> Tensor:
+        return self.taesd_encoder(image)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        return self.taesd_decoder(latent)

@@ -1,0 +1,19 @@
+"""Losses and measures against NumPy and scikit-image."""
+import numpy as np
+import pytest
+import torch
+from strata.techniques.losses import gradient_loss, psnr
+
+
+def test_gradient_loss_is_the_mean_difference_of_neighbour_steps():
+    a, b = torch.rand(2, 3, 5, 7, dtype=torch.float64), torch.rand(2, 3, 5, 7, dtype=torch.float64)
+    expected = sum(np.abs(np.diff(a.numpy(), axis=axis) - np.diff(b.numpy(), axis=axis)).mean() for axis in (2, 3))
+    assert gradient_loss(a, b).item() == pytest.approx(expected, rel=1e-12)
+    assert gradient_loss(a + 0.3, a).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_psnr_is_that_of_scikit_image():
+    from skimage.metrics import peak_signal_noise_ratio
+    a, b = torch.rand(3, 3, 8, 8, dtype=torch.float64), torch.rand(3, 3, 8, 8, dtype=torch.float64)
+    expected = [peak_signal_noise_ratio(x.numpy(), y.numpy(), data_range=1) for x, y in zip(a, b, strict=True)]
+    assert psnr(a, b).tolist() == pytest.approx(expected, rel=1e-12)

@@ -1,0 +1,62 @@
+"""Trains the small autoencoder: L1 and gradient loss on rendered scenes, latents kept at about unit variance."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..networks.autoencoder import Autoencoder
+from ..techniques.losses import gradient_loss, psnr
+from . import data, loop
+
+
+class Joined(Autoencoder):
+    """Both halves in one forward, so that accelerate can wrap it for several devices."""
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        latent = self.encode(image)
+        return latent, self.decode(latent)
+
+
+def build(config: dict) -> Joined:
+    """A fresh model, its last convolutions small, so that training starts at mid gray and without clamped latents."""
+    torch.manual_seed(config["seed"])
+    model = Joined(config["channels"], config["latent_channels"])
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Sequential) and len(module) == 5:  # the last convolution of a residual branch
+                module[4].weight.mul_(0.3)
+        model.taesd_decoder[-1].bias.fill_(0.5)
+    return model.to(memory_format=torch.channels_last)
+
+
+def losses(config: dict, latent: Tensor, decoded: Tensor, image: Tensor) -> dict[str, Tensor]:
+    """What is minimised, and its parts. latent_weight pulls each channel's mean to 0 and deviation to 1."""
+    decoded, latent = decoded.float(), latent.float()
+    l1 = (decoded - image).abs().mean()
+    gradient = gradient_loss(decoded, image)
+    spread = (latent.mean((0, 2, 3)).square() + (latent.std((0, 2, 3)) - 1).square()).mean()
+    return {"loss": l1 + config["gradient_weight"] * gradient + config["latent_weight"] * spread, "l1": l1, "gradient": gradient, "spread": spread}
+
+
+def train(config: dict, folder: Path, minutes: float | None, save_every: float) -> Autoencoder:
+    pool = data.ScenePool(folder.parent / "scenes", config["scenes"], config["side"])
+    check = data.held_out(32, config["side"])
+
+    def loss(model, step, rank):
+        device = next(model.parameters()).device
+        image = pool.batch(config["batch"], config["crop"], config["seed"], step, rank).to(device, memory_format=torch.channels_last)
+        return losses(config, *model(image), image)
+
+    @torch.no_grad()
+    def validate(model, step):
+        latent, decoded = model(check.to(next(model.parameters()).device))
+        decoded = decoded.clamp(0, 1).cpu()
+        shown = torch.stack([check[:8], decoded[:8], check[8:16], decoded[8:16]]).flatten(0, 1)
+        loop.save_grid(folder / "grid.png", shown, 8)
+        metrics = {"psnr": psnr(decoded, check).mean().item(), "latent_mean": latent.mean().item(), "latent_std": latent.std().item()}
+        print(f"held-out pairs at step {step}: " + "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()), flush=True)
+        return metrics
+
+    return loop.fit(build(config), loss, validate, config, folder, minutes, save_every)

@@ -1,0 +1,69 @@
+"""The command line of the trainers."""
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+TRAINERS = {"autoencoder": "Pictures to latents of an eighth of their size and back; everything else needs it first."}
+CONFIGS = Path(__file__).resolve().parent.parent / "models_config" / "mini"
+# With its default settings glibc gives memory back and takes it again on every step, which costs seconds at random.
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    import host
+    parser = argparse.ArgumentParser(prog="python -m training", description="Train the mini models on rendered scenes. A run that was stopped "
+                                     "continues where its last checkpoint left off when the same command is given again.")
+    verbs = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name, text in TRAINERS.items():
+        verb = verbs.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        verb.add_argument("--config", type=Path, default=CONFIGS / f"{name}.json", help="sizes, rates and seeds")
+        verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of the config; may be repeated")
+        verb.add_argument("--folder", type=Path, default=host.cache_dir() / "training" / name, help="checkpoints, grids and losses go there")
+        verb.add_argument("--minutes", type=float, default=None, help="stop with a checkpoint after so long (the schedule is not shortened)")
+        verb.add_argument("--save-every", type=float, default=180, metavar="SECONDS", help="time between checkpoints")
+    return parser.parse_args(arguments)
+
+
+def read_config(path: Path, changes: list[str]) -> dict:
+    """The config with the changes of the command line. Raises SystemExit with what to do."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SystemExit(f"error: cannot read the config {path} ({error.strerror}); give an existing file with --config.") from error
+    except ValueError as error:
+        raise SystemExit(f"error: the config {path} is not JSON ({error}).") from error
+    for change in changes:
+        key, _, value = change.partition("=")
+        if key not in config:
+            raise SystemExit(f"error: --set {change}: the config has no {key!r}; it has {', '.join(config)}.")
+        try:
+            config[key] = json.loads(value)
+        except ValueError as error:
+            raise SystemExit(f"error: --set {change}: {value!r} is not a number, true, false or quoted text.") from error
+    return config
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if importlib.util.find_spec("accelerate") is None:
+        raise SystemExit(f'error: the trainers need the package accelerate: {sys.executable} -m pip install "accelerate>=1.0"')
+    if sys.platform == "linux" and "MALLOC_MMAP_MAX_" not in os.environ:
+        os.environ.update(ALLOCATOR)
+        os.execv(sys.executable, [sys.executable, "-m", "training", *(arguments if arguments is not None else sys.argv[1:])])
+    config = read_config(options.config, options.set)
+    trainer = importlib.import_module(f".{options.what}", __package__)
+    try:
+        trainer.train(config, options.folder, options.minutes, options.save_every)
+    except KeyboardInterrupt:
+        print(f"Stopped; give the same command again to go on from the last checkpoint in {options.folder}.", file=sys.stderr)
+        return 130
+    except OSError as error:
+        raise SystemExit(f"error: {error.strerror or error} ({error.filename or options.folder}); free some space or choose another --folder, "
+                         "then give the same command again.") from error
+    return 0

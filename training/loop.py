@@ -1,0 +1,167 @@
+"""The loop that every trainer shares: learning rate, moving average, checkpoints that continue to the same curve, loss table, grids."""
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+SHOW_EVERY = 20
+
+
+def learning_rate(step: int, config: dict) -> float:
+    """Linear warm-up, then half a cosine down to the final rate."""
+    if step < config["warmup"]:
+        return config["learning_rate"] * (step + 1) / config["warmup"]
+    done = min(1.0, (step - config["warmup"]) / max(1, config["steps"] - config["warmup"]))
+    low = config["final_learning_rate"]
+    return low + (config["learning_rate"] - low) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Average:
+    """Exponential moving average of a model's floating-point state."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay, self.state = decay, {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for key, value in model.state_dict().items():
+            if value.is_floating_point():
+                self.state[key].lerp_(value, 1 - decay)
+            else:
+                self.state[key].copy_(value)
+
+    def state_dict(self) -> dict:
+        return self.state
+
+    def load_state_dict(self, state: dict) -> None:
+        for key, value in state.items():
+            self.state[key].copy_(value)
+
+
+class Progress:
+    """How far the run is; a part of the checkpoint."""
+    step = 0
+
+    def state_dict(self) -> dict:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step = state["step"]
+
+
+def has_fast_bf16() -> bool:
+    """A processor without bf16 instructions emulates them, many times slower than float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+def fit(model: nn.Module, loss: Callable[[nn.Module, int, int], dict[str, Tensor]], validate: Callable[[nn.Module, int], dict[str, float]],
+        config: dict, folder: Path, minutes: float | None, save_every: float) -> nn.Module:
+    """Train until config["steps"]; returns the averaged model. loss(model, step, rank) returns {"loss": scalar, ...} of one batch."""
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    accelerator = Accelerator(mixed_precision="bf16" if has_fast_bf16() else "no")
+    set_seed(config["seed"])
+    folder.mkdir(parents=True, exist_ok=True)
+    _same_config(config, folder)
+    averaged = Average(model.to(accelerator.device), config["ema"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config["learning_rate"], weight_decay=0.0, betas=(0.9, 0.99))
+    model, optimizer = accelerator.prepare(model, optimizer)
+    progress = Progress()
+    accelerator.register_for_checkpointing(averaged, progress)
+    if (folder / "last").exists():
+        accelerator.load_state(str(folder / "last"))
+        print(f"Going on from step {progress.step}.", flush=True)
+    plain, started = accelerator.unwrap_model(model), time.monotonic()
+    saved, shown, sums = started, time.monotonic(), []
+
+    def save() -> None:
+        if not accelerator.is_main_process:
+            return
+        _save(accelerator, folder)
+        _append(folder / "metrics.csv", {"step": progress.step, **validate(_with(plain, averaged), progress.step)})
+
+    while progress.step < config["steps"]:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(progress.step, config)
+        with accelerator.autocast():
+            terms = loss(model, progress.step, accelerator.process_index)
+        if not torch.isfinite(terms["loss"]):
+            raise SystemExit(f"error: the loss is {terms['loss'].item()} at step {progress.step}; "
+                             "lower learning_rate and train again in a new --folder.")
+        optimizer.zero_grad(set_to_none=True)
+        accelerator.backward(terms["loss"])
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        averaged.update(plain, progress.step)
+        progress.step += 1
+        sums.append({key: value.item() for key, value in terms.items()})
+        now = time.monotonic()
+        if progress.step % SHOW_EVERY == 0 and accelerator.is_main_process:
+            means = {key: float(np.mean([entry[key] for entry in sums])) for key in sums[0]}
+            row = {"step": progress.step, "seconds_per_step": (now - shown) / len(sums), **means}
+            _append(folder / "loss.csv", row)
+            print("  ".join(f"{key} {value:.5g}" for key, value in row.items()), flush=True)
+            shown, sums = now, []
+        if now - saved > save_every:
+            save()
+            saved = shown = time.monotonic()
+            sums = []
+        if minutes is not None and now - started > minutes * 60:
+            break
+    accelerator.wait_for_everyone()
+    save()
+    return _with(plain, averaged)
+
+
+def _save(accelerator, folder: Path) -> None:
+    """The new checkpoint is complete before the old one goes."""
+    accelerator.save_state(str(folder / "next"))
+    if (folder / "last").exists():
+        (folder / "last").rename(folder / "old")
+    (folder / "next").rename(folder / "last")
+    shutil.rmtree(folder / "old", ignore_errors=True)
+
+
+def _with(model: nn.Module, averaged: Average) -> nn.Module:
+    import copy
+    twin = copy.deepcopy(model).eval()
+    twin.load_state_dict(averaged.state)
+    return twin
+
+
+def _same_config(config: dict, folder: Path) -> None:
+    path = folder / "config.json"
+    if (folder / "last").exists() and json.loads(path.read_text()) != config:
+        raise SystemExit(f"error: {folder} holds a run with another config; go on with that one ({path}) or choose another --folder.")
+    path.write_text(json.dumps(config, indent=2))
+
+
+def _append(path: Path, row: dict) -> None:
+    fresh = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, row.keys())
+        if fresh:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def save_grid(path: Path, pictures: Tensor, columns: int) -> None:
+    """[N,3,H,W] in 0..1 as one PNG, N a multiple of columns."""
+    count, channels, height, width = pictures.shape
+    grid = pictures.reshape(count // columns, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+    grid = grid.reshape(count // columns * height, columns * width, channels)
+    Image.fromarray((grid.float().clamp(0, 1) * 255).round().byte().cpu().numpy()).save(path)
