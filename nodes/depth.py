@@ -230,7 +230,7 @@ class LoadDepth(io.ComfyNode):
             search_aliases=["16-bit depth", "load disparity", "depth png"],
             description="Loads a depth or disparity file with its full precision: 8- and 16-bit PNG, TIFF with floats, or a NumPy file.",
             inputs=[io.Combo.Input("file", names, upload=io.UploadType.image, image_folder=io.FolderType.input,
-                                   tooltip="A depth file in ComfyUI's input folder; core's Load Image would cut 16 bits down to 8.")],
+                                   tooltip="A depth file in ComfyUI's input folder; core's Load Image spoils 16-bit files (8 bits at most, or all white).")],
             outputs=[io.Image.Output("depth", display_name="depth", tooltip="The stored values, integers scaled to 0..1; NaN stays NaN.")])
 
     @classmethod
