@@ -65,3 +65,16 @@ def test_a_server_stops_with_its_process_and_leaves_the_host_as_it_was(comfy):
     found = host.find_or_install()
     assert not list(found.root.rglob("__pycache__")) or found.ours
     assert comfy.server.process.poll() is None
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_comfyui_ends_with_the_process_that_started_it(tmp_path):
+    program = (f"import sys; sys.path.insert(0, {str(TOOL.parent)!r}); import host, pathlib\n"
+               f"with host.Server(host.find_or_install(), pathlib.Path({str(tmp_path)!r})) as server:\n"
+               "    print(server.process.pid, flush=True)\n    server.process.wait()\n")
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as starter:
+        pid = int(starter.stdout.readline())
+        starter.terminate()
+        assert starter.wait(30) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)

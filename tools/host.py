@@ -228,6 +228,9 @@ class Server:
             (self.base / name).mkdir(parents=True, exist_ok=True)
         if self.pack:
             link_pack(self.base / "custom_nodes")
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            with contextlib.suppress(ValueError):  # not in the main thread
+                signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that ComfyUI is stopped when we are
         environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(cache_dir() / "pycache"), "PYTHONUNBUFFERED": "1"}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(self.command(), stdout=log, stderr=subprocess.STDOUT, env=environment,
