@@ -43,7 +43,6 @@ def estimate(image: Tensor, name: str) -> Tensor:
 
     folder = find(name)
     device = comfy.model_management.get_torch_device()
-    # ComfyUI runs nodes in inference mode; weights made there could not be used outside of it
     model = AutoModelForDepthEstimation.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval().to(device)
     size = input_size(folder, *image.shape[1:3])
     progress = comfy.utils.ProgressBar(len(image))

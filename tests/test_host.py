@@ -61,10 +61,16 @@ def test_link_does_not_replace_what_is_there(tmp_path):
         host.link_pack(tmp_path)
 
 
-def test_a_server_stops_with_its_process_and_leaves_the_host_as_it_was(comfy):
+def test_a_running_server_writes_nothing_into_the_host(tmp_path):
     found = host.find_or_install()
-    assert not list(found.root.rglob("__pycache__")) or found.ours
-    assert comfy.server.process.poll() is None
+
+    def snapshot():
+        return {path: path.stat().st_mtime_ns for path in found.root.rglob("*")}
+
+    before = snapshot()
+    with host.Server(found, tmp_path):
+        pass
+    assert snapshot() == before
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
