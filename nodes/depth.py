@@ -15,7 +15,7 @@ from ..patches import depth_model
 from ..techniques import depth as deglad
 from ..techniques.layers import write_layers
 from ..techniques.matting import refine_slices
-from .inputs import check_image, check_mask
+from .inputs import check_image, check_mask, input_file, input_names, input_state
 from .sockets import Layers, schema
 
 NEAR = io.Combo.Input("near_is", ["white", "black"], default="white", tooltip=(
@@ -223,8 +223,7 @@ class ComposeByDepth(io.ComfyNode):
 class LoadDepth(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        folder = Path(folder_paths.get_input_directory())
-        names = sorted(path.name for path in folder.glob("*") if path.suffix.lower() in (".png", ".tif", ".tiff", ".npy", ".npz"))
+        names = input_names((".png", ".tif", ".tiff", ".npy", ".npz"))
         return schema(
             node_id="Strata_LoadDepth", display_name="Load depth", category="Strata/Depth",
             search_aliases=["16-bit depth", "load disparity", "depth png"],
@@ -235,17 +234,16 @@ class LoadDepth(io.ComfyNode):
 
     @classmethod
     def execute(cls, file):
-        values = read_depth_file(Path(folder_paths.get_annotated_filepath(file)))
+        values = read_depth_file(input_file(file))
         return io.NodeOutput(torch.from_numpy(values)[None, ..., None].expand(-1, -1, -1, 3))
 
     @classmethod
     def fingerprint_inputs(cls, file):
-        return hashlib.sha256(Path(folder_paths.get_annotated_filepath(file)).read_bytes()).hexdigest()
+        return input_state(file)
 
     @classmethod
     def validate_inputs(cls, file):
-        inside = not Path(file).is_absolute() and ".." not in Path(file).parts
-        return (inside and folder_paths.exists_annotated_filepath(file)) or f"file: there is no {file!r} in the input folder; upload it or choose another."
+        return bool((path := input_file(file)) and path.is_file()) or f"file: there is no {file!r} in the input folder; upload it or choose another."
 
 
 def read_depth_file(path: Path) -> np.ndarray:

@@ -1,4 +1,10 @@
-"""Checks of what arrives on IMAGE and MASK sockets: one sentence that names the socket, what was wrong and what to do."""
+"""What arrives on IMAGE and MASK sockets, checked with one sentence each, and the files of ComfyUI's input folder."""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
 import torch
 
 
@@ -24,3 +30,23 @@ def _finite(tensor: torch.Tensor, socket: str) -> torch.Tensor:
 
 def _what(value) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+
+
+def input_names(suffixes: tuple[str, ...]) -> list[str]:
+    """The files of the input folder with these endings: the choices of a load node."""
+    entries = os.scandir(folder_paths.get_input_directory())
+    return sorted(entry.name for entry in entries if entry.is_file() and entry.name.lower().endswith(suffixes))
+
+
+def input_file(name: str) -> Path | None:
+    """The file of the input folder (or, with " [output]" behind its name, of that folder); None when it is not inside."""
+    name, folder = folder_paths.annotated_filepath(name)
+    root = os.path.realpath(folder or folder_paths.get_input_directory())
+    path = Path(os.path.realpath(os.path.join(root, name)))
+    return path if "\0" not in name and path.is_relative_to(root) else None
+
+
+def input_state(name: str) -> str:
+    """What changes when the file does, for fingerprint_inputs."""
+    state = input_file(name).stat()
+    return f"{name} {state.st_mtime_ns} {state.st_size}"

@@ -12,6 +12,7 @@ from comfy_api.latest import io, ui
 from ..formats import files
 from ..formats.raster import picture
 from ..techniques.layers import read_layers, write_layers
+from .inputs import input_file, input_names, input_state
 from .sockets import Layers, schema
 
 
@@ -56,7 +57,7 @@ class LoadLayers(io.ComfyNode):
             node_id="Strata_LoadLayers", display_name="Load layers", category="Strata/Layers",
             search_aliases=["psd", "ora", "openraster", "photoshop", "krita", "import layers"],
             description="Loads the layers of a Photoshop (PSD, PSB) or OpenRaster (ORA) file. Groups become their layers.",
-            inputs=[io.Combo.Input("file", options=_loadable(),
+            inputs=[io.Combo.Input("file", options=input_names(files.SUFFIXES),
                                    tooltip="A PSD, PSB or ORA file in ComfyUI's input folder; the button below uploads one.")],
             outputs=[
                 Layers.Output("layers", display_name="layers", tooltip="The layers, back to front, with all their fields."),
@@ -66,16 +67,15 @@ class LoadLayers(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file):
-        return True if (path := _input(file)) and path.is_file() else f"{file!r} is not a file in ComfyUI's input folder; upload a PSD or ORA file."
+        return True if (path := input_file(file)) and path.is_file() else f"{file!r} is not a file in ComfyUI's input folder; upload a PSD or ORA file."
 
     @classmethod
     def fingerprint_inputs(cls, file):
-        state = _input(file).stat()
-        return f"{file} {state.st_mtime_ns} {state.st_size}"
+        return input_state(file)
 
     @classmethod
     def execute(cls, file):
-        stack = files.load(_input(file))
+        stack = files.load(input_file(file))
         merged = picture(stack)[None]
         return io.NodeOutput(write_layers(stack), merged[..., :3], 1 - merged[..., 3])
 
@@ -103,19 +103,6 @@ def _metadata(hidden) -> dict:
     if args.disable_metadata:
         return {}
     return {**({"prompt": hidden.prompt} if hidden.prompt else {}), **(hidden.extra_pnginfo or {})}
-
-
-def _loadable() -> list[str]:
-    entries = os.scandir(folder_paths.get_input_directory())
-    return sorted(entry.name for entry in entries if entry.is_file() and entry.name.lower().endswith(files.SUFFIXES))
-
-
-def _input(file: str) -> Path | None:
-    """The file of the input folder (or, with " [output]" behind its name, of that folder); None when it is not inside."""
-    name, folder = folder_paths.annotated_filepath(file)
-    root = os.path.realpath(folder or folder_paths.get_input_directory())
-    path = Path(os.path.realpath(os.path.join(root, name)))
-    return path if "\0" not in name and path.is_relative_to(root) else None
 
 
 NODES = [SaveLayers, LoadLayers]
