@@ -21,6 +21,9 @@ PAPERS = {
     "layeringdiff": "LayeringDiff (arXiv 2501.01197)",
     "bfs": "BFS: back-to-front layered image synthesis",
     "layerdiffuse": "LayerDiffuse (arXiv 2402.17113)",
+    "ddpm": "DDPM (arXiv 2006.11239)",
+    "ddim": "DDIM (arXiv 2010.02502)",
+    "minsnr": "Min-SNR weighting (arXiv 2303.09556)",
     "w3c": "W3C Compositing and Blending Level 1",
     "ours": "Ours",
 }

@@ -20,24 +20,43 @@ class Joined(Autoencoder):
 
 
 def build(config: dict) -> Joined:
-    """A fresh model, its last convolutions small, so that training starts at mid gray and without clamped latents."""
+    """A fresh model that already carries a blurred picture: colours pass through three channels all the way.
+
+    From random weights the first thousand steps are spent on finding that path.
+    """
     torch.manual_seed(config["seed"])
     model = Joined(config["channels"], config["latent_channels"])
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, torch.nn.Sequential) and len(module) == 5:  # the last convolution of a residual branch
-                module[4].weight.mul_(0.3)
-        model.taesd_decoder[-1].bias.fill_(0.5)
-    return model.to(memory_format=torch.channels_last)
+                module[4].weight.mul_(0.15)
+        for layer in (*model.taesd_encoder, *model.taesd_decoder):
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.weight.mul_(0.5)
+                taps = [(1, 1)] if layer.stride == (1, 1) else [(1, 1), (1, 2), (2, 1), (2, 2)]
+                for channel in range(3):
+                    layer.weight[channel] = 0
+                    for y, x in taps:
+                        layer.weight[channel, channel, y, x] = 1 / len(taps)
+                if layer.bias is not None:
+                    layer.bias.zero_()
+        last, first = model.taesd_encoder[-1], model.taesd_decoder[1]
+        last.weight[:3] *= 4  # colours of 0..1 become latents of -2..2
+        last.bias[:3] = -2
+        first.weight[:3] /= 4
+        first.bias[:3] = 0.5
+    return model
 
 
 def losses(config: dict, latent: Tensor, decoded: Tensor, image: Tensor) -> dict[str, Tensor]:
-    """What is minimised, and its parts. latent_weight pulls each channel's mean to 0 and deviation to 1."""
+    """What is minimised, and its parts: latent_weight pulls each channel's mean to 0 and deviation to 1."""
     decoded, latent = decoded.float(), latent.float()
     l1 = (decoded - image).abs().mean()
+    square = (decoded - image).square().mean()
     gradient = gradient_loss(decoded, image)
     spread = (latent.mean((0, 2, 3)).square() + (latent.std((0, 2, 3)) - 1).square()).mean()
-    return {"loss": l1 + config["gradient_weight"] * gradient + config["latent_weight"] * spread, "l1": l1, "gradient": gradient, "spread": spread}
+    total = l1 + config["square_weight"] * square + config["gradient_weight"] * gradient + config["latent_weight"] * spread
+    return {"loss": total, "l1": l1, "square": square, "gradient": gradient, "spread": spread}
 
 
 def train(config: dict, folder: Path, minutes: float | None, save_every: float) -> Autoencoder:
@@ -46,7 +65,7 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
 
     def loss(model, step, rank):
         device = next(model.parameters()).device
-        image = pool.batch(config["batch"], config["crop"], config["seed"], step, rank).to(device, memory_format=torch.channels_last)
+        image = pool.batch(config["batch"], config["crop"], config["seed"], step, rank).to(device)
         return losses(config, *model(image), image)
 
     @torch.no_grad()

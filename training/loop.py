@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .muon import Muon
+
 SHOW_EVERY = 20
 
 
@@ -78,7 +80,7 @@ def fit(model: nn.Module, loss: Callable[[nn.Module, int, int], dict[str, Tensor
     folder.mkdir(parents=True, exist_ok=True)
     _same_config(config, folder)
     averaged = Average(model.to(accelerator.device), config["ema"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config["learning_rate"], weight_decay=0.0, betas=(0.9, 0.99))
+    optimizer = Muon(model, config["learning_rate"])
     model, optimizer = accelerator.prepare(model, optimizer)
     progress = Progress()
     accelerator.register_for_checkpointing(averaged, progress)

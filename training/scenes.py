@@ -20,6 +20,7 @@ from .backgrounds import FOCAL, Light
 
 OBJECTS = Path(__file__).parent / "objects"
 KINDS = tuple(backgrounds.PLACES)
+EMPTY = "an empty place"
 PLACE_WORDS = {
     "meadow": ("in a meadow", "on the grass", "in a green field"),
     "beach": ("on a beach", "on the sand by the sea", "at the seaside"),
@@ -144,7 +145,7 @@ def render(request: Request, height: int, width: int, seed: int) -> Scene:
     where = str(rng.choice(PLACE_WORDS[kind]))
     prompt = str(rng.choice(ARRANGEMENTS)).format(what=_list([o.prompt for o in objects[::-1]]), where=where)
     return Scene(composite.astype(np.float32), place.image, depth.astype(np.float32), place.depth, tuple(objects), kind, prompt,
-                 f"an empty place {where}", place.horizon, place.light, seed)
+                 f"{EMPTY} {where}", place.horizon, place.light, seed)
 
 
 def _choose(request: Request, rng) -> tuple[str, list[str]]:
@@ -331,5 +332,5 @@ def _stack(rgba: np.ndarray, shadow: np.ndarray) -> np.ndarray:
 
 def _list(words: list[str]) -> str:
     if not words:
-        return "an empty place"
+        return EMPTY
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

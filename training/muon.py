@@ -1,0 +1,60 @@
+"""Muon (Jordan et al. 2024) for weight matrices and convolution kernels, Adam for everything else."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+NOT_MATRICES = (nn.Embedding,)
+
+
+class Muon(torch.optim.Optimizer):
+    """One optimizer, so that one checkpoint holds it. torch.optim.Muon takes no kernels and no vectors.
+
+    Matrices move along the orthogonalised momentum, scaled to the root mean square of Adam's steps, so that both share one learning rate.
+    """
+
+    def __init__(self, model: nn.Module, lr: float, momentum: float = 0.95, betas: tuple[float, float] = (0.9, 0.99)):
+        excluded = {id(p) for module in model.modules() if isinstance(module, NOT_MATRICES) for p in module.parameters()}
+        matrices = [p for p in model.parameters() if p.requires_grad and min(p.flatten(1).shape if p.ndim > 1 else (0,)) >= 32 and id(p) not in excluded]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+        groups = [{"params": matrices, "matrices": True}, {"params": rest, "matrices": False}]
+        super().__init__([group for group in groups if group["params"]], {"lr": lr, "momentum": momentum, "betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    (_matrix if group["matrices"] else _adam)(parameter, self.state[parameter], group)
+
+
+def _matrix(parameter: Tensor, state: dict, group: dict) -> None:
+    if not state:
+        state["momentum"] = torch.zeros_like(parameter)
+    momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+    update = orthogonalised(parameter.grad.lerp(momentum, group["momentum"]).flatten(1))
+    parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * 0.2 * max(update.shape) ** 0.5)
+
+
+def _adam(parameter: Tensor, state: dict, group: dict) -> None:
+    if not state:
+        state.update(step=0, mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter))
+    state["step"] += 1
+    first, second = group["betas"]
+    state["mean"].lerp_(parameter.grad, 1 - first)
+    state["square"].lerp_(parameter.grad.square(), 1 - second)
+    mean = state["mean"] / (1 - first ** state["step"])
+    square = state["square"] / (1 - second ** state["step"])
+    parameter.add_(mean / (square.sqrt() + 1e-8), alpha=-group["lr"])
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """About U V^T of the matrix's singular value decomposition: five steps of the quintic Newton-Schulz iteration."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.T if tall else x
