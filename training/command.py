@@ -9,7 +9,10 @@ import os
 import sys
 from pathlib import Path
 
-TRAINERS = {"autoencoder": "Pictures to latents of an eighth of their size and back; everything else needs it first."}
+TRAINERS = {
+    "autoencoder": "Pictures to latents of an eighth of their size and back; everything else needs it first.",
+    "classifier": "Which place and which objects a picture shows; judges what the other models draw.",
+}
 CONFIGS = Path(__file__).resolve().parent.parent / "models_config" / "mini"
 # With its default settings glibc gives memory back and takes it again on every step, which costs seconds at random.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}

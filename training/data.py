@@ -1,7 +1,9 @@
 """Rendered pictures for the trainers, drawn by number, so that step N sees the same batch in every run."""
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,13 +14,27 @@ from . import scenes
 RENDERER = 1  # raise when the renderer's pictures change: kept pictures of another number are not used
 
 
+class Draw(NamedTuple):
+    """Which scenes a batch holds, [size]; the top left corners of the cuts, [size,2] as y, x; which of them are mirrored, [size]."""
+    scenes: np.ndarray
+    corners: np.ndarray
+    flip: np.ndarray
+
+
+class Labels(NamedTuple):
+    """Places as indices into scenes.KINDS, [count]; objects as indices into the catalogue, [count, most objects], filled up with -1."""
+    places: np.ndarray
+    objects: np.ndarray
+
+
 class ScenePool:
     """Scene i of a side, rendered when first asked for and kept on disk as bytes. 49 KB each at 128 pixels."""
+    name = "scenes"
 
     def __init__(self, folder: Path, count: int, side: int):
         folder.mkdir(parents=True, exist_ok=True)
         self.count, self.side = count, side
-        name = f"scenes-{RENDERER}-{side}-{count}"
+        name = f"{self.name}-{RENDERER}-{side}-{count}"
         self.pixels = self._open(folder / f"{name}.pixels", (count, side, side, 3))
         self.ready = self._open(folder / f"{name}.ready", (count,))
 
@@ -26,22 +42,55 @@ class ScenePool:
     def _open(path: Path, shape):
         return np.memmap(path, np.uint8, "r+" if path.exists() else "w+", shape=shape)
 
+    def request(self, index: int) -> scenes.Request:
+        return scenes.Request(train=True)
+
+    def render(self, index: int) -> np.ndarray:
+        """[side,side,3] float32 in 0..1."""
+        return scenes.render(self.request(index), self.side, self.side, index).composite
+
+    def content(self, index: int) -> tuple[str, list[str]]:
+        """The place and the objects of a scene, farthest first, without rendering it."""
+        return scenes.choose(self.request(index), np.random.default_rng(index))
+
+    @cached_property
+    def labels(self) -> Labels:
+        names = {name: i for i, name in enumerate(scenes.catalogue())}
+        places, objects = np.zeros(self.count, np.int64), np.full((self.count, scenes.MOST_OBJECTS), -1)
+        for index in range(self.count):
+            kind, shown = self.content(index)
+            places[index] = scenes.KINDS.index(kind)
+            objects[index, :len(shown)] = [names[name] for name in shown]
+        return Labels(places, objects)
+
+    def prompt(self, index: int, draw: int = 0) -> str:
+        """A sentence for the scene; another `draw` may choose other words for the same things."""
+        return scenes.describe(*self.content(index), np.random.default_rng((index, draw)))
+
     def __getitem__(self, index: int) -> np.ndarray:
         """[side,side,3] bytes of a training scene."""
         if not self.ready[index]:
-            scene = scenes.render(scenes.Request(train=True), self.side, self.side, int(index))
-            self.pixels[index] = np.round(scene.composite * 255)
+            self.pixels[index] = np.round(self.render(int(index)) * 255)
             self.ready[index] = 1
         return self.pixels[index]
 
-    def batch(self, size: int, crop: int, seed: int, step: int, rank: int = 0) -> Tensor:
-        """[size,3,crop,crop] in 0..1, cut and mirrored at random; a function of these numbers alone."""
+    def draw(self, size: int, crop: int, seed: int, step: int, rank: int = 0) -> Draw:
+        """What a batch is made of; a function of these numbers alone."""
         rng = np.random.default_rng((seed, step, rank))
         corners = rng.integers(0, self.side - crop + 1, (size, 2))
-        picked = np.stack([self[i][y:y + crop, x:x + crop] for i, (y, x) in zip(rng.integers(0, self.count, size), corners, strict=True)])
-        flip = rng.random(size) < 0.5
-        picked[flip] = picked[flip][:, :, ::-1]
-        return torch.from_numpy(picked).permute(0, 3, 1, 2).float() / 255
+        return Draw(rng.integers(0, self.count, size), corners, rng.random(size) < 0.5)
+
+    def batch(self, size: int, crop: int, seed: int, step: int, rank: int = 0) -> Tensor:
+        """[size,3,crop,crop] in 0..1, cut and mirrored at random; a function of these numbers alone."""
+        draw = self.draw(size, crop, seed, step, rank)
+        picked = np.stack([self[i][y:y + crop, x:x + crop] for i, (y, x) in zip(draw.scenes, draw.corners, strict=True)])
+        picked[draw.flip] = picked[draw.flip][:, :, ::-1]
+        return to_tensor(picked)
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """Bytes [N,H,W,3] as [N,3,H,W] in 0..1."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
 
 
 def held_out(count: int, side: int, first: int = 10**9) -> Tensor:

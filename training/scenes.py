@@ -107,10 +107,15 @@ def catalogue() -> dict[str, ObjectKind]:
     return {e["name"]: ObjectKind(e["name"], e["file"], tuple(e["prompts"]), e["size"], e["hover"], e["material"], e["held_out"]) for e in entries}
 
 
+def is_held_out_pair(name: str, kind: str) -> bool:
+    """Whether this object in this place is one of the pairs, one in ten, that are kept for tests."""
+    return (3 * list(catalogue()).index(name) + KINDS.index(kind)) % 10 == 0
+
+
+@lru_cache(maxsize=1024)
 def is_held_out(name: str, kind: str) -> bool:
-    """Whether this object in this place is never seen in training: one pair in ten, and every pair of a held-out object."""
-    names = list(catalogue())
-    return catalogue()[name].held_out or (3 * names.index(name) + KINDS.index(kind)) % 10 == 0
+    """Whether this object in this place is never seen in training: a held-out pair, or a held-out object in any place."""
+    return catalogue()[name].held_out or is_held_out_pair(name, kind)
 
 
 def over(top: np.ndarray, below: np.ndarray) -> np.ndarray:
@@ -122,7 +127,7 @@ def over(top: np.ndarray, below: np.ndarray) -> np.ndarray:
 def render(request: Request, height: int, width: int, seed: int) -> Scene:
     """Render one scene. Raises ValueError when an object or a place is not known or no such pair is left."""
     rng = np.random.default_rng(seed)
-    kind, names = _choose(request, rng)
+    kind, names = choose(request, rng)
     place = backgrounds.render(kind, height, width, rng)
     spots = _arrange([catalogue()[name] for name in names], place.horizon, height, width, rng)
     composite, depth, covered = place.image, place.depth, np.zeros((height, width), bool)
@@ -142,13 +147,27 @@ def render(request: Request, height: int, width: int, seed: int) -> Scene:
         covered, clear = covered | mask, clear * (1 - alpha)
         whole = _stack(rgba, shadow)
         objects.insert(0, SceneObject(entry.name, words, rgba, shadow, whole, mask.astype(np.float32), float(1 - t), box, visible))
-    where = str(rng.choice(PLACE_WORDS[kind]))
-    prompt = str(rng.choice(ARRANGEMENTS)).format(what=_list([o.prompt for o in objects[::-1]]), where=where)
+    where, prompt = _sentence(kind, [o.prompt for o in objects], rng)
     return Scene(composite.astype(np.float32), place.image, depth.astype(np.float32), place.depth, tuple(objects), kind, prompt,
                  f"{EMPTY} {where}", place.horizon, place.light, seed)
 
 
-def _choose(request: Request, rng) -> tuple[str, list[str]]:
+def describe(kind: str, names: list[str], rng: np.random.Generator) -> str:
+    """A sentence for these objects, farthest first, in this place, worded like a scene's own prompt."""
+    return _sentence(kind, [str(rng.choice(catalogue()[name].prompts)) for name in names], rng)[1]
+
+
+def _sentence(kind: str, prompts: list[str], rng) -> tuple[str, str]:
+    """The words for the place, and the whole prompt, which names the nearest object first."""
+    where = str(rng.choice(PLACE_WORDS[kind]))
+    return where, str(rng.choice(ARRANGEMENTS)).format(what=_list(prompts[::-1]), where=where)
+
+
+def choose(request: Request, rng: np.random.Generator) -> tuple[str, list[str]]:
+    """The place and the objects, farthest first, that a scene of this request shows; the first thing that render() draws.
+
+    Raises ValueError when an object or a place is not known or no such pair is left.
+    """
     known = catalogue()
     for name in request.objects or ():
         if name not in known:
