@@ -130,7 +130,7 @@ def wanted_packages(root: Path) -> list[str]:
         host = [line for line in host if not line.startswith("comfyui-frontend-package")] + [f"comfyui-frontend-package=={front}"]
     project = tomllib.loads((PACK / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    return sorted({*host, "requests", *project["dependencies"], *extras["matting"], *extras["test"]})
+    return sorted({*host, "requests", *project["dependencies"], *extras["matting"], *extras["train"], *extras["test"]})
 
 
 def install_python(cache: Path, root: Path) -> Path:

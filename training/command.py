@@ -12,7 +12,10 @@ from pathlib import Path
 TRAINERS = {
     "autoencoder": "Pictures to latents of an eighth of their size and back; everything else needs it first.",
     "classifier": "Which place and which objects a picture shows; judges what the other models draw.",
+    "diffusion": "Denoiser and text encoder: pictures from prompts, in the autoencoder's latents.",
+    "inpaint": "The denoiser with nine input channels, which paints inside a mask; starts from the one before.",
 }
+MODULES = {"inpaint": "diffusion"}  # trainers that are another one's code with another config
 CONFIGS = Path(__file__).resolve().parent.parent / "models_config" / "mini"
 # With its default settings glibc gives memory back and takes it again on every step, which costs seconds at random.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}
@@ -60,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ.update(ALLOCATOR)
         os.execv(sys.executable, [sys.executable, "-m", "training", *(arguments if arguments is not None else sys.argv[1:])])
     config = read_config(options.config, options.set)
-    trainer = importlib.import_module(f".{options.what}", __package__)
+    trainer = importlib.import_module(f".{MODULES.get(options.what, options.what)}", __package__)
     try:
         trainer.train(config, options.folder, options.minutes, options.save_every)
     except KeyboardInterrupt:

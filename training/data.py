@@ -39,8 +39,8 @@ class ScenePool:
         self.ready = self._open(folder / f"{name}.ready", (count,))
 
     @staticmethod
-    def _open(path: Path, shape):
-        return np.memmap(path, np.uint8, "r+" if path.exists() else "w+", shape=shape)
+    def _open(path: Path, shape: tuple[int, ...], dtype=np.uint8) -> np.memmap:
+        return np.memmap(path, dtype, "r+" if path.exists() else "w+", shape=shape)
 
     def request(self, index: int) -> scenes.Request:
         return scenes.Request(train=True)

@@ -13,8 +13,9 @@ from ..networks.text_encoder import TextEncoder
 from ..networks.unet import UNet
 from ..techniques import diffusion
 from . import latents, loop, scenes, text
+from .command import CONFIGS
 
-CHECK = 10**9  # first number of the scenes that are kept for validation
+CHECK = 64  # the last scenes of the pool are kept for validation
 
 
 class TextToImage(nn.Module):
@@ -22,8 +23,11 @@ class TextToImage(nn.Module):
 
     def __init__(self, family: dict, in_channels: int):
         super().__init__()
-        unet = UNet(in_channels, **family["unet"])
-        encoder = TextEncoder(len(text.token_ids()), **family["text"])
+        shape, words = family["unet"], family["text"]
+        unet = UNet(in_channels, shape["out_channels"], shape["model_channels"], shape["channel_mult"], shape["num_res_blocks"][0],
+                    shape["transformer_depth"], shape["context_dim"], shape["num_heads"])
+        encoder = TextEncoder(len(text.token_ids()), words["hidden_size"], words["num_hidden_layers"], words["num_attention_heads"],
+                              words["intermediate_size"])
         self.model = nn.ModuleDict({"diffusion_model": unet})
         self.cond_stage_model = nn.ModuleDict({"transformer": nn.ModuleDict({"text_model": encoder})})
 
@@ -36,7 +40,7 @@ class TextToImage(nn.Module):
 def build(config: dict) -> TextToImage:
     """A fresh model whose residual branches start at zero, or config["start"]'s weights, widened by zeros for more input channels."""
     torch.manual_seed(config["seed"])
-    model = TextToImage(json.loads((loop.CONFIGS / "family.json").read_text()), config["in_channels"])
+    model = TextToImage(json.loads((CONFIGS / "sd.json").read_text()), config["in_channels"])
     unet = model.model["diffusion_model"]
     with torch.no_grad():
         for name, module in unet.named_modules():
@@ -66,6 +70,7 @@ def loss_of(model: nn.Module, batch: latents.Batch, config: dict, levels: Tensor
     noise = torch.from_numpy(rng.standard_normal(batch.latent.shape, np.float32))
     kept = rng.random(size) >= config["empty_prompt"]
     rows = text.rows([prompt if keep else "" for prompt, keep in zip(batch.prompts, kept, strict=True)])
+    rows = text.with_unknown(rows, config["unknown_words"], rng)
     level = levels[timesteps]
     given = diffusion.add_noise(batch.latent, noise, level)
     if batch.condition is not None:
@@ -107,17 +112,17 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
     autoencoder = latents.load_autoencoder(folder.parent / "autoencoder")
     inpaint = config["in_channels"] == 9
     pool = latents.LatentPool(folder.parent / "scenes", autoencoder, config["scenes"], config["side"], inpaint)
-    levels = diffusion.noise_levels(config["schedule_steps"])
-    check = next(iter([latents.LatentPool(folder.parent / "scenes", autoencoder, 64, config["side"], inpaint)]))
+    levels = diffusion.noise_levels()
+    last = np.arange(config["scenes"] - CHECK, config["scenes"])
 
     def loss(model, step, rank):
         rng = np.random.default_rng((config["seed"], step, rank))
-        return loss_of(model, pool.batch(rng.integers(0, config["scenes"], config["batch"])), config, levels, rng)
+        return loss_of(model, pool.batch(rng.integers(0, config["scenes"] - CHECK, config["batch"]), step), config, levels, rng)
 
     @torch.no_grad()
     def validate(model, step):
-        batch = check.batch(np.arange(64))
-        error = loss_of(model, batch, {**config, "empty_prompt": 0}, levels, np.random.default_rng(0))
+        batch = pool.batch(last, 0)
+        error = loss_of(model, batch, {**config, "empty_prompt": 0, "unknown_words": 0}, levels, np.random.default_rng(0))
         condition = None if batch.condition is None else batch.condition[:32]
         prompts = grid_prompts() if condition is None else batch.prompts[:32]
         decoded = autoencoder.decode(sample(model, prompts, config["side"], condition).cpu()).clamp(0, 1)

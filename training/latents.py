@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..networks.autoencoder import Autoencoder
-from . import data, scenes
+from . import data, scenes, text
 
-EMPTY_EVERY = 8  # one scene in so many is shown without its objects
+SPECIAL_EVERY = 8  # of so many scenes one is shown without its objects, and one is an object on plain gray
 FACTOR = 8  # pixels per latent pixel
 AT_ONCE = 16
 
@@ -39,8 +38,8 @@ def load_autoencoder(folder: Path) -> Autoencoder:
     return model.eval().requires_grad_(False)
 
 
-class LatentPool:
-    """Scene i of a side, encoded when first asked for. The files carry a digest of the encoder's weights: another encoder starts anew."""
+class LatentPool(data.ScenePool):
+    """Scene i of a side, encoded when first asked for. The file carries a digest of the encoder's weights: another encoder starts anew."""
 
     def __init__(self, folder: Path, autoencoder: Autoencoder, count: int, side: int, inpaint: bool = False):
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,70 +47,76 @@ class LatentPool:
         digest = hashlib.sha256()
         for value in autoencoder.taesd_encoder.state_dict().values():
             digest.update(value.cpu().numpy().tobytes())
-        name = f"latents-{data.RENDERER}-{side}-{count}-{'inpaint-' if inpaint else ''}{digest.hexdigest()[:10]}"
-        channels = 9 if inpaint else 4
-        self.values = data.open_array(folder / f"{name}.values", (count, channels, side // FACTOR, side // FACTOR), np.float16)
-        self.texts = data.open_array(folder / f"{name}.texts", (count, 160), np.uint8)
+        path = folder / f"latents-{data.RENDERER}-{side}-{count}-{'inpaint-' if inpaint else ''}{digest.hexdigest()[:10]}"
+        self.values = self._open(path, (count, 9 if inpaint else 4, side // FACTOR, side // FACTOR), np.float16)
+        self.holes = self._open(path.with_name(path.name + "-holes"), (count,), np.int16) if inpaint else None
 
-    def batch(self, indices: np.ndarray) -> Batch:
-        missing = [int(i) for i in np.unique(indices) if not self.texts[i, 0]]
+    def request(self, index: int) -> scenes.Request:
+        empty = not self.inpaint and index % SPECIAL_EVERY == 0
+        return scenes.Request(train=True, count=0 if empty else 1 if self.is_plain(index) else None)
+
+    def is_plain(self, index: int) -> bool:
+        return not self.inpaint and index % SPECIAL_EVERY == 1
+
+    def render(self, index: int) -> np.ndarray:
+        if not self.is_plain(index):
+            return super().render(index)
+        shown = scenes.render(self.request(index), self.side, self.side, index).objects[0]
+        return scenes.over(shown.rgba, np.full(3, 0.5, np.float32))
+
+    def batch(self, indices: np.ndarray, draw: int) -> Batch:
+        """The scenes of these numbers; `draw` chooses among the prompts that fit."""
+        missing = [int(i) for i in np.unique(indices) if not self.values[i].any()]
         for start in range(0, len(missing), AT_ONCE):
             self._encode(missing[start:start + AT_ONCE])
-        values = torch.from_numpy(np.stack([self.values[i] for i in indices])).float()
-        prompts = [bytes(self.texts[i]).rstrip(b"\0").decode() for i in indices]
+        values = torch.from_numpy(self.values[indices]).float()
+        prompts = [self.words(int(i), draw) for i in indices]
         return Batch(values[:, :4], values[:, 4:] if self.inpaint else None, prompts)
+
+    def words(self, index: int, draw: int) -> str:
+        """Of a scene, or, in half of the draws, of nothing but the object that is to be painted."""
+        rng = np.random.default_rng((index, draw))
+        if self.is_plain(index):
+            return text.PLAIN.format(what=rng.choice(scenes.catalogue()[self.content(index)[1][0]].prompts))
+        chosen = self.holes[index] if self.inpaint and rng.random() < 0.5 else -1
+        if chosen < 0:
+            return self.prompt(index, draw)
+        return str(rng.choice(list(scenes.catalogue().values())[chosen].prompts))
 
     @torch.no_grad()
     def _encode(self, indices: list[int]) -> None:
-        examples = [(example if self.inpaint else whole)(index, self.side) for index in indices]
         device = next(self.autoencoder.parameters()).device
 
         def encode(pictures) -> np.ndarray:
             return self.autoencoder.encode(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(device)).cpu().numpy()
 
-        values = encode([picture for picture, _, _ in examples])
+        pictures = [self.render(index) for index in indices]
+        values = encode(pictures)
         if self.inpaint:
-            masks = np.stack([mask for _, _, mask in examples])[:, None]
-            small = masks.reshape(len(examples), 1, self.side // FACTOR, FACTOR, self.side // FACTOR, FACTOR)[:, :, :, 0, :, 0]
-            gray = encode([picture * (1 - mask[..., None]) + 0.5 * mask[..., None] for picture, _, mask in examples])
-            values = np.concatenate([values, small, gray], 1)
-        for index, value, (_, prompt, _) in zip(indices, values, examples, strict=True):
-            text = prompt.encode()
-            if len(text) > self.texts.shape[1]:
-                raise ValueError(f"scene {index}: its prompt has {len(text)} bytes and {self.texts.shape[1]} are kept: {prompt}")
-            self.values[index] = value
-            self.texts[index, 1:] = 0
-            self.texts[index, :len(text)] = np.frombuffer(text, np.uint8)
+            self.holes[indices], masks = zip(*(self.hole(index) for index in indices), strict=True)
+            masks = np.stack(masks)
+            large = masks.repeat(FACTOR, 1).repeat(FACTOR, 2)[..., None]
+            gray = encode([picture * (1 - mask) + 0.5 * mask for picture, mask in zip(pictures, large, strict=True)])
+            values = np.concatenate([values, masks[:, None], gray], 1)
+        self.values[indices] = values
 
-
-def whole(index: int, side: int) -> tuple[np.ndarray, str, None]:
-    """Picture [side,side,3] and prompt of training scene `index`, one in eight without its objects."""
-    scene = scenes.render(scenes.Request(train=True), side, side, index)
-    if index % EMPTY_EVERY == 0:
-        return scene.background, scene.background_prompt, None
-    return scene.composite, scene.prompt, None
-
-
-def example(index: int, side: int) -> tuple[np.ndarray, str, np.ndarray]:
-    """Picture, prompt and mask [side,side], 1 = to paint, of a training scene: around an object, any box, or everything.
-
-    The mask is drawn in steps of a latent pixel, as the sampler sees it.
-    """
-    scene = scenes.render(scenes.Request(train=True), side, side, index)
-    rng = np.random.default_rng((index, 1))
-    mask, kind = np.zeros((side, side), np.float32), rng.random()
-    prompt = scene.prompt
-    if kind < 0.7:
-        chosen = scene.objects[rng.integers(len(scene.objects))]
-        left, top, right, bottom = chosen.box
-        grow = rng.uniform(0.05, 0.35, 4) * (right - left + bottom - top) / 2
-        left, top, right, bottom = left - grow[0], top - grow[1], right + grow[2], bottom + grow[3]
-        prompt = chosen.prompt if rng.random() < 0.5 else prompt
-    elif kind < 0.9:
-        (left, right), (top, bottom) = (sorted(rng.uniform(0, side, 2)) for _ in range(2))
-    else:
-        left, top, right, bottom = 0, 0, side, side
-    left, top = (int(np.clip(value // FACTOR, 0, side // FACTOR - 1)) * FACTOR for value in (left, top))
-    right, bottom = (int(-(-value // FACTOR)) * FACTOR for value in (right, bottom))
-    mask[top:max(bottom, top + FACTOR), left:max(right, left + FACTOR)] = 1
-    return scene.composite, prompt, mask
+    def hole(self, index: int) -> tuple[int, np.ndarray]:
+        """What is to be painted: around an object (its place in the catalogue), any box, or everything (-1); mask [h,w] of latent pixels, 1 = to paint."""
+        rng, kind = np.random.default_rng((index, 2)), -1
+        size = self.side // FACTOR
+        mask, share = np.zeros((size, size), np.float32), rng.random()
+        if share < 0.7:
+            objects = scenes.render(self.request(index), self.side, self.side, index).objects
+            chosen = objects[rng.integers(len(objects))]
+            kind, (left, top, right, bottom) = list(scenes.catalogue()).index(chosen.name), chosen.box
+            grow = rng.uniform(0.05, 0.35, 4) * (right - left + bottom - top) / 2
+            box = np.array([left - grow[0], top - grow[1], right + grow[2], bottom + grow[3]]) / FACTOR
+        elif share < 0.9:
+            (left, right), (top, bottom) = (sorted(rng.uniform(0, size, 2)) for _ in range(2))
+            box = np.array([left, top, right, bottom])
+        else:
+            box = np.array([0, 0, size, size])
+        left, top = np.clip(np.floor(box[:2]), 0, size - 1).astype(int)
+        right, bottom = np.maximum(np.ceil(box[2:]), (left + 1, top + 1)).astype(int)
+        mask[top:bottom, left:right] = 1
+        return kind, mask

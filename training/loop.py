@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .muon import Muon
@@ -94,6 +95,7 @@ def fit(model: nn.Module, loss: Callable[[nn.Module, int, int], dict[str, Tensor
         if not accelerator.is_main_process:
             return
         _save(accelerator, folder)
+        save_file({key: value.contiguous() for key, value in averaged.state.items()}, folder / "model.safetensors")
         _append(folder / "metrics.csv", {"step": progress.step, **validate(_with(plain, averaged), progress.step)})
 
     while progress.step < config["steps"]:

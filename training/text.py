@@ -3,13 +3,14 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import scenes
 
 LENGTH = 77
-PLAIN = "{what} on a plain gray background"  # what the transparency adapter is trained with
+PLAIN = "{what} on a plain gray background"
 
 
 @lru_cache(maxsize=1)
@@ -22,18 +23,25 @@ def tokenizer():
 
 @lru_cache(maxsize=1)
 def token_ids() -> list[int]:
-    """CLIP's numbers of every token that a prompt can hold, rising; row i of the trained embedding belongs to number i of this list."""
+    """CLIP's numbers of every token that a prompt can hold, rising; row i of the trained embedding belongs to number i of this list.
+
+    The first is -1: its row stands for every word that training has not seen.
+    """
     words = [prompt for entry in scenes.catalogue().values() for prompt in (entry.name, *entry.prompts)]
     words += [where for places in scenes.PLACE_WORDS.values() for where in places]
     words += [text.format(what="", where="") for text in (*scenes.ARRANGEMENTS, PLAIN)] + [scenes.EMPTY, ", and"]
-    return sorted({number for row in tokenizer()(words)["input_ids"] for number in row})
+    return sorted({-1} | {number for row in tokenizer()(words)["input_ids"] for number in row})
 
 
 def rows(prompts: list[str]) -> Tensor:
-    """[B,77] rows of the embedding, filled up with the end token as ComfyUI does. Raises ValueError for a word that was not trained."""
+    """[B,77] rows of the embedding, filled up with the end token as ComfyUI does; 0 for a word that was not trained."""
     place = {number: row for row, number in enumerate(token_ids())}
     numbers = tokenizer()(prompts, padding="max_length", max_length=LENGTH, truncation=True)["input_ids"]
-    try:
-        return torch.tensor([[place[number] for number in row] for row in numbers])
-    except KeyError as error:
-        raise ValueError(f"prompts: {tokenizer().decode([error.args[0]])!r} is in none of the prompts that scenes are described with.") from error
+    return torch.tensor([[place.get(number, 0) for number in row] for row in numbers])
+
+
+def with_unknown(rows: Tensor, share: float, rng: np.random.Generator) -> Tensor:
+    """The same rows with a share of the words made unknown, so that training meets row 0."""
+    first_special = len(token_ids()) - 2  # start and end have the highest numbers
+    hidden = torch.from_numpy(rng.random(rows.shape) < share) & (rows < first_special)
+    return rows.masked_fill(hidden, 0)

@@ -1,0 +1,103 @@
+"""Trains LayerDiffuse's pair on rendered objects: an encoder that hides transparency in a latent, a decoder that finds it again."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..networks.autoencoder import Autoencoder
+from ..networks.transparency import OffsetEncoder, TransparentDecoder
+from ..techniques.transparency import extend_colours, over_gray
+from . import data, latents, loop, scenes
+
+HELD_OUT = 64  # the last cut-outs of the pool are kept for validation
+SHADOW_SHARE = 0.2  # of the cut-outs have their shadow with them, which is wide and faint
+
+
+class CutOuts(data.ScenePool):
+    """Objects without their scene: bytes [side,side,4], colours that run on under the transparent part, then alpha."""
+    name = "cutouts"
+    channels = 4
+
+    def request(self, index: int) -> scenes.Request:
+        return scenes.Request(train=True, count=1)
+
+    def render(self, index: int) -> np.ndarray:
+        shown = scenes.render(self.request(index), self.side, self.side, index).objects[0]
+        shadow = np.random.default_rng((index, 3)).random() < SHADOW_SHARE
+        picture = torch.from_numpy(shown.rgba_with_shadow if shadow else shown.rgba).permute(2, 0, 1)[None]
+        colour = extend_colours(picture[:, :3], picture[:, 3:])
+        return torch.cat([colour, picture[:, 3:]], 1)[0].permute(1, 2, 0).numpy()
+
+
+class Pair(nn.Module):
+    """Keys encoder.* and decoder.*, each in the form of the published files."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.encoder = OffsetEncoder(config["encoder_widths"])
+        self.decoder = TransparentDecoder(config["decoder_widths"], config["attention_levels"])
+
+    def forward(self, rgba: Tensor, autoencoder: Autoencoder, noise: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """rgba: [B,4,S,S], colours that run on, then alpha -> the latent's offset, the decoded picture, and [B,4,S,S], alpha first."""
+        colour, alpha = rgba[:, :3], rgba[:, 3:]
+        offset = self.encoder(torch.cat([alpha, colour], 1))
+        latent = autoencoder.encode(over_gray(colour, alpha)) + offset + noise
+        picture = autoencoder.decode(latent)
+        return offset, picture, self.decoder(picture.clamp(0, 1), latent)
+
+
+def losses(config: dict, rgba: Tensor, offset: Tensor, picture: Tensor, found: Tensor) -> dict[str, Tensor]:
+    """Alpha and colours found again, colours counted where they are seen; the picture stays what it would be without the offset."""
+    colour, alpha = rgba[:, :3], rgba[:, 3:]
+    terms = {"alpha": (found[:, :1] - alpha).abs().mean(),
+             "colour": ((found[:, 1:] - colour).abs() * (alpha + config["hidden_colour_weight"])).mean(),
+             "picture": (picture - over_gray(colour, alpha)).abs().mean(),
+             "offset": offset.square().mean()}
+    total = terms["alpha"] + terms["colour"] + config["picture_weight"] * terms["picture"] + config["offset_weight"] * terms["offset"]
+    return {"loss": total, **terms}
+
+
+def build(config: dict) -> Pair:
+    torch.manual_seed(config["seed"])
+    return Pair(config)
+
+
+def train(config: dict, folder: Path, minutes: float | None, save_every: float) -> nn.Module:
+    autoencoder = latents.load_autoencoder(folder.parent / "autoencoder")
+    pool = CutOuts(folder.parent / "scenes", config["cutouts"], config["side"])
+    check = data.to_tensor(np.stack([pool[i] for i in range(config["cutouts"] - HELD_OUT, config["cutouts"])]))
+
+    def loss(model, step, rank):
+        device = next(model.parameters()).device
+        autoencoder.to(device)
+        rgba = pool.batch(config["batch"], config["crop"], config["seed"], step, rank, config["cutouts"] - HELD_OUT).to(device)
+        size = config["crop"] // latents.FACTOR
+        noise = np.random.default_rng((config["seed"], step, rank, 1)).standard_normal((len(rgba), 4, size, size), np.float32)
+        return losses(config, rgba, *model(rgba, autoencoder, config["noise"] * torch.from_numpy(noise).to(device)))
+
+    @torch.no_grad()
+    def validate(model, step):
+        device = next(model.parameters()).device
+        parts = [model(part.to(device), autoencoder) for part in check.split(16)]
+        offset, picture, found = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+        alpha, found = check[:, 3:], found.clamp(0, 1)
+        board = checkerboard(config["side"])
+        shown = [found[:16, 1:] * found[:16, :1] + board * (1 - found[:16, :1]), check[:16, :3] * alpha[:16] + board * (1 - alpha[:16])]
+        loop.save_grid(folder / "grid.png", torch.cat(shown), 8)
+        solid, seen = alpha > 0.5, found[:, :1] > 0.5
+        iou = (solid & seen).sum((1, 2, 3)) / (solid | seen).sum((1, 2, 3)).clamp_min(1)
+        metrics = {"iou": iou.mean().item(), "sad": (found[:, :1] - alpha).abs().sum((1, 2, 3)).mean().item(),
+                   "picture": (picture - over_gray(check[:, :3], alpha)).abs().mean().item(), "offset": offset.std().item()}
+        print(f"held-out cut-outs at step {step}: " + "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()), flush=True)
+        return metrics
+
+    return loop.fit(build(config), loss, validate, config, folder, minutes, save_every)
+
+
+def checkerboard(side: int) -> Tensor:
+    squares = (torch.arange(side) // 8)[:, None] + torch.arange(side) // 8
+    return 0.45 + 0.15 * (squares % 2).float()
