@@ -97,21 +97,25 @@ def losses(logits: tuple[Tensor, Tensor], places: Tensor, objects: Tensor) -> di
     return {"loss": place + presence, "place": place, "objects": presence}
 
 
-def checks(side: int, first: int = 2 * 10**9) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """540 single-object scenes of seeds not trained on, each ordinary pair once, and 540 of held-out pairs: pixels, places, objects."""
-    pairs = [(name, kind) for name in scenes.catalogue() for kind in scenes.KINDS]
-    held = [pair for pair in pairs if scenes.is_held_out_pair(*pair)]
-    sets = {"fresh": [pair for pair in pairs if pair not in held], "pairs": held * 9}
+def checks(count: int, side: int, first: int = 2 * 10**9) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Scenes of one object that no training batch holds, `count` of ordinary pairs and of held-out ones each: bytes [N,3,S,S], places, objects.
+
+    There are 540 ordinary pairs of object and place and 60 held-out ones; they take turns.
+    """
     names, found = list(scenes.catalogue()), {}
-    for title, entries in sets.items():
-        shown = [scenes.render(scenes.Request(kind=kind, objects=(name,)), side, side, first + i).composite for i, (name, kind) in enumerate(entries)]
+    pairs = [(name, kind) for name in names for kind in scenes.KINDS]
+    for title, held in (("fresh", False), ("pairs", True)):
+        entries = [pair for pair in pairs if scenes.is_held_out_pair(*pair) == held]
+        order = np.random.default_rng(0).permutation(len(entries))
+        taken = [entries[order[i % len(order)]] for i in range(count)]
+        shown = [scenes.render(scenes.Request(kind=kind, objects=(name,)), side, side, first + i).composite for i, (name, kind) in enumerate(taken)]
         pixels = torch.from_numpy(np.round(np.stack(shown) * 255).astype(np.uint8)).permute(0, 3, 1, 2)
-        found[title] = pixels, torch.tensor([scenes.KINDS.index(kind) for _, kind in entries]), torch.tensor([names.index(name) for name, _ in entries])
+        found[title] = pixels, torch.tensor([scenes.KINDS.index(kind) for _, kind in taken]), torch.tensor([names.index(name) for name, _ in taken])
     return found
 
 
 def train(config: dict, folder: Path, minutes: float | None, save_every: float) -> Classifier:
-    pool, sets = Mixture(folder.parent / "scenes", config), checks(config["side"])
+    pool, sets = Mixture(folder.parent / "scenes", config), checks(config["check_scenes"], config["side"])
 
     def loss(model, step, rank):
         device = next(model.parameters()).device
