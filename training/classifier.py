@@ -5,6 +5,7 @@ are the held-out pairs of object and place, on which it is measured.
 """
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..networks.classifier import Classifier
-from . import data, loop, scenes
+from . import data, export, loop, oracle, scenes
 
 PLAIN = -1  # the place of an object that was cut out
 
@@ -96,21 +97,25 @@ def losses(logits: tuple[Tensor, Tensor], places: Tensor, objects: Tensor) -> di
     return {"loss": place + presence, "place": place, "objects": presence}
 
 
-def checks(side: int, first: int = 2 * 10**9) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """540 single-object scenes of seeds not trained on, each ordinary pair once, and 540 of held-out pairs: pixels, places, objects."""
-    pairs = [(name, kind) for name in scenes.catalogue() for kind in scenes.KINDS]
-    held = [pair for pair in pairs if scenes.is_held_out_pair(*pair)]
-    sets = {"fresh": [pair for pair in pairs if pair not in held], "pairs": held * 9}
+def checks(count: int, side: int, first: int = 2 * 10**9) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Scenes of one object that no training batch holds, `count` of ordinary pairs and of held-out ones each: bytes [N,3,S,S], places, objects.
+
+    There are 540 ordinary pairs of object and place and 60 held-out ones; they take turns.
+    """
     names, found = list(scenes.catalogue()), {}
-    for title, entries in sets.items():
-        shown = [scenes.render(scenes.Request(kind=kind, objects=(name,)), side, side, first + i).composite for i, (name, kind) in enumerate(entries)]
+    pairs = [(name, kind) for name in names for kind in scenes.KINDS]
+    for title, held in (("fresh", False), ("pairs", True)):
+        entries = [pair for pair in pairs if scenes.is_held_out_pair(*pair) == held]
+        order = np.random.default_rng(0).permutation(len(entries))
+        taken = [entries[order[i % len(order)]] for i in range(count)]
+        shown = [scenes.render(scenes.Request(kind=kind, objects=(name,)), side, side, first + i).composite for i, (name, kind) in enumerate(taken)]
         pixels = torch.from_numpy(np.round(np.stack(shown) * 255).astype(np.uint8)).permute(0, 3, 1, 2)
-        found[title] = pixels, torch.tensor([scenes.KINDS.index(kind) for _, kind in entries]), torch.tensor([names.index(name) for name, _ in entries])
+        found[title] = pixels, torch.tensor([scenes.KINDS.index(kind) for _, kind in taken]), torch.tensor([names.index(name) for name, _ in taken])
     return found
 
 
 def train(config: dict, folder: Path, minutes: float | None, save_every: float) -> Classifier:
-    pool, sets = Mixture(folder.parent / "scenes", config), checks(config["side"])
+    pool, sets = Mixture(folder.parent / "scenes", config), checks(config["check_scenes"], config["side"])
 
     def loss(model, step, rank):
         device = next(model.parameters()).device
@@ -127,4 +132,8 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
         print(f"held-out scenes at step {step}: " + "  ".join(f"{key} {value:.4f}" for key, value in metrics.items()), flush=True)
         return metrics
 
-    return loop.fit(build(config), loss, validate, config, folder, minutes, save_every)
+    model = loop.fit(build(config), loss, validate, config, folder, minutes, save_every)
+    about = export.describe("classifier", folder, config, f"{config['scenes']} rendered scenes and {config['extra_scenes']} of all objects")
+    names = {"places": json.dumps(scenes.KINDS), "objects": json.dumps(list(scenes.catalogue()))}
+    export.save(folder / oracle.FILE.name, model.state_dict(), about | names)
+    return model

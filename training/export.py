@@ -1,0 +1,31 @@
+"""Finished weights: one fp16 safetensors file that says how it came to be."""
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+LICENCE = "GPL-3.0, as the pack; trained on pictures of Microsoft's Fluent Emoji (MIT, training/objects/LICENSE)"
+
+
+def save(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write the floating-point tensors of a state as fp16; the file is complete or not there. metadata: describe(), and what loading needs."""
+    from safetensors.torch import save_file
+    half = {key: value.detach().cpu().half().contiguous() for key, value in state.items() if value.is_floating_point()}
+    for key, value in half.items():
+        if not value.isfinite().all():
+            raise SystemExit(f"error: {key} is too large for the fp16 of {path.name}; train again with a lower learning_rate in a new --folder.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(half, partial, {"format": "pt", **metadata})
+    partial.replace(path)
+
+
+def describe(what: str, folder: Path, config: dict, data: str) -> dict[str, str]:
+    """Metadata of a run in that folder: command, config, data, steps, the last row of its metrics, licence."""
+    with open(folder / "metrics.csv", newline="") as file:
+        metrics = list(csv.DictReader(file))[-1]
+    return {"command": f"python -m training {what}", "config": json.dumps(config), "data": data, "steps": metrics.pop("step"),
+            "metrics": json.dumps({key: round(float(value), 5) for key, value in metrics.items()}), "licence": LICENCE}
