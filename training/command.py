@@ -13,6 +13,8 @@ TRAINERS = {
     "autoencoder": "Pictures to latents of an eighth of their size and back; everything else needs it first.",
     "classifier": "Which place and which objects a picture shows; judges what the other models draw.",
     "diffusion": "Denoiser and text encoder: pictures from prompts, in the autoencoder's latents.",
+    "transparency": "LayerDiffuse's pair: hides the alpha of an object in its latent, and finds it again.",
+    "adapter": "Low-rank adapter with which the denoiser draws single objects with hidden transparency.",
     "inpaint": "The denoiser with nine input channels, which paints inside a mask; starts from the one before.",
 }
 MODULES = {"inpaint": "diffusion"}  # trainers that are another one's code with another config
@@ -33,7 +35,34 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         verb.add_argument("--folder", type=Path, default=host.cache_dir() / "training" / name, help="checkpoints, grids and losses go there")
         verb.add_argument("--minutes", type=float, default=None, help="stop with a checkpoint after so long (the schedule is not shortened)")
         verb.add_argument("--save-every", type=float, default=180, metavar="SECONDS", help="time between checkpoints")
+    verb = verbs.add_parser("publish", help="Write the trained weights as the files in models/ that ComfyUI loads.", description=publish.__doc__)
+    verb.add_argument("--folder", type=Path, default=host.cache_dir() / "training", help="where the trainers' folders are")
+    verb.add_argument("--models", type=Path, default=CONFIGS.parent.parent / "models", help="where the files go")
+    verb = verbs.add_parser("judge", help="Ask the classifier whether generated pictures show what their prompts say.", description=judge.__doc__,
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    verb.add_argument("--folder", type=Path, default=host.cache_dir() / "training", help="where the trainers' folders are; judge.png goes there")
+    verb.add_argument("--cfg", type=float, default=4.0, help="strength of the classifier-free guidance")
+    verb.add_argument("--steps", type=int, default=20, help="sampling steps")
+    verb.add_argument("--side", type=int, default=128, help="pixels of the pictures")
     return parser.parse_args(arguments)
+
+
+def publish(options: argparse.Namespace) -> int:
+    """Write the trained weights as the files in models/ that ComfyUI loads."""
+    from . import family
+    family.publish(options.folder, options.models)
+    return 0
+
+
+def judge(options: argparse.Namespace) -> int:
+    """Generate one picture of every object in every place and print in how many the classifier sees what the prompt says."""
+    from . import family
+    for key, value in family.agreement(options.folder, options.cfg, options.steps, options.side, options.folder / "judge.png").items():
+        print(f"{key}: {value:.1%}")
+    return 0
+
+
+OTHERS = {"publish": publish, "judge": judge}
 
 
 def read_config(path: Path, changes: list[str]) -> dict:
@@ -62,6 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
     if sys.platform == "linux" and "MALLOC_MMAP_MAX_" not in os.environ:
         os.environ.update(ALLOCATOR)
         os.execv(sys.executable, [sys.executable, "-m", "training", *(arguments if arguments is not None else sys.argv[1:])])
+    if options.what in OTHERS:
+        return OTHERS[options.what](options)
     config = read_config(options.config, options.set)
     trainer = importlib.import_module(f".{MODULES.get(options.what, options.what)}", __package__)
     try:

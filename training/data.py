@@ -30,12 +30,13 @@ class Labels(NamedTuple):
 class ScenePool:
     """Scene i of a side, rendered when first asked for and kept on disk as bytes. 49 KB each at 128 pixels."""
     name = "scenes"
+    channels = 3
 
     def __init__(self, folder: Path, count: int, side: int):
         folder.mkdir(parents=True, exist_ok=True)
         self.count, self.side = count, side
         name = f"{self.name}-{RENDERER}-{side}-{count}"
-        self.pixels = self._open(folder / f"{name}.pixels", (count, side, side, 3))
+        self.pixels = self._open(folder / f"{name}.pixels", (count, side, side, self.channels))
         self.ready = self._open(folder / f"{name}.ready", (count,))
 
     @staticmethod
@@ -46,7 +47,7 @@ class ScenePool:
         return scenes.Request(train=True)
 
     def render(self, index: int) -> np.ndarray:
-        """[side,side,3] float32 in 0..1."""
+        """[side,side,channels] float32 in 0..1."""
         return scenes.render(self.request(index), self.side, self.side, index).composite
 
     def content(self, index: int) -> tuple[str, list[str]]:
@@ -68,7 +69,7 @@ class ScenePool:
         return scenes.describe(*self.content(index), np.random.default_rng((index, draw)))
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """[side,side,3] bytes of a training scene."""
+        """[side,side,channels] bytes."""
         if not self.ready[index]:
             self.pixels[index] = np.round(self.render(int(index)) * 255)
             self.ready[index] = 1
@@ -81,7 +82,7 @@ class ScenePool:
         return Draw(rng.integers(0, self.count, size), corners, rng.random(size) < 0.5)
 
     def batch(self, size: int, crop: int, seed: int, step: int, rank: int = 0) -> Tensor:
-        """[size,3,crop,crop] in 0..1, cut and mirrored at random; a function of these numbers alone."""
+        """[size,channels,crop,crop] in 0..1, cut and mirrored at random; a function of these numbers alone."""
         draw = self.draw(size, crop, seed, step, rank)
         picked = np.stack([self[i][y:y + crop, x:x + crop] for i, (y, x) in zip(draw.scenes, draw.corners, strict=True)])
         picked[draw.flip] = picked[draw.flip][:, :, ::-1]
@@ -89,7 +90,7 @@ class ScenePool:
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
-    """Bytes [N,H,W,3] as [N,3,H,W] in 0..1."""
+    """Bytes [N,H,W,C] as [N,C,H,W] in 0..1."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
 
 

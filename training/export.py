@@ -11,11 +11,12 @@ LICENCE = "GPL-3.0, as the pack; trained on pictures of Microsoft's Fluent Emoji
 
 
 def save(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write the floating-point tensors of a state as fp16; the file is complete or not there. metadata: describe(), and what loading needs."""
+    """Write a state, floating-point tensors as fp16; the file is complete or not there. metadata: describe(), and what loading needs."""
     from safetensors.torch import save_file
-    half = {key: value.detach().cpu().half().contiguous() for key, value in state.items() if value.is_floating_point()}
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
     for key, value in half.items():
-        if not value.isfinite().all():
+        if value.is_floating_point() and not value.isfinite().all():
             raise SystemExit(f"error: {key} is too large for the fp16 of {path.name}; train again with a lower learning_rate in a new --folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .muon import Muon
 
 SHOW_EVERY = 20
+OPTIMIZERS = {"muon": Muon, "adam": lambda model, rate: torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, betas=(0.9, 0.99))}
 
 
 def learning_rate(step: int, config: dict) -> float:
@@ -81,7 +82,7 @@ def fit(model: nn.Module, loss: Callable[[nn.Module, int, int], dict[str, Tensor
     folder.mkdir(parents=True, exist_ok=True)
     _same_config(config, folder)
     averaged = Average(model.to(accelerator.device), config["ema"])
-    optimizer = Muon(model, config["learning_rate"])
+    optimizer = OPTIMIZERS[config["optimizer"]](model, config["learning_rate"])
     model, optimizer = accelerator.prepare(model, optimizer)
     progress = Progress()
     accelerator.register_for_checkpointing(averaged, progress)

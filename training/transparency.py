@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ..networks.autoencoder import Autoencoder
 from ..networks.transparency import OffsetEncoder, TransparentDecoder
 from ..techniques.transparency import extend_colours, over_gray
-from . import data, latents, loop, scenes
+from . import data, latents, loop, metrics, scenes
 
-HELD_OUT = 64  # the last cut-outs of the pool are kept for validation
+HELD_OUT = range(10**9, 10**9 + 64)  # numbers of the cut-outs that are kept for validation
 SHADOW_SHARE = 0.2  # of the cut-outs have their shadow with them, which is wide and faint
 
 
@@ -69,12 +69,12 @@ def build(config: dict) -> Pair:
 def train(config: dict, folder: Path, minutes: float | None, save_every: float) -> nn.Module:
     autoencoder = latents.load_autoencoder(folder.parent / "autoencoder")
     pool = CutOuts(folder.parent / "scenes", config["cutouts"], config["side"])
-    check = data.to_tensor(np.stack([pool[i] for i in range(config["cutouts"] - HELD_OUT, config["cutouts"])]))
+    check = torch.from_numpy(np.stack([pool.render(i) for i in HELD_OUT])).permute(0, 3, 1, 2)
 
     def loss(model, step, rank):
         device = next(model.parameters()).device
         autoencoder.to(device)
-        rgba = pool.batch(config["batch"], config["crop"], config["seed"], step, rank, config["cutouts"] - HELD_OUT).to(device)
+        rgba = pool.batch(config["batch"], config["crop"], config["seed"], step, rank).to(device)
         size = config["crop"] // latents.FACTOR
         noise = np.random.default_rng((config["seed"], step, rank, 1)).standard_normal((len(rgba), 4, size, size), np.float32)
         return losses(config, rgba, *model(rgba, autoencoder, config["noise"] * torch.from_numpy(noise).to(device)))
@@ -88,12 +88,10 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
         board = checkerboard(config["side"])
         shown = [found[:16, 1:] * found[:16, :1] + board * (1 - found[:16, :1]), check[:16, :3] * alpha[:16] + board * (1 - alpha[:16])]
         loop.save_grid(folder / "grid.png", torch.cat(shown), 8)
-        solid, seen = alpha > 0.5, found[:, :1] > 0.5
-        iou = (solid & seen).sum((1, 2, 3)) / (solid | seen).sum((1, 2, 3)).clamp_min(1)
-        metrics = {"iou": iou.mean().item(), "sad": (found[:, :1] - alpha).abs().sum((1, 2, 3)).mean().item(),
+        report = {"iou": metrics.alpha_iou(found[:, 0], alpha[:, 0]).mean().item(), "sad": metrics.alpha_sad(found[:, 0], alpha[:, 0]).mean().item(),
                    "picture": (picture - over_gray(check[:, :3], alpha)).abs().mean().item(), "offset": offset.std().item()}
-        print(f"held-out cut-outs at step {step}: " + "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()), flush=True)
-        return metrics
+        print(f"held-out cut-outs at step {step}: " + "  ".join(f"{key} {value:.4g}" for key, value in report.items()), flush=True)
+        return report
 
     return loop.fit(build(config), loss, validate, config, folder, minutes, save_every)
 

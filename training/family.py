@@ -1,0 +1,106 @@
+"""The finished family: trained parts put together into the files that ComfyUI loads, and how well they do what prompts say."""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from . import adapter, data, diffusion, export, latents, loop, oracle, scenes, text
+from .command import CONFIGS
+
+MODELS = Path(__file__).resolve().parent.parent / "models"
+SCENES = "training/scenes.py: rendered scenes of 55 objects in 10 places, without the held-out pairs"
+UNET = "model.diffusion_model."
+TOKEN_IDS = "cond_stage_model.token_ids"
+
+
+def checkpoint(root: Path) -> dict[str, Tensor]:
+    """Denoiser, text encoder with the numbers of its tokens, and autoencoder, under a checkpoint's keys."""
+    state = _trained(root / "diffusion")
+    state[TOKEN_IDS] = torch.tensor(text.token_ids(), dtype=torch.int32)
+    for key, value in _trained(root / "autoencoder").items():
+        state[f"first_stage_model.{key}"] = value
+    state["first_stage_model.vae_scale"], state["first_stage_model.vae_shift"] = torch.tensor(1.0), torch.tensor(0.0)
+    return state
+
+
+def inpainting_unet(root: Path) -> dict[str, Tensor]:
+    """The denoiser alone: text encoder and autoencoder are the checkpoint's."""
+    return {key.removeprefix(UNET): value for key, value in _trained(root / "inpaint").items() if key.startswith(UNET)}
+
+
+def half_of_pair(part: str) -> Callable[[Path], dict[str, Tensor]]:
+    def take(root: Path) -> dict[str, Tensor]:
+        return {key.removeprefix(part + "."): value for key, value in _trained(root / "transparency").items() if key.startswith(part)}
+    return take
+
+
+FILES = {  # trainer, file, weights
+    "checkpoints/strata_mini_sd.safetensors": ("diffusion", checkpoint),
+    "diffusion_models/strata_mini_inpaint.safetensors": ("inpaint", inpainting_unet),
+    "layer_model/strata_mini_transparent_attn.safetensors": ("adapter", lambda root: adapter.published_form(_trained(root / "adapter"))),
+    "layer_model/strata_mini_transparent_decoder.safetensors": ("transparency", half_of_pair("decoder")),
+    "layer_model/strata_mini_transparent_encoder.safetensors": ("transparency", half_of_pair("encoder")),
+    "strata/mini_classifier.safetensors": ("classifier", lambda root: _trained(root / "classifier")),
+}
+
+
+def publish(root: Path, models: Path = MODELS) -> None:
+    """Write every file whose trainers have run; name those that are missing. Also fits what previews need into models_config."""
+    for name, (what, weights) in FILES.items():
+        if not (root / what / "model.safetensors").exists():
+            print(f"{name}: not written, python -m training {what} has not run", flush=True)
+            continue
+        config = json.loads((root / what / "config.json").read_text())
+        export.save(models / name, weights(root), export.describe(what, root / what, config, SCENES))
+        print(f"{name}: {(models / name).stat().st_size / 2**20:.1f} MiB", flush=True)
+    _fit_preview(latents.load_autoencoder(root / "autoencoder"), CONFIGS / "sd.json")
+
+
+@torch.no_grad()
+def _fit_preview(autoencoder, path: Path) -> None:
+    """Least squares from a latent pixel to the mean colour under it in -1..1, and what mid gray is as a latent."""
+    pictures = data.held_out(64, 128)
+    latent = autoencoder.encode(pictures).permute(0, 2, 3, 1).reshape(-1, 4)
+    colour = torch.nn.functional.avg_pool2d(pictures * 2 - 1, latents.FACTOR).permute(0, 2, 3, 1).reshape(-1, 3)
+    factors = torch.linalg.lstsq(torch.cat([latent, torch.ones(len(latent), 1)], 1), colour).solution
+    gray = autoencoder.encode(torch.full((1, 3, 128, 128), 0.5))[0, :, 4:-4, 4:-4].mean((1, 2))
+    config = json.loads(path.read_text())
+    config["latent"].update(rgb_factors=_rounded(factors[:4]), rgb_bias=_rounded(factors[4]), gray=_rounded(gray))
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _rounded(values: Tensor) -> list:
+    return np.round(values.double().numpy(), 4).tolist()
+
+
+def _trained(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def agreement(root: Path, guidance: float, steps: int, side: int, report: Path) -> dict[str, float]:
+    """Shares of generated pictures in which the classifier sees the place and the object of the prompt, over every pair of the two."""
+    judge = oracle.load(MODELS / "strata" / "mini_classifier.safetensors")
+    autoencoder = latents.load_autoencoder(root / "autoencoder")
+    model = diffusion.build(json.loads((root / "diffusion" / "config.json").read_text()))
+    diffusion.start_from(model, root / "diffusion" / "model.safetensors")
+    model.eval()
+    known = [entry for entry in scenes.catalogue().values() if not entry.held_out]
+    pairs = [(entry, kind) for entry in known for kind in scenes.KINDS]
+    pictures = []
+    for start in range(0, len(pairs), 50):
+        prompts = [f"{entry.prompts[0]} {scenes.PLACE_WORDS[kind][0]}" for entry, kind in pairs[start:start + 50]]
+        latent = diffusion.sample(model, prompts, side, steps=steps, guidance=guidance, seed=start)
+        pictures.append(autoencoder.decode(latent).clamp(0, 1))
+        print(f"{start + len(prompts)} of {len(pairs)} pictures", flush=True)
+    pictures = torch.cat(pictures)
+    place, shown = judge.text_agreement(pictures, [kind for _, kind in pairs], [[entry.name] for entry, _ in pairs])
+    unseen = torch.tensor([scenes.is_held_out(entry.name, kind) for entry, kind in pairs])
+    loop.save_grid(report, torch.nn.functional.interpolate(pictures, size=96, mode="area"), len(scenes.KINDS))
+    return {"place": place.mean().item(), "object": shown.mean().item(), "place of pairs not trained": place[unseen].mean().item(),
+            "object of pairs not trained": shown[unseen].mean().item()}
