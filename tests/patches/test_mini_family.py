@@ -10,7 +10,7 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
-from comfy.ldm.flux.model import Flux
+from comfy.ldm.flux.model import Flux, FluxParams
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from safetensors.torch import load_file
 from strata.networks.autoencoder import Autoencoder
@@ -27,7 +27,7 @@ SDXL = {"model_channels": 320, "channel_mult": [1, 2, 4], "num_res_blocks": [2, 
         "use_linear_in_transformer": True, "num_classes": "sequential", "adm_in_channels": 2816}
 FLUX = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 4096, "hidden_size": 3072, "mlp_ratio": 4.0,
         "num_heads": 24, "depth": 19, "depth_single_blocks": 38, "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "qkv_bias": True,
-        "guidance_embed": True}
+        "guidance_embed": True, **({"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {})}  # ComfyUI after 0.3.75
 OTHERS = {
     "SD1.5": (UNetModel, SD1, 4, "SD15"), "SD1.5 inpaint": (UNetModel, SD1, 9, "SD15"), "SD1.5 instruct": (UNetModel, SD1, 8, "SD15_instructpix2pix"),
     "SD2": (UNetModel, SD2, 4, "SD20"), "SD2 inpaint": (UNetModel, SD2, 9, "SD20"), "SD2 depth": (UNetModel, SD2, 5, "SD20"),
@@ -76,13 +76,13 @@ def test_the_family_is_detected_with_its_geometry(registered, channels, expected
     assert found.unet_config == {**found.unet_config, **mini_family.UNET, "in_channels": channels, "num_head_channels": -1}
 
 
-@pytest.mark.parametrize(("change", "channels"), [
+@pytest.mark.parametrize(("altered", "channels"), [
     ({"model_channels": 96}, 4), ({"context_dim": 64}, 4), ({"channel_mult": [1, 2, 2]}, 4), ({"transformer_depth_middle": 0}, 4),
     ({"num_res_blocks": [2, 1, 1], "transformer_depth": [1, 1, 1, 0], "transformer_depth_output": [1, 1, 1, 1, 1, 0, 0]}, 4),
     ({"use_linear_in_transformer": True}, 4), ({"out_channels": 8}, 4), ({"adm_in_channels": 64, "num_classes": "sequential"}, 4), ({}, 8), ({}, 5),
 ])
-def test_a_model_that_differs_in_one_number_is_not_ours(registered, change, channels):
-    assert type(detect(keys(UNetModel, {**mini_family.UNET, **change}, channels))).__name__ not in ("StrataMini", "StrataMiniInpaint")
+def test_a_model_that_differs_in_one_number_is_not_ours(registered, altered, channels):
+    assert type(detect(keys(UNetModel, {**mini_family.UNET, **altered}, channels))).__name__ not in ("StrataMini", "StrataMiniInpaint")
 
 
 def test_a_second_copy_of_the_pack_registers_nothing_twice(registered):

@@ -92,7 +92,7 @@ def test_image_to_image_depends_on_the_image(server):
 
 @pytest.fixture(scope="module")
 def loras(server):
-    """The same low-rank change of a layer of the UNet and one of the text encoder, as kohya's, diffusers' and peft's files name them."""
+    """The same low-rank term on a layer of the UNet and one of the text encoder, as kohya's, diffusers' and peft's files name them."""
     generator = torch.Generator().manual_seed(3)
     pairs = [[torch.randn(*shape, generator=generator) / 4 for shape in ((4, width), (width, 4))] for width in (64, 128)]
     folder = server.server.base / "models" / "loras"
@@ -142,8 +142,8 @@ def test_inpainting_with_its_conditioning(server, keep):
     found, before = latents(server, prompt, ("sample", 0)), latents(server, prompt, ("encode", 0))
     inside = torch.zeros(1, 4, SIDE // 8, SIDE // 8, dtype=bool)
     inside[:, :, 2:5, 3:7] = True
-    change = (found - before).abs()
-    assert change[inside].mean() > 0.1
+    moved = (found - before).abs()
+    assert moved[inside].mean() > 0.1
     assert torch.allclose(found[~inside], before[~inside], atol=1e-5) == keep
     assert picture(server, prompt).shape == (SIDE, SIDE, 3)
 
