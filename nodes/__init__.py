@@ -1,7 +1,10 @@
 """The nodes that users see: one file per menu category, each with a NODES list."""
 from comfy_api.latest import ComfyExtension
 
+from ..patches import mini_family
 from . import depth, generate, layers_edit, layers_io
+
+mini_family.register()
 
 
 class StrataExtension(ComfyExtension):

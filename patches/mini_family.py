@@ -1,0 +1,86 @@
+"""The mini family for ComfyUI's stock loaders: how its checkpoints are told from all others, and where this pack's model files lie."""
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import comfy.latent_formats
+import comfy.supported_models
+import folder_paths
+from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
+from comfy.supported_models_base import ClipTarget
+from torch import Tensor
+
+PACK = Path(__file__).parent.parent
+CONFIG = json.loads((PACK / "models_config" / "mini" / "sd.json").read_text(encoding="utf-8"))
+UNET, TEXT, LATENT = CONFIG["unet"], CONFIG["text"], CONFIG["latent"]
+KINDS = ("checkpoints", "layer_model", "strata")
+TOKEN_IDS = "cond_stage_model.token_ids"
+TOKEN_ROWS = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+
+
+class StrataMiniLatent(comfy.latent_formats.LatentFormat):
+    """Latents as the autoencoder makes them, which trains it to about unit deviation; previews need rgb_factors [4,3] and rgb_bias [3]."""
+    latent_channels = LATENT["channels"]
+    scale_factor = LATENT["scale_factor"]
+    latent_rgb_factors = LATENT["rgb_factors"]
+    latent_rgb_factors_bias = LATENT["rgb_bias"]
+
+
+class StrataMini(comfy.supported_models.SD15):
+    """Matched by everything that ComfyUI reads from a UNet's weights; the number of heads cannot be read and is set."""
+    unet_config = {**{key: value for key, value in UNET.items() if key != "num_heads"},
+                   "use_linear_in_transformer": False, "adm_in_channels": None, "use_temporal_attention": False}
+    unet_extra_config = {"num_heads": UNET["num_heads"], "num_head_channels": -1}
+    latent_format = StrataMiniLatent
+
+    def get_model(self, state_dict, prefix="", device=None):
+        model = super().get_model(state_dict, prefix, device)
+        model.blank_inpaint_image_like = gray_latent  # ComfyUI has set SD1.5's numbers
+        return model
+
+    def process_clip_state_dict(self, state_dict):
+        if TOKEN_IDS in state_dict:
+            state_dict[TOKEN_ROWS] = all_token_rows(state_dict[TOKEN_ROWS], state_dict.pop(TOKEN_IDS))
+        return super().process_clip_state_dict(state_dict)
+
+    def clip_target(self, state_dict=None):
+        text_model = partial(SDClipModel, textmodel_json_config=dict(TEXT), return_projected_pooled=False)
+        return ClipTarget(partial(SD1Tokenizer, tokenizer=partial(SDTokenizer, embedding_size=TEXT["hidden_size"])),
+                          partial(SD1ClipModel, clip_model=text_model))
+
+
+class StrataMiniInpaint(StrataMini):
+    unet_config = {**StrataMini.unet_config, **CONFIG["inpaint"]}
+
+
+def gray_latent(like: Tensor) -> Tensor:
+    """What an inpainting model gets as its masked picture when the graph gives none: mid gray, encoded."""
+    gray = LATENT["gray"] or [0.0] * LATENT["channels"]
+    return like.new_tensor(gray).view(1, -1, 1, 1).expand_as(like).clone()
+
+
+def all_token_rows(rows: Tensor, ids: Tensor) -> Tensor:
+    """CLIP's whole embedding table from the rows [N,C] of the tokens `ids` [N].
+
+    Every other token gets the row of id -1, which a trainer can train for words it does not know, or else the mean of the words' rows:
+    what an unknown word then says is the average of all known ones, while a row of zeros would leave its position alone, which no training has seen.
+    """
+    unknown = ids == -1
+    words = unknown if unknown.any() else ids < TEXT["bos_token_id"]
+    table = rows[words].float().mean(0).to(rows.dtype).repeat(TEXT["vocab_size"], 1)
+    table[ids[~unknown].long()] = rows[~unknown]
+    return table
+
+
+def register() -> None:
+    """Put the family before ComfyUI's own models, once, and this pack's models folder behind the user's own, where nothing is downloaded to."""
+    ours = [StrataMini, StrataMiniInpaint]
+    names = [model.__name__ for model in ours]  # by name: another copy of the pack, or a reload, has classes of its own
+    known = comfy.supported_models.models
+    known[:] = [*ours, *(model for model in known if model.__name__ not in names)]
+    for kind in KINDS:
+        folder_paths.folder_names_and_paths.setdefault(kind, ([], folder_paths.supported_pt_extensions))
+        for root in (Path(folder_paths.models_dir), PACK / "models"):
+            folder_paths.add_model_folder_path(kind, str(root / kind))
