@@ -21,4 +21,9 @@ run:  ## make run W=workflows/layers_roundtrip.json ARGS="--out pictures"
 bench:  ## time and memory against plain ways of doing the same
 	$(EXEC) tools/bench.py $(ARGS)
 
-.PHONY: demo test check serve run bench
+mini:  ## train the mini family from nothing and write its files; goes on where it was stopped
+	for what in autoencoder decoder classifier diffusion inpaint transparency adapter; do $(EXEC) -m training $$what || exit 1; done
+	$(EXEC) -m training publish
+	$(EXEC) -m training judge
+
+.PHONY: demo test check serve run bench mini

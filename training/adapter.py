@@ -48,7 +48,7 @@ def build(config: dict, folder: Path) -> nn.Module:
     from peft import LoraConfig, inject_adapter_in_model
     torch.manual_seed(config["seed"])
     model = diffusion.build({**config, "in_channels": 4})
-    diffusion.start_from(model, folder / "diffusion" / "model.safetensors")
+    loop.start_from(model, folder / "diffusion" / "model.safetensors")
     model.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=config["rank"], lora_alpha=config["rank"], target_modules=LAYERS), model.model["diffusion_model"])
     return model
@@ -67,7 +67,7 @@ def published_form(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def train(config: dict, folder: Path, minutes: float | None, save_every: float) -> nn.Module:
     root = folder.parent
-    autoencoder = latents.load_autoencoder(root / "autoencoder")
+    autoencoder = latents.load_autoencoder(root)
     encoder, decoder = load_pair(root / "transparency")
     pool = CutOutLatents(CutOuts(root / "scenes", config["cutouts"], config["side"]), autoencoder, encoder)
     levels = formulas.noise_levels()

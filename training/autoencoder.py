@@ -1,4 +1,7 @@
-"""Trains the small autoencoder: L1 and gradient loss on rendered scenes, latents kept at about unit variance."""
+"""Trains the small autoencoder: L1, squared and gradient loss on rendered scenes, latents kept at about unit variance.
+
+Its second run, `decoder`, leaves the encoder as it is: what was trained on its latents stays valid while pictures get sharper.
+"""
 from __future__ import annotations
 
 from pathlib import Path
@@ -15,7 +18,8 @@ class Joined(Autoencoder):
     """Both halves in one forward, so that accelerate can wrap it for several devices."""
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        latent = self.encode(image)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.taesd_encoder[0].weight.requires_grad):
+            latent = self.encode(image)
         return latent, self.decode(latent)
 
 
@@ -78,4 +82,8 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
         print(f"held-out pairs at step {step}: " + "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()), flush=True)
         return metrics
 
-    return loop.fit(build(config), loss, validate, config, folder, minutes, save_every)
+    model = build(config)
+    if config["start"]:
+        loop.start_from(model, folder.parent / config["start"] / "model.safetensors")
+        model.taesd_encoder.requires_grad_(False)
+    return loop.fit(model, loss, validate, config, folder, minutes, save_every)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..networks.text_encoder import TextEncoder
@@ -48,19 +47,6 @@ def build(config: dict) -> TextToImage:
                 module.weight.zero_()
                 module.bias.zero_()
     return model
-
-
-def start_from(model: nn.Module, path: Path) -> None:
-    """Weights of another run; a wider first convolution keeps the new channels at zero."""
-    if not path.exists():
-        raise SystemExit(f"error: {path} is missing; train that model first, or set start to null.")
-    state, own = load_file(path), model.state_dict()
-    for key, value in state.items():
-        if value.shape != own[key].shape:
-            wide = torch.zeros_like(own[key])
-            wide[:, :value.shape[1]] = value
-            state[key] = wide
-    model.load_state_dict(state)
 
 
 def loss_of(model: nn.Module, batch: latents.Batch, config: dict, levels: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -109,7 +95,7 @@ def grid_prompts() -> list[str]:
 
 
 def train(config: dict, folder: Path, minutes: float | None, save_every: float) -> nn.Module:
-    autoencoder = latents.load_autoencoder(folder.parent / "autoencoder")
+    autoencoder = latents.load_autoencoder(folder.parent)
     inpaint = config["in_channels"] == 9
     pool = latents.LatentPool(folder.parent / "scenes", autoencoder, config["scenes"], config["side"], inpaint)
     levels = diffusion.noise_levels()
@@ -131,5 +117,5 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
 
     model = build(config)
     if config["start"] and not (folder / "last").exists():
-        start_from(model, folder.parent / config["start"] / "model.safetensors")
+        loop.start_from(model, folder.parent / config["start"] / "model.safetensors")
     return loop.fit(model, loss, validate, config, folder, minutes, save_every)

@@ -23,7 +23,7 @@ def checkpoint(root: Path) -> dict[str, Tensor]:
     """Denoiser, text encoder with the numbers of its tokens, and autoencoder, under a checkpoint's keys."""
     state = _trained(root / "diffusion")
     state[TOKEN_IDS] = torch.tensor(text.token_ids(), dtype=torch.int32)
-    for key, value in _trained(root / "autoencoder").items():
+    for key, value in latents.load_autoencoder(root).state_dict().items():
         state[f"first_stage_model.{key}"] = value
     state["first_stage_model.vae_scale"], state["first_stage_model.vae_shift"] = torch.tensor(1.0), torch.tensor(0.0)
     return state
@@ -59,7 +59,7 @@ def publish(root: Path, models: Path = MODELS) -> None:
         config = json.loads((root / what / "config.json").read_text())
         export.save(models / name, weights(root), export.describe(what, root / what, config, SCENES))
         print(f"{name}: {(models / name).stat().st_size / 2**20:.1f} MiB", flush=True)
-    _fit_preview(latents.load_autoencoder(root / "autoencoder"), CONFIGS / "sd.json")
+    _fit_preview(latents.load_autoencoder(root), CONFIGS / "sd.json")
 
 
 @torch.no_grad()
@@ -86,9 +86,9 @@ def _trained(folder: Path) -> dict[str, Tensor]:
 def agreement(root: Path, guidance: float, steps: int, side: int, report: Path) -> dict[str, float]:
     """Shares of generated pictures in which the classifier sees the place and the object of the prompt, over every pair of the two."""
     judge = oracle.load(MODELS / "strata" / "mini_classifier.safetensors")
-    autoencoder = latents.load_autoencoder(root / "autoencoder")
+    autoencoder = latents.load_autoencoder(root)
     model = diffusion.build(json.loads((root / "diffusion" / "config.json").read_text()))
-    diffusion.start_from(model, root / "diffusion" / "model.safetensors")
+    loop.start_from(model, root / "diffusion" / "model.safetensors")
     model.eval()
     known = [entry for entry in scenes.catalogue().values() if not entry.held_out]
     pairs = [(entry, kind) for entry in known for kind in scenes.KINDS]

@@ -26,11 +26,12 @@ class Batch:
     prompts: list[str]
 
 
-def load_autoencoder(folder: Path) -> Autoencoder:
-    """The trained autoencoder of a training folder. Raises SystemExit when it is not there."""
-    path = folder / "model.safetensors"
-    if not path.exists():
-        raise SystemExit(f"error: {path} is missing; train the autoencoder first (python -m training autoencoder) or name its folder with --set.")
+def load_autoencoder(root: Path) -> Autoencoder:
+    """The trained autoencoder, with its better decoder once that was trained too. Raises SystemExit when there is none."""
+    paths = [root / what / "model.safetensors" for what in ("decoder", "autoencoder")]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        raise SystemExit(f"error: {paths[1]} is missing; train the autoencoder first: python -m training autoencoder.")
     state = load_file(path)
     channels, latent_channels = state["taesd_decoder.1.weight"].shape[:2]
     model = Autoencoder(channels, latent_channels)

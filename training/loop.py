@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .muon import Muon
@@ -146,6 +146,19 @@ def _with(model: nn.Module, averaged: Average) -> nn.Module:
     twin = copy.deepcopy(model).eval()
     twin.load_state_dict(averaged.state)
     return twin
+
+
+def start_from(model: nn.Module, path: Path) -> None:
+    """Weights of another run; a wider first convolution keeps the new channels at zero."""
+    if not path.exists():
+        raise SystemExit(f"error: {path} is missing; train that model first, or set start to null.")
+    state, own = load_file(path), model.state_dict()
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            wide = torch.zeros_like(own[key])
+            wide[:, :value.shape[1]] = value
+            state[key] = wide
+    model.load_state_dict(state)
 
 
 def _same_config(config: dict, folder: Path) -> None:

@@ -67,7 +67,7 @@ def build(config: dict) -> Pair:
 
 
 def train(config: dict, folder: Path, minutes: float | None, save_every: float) -> nn.Module:
-    autoencoder = latents.load_autoencoder(folder.parent / "autoencoder")
+    autoencoder = latents.load_autoencoder(folder.parent)
     pool = CutOuts(folder.parent / "scenes", config["cutouts"], config["side"])
     check = torch.from_numpy(np.stack([pool.render(i) for i in HELD_OUT])).permute(0, 3, 1, 2)
 

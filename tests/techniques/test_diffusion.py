@@ -1,0 +1,51 @@
+"""The noise process against the scheduler of diffusers, and the loss weight against its definition."""
+import pytest
+import torch
+from strata.techniques.diffusion import add_noise, ddim_step, noise_levels, noise_loss_weight
+
+
+@pytest.fixture(scope="module")
+def scheduler():
+    import cpu_host
+    cpu_host.declare_operators()
+    from diffusers import DDIMScheduler
+    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True)
+
+
+def test_noise_levels_are_stable_diffusions(scheduler):
+    levels = noise_levels()
+    assert levels.dtype == torch.float64 and (levels.diff() < 0).all()
+    assert torch.allclose(levels, scheduler.alphas_cumprod.double(), atol=1e-6)
+
+
+def test_add_noise_equals_the_scheduler(scheduler):
+    clean, noise, times = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 400, 999])
+    assert torch.allclose(add_noise(clean, noise, noise_levels()[times]), scheduler.add_noise(clean, noise, times), atol=1e-6)
+
+
+def test_ddim_steps_equal_the_scheduler(scheduler):
+    scheduler.set_timesteps(10)
+    levels, latent = noise_levels(), torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    expected = latent
+    for time in scheduler.timesteps:
+        noise = torch.sin(3 * expected) + 0.1
+        previous = int(time) - 100
+        after = levels[previous] if previous >= 0 else torch.tensor(1.0, dtype=torch.float64)
+        latent = ddim_step(latent, torch.sin(3 * latent) + 0.1, levels[time], after)
+        expected = scheduler.step(noise, time, expected).prev_sample
+        assert torch.allclose(latent, expected, atol=1e-4)
+
+
+def test_perfect_noise_leads_back_to_the_picture_in_one_step():
+    clean, noise, level = torch.rand(1, 4, 4, 4, dtype=torch.float64), torch.randn(1, 4, 4, 4, dtype=torch.float64), noise_levels()[700]
+    found = ddim_step(add_noise(clean, noise, level[None]), noise, level, torch.tensor(1.0))
+    assert torch.allclose(found, clean, atol=1e-12)
+
+
+def test_noise_loss_weight_is_one_where_noise_prevails_and_falls_with_the_signal():
+    levels = noise_levels()
+    weight = noise_loss_weight(levels, 5.0)
+    for level, value in zip(levels[::97].tolist(), weight[::97].tolist(), strict=True):
+        ratio = level / (1 - level)
+        assert value == pytest.approx(min(ratio, 5.0) / ratio, rel=1e-12)
+    assert weight[-1] == 1 and weight[0] < 0.01

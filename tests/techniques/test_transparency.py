@@ -1,0 +1,44 @@
+import numpy as np
+import torch
+from strata.techniques.transparency import extend_colours, over_gray
+
+
+def disc(side: int = 48) -> torch.Tensor:
+    y, x = np.mgrid[:side, :side] - (side - 1) / 2
+    return torch.from_numpy(np.clip(side / 4 + 0.5 - np.hypot(x, y), 0, 1)).float()[None, None]
+
+
+def test_extend_colours_keeps_opaque_pixels_and_continues_a_flat_colour_everywhere():
+    alpha = disc()
+    colour = torch.tensor([0.9, 0.2, 0.4]).view(1, 3, 1, 1) * torch.ones(1, 3, 48, 48)
+    noise = torch.rand(1, 3, 48, 48)
+    filled = extend_colours(torch.where(alpha > 0, colour, noise), alpha)
+    assert torch.allclose(filled, colour, atol=1e-5)
+    picture = torch.rand(1, 3, 48, 48)
+    assert torch.allclose((extend_colours(picture, alpha) - picture).abs() * (alpha == 1), torch.zeros(1), atol=1e-6)
+
+
+def test_extend_colours_mixes_only_what_is_seen_and_leaves_no_step_at_the_edge():
+    alpha = disc(64)
+    ramp = torch.linspace(0.3, 0.7, 64).view(1, 1, 1, 64).expand(1, 3, 64, 64)
+    filled = extend_colours(ramp * (alpha > 0), alpha)
+    seen = ramp[(alpha > 0).expand_as(ramp)]
+    assert filled.min() >= seen.min() - 1e-5 and filled.max() <= seen.max() + 1e-5
+    plain = ramp * alpha
+    across = torch.maximum(filled.diff(dim=-1).abs(), torch.zeros(1)).max()
+    assert across < 0.05 < plain.diff(dim=-1).abs().max()
+
+
+def test_extend_colours_takes_each_sides_own_colour():
+    alpha = torch.zeros(1, 1, 40, 80)
+    alpha[..., 10:30, 10:30] = alpha[..., 10:30, 50:70] = 1
+    colour = torch.zeros(1, 3, 40, 80)
+    colour[:, 0, :, :40], colour[:, 2, :, 40:] = 1, 1
+    filled = extend_colours(colour, alpha)
+    assert filled[0, 0, 20, 5] > 0.8 and filled[0, 2, 20, 75] > 0.8
+    assert torch.equal(extend_colours(colour, torch.zeros_like(alpha)), torch.zeros_like(colour))
+
+
+def test_over_gray_is_what_layerdiffuse_shows_its_autoencoder():
+    colour, alpha = torch.rand(2, 3, 5, 5, dtype=torch.float64), torch.rand(2, 1, 5, 5, dtype=torch.float64)
+    assert torch.allclose(over_gray(colour, alpha) * 2 - 1, (2 * colour - 1) * alpha, atol=1e-12)

@@ -1,0 +1,216 @@
+"""Every trainer of the family on eight scenes: it learns them to a stated loss, and goes on where it stopped."""
+import csv
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from strata.networks.autoencoder import Autoencoder
+from strata.training import adapter, autoencoder, command, diffusion, family, latents, loop, scenes, text, transparency
+
+EIGHT = {"autoencoder": {"scenes": 8, "batch": 4, "steps": 60, "warmup": 5},
+         "diffusion": {"scenes": 72, "batch": 8, "steps": 60, "warmup": 5},
+         "inpaint": {"scenes": 72, "batch": 8, "steps": 12, "warmup": 2},
+         "transparency": {"cutouts": 8, "batch": 4, "steps": 60, "warmup": 5},
+         "adapter": {"cutouts": 64, "batch": 8, "steps": 12, "warmup": 2}}
+
+
+def settings(name: str, **changes) -> dict:
+    return command.read_config(command.CONFIGS / f"{name}.json", []) | EIGHT.get(name, {}) | changes
+
+
+def losses(folder) -> list[float]:
+    with open(folder / "loss.csv", newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("training")
+
+
+@pytest.fixture(scope="module")
+def trained_autoencoder(root):
+    autoencoder.train(settings("autoencoder"), root / "autoencoder", None, 1e9)
+    return root / "autoencoder"
+
+
+@pytest.fixture(scope="module")
+def trained_diffusion(root, trained_autoencoder):
+    """The last 64 scenes of its pool are for validation, so that it learns eight."""
+    diffusion.train(settings("diffusion"), root / "diffusion", None, 1e9)
+    return root / "diffusion"
+
+
+@pytest.fixture(scope="module")
+def trained_pair(root, trained_autoencoder):
+    transparency.train(settings("transparency"), root / "transparency", None, 1e9)
+    return root / "transparency"
+
+
+def test_the_autoencoder_overfits_eight_scenes(trained_autoencoder):
+    found = losses(trained_autoencoder)
+    print(found)
+    assert found[-1] < 0.8 * found[0] and found[-1] < 0.11
+
+
+def test_the_decoder_goes_on_alone(root, trained_autoencoder, tmp_path):
+    shutil.copytree(trained_autoencoder, tmp_path / "autoencoder")
+    autoencoder.train(settings("decoder", **EIGHT["autoencoder"] | {"steps": 4}), tmp_path / "decoder", None, 1e9)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("autoencoder", "decoder"))
+    assert all(torch.equal(value, after[key]) == key.startswith("taesd_encoder") for key, value in before.items())
+    assert torch.equal(latents.load_autoencoder(tmp_path).taesd_decoder[1].weight, after["taesd_decoder.1.weight"])
+
+
+def test_a_fresh_autoencoder_carries_a_blurred_picture():
+    picture = torch.from_numpy(scenes.render(scenes.Request(train=True), 64, 64, 3).composite).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        latent, decoded = autoencoder.build(settings("autoencoder"))(picture)
+    blurred = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(picture, 8), scale_factor=8)
+    plain = (picture.mean((2, 3), keepdim=True) - picture).square().mean()
+    assert (decoded - picture).square().mean() < 0.7 * plain
+    assert np.corrcoef(decoded.flatten(), blurred.flatten())[0, 1] > 0.8 and latent.abs().max() < 4
+
+
+def test_the_denoiser_overfits_eight_scenes(trained_diffusion):
+    found = losses(trained_diffusion)
+    print(found)
+    assert found[0] > 0.3 and found[-1] < 0.16  # of a weighted error that is 0.45 for predicting no noise at all
+
+
+def test_the_inpainting_denoiser_starts_as_the_one_it_came_from(root, trained_diffusion):
+    config = settings("inpaint")
+    start, wide = diffusion.build({**config, "in_channels": 4}), diffusion.build(config)
+    for model in (start, wide):
+        loop.start_from(model, trained_diffusion / "model.safetensors")
+    latent, mask, times, rows = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8, 8), torch.tensor([10, 900]), text.rows(["a dog", ""])
+    with torch.no_grad():
+        assert torch.allclose(start(latent, times, rows), wide(torch.cat([latent, mask], 1), times, rows), atol=1e-5)
+    diffusion.train(config, root / "inpaint", None, 1e9)
+    state = load_file(root / "inpaint" / "model.safetensors")
+    assert state["model.diffusion_model.input_blocks.0.0.weight"][:, 4:].abs().max() > 0
+
+
+def test_the_transparency_pair_overfits_eight_objects(trained_pair):
+    found = losses(trained_pair)
+    print(found)
+    assert found[-1] < 0.5 * found[0] and found[-1] < 0.2
+
+
+def test_the_adapter_trains_nothing_but_its_own_terms_and_publishes_them(root, trained_diffusion, trained_pair):
+    adapter.train(settings("adapter"), root / "adapter", None, 1e9)
+    before, after = (load_file(folder / "model.safetensors") for folder in (trained_diffusion, root / "adapter"))
+    for key, value in before.items():
+        twin = after.get(key, after.get(key.replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias")))
+        assert torch.equal(twin, value), key
+    published = adapter.published_form(after)
+    downs = [key for key in published if key.endswith("::lora::1")]
+    assert len(published) == 2 * len(downs) == 2 * 4 * 2 * 7  # up and down, four projections, two attentions, seven blocks
+    name = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    assert published[f"{name}::lora::0"].shape == (64, 16) and published[f"{name}::lora::1"].shape == (16, 128)
+    assert all(published[key].abs().max() > 0 for key in published)
+    # the form says what the trained model does: up times down added to the weight gives the same prediction
+    config = settings("adapter")
+    merged = diffusion.build({**config, "in_channels": 4})
+    state = dict(before)
+    for key in downs:
+        weight = f"model.{key.removesuffix('::lora::1')}"
+        state[weight] = state[weight] + published[key.replace("::lora::1", "::lora::0")] @ published[key]
+    merged.load_state_dict(state)
+    adapted = adapter.build(config, root)
+    adapted.load_state_dict(after)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), text.rows(["a dog", ""])
+    with torch.no_grad():
+        assert torch.allclose(merged(*inputs), adapted(*inputs), atol=1e-4)
+        loop.start_from(merged, trained_diffusion / "model.safetensors")
+        assert not torch.allclose(merged(*inputs), adapted(*inputs), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["diffusion", "transparency"])
+def test_a_stopped_run_goes_on_to_the_same_losses(name, root, trained_autoencoder, tmp_path, monkeypatch):
+    shutil.copytree(trained_autoencoder, tmp_path / "autoencoder")
+    module, function = {"diffusion": (diffusion, "loss_of"), "transparency": (transparency, "losses")}[name]
+    seen, plain = [], getattr(module, function)
+
+    def watched(*arguments):
+        terms = plain(*arguments)
+        if terms["loss"].requires_grad:
+            seen.append(terms["loss"].item())
+        return terms
+
+    monkeypatch.setattr(module, function, watched)
+    module.train(settings(name, steps=4), tmp_path / "whole", None, 1e9)
+    whole = seen.copy()
+    seen.clear()
+    for minutes in (0, 0, None):  # no time: one step, then a checkpoint
+        module.train(settings(name, steps=4), tmp_path / "parts", minutes, 1e9)
+    assert len(seen) == 4 and seen == pytest.approx(whole, rel=1e-4)
+
+
+def test_publishing_writes_what_is_trained_and_names_what_is_not(root, trained_diffusion, trained_pair, tmp_path, monkeypatch, capsys):
+    shutil.copy(command.CONFIGS / "sd.json", tmp_path / "sd.json")
+    monkeypatch.setattr(family, "CONFIGS", tmp_path)
+    family.publish(root, tmp_path / "models")
+    assert "strata/mini_classifier.safetensors: not written, python -m training classifier has not run" in capsys.readouterr().out
+    state = load_file(tmp_path / "models" / "checkpoints" / "strata_mini_sd.safetensors")
+    assert state["first_stage_model.vae_scale"] == 1 and state["cond_stage_model.token_ids"][0] == -1
+    trained = load_file(trained_diffusion / "model.safetensors")
+    for key, value in trained.items():
+        assert torch.allclose(state[key].float(), value, atol=1e-3, rtol=1e-3), key
+    pair = load_file(tmp_path / "models" / "layer_model" / "strata_mini_transparent_decoder.safetensors")
+    assert pair["latent_conv_in.weight"].shape == (32, 4, 1, 1)
+
+
+def test_latents_are_encoded_once_and_prompts_follow_the_scene(root, trained_autoencoder, tmp_path):
+    model = latents.load_autoencoder(trained_autoencoder.parent)
+    pool = latents.LatentPool(tmp_path, model, 80, 64)
+    batch = pool.batch(np.array([8, 9, 10, 10]), 0)
+    assert "empty place" in batch.prompts[0] and "plain gray background" in batch.prompts[1]
+    with torch.no_grad():
+        expected = model.encode(torch.from_numpy(scenes.render(pool.request(10), 64, 64, 10).composite).permute(2, 0, 1)[None])
+    assert torch.allclose(batch.latent[2], expected[0], atol=5e-3) and torch.equal(batch.latent[2], batch.latent[3])
+    again = latents.LatentPool(tmp_path, model, 80, 64)
+    assert again.values[10].any() and not again.values[11].any()
+    other = Autoencoder()
+    assert not latents.LatentPool(tmp_path, other, 80, 64).values[10].any()
+    words = {pool.words(10, draw) for draw in range(20)}
+    shown = scenes.render(pool.request(10), 64, 64, 10).objects
+    assert len(words) > 3
+    assert all(any(p in text for p in scenes.catalogue()[o.name].prompts) for text in words for o in shown)
+
+
+def test_holes_cover_the_object_that_the_prompt_names(trained_autoencoder, tmp_path):
+    pool = latents.LatentPool(tmp_path, latents.load_autoencoder(trained_autoencoder.parent), 40, 64, inpaint=True)
+    batch = pool.batch(np.arange(16), 0)
+    mask = batch.condition[:, 0]
+    assert set(mask.unique().tolist()) <= {0.0, 1.0} and (mask.sum((1, 2)) > 0).all()
+    named = 0
+    for index in range(16):
+        chosen, hole = pool.hole(index)
+        assert np.array_equal(hole, mask[index].numpy())
+        if chosen >= 0:
+            named += 1
+            entry = list(scenes.catalogue().values())[chosen]
+            shown = next(o for o in scenes.render(pool.request(index), 64, 64, index).objects if o.name == entry.name)
+            left, top, right, bottom = shown.box
+            assert hole.repeat(8, 0).repeat(8, 1)[top:bottom, left:right].all()
+    assert named > 5
+
+
+def test_unknown_words_share_one_row_and_the_end_fills_up():
+    rows = text.rows(["a dog zzyzx", "a dog"])
+    assert rows.shape == (2, 77) and (rows[0] == 0).any() and not (rows[1] == 0).any()
+    assert rows[1, 3] == rows[1, -1] == len(text.token_ids()) - 1 and rows[1, 0] == len(text.token_ids()) - 2
+    hidden = text.with_unknown(rows, 1.0, np.random.default_rng(0))
+    assert (hidden[:, 1:3] == 0).all() and torch.equal(hidden[:, 0], rows[:, 0]) and (hidden[1, 3:] == rows[1, 3:]).all()
+
+
+def test_a_missing_model_is_named_with_the_command_that_makes_it(tmp_path):
+    with pytest.raises(SystemExit, match="train the autoencoder first"):
+        diffusion.train(settings("diffusion"), tmp_path / "diffusion", None, 1e9)
+    with pytest.raises(SystemExit, match="python -m training transparency"):
+        adapter.load_pair(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(SystemExit, match="missing; train that model first"):
+        loop.start_from(torch.nn.Linear(1, 1), tmp_path / "model.safetensors")
