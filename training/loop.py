@@ -2,9 +2,12 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -89,7 +93,7 @@ def fit(model: nn.Module, loss: Callable[[nn.Module, int, int], dict[str, Tensor
     if (folder / "last").exists():
         accelerator.load_state(str(folder / "last"))
         print(f"Going on from step {progress.step}.", flush=True)
-    plain, started = accelerator.unwrap_model(model), time.monotonic()
+    plain, started, asked = accelerator.unwrap_model(model), time.monotonic(), _asked_to_stop()
     saved, shown, sums = started, time.monotonic(), []
 
     def save() -> None:
@@ -125,16 +129,37 @@ def fit(model: nn.Module, loss: Callable[[nn.Module, int, int], dict[str, Tensor
             save()
             saved = shown = time.monotonic()
             sums = []
-        if minutes is not None and now - started > minutes * 60:
+        if asked or minutes is not None and now - started > minutes * 60:
             break
     accelerator.wait_for_everyone()
     save()
+    if asked:
+        raise KeyboardInterrupt
     return _with(plain, averaged)
 
 
+def _asked_to_stop() -> list:
+    """Filled by the first Ctrl-C or SIGTERM, so that the step ends and a checkpoint is written; the second one stops at once."""
+    asked = []
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("Stopping after this step and a checkpoint; once more stops at once.", flush=True)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, ask)
+    return asked
+
+
 def _save(accelerator, folder: Path) -> None:
-    """The new checkpoint is complete before the old one goes."""
-    accelerator.save_state(str(folder / "next"))
+    """The new checkpoint is complete before the old one goes. Raises OSError when it cannot be written, whatever the writer raised."""
+    try:
+        accelerator.save_state(str(folder / "next"))
+    except (SafetensorError, RuntimeError) as error:  # safetensors' and PyTorch's own ways of saying that the disk is full
+        raise OSError(errno.EIO, f"the checkpoint could not be written: {error}", str(folder)) from error
     if (folder / "last").exists():
         (folder / "last").rename(folder / "old")
     (folder / "next").rename(folder / "last")

@@ -1,3 +1,5 @@
+import copy
+
 import torch
 from strata.training.muon import Muon, orthogonalised
 from torch import nn
@@ -52,7 +54,7 @@ def test_its_state_goes_through_a_checkpoint():
     for _ in range(3):
         step(first, one)
     second.load_state_dict(first.state_dict())
-    two.load_state_dict(one.state_dict())
+    two.load_state_dict(copy.deepcopy(one.state_dict()))  # loading shares the tensors
     step(first, one)
     step(second, two)
     assert torch.equal(first.weight, second.weight) and torch.equal(first.bias, second.bias)
