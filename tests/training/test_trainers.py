@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from strata.networks.autoencoder import Autoencoder
 from strata.training import adapter, autoencoder, command, diffusion, family, latents, loop, scenes, text, transparency
 
-EIGHT = {"autoencoder": {"scenes": 8, "batch": 4, "steps": 60, "warmup": 5},
-         "diffusion": {"scenes": 72, "batch": 8, "steps": 60, "warmup": 5},
-         "inpaint": {"scenes": 72, "batch": 8, "steps": 12, "warmup": 2},
-         "transparency": {"cutouts": 8, "batch": 4, "steps": 60, "warmup": 5},
-         "adapter": {"cutouts": 64, "batch": 8, "steps": 12, "warmup": 2}}
+EIGHT = {"autoencoder": {"scenes": 8, "batch": 8, "side": 64, "crop": 32, "steps": 60, "warmup": 5},
+         "diffusion": {"scenes": 72, "batch": 8, "side": 64, "steps": 100, "warmup": 5},
+         "inpaint": {"scenes": 72, "batch": 8, "side": 64, "steps": 8, "warmup": 2},
+         "transparency": {"cutouts": 8, "batch": 8, "side": 64, "crop": 32, "steps": 60, "warmup": 5},
+         "adapter": {"cutouts": 64, "batch": 8, "side": 64, "steps": 8, "warmup": 2}}
 
 
 def settings(name: str, **changes) -> dict:
