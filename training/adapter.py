@@ -45,6 +45,8 @@ class CutOutLatents:
 
 def build(config: dict, folder: Path) -> nn.Module:
     """The trained denoiser, frozen, with low-rank terms on every attention's projections, which are all that learns."""
+    import cpu_host
+    cpu_host.declare_operators()  # peft imports torchvision, which cannot be imported beside a CPU build of PyTorch
     from peft import LoraConfig, inject_adapter_in_model
     torch.manual_seed(config["seed"])
     model = diffusion.build({**config, "in_channels": 4})

@@ -50,11 +50,18 @@ def _adam(parameter: Tensor, state: dict, group: dict) -> None:
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """About U V^T of the matrix's singular value decomposition: five steps of the quintic Newton-Schulz iteration."""
+    """About U V^T of the matrix's singular value decomposition: five steps of the quintic Newton-Schulz iteration.
+
+    Each step multiplies by a polynomial of x x^T, so all of them are gathered in a square matrix of the short side first.
+    """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / (x.norm() + 1e-7)
+    gram, total = x @ x.T, None
     for _ in range(5):
-        square = x @ x.T
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+        factor = -4.7750 * gram + 2.0315 * gram @ gram
+        factor.diagonal().add_(3.4445)
+        total = factor if total is None else factor @ total
+        gram = factor @ gram @ factor
+    x = total @ x
     return x.T if tall else x

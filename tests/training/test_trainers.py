@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from strata.networks.autoencoder import Autoencoder
 from strata.training import adapter, autoencoder, command, diffusion, family, latents, loop, scenes, text, transparency
 
-EIGHT = {"autoencoder": {"scenes": 8, "batch": 8, "side": 64, "crop": 32, "steps": 60, "warmup": 5},
+EIGHT = {"autoencoder": {"scenes": 8, "batch": 8, "side": 32, "crop": 32, "steps": 100, "warmup": 5},
          "diffusion": {"scenes": 72, "batch": 8, "side": 64, "steps": 100, "warmup": 5},
          "inpaint": {"scenes": 72, "batch": 8, "side": 64, "steps": 8, "warmup": 2},
-         "transparency": {"cutouts": 8, "batch": 8, "side": 64, "crop": 32, "steps": 60, "warmup": 5},
+         "transparency": {"cutouts": 8, "batch": 8, "side": 64, "crop": 32, "steps": 120, "warmup": 5, "learning_rate": 2e-3},
          "adapter": {"cutouts": 64, "batch": 8, "side": 64, "steps": 8, "warmup": 2}}
 
 
