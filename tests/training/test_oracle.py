@@ -55,6 +55,8 @@ def test_agreement_is_counted_by_hand(judge):
     asked = [["dog", "apple"], ["dog", "rocket"], ["rocket"], []]
     place, things = judge.text_agreement(picture, ["beach", "snow", None, "beach"], asked)
     assert place.tolist() == [1, 0, 1, 1] and things.tolist() == [1, 0.5, 0, 0]
+    with pytest.raises(ValueError, match="does not know unicorn"):
+        judge.text_agreement(picture[:1], ["beach"], [["unicorn"]])
 
 
 def test_pictures_of_other_sizes_are_judged_alike(judge):
@@ -88,6 +90,8 @@ def test_cut_out_does_not_depend_on_place_and_size():
     one, two = oracle.cut_out(colour, disc(30, 40, 16)), oracle.cut_out(colour, disc(80, 70, 40))
     assert (one - two).abs().mean() < 0.01
     assert torch.allclose(one[0, :, 64, 64], colour[0, :, 0, 0]) and torch.allclose(one[0, :, 0, 0], torch.full((3,), 0.5))
+    with pytest.raises(ValueError, match="alpha is empty"):
+        oracle.cut_out(colour, disc(30, 40, 16) * 0)
 
 
 def test_distances_grow_with_what_is_wrong_with_a_set(judge):
