@@ -39,6 +39,9 @@ class Oracle:
 
         A place of None counts as right. Where no object was asked for, 1 stands for a picture in which none is more likely there than not.
         """
+        unknown = {*places, *(name for names in objects for name in names)} - {None, *self.places, *self.objects}
+        if unknown:
+            raise ValueError(f"text_agreement: the classifier does not know {', '.join(sorted(unknown))}; ask for what training.scenes can render.")
         seen_places, seen_objects = self.logits(image)
         place = [float(place is None or self.places[int(row.argmax())] == place) for place, row in zip(places, seen_places, strict=True)]
         share = []
@@ -71,10 +74,12 @@ def load(path: Path = FILE) -> Oracle:
 def cut_out(image: Tensor, alpha: Tensor) -> Tensor:
     """The thing in the alpha [B,1,H,W] of pictures [B,3,H,W], on mid gray in the middle of [B,3,128,128], its longer side 64 pixels.
 
-    Where and how large it was does not change the cut-out. The alpha of a picture must not be empty.
+    Where and how large it was does not change the cut-out. Raises ValueError when an alpha is empty.
     """
     cut = []
     for picture, mask in zip(image.float(), alpha.float(), strict=True):
+        if mask.max() <= 0.05:
+            raise ValueError("cut_out: an alpha is empty, so there is nothing to cut out; leave that picture out.")
         rows, columns = ((mask[0] > 0.05).any(dim).nonzero()[:, 0] for dim in (1, 0))
         box = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
         premultiplied = torch.cat([picture * mask, mask])[:, box[0], box[1]]

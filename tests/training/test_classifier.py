@@ -57,8 +57,8 @@ def test_a_batch_is_a_function_of_its_numbers_and_its_labels_are_the_scenes(tmp_
     names = list(scenes.catalogue())
     known = {(kind if not plain else None, frozenset(shown)) for part in pool.pools for i in range(part.count)
              for kind, shown in [part.content(i)] for plain in [isinstance(part, classifier.Extra) and i % 2]}
-    for place, row in zip(places, objects, strict=True):
-        assert (None if place == classifier.PLAIN else scenes.KINDS[place], frozenset(names[i] for i in row.nonzero()[:, 0])) in known
+    for where, row in zip(places, objects, strict=True):
+        assert (None if where == classifier.PLAIN else scenes.KINDS[where], frozenset(names[i] for i in row.nonzero()[:, 0])) in known
 
 
 def test_a_disturbed_picture_is_still_the_picture():

@@ -46,7 +46,7 @@ def test_ssim_is_the_formula_of_its_paper():
 def test_alpha_measures_are_their_sums_over_pixels():
     a, b = random(3, 1, 6, 5), random(3, 1, 6, 5, seed=1)
     for index in range(3):
-        pairs = list(zip(a[index].flatten().tolist(), b[index].flatten().tolist(), strict=True))
+        pairs = list(zip(a[index].reshape(-1).tolist(), b[index].reshape(-1).tolist(), strict=True))
         assert metrics.alpha_sad(a, b)[index].item() == pytest.approx(sum(abs(p - q) for p, q in pairs))
         assert metrics.alpha_mse(a, b)[index].item() == pytest.approx(sum((p - q) ** 2 for p, q in pairs) / 30)
         assert metrics.alpha_iou(a, b)[index].item() == pytest.approx(sum(map(min, pairs)) / sum(map(max, pairs)))

@@ -24,44 +24,46 @@ def rendered(request, count, first=FIRST):
 
 def agreement(judge, shown, pictures=None):
     pictures = batch([s.composite for s in shown]) if pictures is None else pictures
-    place, things = judge.text_agreement(pictures, [s.kind for s in shown], [[o.name for o in s.objects] for s in shown])
-    return place.mean().item(), things.mean().item()
+    where, things = judge.text_agreement(pictures, [s.kind for s in shown], [[o.name for o in s.objects] for s in shown])
+    return where.mean().item(), things.mean().item()
 
 
 @pytest.mark.parametrize("request_", [Request(count=1, train=True), Request(count=1, held_out=True), Request(count=1)])
 def test_it_is_right_on_scenes_that_it_never_saw(judge, request_):
-    place, thing = agreement(judge, rendered(request_, 200))
-    print(f"{request_}: place {place:.3f}, object {thing:.3f}")
-    assert place >= 0.97 and thing >= 0.97
+    where, thing = agreement(judge, rendered(request_, 200))
+    print(f"{request_}: scene {where:.3f}, object {thing:.3f}")
+    assert where >= 0.97 and thing >= 0.97
 
 
 def test_scenes_of_several_objects_and_of_none(judge):
-    place, things = agreement(judge, rendered(Request(count=3), 100))
-    assert place >= 0.97 and things >= 0.85
-    place, none = agreement(judge, rendered(Request(objects=()), 50))
-    assert place >= 0.97 and none >= 0.85
+    where, things = agreement(judge, rendered(Request(count=3), 100))
+    assert where >= 0.97 and things >= 0.85
+    where, none = agreement(judge, rendered(Request(objects=()), 50))
+    assert where >= 0.97 and none >= 0.85
 
 
 def test_permuted_prompts_agree_less(judge):
     shown = rendered(Request(count=1), 100)
-    place, thing = agreement(judge, shown)
+    where, thing = agreement(judge, shown)
     other_place, other_thing = agreement(judge, shown, batch([s.composite for s in shown]).roll(1, 0))
-    assert other_place < 0.3 < place and other_thing < 0.2 < thing
+    assert other_place < 0.3 < where and other_thing < 0.2 < thing
 
 
 def test_agreement_is_counted_by_hand(judge):
     shown = rendered(Request(kind="beach", objects=("dog", "apple")), 1)
     picture = batch([s.composite for s in shown]).expand(4, -1, -1, -1)
     asked = [["dog", "apple"], ["dog", "rocket"], ["rocket"], []]
-    place, things = judge.text_agreement(picture, ["beach", "snow", None, "beach"], asked)
-    assert place.tolist() == [1, 0, 1, 1] and things.tolist() == [1, 0.5, 0, 0]
+    where, things = judge.text_agreement(picture, ["beach", "snow", None, "beach"], asked)
+    assert where.tolist() == [1, 0, 1, 1] and things.tolist() == [1, 0.5, 0, 0]
+    with pytest.raises(ValueError, match="does not know unicorn"):
+        judge.text_agreement(picture[:1], ["beach"], [["unicorn"]])
 
 
 def test_pictures_of_other_sizes_are_judged_alike(judge):
     for size in ((256, 256), (96, 96), (128, 192)):
         shown = [scenes.render(Request(count=1), *size, FIRST + i) for i in range(40)]
-        place, thing = agreement(judge, shown)
-        assert place >= 0.9 and thing >= 0.85, size
+        where, thing = agreement(judge, shown)
+        assert where >= 0.9 and thing >= 0.85, size
 
 
 def test_a_thing_is_more_like_itself_in_another_place_than_like_another_thing(judge):
@@ -88,6 +90,8 @@ def test_cut_out_does_not_depend_on_place_and_size():
     one, two = oracle.cut_out(colour, disc(30, 40, 16)), oracle.cut_out(colour, disc(80, 70, 40))
     assert (one - two).abs().mean() < 0.01
     assert torch.allclose(one[0, :, 64, 64], colour[0, :, 0, 0]) and torch.allclose(one[0, :, 0, 0], torch.full((3,), 0.5))
+    with pytest.raises(ValueError, match="alpha is empty"):
+        oracle.cut_out(colour, disc(30, 40, 16) * 0)
 
 
 def test_distances_grow_with_what_is_wrong_with_a_set(judge):
@@ -101,5 +105,5 @@ def test_distances_grow_with_what_is_wrong_with_a_set(judge):
     alike = both(pictures[1])
     blurred = both(torch.nn.functional.avg_pool2d(pictures[1], 9, 1, 4))
     one_place = both(batch([s.composite for s in rendered(Request(kind="snow"), 150, FIRST + 500)]))
-    print("alike", alike, "blurred", blurred, "one place only", one_place)
+    print("alike", alike, "blurred", blurred, "snow only", one_place)
     assert (blurred > 1.3 * alike).all() and (one_place > 1.3 * alike).all()
