@@ -5,7 +5,6 @@ are the held-out pairs of object and place, on which it is measured.
 """
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..networks.classifier import Classifier
-from . import data, export, loop, oracle, scenes
+from . import data, loop, scenes
 
 PLAIN = -1  # the place of an object that was cut out
 
@@ -132,8 +131,4 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
         print(f"held-out scenes at step {step}: " + "  ".join(f"{key} {value:.4f}" for key, value in metrics.items()), flush=True)
         return metrics
 
-    model = loop.fit(build(config), loss, validate, config, folder, minutes, save_every)
-    about = export.describe("classifier", folder, config, f"{config['scenes']} rendered scenes and {config['extra_scenes']} of all objects")
-    names = {"places": json.dumps(scenes.KINDS), "objects": json.dumps(list(scenes.catalogue()))}
-    export.save(folder / oracle.FILE.name, model.state_dict(), about | names)
-    return model
+    return loop.fit(build(config), loss, validate, config, folder, minutes, save_every)

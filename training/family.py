@@ -14,7 +14,7 @@ from . import adapter, data, diffusion, export, latents, loop, oracle, scenes, t
 from .command import CONFIGS
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
-SCENES = "training/scenes.py: rendered scenes of 55 objects in 10 places, without the held-out pairs"
+SCENES = "training/scenes.py: rendered scenes of 55 objects (the classifier: of 60) in 10 places, without the held-out pairs"
 UNET = "model.diffusion_model."
 TOKEN_IDS = "cond_stage_model.token_ids"
 
@@ -46,7 +46,7 @@ FILES = {  # trainer, file, weights
     "layer_model/strata_mini_transparent_attn.safetensors": ("adapter", lambda root: adapter.published_form(_trained(root / "adapter"))),
     "layer_model/strata_mini_transparent_decoder.safetensors": ("transparency", half_of_pair("decoder")),
     "layer_model/strata_mini_transparent_encoder.safetensors": ("transparency", half_of_pair("encoder")),
-    "strata/mini_classifier.safetensors": ("classifier", lambda root: _trained(root / "classifier")),
+    "strata/mini_classifier.safetensors": ("classifier", lambda root: {key: value for key, value in _trained(root / "classifier").items() if value.is_floating_point()}),
 }
 
 
@@ -57,9 +57,11 @@ def publish(root: Path, models: Path = MODELS) -> None:
             print(f"{name}: not written, python -m training {what} has not run", flush=True)
             continue
         config = json.loads((root / what / "config.json").read_text())
-        export.save(models / name, weights(root), export.describe(what, root / what, config, SCENES))
+        names = {"places": json.dumps(scenes.KINDS), "objects": json.dumps(list(scenes.catalogue()))} if what == "classifier" else {}
+        export.save(models / name, weights(root), export.describe(what, root / what, config, SCENES) | names)
         print(f"{name}: {(models / name).stat().st_size / 2**20:.1f} MiB", flush=True)
-    _fit_preview(latents.load_autoencoder(root), CONFIGS / "sd.json")
+    if (root / "autoencoder" / "model.safetensors").exists():
+        _fit_preview(latents.load_autoencoder(root), CONFIGS / "sd.json")
 
 
 @torch.no_grad()
@@ -85,7 +87,7 @@ def _trained(folder: Path) -> dict[str, Tensor]:
 
 def agreement(root: Path, guidance: float, steps: int, side: int, report: Path) -> dict[str, float]:
     """Shares of generated pictures in which the classifier sees the place and the object of the prompt, over every pair of the two."""
-    judge = oracle.load(MODELS / "strata" / "mini_classifier.safetensors")
+    judge = oracle.load()
     autoencoder = latents.load_autoencoder(root)
     model = diffusion.build(json.loads((root / "diffusion" / "config.json").read_text()))
     loop.start_from(model, root / "diffusion" / "model.safetensors")

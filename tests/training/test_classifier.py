@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from strata.networks.classifier import Classifier
-from strata.training import classifier, command, export, metrics, oracle, scenes
+from strata.training import classifier, command, export, family, metrics, oracle, scenes
 from strata.training.scenes import Request
 
 SMALL = {"scenes": 6, "extra_scenes": 2, "check_scenes": 4, "batch": 8, "warmup": 10}
@@ -68,9 +68,10 @@ def test_a_disturbed_picture_is_still_the_picture():
     assert metrics.ssim(disturbed[4:], image[4:]).mean() > 0.4
 
 
-def test_the_exported_file_judges_as_the_trained_model(run):
+def test_the_published_file_judges_as_the_trained_model(run, tmp_path):
     folder, model = run
-    path = folder / oracle.FILE.name
+    family.publish(folder.parent, tmp_path)
+    path = tmp_path / "strata" / oracle.FILE.name
     with safe_open(path, "pt") as file:
         about = file.metadata()
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118
