@@ -40,13 +40,18 @@ def half_of_pair(part: str) -> Callable[[Path], dict[str, Tensor]]:
     return take
 
 
+def classifier(root: Path) -> dict[str, Tensor]:
+    """Without the counters of its batch norms, which only training uses."""
+    return {key: value for key, value in _trained(root / "classifier").items() if value.is_floating_point()}
+
+
 FILES = {  # trainer, file, weights
     "checkpoints/strata_mini_sd.safetensors": ("diffusion", checkpoint),
     "diffusion_models/strata_mini_inpaint.safetensors": ("inpaint", inpainting_unet),
     "layer_model/strata_mini_transparent_attn.safetensors": ("adapter", lambda root: adapter.published_form(_trained(root / "adapter"))),
     "layer_model/strata_mini_transparent_decoder.safetensors": ("transparency", half_of_pair("decoder")),
     "layer_model/strata_mini_transparent_encoder.safetensors": ("transparency", half_of_pair("encoder")),
-    "strata/mini_classifier.safetensors": ("classifier", lambda root: {key: value for key, value in _trained(root / "classifier").items() if value.is_floating_point()}),
+    "strata/mini_classifier.safetensors": ("classifier", classifier),
 }
 
 

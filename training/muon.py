@@ -1,10 +1,11 @@
-"""Muon (Jordan et al. 2024) for weight matrices and convolution kernels, Adam for everything else."""
+"""Muon (Jordan et al. 2024) for weight matrices and convolution kernels up to 128 wide, Adam for everything else."""
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
 NOT_MATRICES = (nn.Embedding,)
+SIDES = range(32, 129)  # short sides that are worth it: the cost grows with the cube
 
 
 class Muon(torch.optim.Optimizer):
@@ -15,7 +16,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, model: nn.Module, lr: float, momentum: float = 0.95, betas: tuple[float, float] = (0.9, 0.99)):
         excluded = {id(p) for module in model.modules() if isinstance(module, NOT_MATRICES) for p in module.parameters()}
-        matrices = [p for p in model.parameters() if p.requires_grad and min(p.flatten(1).shape if p.ndim > 1 else (0,)) >= 32 and id(p) not in excluded]
+        matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1 and min(p.flatten(1).shape) in SIDES and id(p) not in excluded]
         chosen = {id(p) for p in matrices}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
         groups = [{"params": matrices, "matrices": True}, {"params": rest, "matrices": False}]
