@@ -25,17 +25,23 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None) -> None:
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    (_matrix if group["matrices"] else _adam)(parameter, self.state[parameter], group)
+            learning = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["matrices"]:
+                self._matrices(learning, group)
+            else:
+                for parameter in learning:
+                    _adam(parameter, self.state[parameter], group)
 
-
-def _matrix(parameter: Tensor, state: dict, group: dict) -> None:
-    if not state:
-        state["momentum"] = torch.zeros_like(parameter)
-    momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-    update = orthogonalised(parameter.grad.lerp(momentum, group["momentum"]).flatten(1))
-    parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * 0.2 * max(update.shape) ** 0.5)
+    def _matrices(self, parameters: list[Tensor], group: dict) -> None:
+        updates = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+            momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+            updates.append(parameter.grad.lerp(momentum, group["momentum"]).flatten(1))
+        for parameter, update in zip(parameters, orthogonalised(updates), strict=True):
+            parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * 0.2 * max(update.shape) ** 0.5)
 
 
 def _adam(parameter: Tensor, state: dict, group: dict) -> None:
@@ -50,19 +56,27 @@ def _adam(parameter: Tensor, state: dict, group: dict) -> None:
     parameter.add_(mean / (square.sqrt() + 1e-8), alpha=-group["lr"])
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """About U V^T of the matrix's singular value decomposition: five steps of the quintic Newton-Schulz iteration.
+def orthogonalised(matrices: list[Tensor]) -> list[Tensor]:
+    """Of each, about U V^T of its singular value decomposition: five steps of the quintic Newton-Schulz iteration.
 
-    Each step multiplies by a polynomial of x x^T, so all of them are gathered in a square matrix of the short side first.
+    Each step multiplies by a polynomial of x x^T, so all of them are gathered in a square matrix of the short side, for all matrices of one
+    short side together.
     """
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-7)
-    gram, total = x @ x.T, None
+    wide = [matrix.T if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
+    wide = [matrix / (matrix.norm() + 1e-7) for matrix in wide]
+    found = [None] * len(wide)
+    for side in {matrix.shape[0] for matrix in wide}:
+        places = [i for i, matrix in enumerate(wide) if matrix.shape[0] == side]
+        for i, total in zip(places, _polynomial(torch.stack([wide[i] @ wide[i].T for i in places])), strict=True):
+            found[i] = total @ wide[i]
+    return [result if result.shape == matrix.shape else result.T for result, matrix in zip(found, matrices, strict=True)]
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    """[N,n,n] from the Gram matrices [N,n,n]: what the five steps multiply the matrices by."""
+    total = torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype).expand_as(gram)
     for _ in range(5):
         factor = -4.7750 * gram + 2.0315 * gram @ gram
-        factor.diagonal().add_(3.4445)
-        total = factor if total is None else factor @ total
-        gram = factor @ gram @ factor
-    x = total @ x
-    return x.T if tall else x
+        factor.diagonal(dim1=-2, dim2=-1).add_(3.4445)
+        total, gram = factor @ total, factor @ gram @ factor
+    return total
