@@ -15,7 +15,7 @@ from torch import Tensor
 PACK = Path(__file__).parent.parent
 CONFIG = json.loads((PACK / "models_config" / "mini" / "sd.json").read_text(encoding="utf-8"))
 UNET, TEXT, LATENT = CONFIG["unet"], CONFIG["text"], CONFIG["latent"]
-KINDS = ("checkpoints", "layer_model", "strata")
+KINDS = ("checkpoints", "diffusion_models", "layer_model", "strata")
 TOKEN_IDS = "cond_stage_model.token_ids"
 TOKEN_ROWS = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,7 +80,8 @@ def _fit_preview(autoencoder, path: Path) -> None:
     gray = autoencoder.encode(torch.full((1, 3, 128, 128), 0.5))[0, :, 4:-4, 4:-4].mean((1, 2))
     config = json.loads(path.read_text())
     config["latent"].update(rgb_factors=_rounded(factors[:4]), rgb_bias=_rounded(factors[4]), gray=_rounded(gray))
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    short = re.sub(r"\[\s+([^\[\]]*?)\s+\]", lambda found: "[" + " ".join(found[1].split()) + "]", json.dumps(config, indent=2))
+    path.write_text(short + "\n")
 
 
 def _rounded(values: Tensor) -> list:

@@ -5,7 +5,6 @@ import torch
 from strata.training import metrics, oracle, scenes
 from strata.training.scenes import Request
 
-pytestmark = pytest.mark.skipif(not oracle.FILE.exists(), reason=f"{oracle.FILE.name} is not there")
 FIRST = 3 * 10**9  # seeds of neither training nor the trainer's own checks
 
 

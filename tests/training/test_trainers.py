@@ -52,7 +52,7 @@ def trained_pair(root, trained_autoencoder):
 def test_the_autoencoder_overfits_eight_scenes(trained_autoencoder):
     found = losses(trained_autoencoder)
     print(found)
-    assert found[-1] < 0.8 * found[0] and found[-1] < 0.11
+    assert found[-1] < 0.75 * found[0] and found[-1] < 0.15
 
 
 def test_the_decoder_goes_on_alone(root, trained_autoencoder, tmp_path):
