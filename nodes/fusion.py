@@ -83,7 +83,7 @@ class LayerFusionSampler(io.ComfyNode):
                 io.Model.Input("model", tooltip="From Attention blend. Without it the three are sampled side by side and know nothing of each other."),
                 io.Conditioning.Input("positive", tooltip="From Encode layer prompts."),
                 io.Conditioning.Input("negative", tooltip="What none of the three should show, from an ordinary text encoding."),
-                io.Latent.Input("latent_image", tooltip="Gives size and number: an empty latent, or, with denoise below 1, a picture that all three start from."),
+                io.Latent.Input("latent_image", tooltip="Gives size and number: an empty latent, or with denoise below 1 a picture to start all three from."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="The same seed gives the same pictures."),
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Steps of the denoising."),
                 io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="How closely to follow the prompts."),

@@ -1,4 +1,4 @@
-"""Low-rank terms that act on the foreground alone, in a batch of foreground, background and blended: one model and one call serve all three."""
+"""Weight differences that act on the foreground alone, in a batch of foreground, background and blended: one model and one call serve all three."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -28,42 +28,53 @@ def foregrounds_only() -> Iterator[None]:
         _row_step.reset(token)
 
 
-class LowRank(nn.Sequential):
-    def __init__(self, up: Tensor, down: Tensor):
-        linear = partial(comfy.ops.manual_cast.Linear, bias=False, dtype=down.dtype)
-        super().__init__(linear(down.shape[1], down.shape[0]), linear(up.shape[1], up.shape[0]))
-        self[0].weight = nn.Parameter(down, requires_grad=False)
-        self[1].weight = nn.Parameter(up, requires_grad=False)
+def apply_to_foreground(model: ModelPatcher, terms: dict[str, tuple[Tensor, Tensor] | Tensor], strength: float = 1.0) -> ModelPatcher:
+    """A clone of the model whose foreground rows see `weight + strength * difference` in the named weights, and whose other rows do not.
 
-
-def apply_to_foreground(model: ModelPatcher, terms: dict[str, tuple[Tensor, Tensor]], strength: float = 1.0) -> ModelPatcher:
-    """A clone of the model whose foreground rows see `weight + strength * up @ down` in the named weights, and whose other rows do not.
-
-    terms: {weight key such as "diffusion_model.….to_q.weight": (up [out,rank], down [rank,in])}.
+    terms: {weight key such as "diffusion_model.….to_q.weight": (up [out,rank], down [rank,in]), or the full difference of a linear or convolution}.
     """
     names = {key: key.removesuffix(".weight").removeprefix("diffusion_model.") for key in terms}
-    for key, (up, down) in terms.items():
-        weight = _weight(model.model.diffusion_model, names[key])
-        if weight is None or tuple(weight.shape) != (up.shape[0], down.shape[1]):
-            raise ValueError(f"model: the low-rank term of {key} ({up.shape[0]}×{down.shape[1]}) does not fit this model; load the file of the model's family.")
+    modules = {key: _submodule(model.model.diffusion_model, name) for key, name in names.items()}
+    for key, term in terms.items():
+        shape = (term[0].shape[0], term[1].shape[1]) if isinstance(term, tuple) else tuple(term.shape)
+        if not isinstance(modules[key], nn.Linear | nn.Conv2d) or tuple(modules[key].weight.shape) != shape:
+            raise ValueError(f"model: the difference of {key} ({'×'.join(map(str, shape))}) does not fit this model; load the file of the model's family.")
     if strength == 0:
         return model
     model = model.clone()
-    added = nn.ModuleList(LowRank(up, down) for up, down in terms.values())
+    added = nn.ModuleList(_difference(modules[key], term) for key, term in terms.items())
     helper = comfy.model_patcher.ModelPatcher(added, load_device=model.load_device, offload_device=model.offload_device)
     model.set_additional_models(KEY, [*model.get_additional_models_with_key(KEY), helper])
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, partial(_denoise, dict(zip(names.values(), added, strict=True)), strength))
     return model
 
 
-def _weight(module: nn.Module, name: str) -> Tensor | None:
+def _submodule(module: nn.Module, name: str) -> nn.Module | None:
     try:
-        return module.get_submodule(name).weight
+        return module.get_submodule(name)
     except AttributeError:
         return None
 
 
-def _denoise(added: dict[str, LowRank], strength: float, executor, x: Tensor, *args, **kwargs):
+def _difference(module: nn.Linear | nn.Conv2d, term: tuple[Tensor, Tensor] | Tensor) -> nn.Module:
+    """What the term adds to the module's output, in ComfyUI's layers, which are cast and moved like the model's own."""
+    if isinstance(term, tuple):
+        up, down = term
+        return nn.Sequential(_linear(down), _linear(up))
+    if isinstance(module, nn.Linear):
+        return _linear(term)
+    layer = comfy.ops.manual_cast.Conv2d(module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding, bias=False)
+    layer.weight = nn.Parameter(term, requires_grad=False)
+    return layer
+
+
+def _linear(weight: Tensor) -> nn.Module:
+    layer = comfy.ops.manual_cast.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def _denoise(added: dict[str, nn.Module], strength: float, executor, x: Tensor, *args, **kwargs):
     """Hooks for one call only: nothing is left in the model, which its other patchers share."""
     check_batch(x)
     hooks = [executor.class_obj.get_submodule(name).register_forward_hook(partial(_add, term, strength)) for name, term in added.items()]
@@ -74,7 +85,7 @@ def _denoise(added: dict[str, LowRank], strength: float, executor, x: Tensor, *a
             hook.remove()
 
 
-def _add(term: LowRank, strength: float, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+def _add(term: nn.Module, strength: float, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     step = _row_step.get()
     output[::step].add_(term(args[0][::step]), alpha=strength)
     return output

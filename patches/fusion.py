@@ -136,10 +136,10 @@ def _calculate(settings: Settings, place: Place, executor, model, conds: list, x
 def _check_conds(conds: list, lead: int | None, run: Run) -> None:
     if lead is None and not run.masks:
         raise ValueError("positive: this conditioning does not say where the foreground's prompt ends; make it with Encode layer prompts.")
-    if lead is not None and len(conds[lead]) > 1:
-        raise ValueError("positive: several conditionings are combined; LayerFusion needs the one of Encode layer prompts alone.")
     if any("area" in entry for entries in conds if entries for entry in entries):
         raise ValueError("positive or negative: a conditioning is limited to an area; LayerFusion needs conditionings of the whole picture.")
+    if lead is not None and len(conds[lead]) > 1:
+        raise ValueError("positive: several conditionings are combined; LayerFusion needs the one of Encode layer prompts alone.")
 
 
 def _foreground(entry: dict, batch: int) -> dict:
