@@ -28,6 +28,10 @@ def foregrounds_only() -> Iterator[None]:
         _row_step.reset(token)
 
 
+def foreground_rows(rows: Tensor) -> Tensor:
+    return rows[::_row_step.get()]
+
+
 def apply_to_foreground(model: ModelPatcher, terms: dict[str, tuple[Tensor, Tensor] | Tensor], strength: float = 1.0) -> ModelPatcher:
     """A clone of the model whose foreground rows see `weight + strength * difference` in the named weights, and whose other rows do not.
 
@@ -86,8 +90,7 @@ def _denoise(added: dict[str, nn.Module], strength: float, executor, x: Tensor, 
 
 
 def _add(term: nn.Module, strength: float, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    step = _row_step.get()
-    output[::step].add_(term(args[0][::step]), alpha=strength)
+    foreground_rows(output).add_(term(foreground_rows(args[0])), alpha=strength)
     return output
 
 

@@ -14,7 +14,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ..techniques import fusion
-from .foreground import BRANCHES, check_batch, foregrounds_only, split_branches
+from .foreground import BRANCHES, check_batch, foreground_rows, foregrounds_only, split_branches
 from .layer_prompts import END_TOKENS
 
 STRUCTURE_LAYER = json.loads((Path(__file__).parent.parent / "models_config" / "fusion.json").read_text(encoding="utf-8"))["structure_layer"]
@@ -123,8 +123,11 @@ def _calculate(settings: Settings, place: Place, executor, model, conds: list, x
     found = [None] * len(conds)
     if lead is not None:
         if run.structure is None or not settings.reuse:
-            with foregrounds_only():
-                calculate("prior", [[_foreground(conds[lead][0], len(x))]], x[::BRANCHES], timestep[::BRANCHES])
+            if "control" in conds[lead][0]:  # a ControlNet keeps its hints for one size of batch
+                calculate("prior", [conds[lead]])
+            else:
+                with foregrounds_only():
+                    calculate("prior", [[_foreground(conds[lead][0], len(x))]], x[::BRANCHES], timestep[::BRANCHES])
         found = calculate("conditional", [entries if i == lead else None for i, entries in enumerate(conds)])
     others = [None if i == lead else entries for i, entries in enumerate(conds)]
     if any(others):
@@ -197,8 +200,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
 def _attend_self(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
     place = _place(options)
     if place == call.structure_place and (call.phase == "prior" or call.settings.reuse and call.phase == "conditional"):
-        step = 1 if call.phase == "prior" else BRANCHES
-        call.seen = fusion.structure_prior(q[::step], k[::step], options["n_heads"]), _size(options)
+        call.seen = fusion.structure_prior(foreground_rows(q), foreground_rows(k), options["n_heads"]), _size(options)
     if call.phase == "prior" or place[0] not in call.settings.blocks:
         return attend(q, k, v, options)
     if call.phase == "conditional":

@@ -275,6 +275,67 @@ def test_other_patches_are_chained_whatever_the_order(models, ours_first):
     assert close(found["cond"], cond) and close(found["uncond"], uncond)
 
 
+class Hints:
+    """Stands in a conditioning as a ControlNet does: a hint for each row of the batch, kept in the size that was asked for last."""
+    previous_controlnet = extra_hooks = None
+
+    def __init__(self, hints):
+        self.hints = hints
+
+    def get_control(self, x, timestep, cond, chunks, options):
+        self.hints = comfy.utils.repeat_to_batch_size(self.hints, len(x))
+        return {"output": [], "input": [], "middle": [self.hints.clone()]}
+
+    def get_models(self):
+        return []
+
+    def inference_memory_requirements(self, dtype):
+        return 0
+
+    def get_extra_hooks(self):
+        return []
+
+    def pre_run(self, model, percent_to_timestep):
+        pass
+
+    def cleanup(self):
+        pass
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_control_of_each_branch_stays_with_it(models, size):
+    model = models("mini")
+    hints = torch.randn(size, 192, 1, 1, generator=torch.Generator().manual_seed(4))
+    controlled, negative = layered(model, control=Hints(hints)), conditioning(model, 2, rows=1)
+    found = estimates(blend_attention(model, Settings()), controlled, negative, noise())
+    unet = model.model.diffusion_model
+
+    def with_hint(module, args, output):
+        return output + hints.to(output).expand(3, -1, -1, -1)[:len(output)]
+    altered = copy.deepcopy(unet)
+    altered.middle_block[-1].register_forward_hook(with_hint)
+    try:
+        model.model.diffusion_model = altered
+        cond, _uncond = expected(model, found, layered(model), negative)
+    finally:
+        model.model.diffusion_model = unet
+    assert close(found["cond"], cond)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs_near_the_exact_one(models, dtype):
+    model = models("mini")
+    positive, negative = layered(model), conditioning(model, 2, rows=1)
+    wanted = estimates(blend_attention(model, Settings()), positive, negative, noise())["cond"]
+    half = fusion_reference.patcher("mini")
+    half.model.diffusion_model.to(dtype)
+    half.model.diffusion_model.dtype = dtype
+    terms = {key: (up.half() * 0, down.half()) for key, (up, down) in terms_for(model).items()}
+    found = estimates(blend_attention(low_rank.apply_to_foreground(half, terms), Settings()), positive, negative, noise())["cond"]
+    plain = estimates(model, positive, negative, noise())["cond"]
+    assert (found - wanted).abs().mean() < 0.1 * (plain - wanted).abs().mean()
+
+
 def test_only_the_chosen_blocks_blend(models):
     model = models("mini")
     positive, negative = layered(model), conditioning(model, 2, rows=1)
