@@ -203,7 +203,7 @@ def _attend_self(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, 
         call.seen = fusion.structure_prior(foreground_rows(q), foreground_rows(k), options["n_heads"]), _size(options)
     if call.phase == "prior" or place[0] not in call.settings.blocks:
         return attend(q, k, v, options)
-    if call.phase == "conditional":
+    if call.phase == "conditional":  # by Alg. 3 the content prior is that of the block's cross-attention here too
         block, hidden, context = call.entered
         with foregrounds_only():
             _remember(call, "attn1", block.attn2.to_q(block.norm2(hidden)), block.attn2.to_k(context), options)

@@ -15,7 +15,11 @@ SIDE = 64
 def server(comfy, family):
     folder = comfy.server.base / "models" / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(family["sd"], folder / "random_sd.safetensors")
+    for name, path in family.items():
+        shutil.copy(path, folder / f"random_{name}.safetensors")
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[16:40, 24:56] = 255
+    Image.fromarray(mask).save(comfy.server.base / "input" / "fusion_mask.png")
     return comfy
 
 
@@ -88,6 +92,27 @@ def test_a_batch_and_the_same_noise(server):
     branches = latents(server, prompt, *BRANCHES)
     assert all(branch.shape == (2, 4, SIDE // 8, SIDE // 8) for branch in branches)
     assert (branches[0] - branches[1]).abs().max() < 1e-5 and (branches[0][0] - branches[0][1]).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("checkpoint", ["sd", "inpaint"])
+def test_a_picture_and_its_mask_go_to_all_three(server, checkpoint):
+    prompt = graph({"denoise": 0.6})
+    prompt["load"]["inputs"]["ckpt_name"] = f"random_{checkpoint}.safetensors"
+    prompt["image"] = node("EmptyImage", width=SIDE, height=SIDE, batch_size=2, color=0x3060C0)
+    prompt["mask"] = node("LoadImageMask", image="fusion_mask.png", channel="red")
+    prompt["encode"] = node("VAEEncode", pixels=["image", 0], vae=["load", 2])
+    prompt["masked"] = node("SetLatentNoiseMask", samples=["encode", 0], mask=["mask", 0])
+    prompt["sample"]["inputs"]["latent_image"] = ["masked", 0]
+    if checkpoint == "inpaint":
+        prompt["condition"] = node("InpaintModelConditioning", positive=["positive", 0], negative=["negative", 0], vae=["load", 2],
+                                   pixels=["image", 0], mask=["mask", 0], noise_mask=True)
+        prompt["sample"]["inputs"] |= {"positive": ["condition", 0], "negative": ["condition", 1], "latent_image": ["condition", 2]}
+    before, *branches = latents(server, prompt, ("encode", 0), *BRANCHES)
+    inside = np.zeros((SIDE // 8, SIDE // 8), bool)
+    inside[2:5, 3:7] = True
+    for branch in branches:
+        moved = (branch - before).abs().numpy()
+        assert branch.shape == before.shape and moved[..., inside].mean() > 0.05 and moved[..., ~inside].max() < 1e-5
 
 
 @pytest.mark.parametrize("change", [{"background": "a dog in snow"}, {"foreground": "a cat"}])
