@@ -14,6 +14,8 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 KEY = "strata_foreground"
+LAYERS = comfy.ops.manual_cast  # cast and moved by ComfyUI like the model's own
+SUPPORTED = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
 BRANCHES = 3  # foreground, background, blended, in this order, once for every picture
 _row_step = ContextVar("strata_row_step", default=BRANCHES)  # every how many rows of the batch there is a foreground
 
@@ -35,21 +37,23 @@ def foreground_rows(rows: Tensor) -> Tensor:
 def apply_to_foreground(model: ModelPatcher, terms: dict[str, tuple[Tensor, Tensor] | Tensor], strength: float = 1.0) -> ModelPatcher:
     """A clone of the model whose foreground rows see `weight + strength * difference` in the named weights, and whose other rows do not.
 
-    terms: {weight key such as "diffusion_model.….to_q.weight": (up [out,rank], down [rank,in]), or the full difference of a linear or convolution}.
+    terms: {weight key such as "diffusion_model.….to_q.weight": (up [out,rank], down [rank,in]), or a full difference of the weight's or bias's shape}.
     """
-    names = {key: key.removesuffix(".weight").removeprefix("diffusion_model.") for key in terms}
-    modules = {key: _submodule(model.model.diffusion_model, name) for key, name in names.items()}
+    unet, parts = model.model.diffusion_model, {}
     for key, term in terms.items():
+        name, _, kind = key.removeprefix("diffusion_model.").rpartition(".")
+        module = _submodule(unet, name)
         shape = (term[0].shape[0], term[1].shape[1]) if isinstance(term, tuple) else tuple(term.shape)
-        if not isinstance(modules[key], nn.Linear | nn.Conv2d) or tuple(modules[key].weight.shape) != shape:
+        if not isinstance(module, SUPPORTED) or getattr(getattr(module, kind, None), "shape", None) != shape:
             raise ValueError(f"model: the difference of {key} ({'×'.join(map(str, shape))}) does not fit this model; load the file of the model's family.")
+        parts.setdefault(name, {})[kind] = term
     if strength == 0:
         return model
     model = model.clone()
-    added = nn.ModuleList(_difference(modules[key], term) for key, term in terms.items())
-    helper = comfy.model_patcher.ModelPatcher(added, load_device=model.load_device, offload_device=model.offload_device)
+    added = {name: _difference(unet.get_submodule(name), **own) for name, own in parts.items()}
+    helper = comfy.model_patcher.ModelPatcher(nn.ModuleList(added.values()), load_device=model.load_device, offload_device=model.offload_device)
     model.set_additional_models(KEY, [*model.get_additional_models_with_key(KEY), helper])
-    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, partial(_denoise, dict(zip(names.values(), added, strict=True)), strength))
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, partial(_denoise, added, strength))
     return model
 
 
@@ -60,21 +64,25 @@ def _submodule(module: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _difference(module: nn.Linear | nn.Conv2d, term: tuple[Tensor, Tensor] | Tensor) -> nn.Module:
-    """What the term adds to the module's output, in ComfyUI's layers, which are cast and moved like the model's own."""
-    if isinstance(term, tuple):
-        up, down = term
-        return nn.Sequential(_linear(down), _linear(up))
+def _difference(module: nn.Module, weight: tuple[Tensor, Tensor] | Tensor | None = None, bias: Tensor | None = None) -> nn.Module:
+    """What the terms add to the module's output, which is linear in weight and bias: the same layer with the differences for weights."""
+    if isinstance(weight, tuple):
+        up, down = weight
+        return nn.Sequential(_filled(LAYERS.Linear(down.shape[1], down.shape[0]), down), _filled(LAYERS.Linear(up.shape[1], up.shape[0]), up, bias))
+    weight = torch.zeros_like(module.weight) if weight is None else weight
     if isinstance(module, nn.Linear):
-        return _linear(term)
-    layer = comfy.ops.manual_cast.Conv2d(module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding, bias=False)
-    layer.weight = nn.Parameter(term, requires_grad=False)
-    return layer
+        layer = LAYERS.Linear(module.in_features, module.out_features)
+    elif isinstance(module, nn.Conv2d):
+        layer = LAYERS.Conv2d(module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding)
+    elif isinstance(module, nn.GroupNorm):
+        layer = LAYERS.GroupNorm(module.num_groups, module.num_channels, module.eps)
+    else:
+        layer = LAYERS.LayerNorm(module.normalized_shape, module.eps)
+    return _filled(layer, weight, bias)
 
 
-def _linear(weight: Tensor) -> nn.Module:
-    layer = comfy.ops.manual_cast.Linear(weight.shape[1], weight.shape[0], bias=False)
-    layer.weight = nn.Parameter(weight, requires_grad=False)
+def _filled(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+    layer.weight, layer.bias = (None if value is None else nn.Parameter(value, requires_grad=False) for value in (weight, bias))
     return layer
 
 

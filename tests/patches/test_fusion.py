@@ -363,18 +363,18 @@ def test_a_term_on_the_foreground_equals_a_merged_model_and_leaves_the_rest(mode
             assert torch.allclose(found[name][i::3], plain[name][i::3], atol=1e-5)
 
 
-def test_full_differences_of_convolutions_equal_a_merged_model_too(models):
+def test_full_differences_of_every_weight_equal_a_merged_model_too(models):
     model = models("mini")
-    convolutions = {f"diffusion_model.{name}.weight": torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(3)) * 0.02
-                    for name, module in model.model.diffusion_model.named_modules() if isinstance(module, torch.nn.Conv2d)}
-    terms = {**convolutions, "diffusion_model.middle_block.1.transformer_blocks.0.ff.net.2.weight": torch.full((192, 768), 0.01)}
-    assert len({value.shape[2:] for value in convolutions.values()}) == 2  # 1×1 and 3×3, with and without stride
+    generator = torch.Generator().manual_seed(3)
+    weights = model.model.diffusion_model.state_dict()
+    terms = {f"diffusion_model.{name}": torch.randn(value.shape, generator=generator) * 0.2 * value.std() for name, value in weights.items()}
     positive, negative = conditioning(model, 1), conditioning(model, 2, rows=1)
-    whole = model.clone()
-    whole.add_patches({key: ("diff", (value,)) for key, value in terms.items()})
-    found, one, plain = (estimates(made, positive, negative, noise()) for made in (low_rank.apply_to_foreground(model, terms), whole, model))
-    assert (found["cond"][0] - one["cond"][0]).abs().max() < 1e-4 * one["cond"].abs().max()
-    assert not torch.allclose(one["cond"][0], plain["cond"][0], atol=1e-2) and torch.allclose(found["cond"][1:], plain["cond"][1:], atol=1e-5)
+    for chosen in (terms, {key: value for key, value in terms.items() if key.endswith("bias")}):
+        whole = model.clone()
+        whole.add_patches({key: ("diff", (value,)) for key, value in chosen.items()})
+        found, one, plain = (estimates(made, positive, negative, noise()) for made in (low_rank.apply_to_foreground(model, chosen), whole, model))
+        assert (found["cond"][0] - one["cond"][0]).abs().max() < 1e-4 * one["cond"].abs().max()
+        assert not torch.allclose(one["cond"][0], plain["cond"][0], atol=1e-2) and torch.allclose(found["cond"][1:], plain["cond"][1:], atol=1e-5)
 
 
 def test_two_terms_add_up_and_a_clone_keeps_them(models):
@@ -388,7 +388,7 @@ def test_two_terms_add_up_and_a_clone_keeps_them(models):
 
 def test_wrong_terms_are_refused(models):
     model, (key, (up, down)) = models("mini"), next(iter(terms_for(models("mini")).items()))
-    for wrong in ({key.replace("attn1", "attn7"): (up, down)}, {key: (up[1:], down)}):
+    for wrong in ({key.replace("attn1", "attn7"): (up, down)}, {key: (up[1:], down)}, {key.replace("weight", "bias"): up[:, 0]}, {"conv": up}):
         with pytest.raises(ValueError, match="does not fit this model"):
             low_rank.apply_to_foreground(model, wrong)
 
