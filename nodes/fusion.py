@@ -1,0 +1,136 @@
+"""LayerFusion: foreground, background and blended picture sampled together."""
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy_api.latest import io
+
+from ..patches.foreground import split_branches
+from ..patches.fusion import BLOCKS, RECORD, Record, Settings, blend_attention
+from ..patches.layer_prompts import encode_prompts
+from .sockets import schema
+
+STRUCTURE = ("prior pass at each step", "reuse previous step")
+BLENDED_TEXT = ("background prompt", "own prompt")
+NOISE = ("same for the three", "one each")
+
+
+class EncodeLayerPrompts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        prompt = {"multiline": True, "dynamic_prompts": True, "default": ""}
+        return schema(
+            node_id="Strata_EncodeLayerPrompts", display_name="Encode layer prompts", category="Strata/Generate",
+            search_aliases=["layerfusion", "layer prompts", "foreground prompt"],
+            description="One conditioning for foreground, background and blended picture, which knows where the foreground's prompt ends.",
+            inputs=[
+                io.Clip.Input("clip", tooltip="Text encoder of SD1.5, SD2, SDXL or the mini family."),
+                io.String.Input("foreground", **prompt, tooltip="The object alone, as in: a red apple. Its place in the picture follows from these words."),
+                io.String.Input("background", **prompt, tooltip="The scene without the object, as in: a beach at sunset."),
+                io.String.Input("blended", **prompt, tooltip="The whole picture. Empty joins foreground and background with a comma. "
+                                "The blend reads it only where Attention blend is set to own prompt, switched off, or limited to some blocks or steps."),
+            ],
+            outputs=[io.Conditioning.Output("positive", display_name="positive", tooltip="For positive. Negative is an ordinary text encoding.")])
+
+    @classmethod
+    def execute(cls, clip, foreground, background, blended):
+        if clip is None:
+            raise ValueError("clip: the checkpoint has no text encoder in it; connect one from Load CLIP.")
+        blended = blended.strip() or ", ".join(part for part in (foreground.strip(), background.strip()) if part)
+        return io.NodeOutput(encode_prompts(clip, (foreground, background, blended)))
+
+
+class AttentionBlend(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        percent = {"min": 0.0, "max": 1.0, "step": 0.01}
+        return schema(
+            node_id="Strata_AttentionBlend", display_name="Attention blend", category="Strata/Generate",
+            search_aliases=["layerfusion", "attention blending", "layered generation"],
+            description="LayerFusion: lets foreground, background and blended picture exchange their attention while they are sampled as one batch.",
+            inputs=[
+                io.Model.Input("model", tooltip="SD1.5, SD2, SDXL or the mini family. Put LoRAs and other patches before or behind this node."),
+                io.Float.Input("strength", default=1.0, **percent, tooltip="How much of the exchange: 1 as published, 0 is off and changes nothing."),
+                io.Float.Input("boundary", default=10.0, min=0.0, max=100.0, step=0.5, tooltip="The coefficient d of the hard mask. Lower lets more of "
+                               "the scene leak into the foreground; higher draws a sharper edge."),
+                io.Float.Input("start_percent", default=0.0, **percent, tooltip="When in the sampling the blending starts, 0 = at once."),
+                io.Float.Input("end_percent", default=1.0, **percent, tooltip="When it ends, 1 = with the last step."),
+                io.Combo.Input("blocks", options=list(BLOCKS), default="all", tooltip="Blocks of the model that blend: all as published; down is the "
+                               "half that looks, up the half that draws."),
+                io.Combo.Input("structure", options=list(STRUCTURE), default=STRUCTURE[0], tooltip="Where the foreground's outline comes from. A prior "
+                               "pass, as published, costs a sixth of a step more (a third at cfg 1); reuse takes the outline that the step before has left."),
+                io.Combo.Input("blended_text", options=list(BLENDED_TEXT), default=BLENDED_TEXT[0], tooltip="The words that the blended picture's "
+                               "attention reads: the background's, as published (the object then comes from the foreground alone), or its own."),
+            ],
+            outputs=[io.Model.Output("model_out", display_name="model", tooltip="For the LayerFusion sampler, or any sampler with a latent batch of three: "
+                                     "foreground, background, blended.")])
+
+    @classmethod
+    def execute(cls, model, strength, boundary, start_percent, end_percent, blocks, structure, blended_text):
+        settings = Settings(strength, boundary, start_percent, end_percent, BLOCKS[blocks], structure == STRUCTURE[1], blended_text == BLENDED_TEXT[1])
+        return io.NodeOutput(blend_attention(model, settings))
+
+
+class LayerFusionSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Strata_LayerFusionSampler", display_name="LayerFusion sampler", category="Strata/Generate",
+            search_aliases=["layerfusion", "ksampler", "layered generation", "foreground and background"],
+            description="Samples foreground, background and blended picture together, one of each for every latent that comes in.",
+            inputs=[
+                io.Model.Input("model", tooltip="From Attention blend. Without it the three are sampled side by side and know nothing of each other."),
+                io.Conditioning.Input("positive", tooltip="From Encode layer prompts."),
+                io.Conditioning.Input("negative", tooltip="What none of the three should show, from an ordinary text encoding."),
+                io.Latent.Input("latent_image", tooltip="Gives size and number: an empty latent, or with denoise below 1 a picture to start all three from."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="The same seed gives the same pictures."),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Steps of the denoising."),
+                io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="How closely to follow the prompts."),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="As in KSampler."),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="normal", tooltip="As in KSampler."),
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Below 1 keeps some of the incoming picture."),
+                io.Combo.Input("noise", options=list(NOISE), default=NOISE[0], tooltip="The same noise makes the three agree in their layout from the start."),
+            ],
+            outputs=[
+                io.Latent.Output("foreground", display_name="foreground", tooltip="With a transparency model: decode with Decode transparency."),
+                io.Latent.Output("background", display_name="background", tooltip="The scene without the object: VAE Decode."),
+                io.Latent.Output("blended", display_name="blended", tooltip="The whole picture: VAE Decode."),
+                io.Image.Output("priors", display_name="priors", tooltip="For each step, left to right: structure and content prior, soft and hard mask."),
+            ])
+
+    @classmethod
+    def execute(cls, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise, noise):
+        model, record = model.clone(), Record()
+        model.model_options["transformer_options"][RECORD] = record
+        latent = _for_each_branch(latent_image, noise == NOISE[0])
+        start = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+        samples = comfy.sample.sample(
+            model, comfy.sample.prepare_noise(start, seed, latent.get("batch_index")), steps, cfg, sampler_name, scheduler, positive, negative, start,
+            denoise=denoise, noise_mask=latent.get("noise_mask"), callback=latent_preview.prepare_callback(model, steps),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
+        return io.NodeOutput(*({**latent_image, "samples": branch} for branch in split_branches(samples)), _figure(record))
+
+
+def _for_each_branch(latent: dict, same_noise: bool) -> dict:
+    """The batch with each latent three times over; ComfyUI draws equal noise for equal numbers in batch_index."""
+    count = len(latent["samples"])
+    tripled = {**latent, "samples": latent["samples"].repeat_interleave(3, 0)}
+    if (mask := latent.get("noise_mask")) is not None and mask.shape[0] == count:
+        tripled["noise_mask"] = mask.repeat_interleave(3, 0)
+    numbers = latent.get("batch_index", range(count))
+    tripled["batch_index"] = [number if same_noise else 3 * number + branch for number in numbers for branch in range(3)]
+    return tripled
+
+
+def _figure(record: Record) -> torch.Tensor:
+    """[steps × pictures,H,4W,3], each map stretched to its own range; a black pixel where nothing was blended."""
+    if not record.steps:
+        return torch.zeros(1, 1, 1, 3)
+    maps = torch.cat(record.steps)
+    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
+    strip = torch.cat(((maps - low) / (high - low).clamp_min(1e-12)).unbind(1), -1)
+    return strip.repeat_interleave(4, 1).repeat_interleave(4, 2)[..., None].expand(-1, -1, -1, 3).contiguous()
+
+
+NODES = [EncodeLayerPrompts, AttentionBlend, LayerFusionSampler]

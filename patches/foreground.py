@@ -1,0 +1,113 @@
+"""Weight differences that act on the foreground alone, in a batch of foreground, background and blended: one model and one call serve all three."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+
+import comfy.model_patcher
+import comfy.ops
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor, nn
+
+KEY = "strata_foreground"
+LAYERS = comfy.ops.manual_cast  # cast and moved by ComfyUI like the model's own
+SUPPORTED = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
+BRANCHES = 3  # foreground, background, blended, in this order, once for every picture
+_row_step = ContextVar("strata_row_step", default=BRANCHES)  # every how many rows of the batch there is a foreground
+
+
+@contextmanager
+def foregrounds_only() -> Iterator[None]:
+    """While this is open, every row that the model gets is a foreground."""
+    token = _row_step.set(1)
+    try:
+        yield
+    finally:
+        _row_step.reset(token)
+
+
+def foreground_rows(rows: Tensor) -> Tensor:
+    return rows[::_row_step.get()]
+
+
+def apply_to_foreground(model: ModelPatcher, terms: dict[str, tuple[Tensor, Tensor] | Tensor], strength: float = 1.0) -> ModelPatcher:
+    """A clone of the model whose foreground rows see `weight + strength * difference` in the named weights, and whose other rows do not.
+
+    terms: {weight key such as "diffusion_model.….to_q.weight": (up [out,rank], down [rank,in]), or a full difference of the weight's or bias's shape}.
+    """
+    unet, parts = model.model.diffusion_model, {}
+    for key, term in terms.items():
+        name, _, kind = key.removeprefix("diffusion_model.").rpartition(".")
+        module = _submodule(unet, name)
+        shape = (term[0].shape[0], term[1].shape[1]) if isinstance(term, tuple) else tuple(term.shape)
+        if not isinstance(module, SUPPORTED) or getattr(getattr(module, kind, None), "shape", None) != shape:
+            raise ValueError(f"model: the difference of {key} ({'×'.join(map(str, shape))}) does not fit this model; load the file of the model's family.")
+        parts.setdefault(name, {})[kind] = term
+    if strength == 0:
+        return model
+    model = model.clone()
+    added = {name: _difference(unet.get_submodule(name), **own) for name, own in parts.items()}
+    helper = comfy.model_patcher.ModelPatcher(nn.ModuleList(added.values()), load_device=model.load_device, offload_device=model.offload_device)
+    model.set_additional_models(KEY, [*model.get_additional_models_with_key(KEY), helper])
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, partial(_denoise, added, strength))
+    return model
+
+
+def _submodule(module: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _difference(module: nn.Module, weight: tuple[Tensor, Tensor] | Tensor | None = None, bias: Tensor | None = None) -> nn.Module:
+    """What the terms add to the module's output, which is linear in weight and bias: the same layer with the differences for weights."""
+    if isinstance(weight, tuple):
+        up, down = weight
+        return nn.Sequential(_filled(LAYERS.Linear(down.shape[1], down.shape[0]), down), _filled(LAYERS.Linear(up.shape[1], up.shape[0]), up, bias))
+    weight = torch.zeros_like(module.weight) if weight is None else weight
+    if isinstance(module, nn.Linear):
+        layer = LAYERS.Linear(module.in_features, module.out_features)
+    elif isinstance(module, nn.Conv2d):
+        layer = LAYERS.Conv2d(module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding)
+    elif isinstance(module, nn.GroupNorm):
+        layer = LAYERS.GroupNorm(module.num_groups, module.num_channels, module.eps)
+    else:
+        layer = LAYERS.LayerNorm(module.normalized_shape, module.eps)
+    return _filled(layer, weight, bias)
+
+
+def _filled(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+    layer.weight, layer.bias = (None if value is None else nn.Parameter(value, requires_grad=False) for value in (weight, bias))
+    return layer
+
+
+def _denoise(added: dict[str, nn.Module], strength: float, executor, x: Tensor, *args, **kwargs):
+    """Hooks for one call only: nothing is left in the model, which its other patchers share."""
+    check_batch(x)
+    hooks = [executor.class_obj.get_submodule(name).register_forward_hook(partial(_add, term, strength)) for name, term in added.items()]
+    try:
+        return executor(x, *args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _add(term: nn.Module, strength: float, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    foreground_rows(output).add_(term(foreground_rows(args[0])), alpha=strength)
+    return output
+
+
+def check_batch(x: Tensor) -> None:
+    if len(x) % _row_step.get():
+        raise ValueError(f"latent: a batch of {len(x)} cannot be split into foreground, background and blended; "
+                         "use Strata's LayerFusion sampler, or a latent batch that is a multiple of three.")
+
+
+def split_branches(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[3N,...] -> foreground, background and blended, [N,...] each."""
+    return torch.unbind(rows.unflatten(0, (-1, BRANCHES)), 1)

@@ -1,0 +1,99 @@
+"""LayerFusion's masks from a foreground model's attention, and its blending of attention outputs."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MOST_PROBABILITIES = 2**22  # held at once, over all heads: 16 MB in float32
+
+
+def structure_prior(q: Tensor, k: Tensor, heads: int) -> Tensor:
+    """[B,M] in 0..1, high where a token of the foreground attends to few others; q: [B,M,C], k: [B,T,C], projected, C = heads × width.
+
+    Exact, in chunks of rows: the extra memory grows with tokens, not with their square.
+    Source: layerfusion, Alg. 1
+    """
+    def density(probabilities: Tensor) -> Tensor:
+        return 1 / probabilities.mean(0).square().sum(-1)
+    return 1 - _normalize(_over_rows(q, k, heads, density))
+
+
+def content_prior(q: Tensor, k: Tensor, heads: int, ends: list[int]) -> Tensor:
+    """[B,M] in 0..1: how much of each token's attention goes to the prompt's end; q: [B,M,C] of the foreground, k: [B,T,C] of its prompt.
+
+    ends: positions of the end-of-text tokens; a prompt of several chunks has one in each, and their shares add up.
+    Source: layerfusion, Alg. 2
+    """
+    return _over_rows(q, k, heads, lambda probabilities: probabilities[..., ends].sum(-1).mean(0))
+
+
+def blending_masks(structure: Tensor, content: Tensor, boundary: float = 10.0) -> tuple[Tensor, Tensor]:
+    """(mask_soft, mask_hard), each [B,M] in 0..1, from the two priors [B,M]; boundary: the coefficient d, larger is sharper.
+
+    Source: layerfusion, Alg. 3
+    """
+    soft = _normalize(structure * content)
+    return soft, torch.sigmoid(boundary * (soft - 0.5))
+
+
+def blend_foreground_in(foreground: Tensor, blended: Tensor, soft: Tensor) -> Tensor:
+    """The blended branch's attention output [B,M,C] with the foreground's in it; soft: [B,M].
+
+    Source: layerfusion, Eq. 1
+    """
+    return torch.lerp(blended, foreground, soft[..., None].to(blended))
+
+
+def return_to_foreground(foreground: Tensor, blended: Tensor, hard: Tensor) -> Tensor:
+    """The foreground's attention output [B,M,C] after the exchange; blended: the result of Eq. 1; hard: [B,M].
+
+    Source: layerfusion, Eq. 2
+    """
+    return torch.lerp(foreground, blended, hard[..., None].to(foreground))
+
+
+def shared_tokens(values: Tensor) -> Tensor:
+    """Keys or values [B,3,T,C] of foreground, background and blended -> [2B,2T,C]: background's and blended's together, for each of the two.
+
+    Source: layerfusion, Sec. 3.3, attention shared between the hidden states of background and blended
+    """
+    return values[:, 1:].flatten(1, 2).repeat_interleave(2, 0)
+
+
+def shared_prompt(values: Tensor) -> Tensor:
+    """Keys or values [B,3,T,C] of the three prompts -> [3B,T,C] with the background's prompt for the blended branch as well.
+
+    Source: layerfusion, Alg. 3, a_BG and a_Blended both with p_BG
+    """
+    return torch.stack([values[:, 0], values[:, 1], values[:, 1]], 1).flatten(0, 1)
+
+
+def resize_prior(prior: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
+    """A prior [B,H×W] of size (H, W) as the mean over each token's area at another attention resolution.
+
+    Source: ours, the paper takes s from one layer and uses it at every resolution
+    """
+    return prior if size == new_size else F.interpolate(prior.unflatten(1, size)[:, None], new_size, mode="area").flatten(1)
+
+
+def _normalize(values: Tensor) -> Tensor:
+    """Each row of [B,M] stretched to 0..1; a flat one becomes zeros."""
+    low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+    return (values - low) / (high - low).clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def _over_rows(q: Tensor, k: Tensor, heads: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """[B,M]: `reduce` of the probabilities [heads,rows,T], which exist for a few rows at a time."""
+    return torch.stack([torch.cat([reduce(part) for part in _probabilities(one, keys, heads)]) for one, keys in zip(q, k, strict=True)])
+
+
+def _probabilities(q: Tensor, k: Tensor, heads: int) -> Iterator[Tensor]:
+    precise = torch.promote_types(q.dtype, torch.float32)
+    keys = k.to(precise).unflatten(-1, (heads, -1)).permute(1, 2, 0)
+    scale = keys.shape[1] ** -0.5
+    for rows in q.split(max(1, MOST_PROBABILITIES // (heads * len(k)))):
+        queries = rows.to(precise).unflatten(-1, (heads, -1)).transpose(0, 1)
+        yield torch.softmax(queries @ keys * scale, -1)

@@ -1,0 +1,133 @@
+"""LayerFusion's formulas against plain loops over whole attention matrices in float64."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from strata.techniques import fusion
+from torch.utils._python_dispatch import TorchDispatchMode
+
+HEADS, WIDTH = 3, 8
+
+
+def tokens(seed, *shape, size=2.0):
+    return torch.randn(*shape, HEADS * WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * size
+
+
+def naive_probabilities(q, k):
+    """[B,H,M,T] the slow way."""
+    q, k = q.double().numpy(), k.double().numpy()
+    out = np.empty((len(q), HEADS, q.shape[1], k.shape[1]))
+    for b in range(len(q)):
+        for h in range(HEADS):
+            part = slice(h * WIDTH, (h + 1) * WIDTH)
+            logits = q[b, :, part] @ k[b, :, part].T / math.sqrt(WIDTH)
+            e = np.exp(logits - logits.max(1, keepdims=True))
+            out[b, h] = e / e.sum(1, keepdims=True)
+    return out
+
+
+def minmax(x):
+    return (x - x.min(1, keepdims=True)) / (x.max(1, keepdims=True) - x.min(1, keepdims=True))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 10**6])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float16, 1e-5), (torch.bfloat16, 1e-5)])
+def test_structure_prior_is_algorithm_1(monkeypatch, rows, dtype, tolerance):
+    q, k = tokens(0, 2, 30).to(dtype), tokens(1, 2, 30).to(dtype)
+    monkeypatch.setattr(fusion, "MOST_PROBABILITIES", rows * HEADS * 30)
+    mean = naive_probabilities(q, k).mean(1)
+    expected = 1 - minmax(1 / (mean**2).sum(2))
+    found = fusion.structure_prior(q, k, HEADS)
+    assert np.abs(found.double().numpy() - expected).max() < tolerance
+    assert found.amin(1).tolist() == [0, 0] and found.amax(1).tolist() == [1, 1]
+
+
+def test_structure_prior_is_high_where_attention_is_concentrated():
+    k = tokens(2, 1, 20, size=1)
+    q = k.clone()
+    q[:, :10] *= 20  # the first ten attend to themselves alone, the others widely
+    q[:, 10:] *= 0.01
+    prior = fusion.structure_prior(q, k, HEADS)[0]
+    assert prior[:10].min() > 0.7 and prior[10:].max() < 0.1
+
+
+@pytest.mark.parametrize("ends", [[5], [4, 12]])
+@pytest.mark.parametrize("rows", [1, 4, 10**6])
+def test_content_prior_is_algorithm_2(monkeypatch, ends, rows):
+    q, k = tokens(3, 2, 30), tokens(4, 2, 14)
+    monkeypatch.setattr(fusion, "MOST_PROBABILITIES", rows * HEADS * 14)
+    expected = sum(naive_probabilities(q, k)[..., end].mean(1) for end in ends)
+    assert np.abs(fusion.content_prior(q, k, HEADS, ends).numpy() - expected).max() < 1e-12
+
+
+def test_a_prompt_repeated_along_its_tokens_gives_the_same_content_prior():
+    q, k = tokens(3, 1, 9), tokens(4, 1, 7)
+    once, twice = fusion.content_prior(q, k, HEADS, [5]), fusion.content_prior(q, k.repeat(1, 2, 1), HEADS, [5, 12])
+    assert torch.allclose(once, twice, atol=1e-14)
+
+
+@pytest.mark.parametrize("tokens_count", [600, 1200])
+def test_no_tensor_grows_with_the_square_of_the_tokens(monkeypatch, tokens_count):
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            largest = max([largest, *(value.numel() for value in torch.utils._pytree.tree_leaves(out) if isinstance(value, torch.Tensor))])
+            return out
+
+    monkeypatch.setattr(fusion, "MOST_PROBABILITIES", 8 * HEADS * tokens_count)  # eight rows at a time
+    q, k = tokens(5, 1, tokens_count).float(), tokens(6, 1, tokens_count).float()
+    with Watch():
+        fusion.structure_prior(q, k, HEADS)
+    assert 8 * tokens_count <= largest <= HEADS * tokens_count * WIDTH
+
+
+def test_blending_masks_are_those_of_algorithm_3():
+    structure, content = torch.rand(2, 50, dtype=torch.float64), torch.rand(2, 50, dtype=torch.float64)
+    for d in (1.0, 10.0, 40.0):
+        soft, hard = fusion.blending_masks(structure, content, d)
+        expected = minmax((structure * content).numpy())
+        assert np.abs(soft.numpy() - expected).max() < 1e-12
+        assert np.abs(hard.numpy() - 1 / (1 + np.exp(-d * (expected - 0.5)))).max() < 1e-12
+
+
+def test_flat_priors_give_finite_masks():
+    soft, hard = fusion.blending_masks(torch.ones(1, 6), torch.full((1, 6), 0.2))
+    assert torch.equal(soft, torch.zeros(1, 6)) and torch.isfinite(hard).all()
+    flat = fusion.structure_prior(torch.zeros(1, 6, HEADS * WIDTH), torch.zeros(1, 6, HEADS * WIDTH), HEADS)
+    assert torch.equal(flat, torch.ones(1, 6))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float16, 4e-3)])
+def test_blend_foreground_in_and_return_to_foreground_are_equations_1_and_2(dtype, tolerance):
+    fg, bl = tokens(7, 2, 11).to(dtype), tokens(8, 2, 11).to(dtype)
+    soft, hard = torch.rand(2, 11, dtype=torch.float64), torch.rand(2, 11, dtype=torch.float64)
+    a, b, s, h = fg.double(), bl.double(), soft[..., None], hard[..., None]
+    blended = fusion.blend_foreground_in(fg, bl, soft)
+    assert blended.dtype == dtype and (blended.double() - (a * s + b * (1 - s))).abs().max() < tolerance
+    expected = blended.double() * h + a * (1 - h)
+    assert (fusion.return_to_foreground(fg, blended, hard).double() - expected).abs().max() < tolerance
+    assert torch.equal(fusion.blend_foreground_in(fg, bl, torch.zeros(2, 11)), bl)
+    assert torch.equal(fusion.return_to_foreground(fg, bl, torch.zeros(2, 11)), fg)
+
+
+def test_shared_tokens_and_shared_prompt_by_hand():
+    k = tokens(9, 2, 3, 4)
+    joint = fusion.shared_tokens(k)
+    for b in range(2):
+        both = torch.cat([k[b, 1], k[b, 2]])
+        assert torch.equal(joint[2 * b], both) and torch.equal(joint[2 * b + 1], both)
+    prompts = fusion.shared_prompt(k)
+    expected = [k[0, 0], k[0, 1], k[0, 1], k[1, 0], k[1, 1], k[1, 1]]
+    assert torch.equal(prompts, torch.stack(expected))
+
+
+def test_resize_prior_takes_the_mean_of_each_area():
+    prior = torch.rand(2, 8 * 12)
+    small = fusion.resize_prior(prior, (8, 12), (4, 6)).view(2, 4, 6)
+    assert torch.allclose(small, prior.view(2, 4, 2, 6, 2).mean((2, 4)), atol=1e-6)
+    assert fusion.resize_prior(prior, (8, 12), (8, 12)) is prior
+    assert fusion.resize_prior(torch.rand(1, 35), (5, 7), (3, 4)).shape == (1, 12)
