@@ -2,11 +2,11 @@
 from comfy_api.latest import ComfyExtension
 
 from ..patches import mini_family
-from . import depth, generate, layers_edit, layers_io
+from . import depth, generate, layers_edit, layers_io, transparency
 
 mini_family.register()
 
 
 class StrataExtension(ComfyExtension):
     async def get_node_list(self):
-        return [node for module in (layers_io, layers_edit, depth, generate) for node in module.NODES]
+        return [node for module in (layers_io, layers_edit, depth, transparency, generate) for node in module.NODES]
