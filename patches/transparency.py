@@ -14,7 +14,7 @@ import comfy.utils
 import folder_paths
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
-from torch import Tensor, float16, nn
+from torch import Tensor, channels_last, float16, nn
 
 from ..networks.attention_sharing import AttentionSharing, read_shape
 from ..networks.transparency import OffsetEncoder, TransparentDecoder
@@ -40,9 +40,6 @@ class Transparency:
     extra_channels: int = 0
     frames: int = 1
     latent: dict | None = None
-
-    def __deepcopy__(self, memo):
-        return self
 
     @property
     def family(self) -> str:
@@ -150,7 +147,7 @@ def _pair(name: str, weights: dict[str, Tensor]) -> Transparency:
         found = found or _latent(kind, options)
         filled = _filled(name, network(**options, operations=comfy.ops.disable_weight_init), own)
         device = comfy.model_management.vae_device()
-        filled.to(comfy.model_management.vae_dtype(device, [float16]))
+        filled.to(dtype=comfy.model_management.vae_dtype(device, [float16]), memory_format=channels_last)
         parts[kind] = ModelPatcher(filled, device, comfy.model_management.vae_offload_device())
     if not parts:
         raise ValueError(f"file: {name} holds none of LayerDiffuse's weights; choose one of the files that the help page names.")

@@ -51,7 +51,11 @@ def _given(transparency: Transparency, layer: Tensor | None, blended: Tensor | N
         raise ValueError(f"blended: {transparency.name} is {transparency.describe()}; connect the latent of the blended picture too.")
     if (layer is not None and not count) or (blended is not None and count < 2):
         raise ValueError(f"{'blended' if count else 'layer'}: {transparency.name} is {transparency.describe()} and takes no such latent; disconnect it.")
-    return [layer, blended][:count]
+    given = {"layer": layer, "blended": blended}
+    for socket in list(given)[:count]:
+        if given[socket].ndim != 4 or given[socket].shape[1] != 4:
+            raise ValueError(f"{socket}: the latent has {given[socket].shape[1]} channels and {transparency.family} has 4; encode it with the model's VAE.")
+    return list(given.values())[:count]
 
 
 def _adapter(model: ModelPatcher, transparency: Transparency) -> dict:
@@ -61,6 +65,8 @@ def _adapter(model: ModelPatcher, transparency: Transparency) -> dict:
         packed = key in weights and not weights[key].is_floating_point()  # quantised: its shape is not that of the layer
         if key not in weights or not (packed or fits(key, parts, tuple(weights[key].shape))):
             raise ValueError(wrong_family(model, transparency))
+    if transparency.extra_channels and model.get_wrappers(WrappersMP.CALC_COND_BATCH, KEY):
+        raise ValueError(f"model: a file with more input channels is on it already, and {transparency.name} is another; apply one of them.")
     if transparency.extra_channels and weights[FIRST].shape[1] != adapter[FIRST]["diff::0"].shape[1] - transparency.extra_channels:
         raise ValueError(f"model: it has {weights[FIRST].shape[1]} input channels already and {transparency.name} would put its own there; use a plain model.")
     return {key: _patch(parts, weights[key]) for key, parts in adapter.items()}
@@ -120,5 +126,7 @@ def family_of(model: ModelPatcher) -> str:
 
 
 def wrong_family(model: ModelPatcher, transparency: Transparency) -> str:
-    return (f"transparency: {transparency.name} is for {transparency.family} and the model is {family_of(model)}; "
+    family = family_of(model)
+    sizes = " with weights of other sizes" if family in transparency.families else ""
+    return (f"transparency: {transparency.name} is for {transparency.family} and the model is {family}{sizes}; "
             f"connect a model of its family, or load the file for the model's.")

@@ -7,6 +7,7 @@ import comfy.sd
 import comfy.supported_models
 import pytest
 import torch
+from comfy.ldm.flux.model import FluxParams
 from strata.patches import transparency, transparency_model
 
 from . import random_family
@@ -171,7 +172,71 @@ def test_what_does_not_go_together_is_said_in_one_sentence():
     narrow = recognised(random_files.adapter({key: tuple(2 * side for side in shape) for key, shape in shapes(model).items()}, rank=2))
     assert "is for SD1.5" in refused(model, narrow, 1.0)
     assert refused(model, wide, 1.0).startswith("layer: ") and refused(model, wide, 1.0, torch.zeros(1, 4, 8, 8)).startswith("blended: ")
+    latents = [torch.zeros(1, 4, 8, 8)] * 2
+    assert "on it already" in refused(transparency_model.apply(model, wide, 1.0, *latents), wide, 1.0, *latents)
+    assert "has 16 channels" in refused(model, wide, 1.0, latents[0], torch.zeros(1, 16, 8, 8))
     assert "disconnect" in refused(model, fits, 1.0, layer=torch.zeros(1, 4, 8, 8))
     nine = small(in_channels=9)
     wide = random_files.adapter({**shapes(nine), random_files.FIRST: (32, 4, 3, 3)}, lora=("to_q",), extra=4)
     assert "9 input channels already" in refused(nine, recognised(wide), 1.0, torch.zeros(1, 4, 8, 8))
+
+
+def small_flux():
+    options = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 8, "context_in_dim": 16, "hidden_size": 32, "mlp_ratio": 4.0,
+               "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "axes_dim": [4, 6, 6], "theta": 10000, "patch_size": 2, "qkv_bias": True,
+               "guidance_embed": True, "dtype": torch.float32, **({"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {})}
+    model = comfy.model_base.Flux(comfy.supported_models.Flux(options))
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.1)
+    return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+
+
+def test_fluxs_layer_lora_reaches_its_place_in_the_joined_weights():
+    """In diffusers' names, as published: to_q, to_k and to_v are thirds of one weight here, and a single block's are the first of linear1."""
+    model, width, weights, expected = small_flux(), 32, {}, {}
+    for block in range(2):
+        for name, place, start in (("attn.to_q", "img_attn.qkv", 0), ("attn.to_k", "img_attn.qkv", 32), ("attn.to_v", "img_attn.qkv", 64),
+                                   ("attn.to_out.0", "img_attn.proj", 0), ("attn.add_k_proj", "txt_attn.qkv", 32)):
+            expected[f"transformer.transformer_blocks.{block}.{name}"] = f"diffusion_model.double_blocks.{block}.{place}.weight", start
+        for index, name in enumerate(("to_q", "to_k", "to_v")):
+            expected[f"transformer.single_transformer_blocks.{block}.attn.{name}"] = f"diffusion_model.single_blocks.{block}.linear1.weight", index * width
+    before = {key: value.clone() for key, value in model.model.state_dict().items()}
+    for name, (place, start) in expected.items():
+        up, down = torch.randn(width, 4) * 0.1, torch.randn(4, width)
+        weights[f"{name}.lora_B.weight"], weights[f"{name}.lora_A.weight"] = up, down
+        before[place][start:start + width] += 0.5 * up @ down
+    patched = transparency_model.apply(model, recognised(weights, ("Flux",)), 0.5)
+    patched.patch_model()
+    try:
+        for key, value in patched.model.state_dict().items():
+            assert torch.allclose(value, before[key], atol=1e-5), key
+    finally:
+        patched.unpatch_model()
+    files = recognised(weights, ("Flux",))
+    with pytest.raises(ValueError, match="weights.safetensors is for Flux and the model is Small"):
+        transparency_model.apply(small(), files, 1.0)
+    with pytest.raises(ValueError, match="is for SD1.5 and the model is Flux"):
+        transparency_model.apply(model, recognised(random_files.adapter(shapes(small()))), 1.0)
+    deeper = {key.replace("blocks.1.", "blocks.7."): value for key, value in weights.items()}
+    with pytest.raises(ValueError, match="weights that this Flux model has no place for, such as transformer.*blocks.7"):
+        transparency_model.apply(model, recognised(deeper, ("Flux",)), 1.0)
+    wide = {key: torch.zeros(4, 64) if "lora_A" in key else value for key, value in weights.items()}
+    with pytest.raises(ValueError, match="is for Flux and the model is Flux with weights of other sizes"):
+        transparency_model.apply(model, recognised(wide, ("Flux",)), 1.0)
+
+
+def test_other_packs_attention_patches_and_two_different_files_in_one_graph_work():
+    model = small()
+    one, two = (recognised(random_files.adapter(shapes(model), lora=(name,), scale=0.4)) for name in ("to_q", "to_k"))
+    first, second = (transparency_model.apply(model, files, 1.0) for files in (one, two))
+    apart = [sample(first), sample(second)]
+    assert torch.equal(sample(first), apart[0]) and torch.equal(sample(second), apart[1]) and not torch.allclose(*apart, atol=1e-2)
+    seen = []
+
+    def patch(n, context, value, options):
+        seen.append(options["block"])
+        return n, context * 0.5, value * 0.5
+
+    first.set_model_attn2_patch(patch)
+    assert not torch.allclose(sample(first), apart[0], atol=1e-2) and len(set(seen)) == 16

@@ -17,6 +17,15 @@ def node(kind, **inputs):
     return {"class_type": kind, "inputs": inputs}
 
 
+def sharing(frames, control=0):
+    """Beside the mini family's attentions, the middle block's last."""
+    shapes = {key.removesuffix("to_k.weight"): shape for key, shape in transparency.structure("Strata mini").items() if key.endswith("to_k.weight")}
+    ordered = sorted(shapes, key=lambda key: "middle" in key)
+    assert len(ordered) == 14
+    weights = random_files.sharing([(shapes[key][0], shapes[key][1], shapes[key][0]) for key in ordered], frames, control=control)
+    return {key: value * (4 if "control_convs" in key else 1) for key, value in weights.items()}
+
+
 @pytest.fixture(scope="module")
 def server(comfy, family):
     torch.manual_seed(0)
@@ -28,6 +37,7 @@ def server(comfy, family):
     decoder["conv_out.weight"] *= 0.3
     encoder = random_files.network(OffsetEncoder((16, 32, 64, 96)))
     files = {"adapter": random_files.adapter(transparency.structure("Strata mini"), scale=0.2), "decoder": decoder, "encoder": encoder,
+             "joint": sharing(3), "given": sharing(2, control=16),
              "xl": random_files.adapter(transparency.structure("SDXL"), rank=1)}
     for name, weights in files.items():
         random_files.write(models / "layer_model" / f"{name}.safetensors", {key: value.half() for key, value in weights.items()})
@@ -98,6 +108,39 @@ def test_encoding_fills_up_to_eight_and_transparency_changes_the_latent(server):
     assert found.shape == (48, 64, 4)
     del prompt["encode"]["inputs"]["mask"]
     assert np.abs(pictures(server, prompt)[0] - found).mean() > 1
+
+
+def joint(kind="Strata_SampleJointLayers", file="joint", batch=1, **inputs):
+    prompt = graph(file, batch=batch)
+    del prompt["apply"], prompt["decode"]
+    for name, text in (("foreground", "a dog"), ("background", "a beach"), ("blended", "a dog on the beach in the evening " * 12)):
+        prompt[name] = node("CLIPTextEncode", text=text, clip=["load", 1])
+    prompt["image"] = node("LoadImage", image="rgba.png")
+    sampling = {**prompt["sample"]["inputs"], "model": ["load", 0]}
+    del sampling["positive"]
+    prompt["sample"] = node(kind, transparency=["adapter", 0], blended=["blended", 0], **sampling, **inputs)
+    for index in range(3 if file == "joint" else 2):
+        prompt[f"decode{index}"] = node("VAEDecode", samples=["sample", index], vae=["load", 2])
+    return prompt
+
+
+def test_joint_layers_come_out_apart(server):
+    prompt = joint(foreground=["foreground", 0], background=["background", 0], batch=2)
+    found = [pictures(server, prompt, (f"decode{index}", 0)) for index in range(3)]
+    assert [one.shape for three in found for one in three] == [(40, 72, 3)] * 6
+    assert min(np.abs(found[i][0] - found[j][0]).mean() for i, j in ((0, 1), (1, 2), (0, 2))) > 1
+    prompt["background"]["inputs"]["text"] = "snow"
+    assert np.abs(pictures(server, prompt, ("decode1", 0))[0] - found[1][0]).mean() > 0.5
+    wrong = {**joint(foreground=["foreground", 0], background=["background", 0]), "adapter": node("Strata_LoadTransparency", file="given.safetensors")}
+    assert "attention sharing of 2 pictures for Strata mini; this node needs one such as layer_sd15_joint" in error(server, wrong, ("decode0", 0))
+
+
+def test_a_given_layer_is_seen(server):
+    prompt = joint("Strata_SampleAroundLayer", "given", image=["image", 0], layer=["background", 0])
+    found = pictures(server, prompt, ("decode1", 0))[0]
+    prompt["sample"]["inputs"]["image"] = ["inverted", 0]
+    prompt["inverted"] = node("ImageInvert", image=["image", 0])
+    assert np.abs(pictures(server, prompt, ("decode1", 0))[0] - found).mean() > 0.5
 
 
 def test_errors_are_one_sentence(server):
