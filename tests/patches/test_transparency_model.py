@@ -26,11 +26,19 @@ class Small(comfy.supported_models.SD15):
         super().__init__({**self.unet_config, **changes})
 
 
-def small(prediction=comfy.model_base.ModelType.EPS, **changes):
-    config = Small(**changes)
+class SmallXL(Small):
+    """SDXL's, with its pooled text and sizes."""
+    unet_config = {**Small.unet_config, "channel_mult": [1, 2, 4], "num_res_blocks": [2, 2, 2], "transformer_depth": [0, 0, 2, 2, 10, 10],
+                   "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10, "use_linear_in_transformer": True,
+                   "num_classes": "sequential", "adm_in_channels": 2816}
+    latent_format = comfy.supported_models.SDXL.latent_format
+
+
+def small(prediction=comfy.model_base.ModelType.EPS, kind=Small, **changes):
+    config = kind(**changes)
     config.unet_config["dtype"] = torch.float32
     torch.manual_seed(0)
-    model = comfy.model_base.BaseModel(config, prediction)
+    model = (comfy.model_base.SDXL if kind is SmallXL else comfy.model_base.BaseModel)(config, prediction)
     weights = {key: value.float() for key, value in random_family.randomised(model.diffusion_model).items()}
     weights["out.2.weight"] *= 0.3  # a mild network: two of them that differ by a rounding stay together over the steps
     model.diffusion_model.load_state_dict(weights)
@@ -53,14 +61,14 @@ def sample(model, batch=1, steps=2, positive=None, latent=None, cfg=3.0, seed=1)
     positive = torch.randn(1, 77, width) if positive is None else positive
     negative = torch.randn(1, 77, width)
     latent = torch.zeros(batch, 4, 8, 16) if latent is None else latent
-    noise = comfy.sample.prepare_noise(latent, seed)
-    return comfy.sample.sample(model, noise, steps, cfg, "euler", "normal", [[positive, {}]], [[negative, {}]], latent, disable_pbar=True, seed=seed)
+    noise, pooled = comfy.sample.prepare_noise(latent, seed), {"pooled_output": torch.ones(1, 1280)}
+    return comfy.sample.sample(model, noise, steps, cfg, "euler", "normal", [[positive, pooled]], [[negative, pooled]], latent, disable_pbar=True, seed=seed)
 
 
-def merged(weights, strength):
+def merged(weights, strength, kind=Small):
     """A second model with up @ down, or the difference, added to each weight."""
-    other = small(in_channels=weights[f"{random_files.FIRST}::diff::0"].shape[1] if f"{random_files.FIRST}::diff::0" in weights else 4)
-    state = {key: value.clone() for key, value in small().model.state_dict().items()}
+    other = small(kind=kind, in_channels=weights[f"{random_files.FIRST}::diff::0"].shape[1] if f"{random_files.FIRST}::diff::0" in weights else 4)
+    state = {key: value.clone() for key, value in small(kind=kind).model.state_dict().items()}
     for key, value in weights.items():
         name, kind, index = key.split("::")
         if (kind, index) == ("lora", "0"):
@@ -82,6 +90,22 @@ def test_low_rank_terms_and_differences_equal_merged_weights_and_leave_the_model
     assert (found - before).abs().max() > 0.1 and (found - expected).abs().max() < 2e-3 * expected.abs().max()
     assert torch.equal(sample(model), before)
     assert torch.equal(sample(transparency_model.apply(model, recognised(weights), 0.0)), before)
+
+
+@pytest.mark.parametrize("extra", [0, 4])
+def test_sdxls_files_equal_merged_weights_too(extra):
+    model = small(kind=SmallXL)
+    weights = random_files.adapter(shapes(model), scale=0.2, extra=extra)
+    assert len(weights) == 70 * 2 * 4 * 2 + (extra > 0)  # q, k, v and out of both attentions of 70 blocks
+    files, given = recognised(weights, ("SDXL",)), [torch.randn(1, 4, 8, 16)] if extra else []
+    found = sample(transparency_model.apply(model, files, 0.8, *given), steps=1)
+    wide = merged(weights, 0.8, SmallXL)
+    if extra:
+        joined = wide.model.process_latent_in(given[0])
+        wide.set_model_unet_function_wrapper(lambda apply, one: apply(one["input"], one["timestep"], **{
+            **one["c"], "c_concat": joined.expand(len(one["input"]), -1, -1, -1)}))
+    expected = sample(wide, steps=1)
+    assert (found - expected).abs().max() < 2e-3 * expected.abs().max() and (found - sample(model, steps=1)).abs().max() > 0.05
 
 
 def test_two_files_stack_with_each_other_and_a_lora_in_any_order():

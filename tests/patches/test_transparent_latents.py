@@ -1,11 +1,14 @@
 """Decoding and encoding transparency against the published pipeline, written out plainly from diffusers' blocks."""
+import comfy.model_management
 import comfy.sd
+import comfy.utils
 import pytest
 import torch
 from strata.networks.transparency import OffsetEncoder, TransparentDecoder
 from strata.patches import transparency, transparent_latents
 from strata.techniques.transparency import clean_colours, extend_colours, median_of_passes
 
+from . import random_family
 from . import random_transparency as random_files
 from .test_networks import Reference
 
@@ -139,3 +142,45 @@ def test_encoding_adds_the_offset_in_deviations_as_published(channels, widths):
         offset = 300 * encoder(torch.cat([alpha, padded] if channels == 4 else [padded, alpha], 1))
     assert (found - (mean + (0.5 * logvar.double()).exp() * offset)).abs().max() < 1e-4 * offset.abs().max()
     assert (found - mean).std() > 0.1
+
+
+def test_a_run_can_be_interrupted_between_passes_and_reports_each():
+    files, _ = decoder()
+    seen = []
+    comfy.utils.set_progress_bar_global_hook(lambda value, total, *_, **__: seen.append((value, total)))
+    try:
+        transparent_latents.decode(files, *inputs(16, 16, batch=2), passes=4)
+        assert seen == [(value, 8) for value in range(1, 9)]
+        comfy.model_management.interrupt_current_processing()
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            transparent_latents.decode(files, *inputs(16, 16))
+        assert len(seen) == 8
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+        comfy.model_management.interrupt_current_processing(False)
+
+
+def test_a_vae_without_deviation_or_of_another_family_is_refused():
+    published = transparency.recognise("encoder.safetensors", OffsetEncoder().state_dict())
+    vae = comfy.sd.VAE(sd=random_family.autoencoder())
+    colour, alpha = torch.rand(1, 3, 16, 16), torch.ones(1, 1, 16, 16)
+    with pytest.raises(ValueError, match="vae: it gives no deviation, which encoder.safetensors scales by; load the full VAE of SDXL or SD1.5"):
+        transparent_latents.encode(published, vae, colour, alpha)
+    with pytest.raises(ValueError, match="vae: it makes latents of 16 channels and encoder.safetensors is an encoder for SDXL or SD1.5"):
+        transparent_latents.encode(published, kl_vae(16), colour, alpha)
+
+
+def test_the_mini_familys_offset_is_added_as_it_is_and_sides_are_filled_up():
+    torch.manual_seed(3)
+    weights = random_files.network(OffsetEncoder((16, 32, 64, 96)))
+    vae = comfy.sd.VAE(sd=random_family.autoencoder())
+    colour, alpha = torch.rand(1, 3, 20, 28), torch.rand(1, 1, 20, 28)
+    found = transparent_latents.encode(transparency.recognise("e", weights), vae, colour, alpha)
+    encoder = OffsetEncoder((16, 32, 64, 96))
+    encoder.load_state_dict(weights)
+    filled = torch.zeros(1, 4, 24, 32)
+    filled[..., :20, :28] = torch.cat([colour, alpha], 1)
+    with torch.no_grad():
+        gray = 0.5 + (filled[:, :3] - 0.5) * filled[:, 3:]
+        expected = vae.encode(gray.movedim(1, -1)) + encoder(torch.cat([filled[:, 3:], extend_colours(filled[:, :3], filled[:, 3:])], 1))
+    assert found.shape == (1, 4, 3, 4) and (found - expected).abs().max() < 1e-4 * expected.abs().max()
