@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..networks.attention_sharing import PROJECTIONS, AttentionSharing
 
 NAME = re.compile(r"(input_blocks|output_blocks|middle_block)\..*\.attn[12]")
+KEY = "strata_sharing_"
 CONTROL = "strata_sharing_picture"  # the picture's features by number of pixels, in the transformer options of one evaluation
 
 
@@ -40,7 +41,7 @@ def attach(model: ModelPatcher, sharing: ModelPatcher, strength: float, picture:
     clone = model.clone()
     if not strength:
         return clone
-    name = f"strata_sharing_{uuid.uuid4().hex}"  # the host tells two clones apart by such names
+    name = f"{KEY}{uuid.uuid4().hex}"  # the host tells two clones apart by such names
     clone.set_additional_models(name, [sharing])
     injection = Injection(sharing.model, strength)
     clone.set_injections(name, [PatcherInjection(injection.inject, injection.eject)])

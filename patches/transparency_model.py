@@ -112,6 +112,8 @@ def share(model: ModelPatcher, transparency: Transparency, frames: int, strength
         raise ValueError(f"transparency: {transparency.name} is {transparency.describe()}; this node needs one such as {SHARING[frames]}.")
     if attention_sharing.widths(model) != sharing.model.attentions:
         raise ValueError(wrong_family(model, transparency))
+    if any(name.startswith(attention_sharing.KEY) for name in model.injections):
+        raise ValueError(f"model: attention sharing is on it already, and {transparency.name} is another; connect the model without Apply transparency.")
     return attention_sharing.attach(model, sharing, strength, picture)
 
 

@@ -149,5 +149,7 @@ def test_what_does_not_go_together_is_said_in_one_sentence():
         transparency_model.apply(model, joint, 1.0)
     with pytest.raises(ValueError, match="this node needs one such as layer_sd15_joint"):
         transparency_model.share(model, given, 3)
+    with pytest.raises(ValueError, match="model: attention sharing is on it already"):
+        transparency_model.share(transparency_model.share(model, joint, 3), joint, 3)
     with pytest.raises(ValueError, match="sharing.safetensors is for SD1.5 and the model is Small"):
         transparency_model.share(small(model_channels=64), joint, 3)
