@@ -1,4 +1,6 @@
 """LayerDiffuse's weights on ComfyUI's own UNets at reduced width: equal to the same network with the weights added by hand."""
+import comfy.cldm.cldm
+import comfy.controlnet
 import comfy.model_base
 import comfy.model_patcher
 import comfy.sample
@@ -55,13 +57,13 @@ def recognised(weights, families=("SD1.5",)):
     return found
 
 
-def sample(model, batch=1, steps=2, positive=None, latent=None, cfg=3.0, seed=1):
+def sample(model, batch=1, steps=2, positive=None, latent=None, cfg=3.0, seed=1, **extra):
     torch.manual_seed(5)
     width = model.model.model_config.unet_config["context_dim"]
     positive = torch.randn(1, 77, width) if positive is None else positive
     negative = torch.randn(1, 77, width)
     latent = torch.zeros(batch, 4, 8, 16) if latent is None else latent
-    noise, pooled = comfy.sample.prepare_noise(latent, seed), {"pooled_output": torch.ones(1, 1280)}
+    noise, pooled = comfy.sample.prepare_noise(latent, seed), {"pooled_output": torch.ones(1, 1280), **extra}
     return comfy.sample.sample(model, noise, steps, cfg, "euler", "normal", [[positive, pooled]], [[negative, pooled]], latent, disable_pbar=True, seed=seed)
 
 
@@ -264,3 +266,18 @@ def test_other_packs_attention_patches_and_two_different_files_in_one_graph_work
 
     first.set_model_attn2_patch(patch)
     assert not torch.allclose(sample(first), apart[0], atol=1e-2) and len(set(seen)) == 16
+
+
+def test_a_controlnet_acts_as_on_merged_weights():
+    model = small()
+    weights = random_files.adapter(shapes(model), scale=0.2)
+    files = recognised(weights)
+    config = {key: value for key, value in Small.unet_config.items() if key not in ("out_channels", "transformer_depth_output")}
+    network = comfy.cldm.cldm.ControlNet(**config, hint_channels=3, dtype=torch.float32, device="cpu", operations=random_family.OPS)
+    network.load_state_dict({key: value.float() for key, value in random_family.randomised(network).items()})
+    control = comfy.controlnet.ControlNet(network, load_device=torch.device("cpu"))
+    hint = control.set_cond_hint(torch.rand(1, 3, 64, 128), 0.5, (0.0, 1.0))
+    patched = transparency_model.apply(model, files, 1.0)
+    found = sample(patched, control=hint, control_apply_to_uncond=True)
+    expected = sample(merged(weights, 1.0), control=hint, control_apply_to_uncond=True)
+    assert (found - expected).abs().max() < 2e-3 * expected.abs().max() and (found - sample(patched)).abs().max() > 0.05
