@@ -6,10 +6,11 @@ import latent_preview
 import torch
 from comfy_api.latest import io
 
+from ..patches import transparency_model
 from ..patches.foreground import split_branches
 from ..patches.fusion import BLOCKS, RECORD, Record, Settings, blend_attention
 from ..patches.layer_prompts import encode_prompts
-from .sockets import schema
+from .sockets import Transparency, schema
 
 STRUCTURE = ("prior pass at each step", "reuse previous step")
 BLENDED_TEXT = ("background prompt", "own prompt")
@@ -62,12 +63,16 @@ class AttentionBlend(io.ComfyNode):
                                "pass, as published, costs a sixth of a step more (a third at cfg 1); reuse takes the outline that the step before has left."),
                 io.Combo.Input("blended_text", options=list(BLENDED_TEXT), default=BLENDED_TEXT[0], tooltip="The words that the blended picture's "
                                "attention reads: the background's, as published (the object then comes from the foreground alone), or its own."),
+                Transparency.Input("transparency", optional=True, tooltip="Adapter for a transparent foreground, from Load transparency; it acts on the "
+                                   "foreground only. Attention files add low-rank terms; convolution files are full differences, a second set of weights."),
             ],
             outputs=[io.Model.Output("model_out", display_name="model", tooltip="For the LayerFusion sampler, or any sampler with a latent batch of three: "
                                      "foreground, background, blended.")])
 
     @classmethod
-    def execute(cls, model, strength, boundary, start_percent, end_percent, blocks, structure, blended_text):
+    def execute(cls, model, strength, boundary, start_percent, end_percent, blocks, structure, blended_text, transparency=None):
+        if transparency is not None:
+            model = transparency_model.apply_to_foreground(model, transparency)
         settings = Settings(strength, boundary, start_percent, end_percent, BLOCKS[blocks], structure == STRUCTURE[1], blended_text == BLENDED_TEXT[1])
         return io.NodeOutput(blend_attention(model, settings))
 

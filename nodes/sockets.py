@@ -4,6 +4,7 @@ from dataclasses import fields
 from comfy_api.latest import io
 
 Layers = io.Custom("LAYERS")  # ComfyUI's own layer document, see techniques/layers.py
+Transparency = io.Custom("STRATA_TRANSPARENCY")  # one weight file of LayerDiffuse, see patches/transparency.py
 
 _KNOWN = {field.name for field in fields(io.Schema)}
 

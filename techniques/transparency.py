@@ -1,10 +1,15 @@
 """Colours of transparent pictures, as LayerDiffuse prepares them."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 FACTOR = 1.2
+PASSES = {8: [(flip, turns) for flip in (False, True) for turns in range(4)], 4: [(False, 0), (False, 2), (True, 1), (True, 3)],
+          2: [(False, 0), (True, 2)], 1: [(False, 0)]}
 
 
 def extend_colours(colour: Tensor, alpha: Tensor) -> Tensor:
@@ -30,3 +35,26 @@ def over_gray(colour: Tensor, alpha: Tensor) -> Tensor:
     Source: layerdiffuse, Sec. 3.1, (2 rgb - 1) alpha in the autoencoder's range of -1..1.
     """
     return 0.5 + (colour - 0.5) * alpha
+
+
+def median_of_passes(decode: Callable[[Tensor, Tensor], Tensor], image: Tensor, latent: Tensor, passes: int = 8) -> Tensor:
+    """[B,4,H,W] in 0..1: what decode(image [B,3,H,W], latent [B,C,H/8,W/8]) finds in mirrored and turned copies, turned back, their median.
+
+    Source: layerdiffuse, as published: two flips times four quarter turns, of eight values the lower middle one.
+    Differs: two and four passes take the mean of the middle two, since the lower one of few is too transparent.
+    """
+    found = []
+    for flip, turns in PASSES[passes]:
+        views = [torch.rot90(part.flip(3) if flip else part, turns, (2, 3)) for part in (image, latent)]
+        out = torch.rot90(decode(*views).clamp(0, 1), -turns, (2, 3))
+        found.append(out.flip(3) if flip else out)
+    ordered = torch.stack(found).sort(0).values
+    return ordered[3] if passes == 8 else ordered[(passes - 1) // 2:passes // 2 + 1].mean(0)
+
+
+def clean_colours(colour: Tensor, alpha: Tensor) -> Tensor:
+    """[B,3,H,W]: colours in 0..1 as they are where alpha [B,1,H,W] is above zero, continued from there where it is zero.
+
+    Source: ours, a resized or blurred cut-out then has no fringe of colours that were never seen.
+    """
+    return torch.where(alpha > 0, colour, extend_colours(colour, alpha))

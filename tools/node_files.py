@@ -13,7 +13,7 @@ import run
 
 LOCALE = host.PACK / "locales" / "en" / "nodeDefs.json"
 GOLDEN = host.PACK / "tests" / "server" / "object_info.json"
-FROM_DISK = {"file", "model"}  # inputs whose choices are what lies in a folder
+FROM_DISK = {"file", "model", "sampler_name", "scheduler"}  # inputs whose choices are what lies in a folder, or what this ComfyUI has
 
 
 def ours(object_info: dict) -> dict:

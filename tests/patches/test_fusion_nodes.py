@@ -8,6 +8,8 @@ import run
 from PIL import Image
 from safetensors.torch import load_file
 
+from . import random_transparency
+
 SIDE = 64
 
 
@@ -143,3 +145,22 @@ def test_other_samplers_and_the_saving_option(server):
         found = latents(server, graph({"sampler_name": sampler, "scheduler": "karras"}, structure="reuse previous step", blended_text="own prompt",
                                       blocks="middle and up"), *BRANCHES)
         assert all(branch.isfinite().all() and branch.std() > 0.1 for branch in found)
+
+
+def test_an_adapter_changes_the_foreground_as_a_merged_model_does_and_nothing_else(server):
+    """Blending from the last moment on leaves three separate pictures, so that each can be compared with a stock run."""
+    checkpoint = load_file(server.server.base / "models" / "checkpoints" / "random_sd.safetensors")
+    shapes = {key.removeprefix("model."): value.shape for key, value in checkpoint.items() if key.startswith("model.diffusion_model")}
+    folder = server.server.base / "models" / "layer_model"
+    folder.mkdir(parents=True, exist_ok=True)
+    random_transparency.write(folder / "foreground_adapter.safetensors", random_transparency.adapter(shapes))
+    prompt = graph(start_percent=1.0)
+    plain = latents(server, prompt, *[("sample", i) for i in range(3)])
+    prompt["weights"] = node("Strata_LoadTransparency", file="foreground_adapter.safetensors")
+    prompt["blend"]["inputs"]["transparency"] = ["weights", 0]
+    found = latents(server, prompt, *[("sample", i) for i in range(3)])
+    prompt["merged"] = node("Strata_ApplyTransparency", model=["load", 0], transparency=["weights", 0], strength=1.0)
+    prompt["sample"]["inputs"]["model"] = ["merged", 0]
+    merged = latents(server, prompt, ("sample", 0))[0]
+    assert (found[0] - merged).abs().max() < 1e-2 * merged.abs().max() and (plain[0] - merged).abs().max() > 0.05 * merged.abs().max()
+    assert all((one - other).abs().max() < 1e-3 * other.abs().max() for one, other in zip(found[1:], plain[1:], strict=True))

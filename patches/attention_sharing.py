@@ -1,0 +1,117 @@
+"""Attention over several pictures of a batch, as LayerDiffuse's SD1.5 files do it: beside the UNet's own attentions, put there while the model is in use."""
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Callable
+from math import lcm
+
+import comfy.sample
+import comfy.utils
+import latent_preview
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import PatcherInjection, WrappersMP
+from torch import Tensor, nn
+
+from ..networks.attention_sharing import PROJECTIONS, AttentionSharing
+
+NAME = re.compile(r"(input_blocks|output_blocks|middle_block)\..*\.attn[12]")
+KEY = "strata_sharing_"
+CONTROL = "strata_sharing_picture"  # the picture's features by number of pixels, in the transformer options of one evaluation
+
+
+def attentions(unet: nn.Module) -> list[nn.Module]:
+    """In the order of the files: input blocks, output blocks, the middle block last."""
+    found = [(name, module) for name, module in unet.named_modules() if NAME.fullmatch(name)]
+    return [module for name, module in sorted(found, key=lambda item: item[0].startswith("middle"))]
+
+
+def widths(model: ModelPatcher) -> list[dict[str, tuple[int, int]]]:
+    """(inputs, outputs) of each attention's projections; empty for a model that is no UNet."""
+    def of(module: nn.Module, name: str) -> tuple[int, int]:
+        layer = module.to_out[0] if name == "to_out" else getattr(module, name)
+        return layer.in_features, layer.out_features
+    return [{name: of(module, name) for name in PROJECTIONS} for module in attentions(model.model.diffusion_model)]
+
+
+def attach(model: ModelPatcher, sharing: ModelPatcher, strength: float, picture: Tensor | None = None) -> ModelPatcher:
+    """A clone whose attentions are shared; strength 0 is the model itself. picture: the given layer, [B,3,H,W] in -1..1, for files that take one."""
+    clone = model.clone()
+    if not strength:
+        return clone
+    name = f"{KEY}{uuid.uuid4().hex}"  # the host tells two clones apart by such names
+    clone.set_additional_models(name, [sharing])
+    injection = Injection(sharing.model, strength)
+    clone.set_injections(name, [PatcherInjection(injection.inject, injection.eject)])
+    if picture is not None:
+        clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, name, seeing(sharing.model, picture))
+    return clone
+
+
+class Injection:
+    """Puts the shared forward on each attention, and takes it off again; what was there (another pack's, say) is called inside."""
+
+    def __init__(self, sharing: AttentionSharing, strength: float):
+        self.sharing, self.strength = sharing, strength
+        self.before: list[tuple[nn.Module, Callable | None]] = []
+
+    def inject(self, patcher: ModelPatcher) -> None:
+        for module, layer in zip(attentions(patcher.model.diffusion_model), self.sharing.hookers.layers, strict=True):
+            self.before.append((module, module.__dict__.get("forward")))
+            module.forward = shared(module, module.forward, layer, self.strength)
+
+    def eject(self, patcher: ModelPatcher) -> None:
+        for module, forward in self.before:
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+        self.before.clear()
+
+
+def shared(module: nn.Module, plain: Callable, layer: nn.Module, strength: float) -> Callable:
+    def forward(x, context=None, value=None, mask=None, transformer_options={}):  # noqa: B006 the host's own signature
+        def attention(q, k, v):
+            return optimized_attention(q, k, v, module.heads, mask=mask, attn_precision=module.attn_precision, transformer_options=transformer_options)
+
+        features = transformer_options.get(CONTROL, {}).get(x.shape[1]) if hasattr(layer, "control_convs") else None
+        out = layer(module, attention, x, context, value, features)
+        return out if strength == 1 else out * strength + plain(x, context, value, mask, transformer_options) * (1 - strength)
+    return forward
+
+
+def seeing(sharing: AttentionSharing, picture: Tensor) -> Callable:
+    """Wrapper of the UNet: the picture's features at the size of this latent go along in its options. Pictures repeat over the batch."""
+    def wrapper(executor, x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
+        fitted = comfy.utils.common_upscale(picture, x.shape[-1] * 8, x.shape[-2] * 8, "bilinear", "center")
+        features = sharing.kwargs_encoder(fitted.to(x))
+        if len(picture) > 1:
+            features = {count: comfy.utils.repeat_to_batch_size(one, len(x) // sharing.frames) for count, one in features.items()}
+        return executor(x, timesteps, context, y, control, {**transformer_options, CONTROL: features}, **kwargs)
+    return wrapper
+
+
+def sample_joint(model: ModelPatcher, prompts: list[tuple[str, list]], negative: list, latent: dict, seed: int, steps: int, cfg: float,
+                 sampler_name: str, scheduler: str, denoise: float) -> list[dict]:
+    """One LATENT per prompt: for each picture of the latent its frames stand next to each other in the batch, each with its own prompt."""
+    frames = len(prompts)
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"]).repeat_interleave(frames, 0)
+    noise = comfy.sample.prepare_noise(samples, seed)
+    mask = latent.get("noise_mask")
+    if mask is not None and len(mask) > 1:
+        mask = mask.repeat_interleave(frames, 0)
+    found = comfy.sample.sample(model, noise, steps, cfg, sampler_name, scheduler, together(prompts), negative, samples, denoise=denoise, noise_mask=mask,
+                                callback=latent_preview.prepare_callback(model, steps), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
+    return [{"samples": found[frame::frames]} for frame in range(frames)]
+
+
+def together(prompts: list[tuple[str, list]]) -> list:
+    """One conditioning from those of the frames: a row of tokens per frame, which the host repeats over the batch. Raises ValueError."""
+    for name, prompt in prompts:
+        if len(prompt) != 1:
+            raise ValueError(f"{name}: it is {len(prompt)} conditionings in one (combined, or of areas), and each frame takes one; connect a plain one.")
+    tokens = [prompt[0][0] for _, prompt in prompts]
+    longest = lcm(*(one.shape[1] for one in tokens))  # repeated tokens change nothing in attention
+    return [[torch.cat([one[:1].repeat(1, longest // one.shape[1], 1) for one in tokens]), prompts[-1][1][0][1]]]

@@ -1,0 +1,205 @@
+"""LayerDiffuse's weight files, told apart by what is in them, and the networks among them as ComfyUI holds models."""
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from functools import cache
+from math import prod
+from pathlib import Path
+
+import comfy.model_management
+import comfy.ops
+import comfy.utils
+import folder_paths
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, channels_last, float16, nn
+
+from ..networks.attention_sharing import AttentionSharing, read_shape
+from ..networks.transparency import OffsetEncoder, TransparentDecoder
+
+CONFIGS = Path(__file__).parent.parent / "models_config"
+CONFIG = json.loads((CONFIGS / "transparency.json").read_text(encoding="utf-8"))
+KIND, FAMILIES, LATENTS, FILES = (CONFIG[key] for key in ("folder", "families", "latents", "files"))
+FIRST = "diffusion_model.input_blocks.0.0.weight"  # the convolution that the latent enters by
+FLUX_LAYER = re.compile(r"(transformer_blocks|double_blocks|single_blocks)[._]\d+[._]")
+WHAT = {"adapter": "an adapter", "flux": "an adapter", "sharing": "attention sharing", "decoder": "a decoder", "encoder": "an encoder"}
+
+
+@dataclass(frozen=True)
+class Transparency:
+    """One file. parts: "adapter" and "flux" are weights by key, "sharing", "decoder" and "encoder" networks in a ModelPatcher.
+
+    families: the models it is for. extra_channels: what an adapter adds to the UNet's input. frames: pictures that share attention.
+    latent: how a decoder or encoder sees latents, an entry of `latents` in models_config.
+    """
+    name: str
+    families: tuple[str, ...]
+    parts: dict = field(default_factory=dict)
+    extra_channels: int = 0
+    frames: int = 1
+    latent: dict | None = None
+
+    @property
+    def family(self) -> str:
+        return " or ".join(self.families)
+
+    def describe(self) -> str:
+        extra = f" with {self.extra_channels} more input channels" if self.extra_channels else ""
+        frames = f" of {self.frames} pictures" if self.frames > 1 else ""
+        return f"{' and '.join(WHAT[kind] for kind in self.parts)}{extra}{frames} for {self.family}"
+
+    def part(self, kind: str, wanted: str):
+        """Raises ValueError with one sentence when the file holds something else."""
+        if kind not in self.parts:
+            raise ValueError(f"transparency: {self.name} is {self.describe()}; this node needs {wanted}.")
+        return self.parts[kind]
+
+
+def choices() -> list[str]:
+    """The files of the folder, and the names of the published ones that can be had."""
+    return list(dict.fromkeys([*folder_paths.get_filename_list(KIND), *(file["name"] for file in FILES)]))
+
+
+def state(name: str) -> str:
+    """What changes when the file does."""
+    path = folder_paths.get_full_path(KIND, name)
+    return f"{path} {Path(path).stat().st_mtime_ns}" if path else ""
+
+
+def missing(name: str) -> str | None:
+    """One sentence that says where to get a file that is not there."""
+    if folder_paths.get_full_path(KIND, name) is not None:
+        return None
+    url = next((file["url"] for file in FILES if file["name"] == name), None)
+    do = f"download it from {url} into" if url else "put it into"
+    return f"file: {name} is not there; {do} {folder_paths.get_folder_paths(KIND)[0]}."
+
+
+def load(name: str) -> Transparency:
+    """Raises ValueError with one sentence for a missing, damaged or unknown file."""
+    if absent := missing(name):
+        raise ValueError(absent)
+    path = folder_paths.get_full_path(KIND, name)
+    try:
+        weights = comfy.utils.load_torch_file(path, safe_load=True)
+    except Exception as error:
+        reason = re.split(r"[.:]\s|\n", str(error).strip())[0].rstrip(".")[:120]
+        raise ValueError(f"file: {name} cannot be read ({reason}); it is damaged or not a file of weights, so download it again.") from error
+    return recognise(name, {key: value for key, value in weights.items() if isinstance(value, Tensor)})
+
+
+def recognise(name: str, weights: dict[str, Tensor]) -> Transparency:
+    """Tell a file's kind and family from its keys and shapes, and build its networks. Raises ValueError."""
+    if any("::" in key for key in weights):
+        return _adapter(name, weights)
+    if any(key.startswith("hookers.layers.0.to_q_lora.") for key in weights):
+        return _sharing(name, weights)
+    if "lora" in next(iter(weights), "") and any(FLUX_LAYER.search(key) for key in weights):
+        return Transparency(name, tuple(family for family in FAMILIES if "unet" not in FAMILIES[family]), {"flux": weights})
+    return _pair(name, weights)
+
+
+def _adapter(name: str, weights: dict[str, Tensor]) -> Transparency:
+    """`<weight>::lora::0` is up, `::1` down; `<weight>::diff::0` a full difference."""
+    adapter: dict[str, dict[str, Tensor]] = {}
+    for key, value in weights.items():
+        weight, *form = key.split("::")
+        adapter.setdefault(weight, {})["::".join(form)] = value
+    for key, parts in adapter.items():
+        if set(parts) not in ({"lora::0", "lora::1"}, {"diff::0"}):
+            raise ValueError(f"file: {name} is incomplete or not LayerDiffuse's at {key} ({', '.join(parts)}); download it again.")
+    named = tuple(family for family in FAMILIES if adapter.keys() <= structure(family).keys())
+    if not named:
+        raise ValueError(f"file: {name} changes weights that no model of {', '.join(FAMILIES)} has, such as {next(iter(adapter))}; "
+                         "it is for another kind of model.")
+    exact = tuple(family for family in named if all(fits(key, parts, structure(family)[key]) for key, parts in adapter.items()))
+    first = adapter.get(FIRST, {}).get("diff::0")
+    extra = 0 if first is None else first.shape[1] - LATENTS[FAMILIES[named[0]]["latent"]]["channels"]
+    return Transparency(name, exact or named, {"adapter": adapter}, extra)
+
+
+def _sharing(name: str, weights: dict[str, Tensor]) -> Transparency:
+    shape = read_shape(weights)
+    count = {family: len([key for key in structure(family) if re.search(r"attn[12]\.to_q\.weight$", key)]) for family in FAMILIES}
+    families = tuple(family for family in FAMILIES if count[family] == len(shape["attentions"]))
+    if not families:
+        raise ValueError(f"file: {name} shares {len(shape['attentions'])} attentions, and no model of {', '.join(FAMILIES)} has so many; "
+                         "it is for another kind of model.")
+    network = _filled(name, AttentionSharing(**shape, operations=comfy.ops.manual_cast), weights)
+    device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    return Transparency(name, families, {"sharing": ModelPatcher(network, device, offload)}, frames=shape["frames"])
+
+
+def _pair(name: str, weights: dict[str, Tensor]) -> Transparency:
+    """A decoder, an encoder, or one file with both below `decoder.` and `encoder.` (beside them may be the whole autoencoder)."""
+    parts, found = {}, None
+    for kind, probe, network, shape in (("decoder", "latent_conv_in.weight", TransparentDecoder, decoder_shape),
+                                        ("encoder", "blocks.0.weight", OffsetEncoder, encoder_shape)):
+        own = weights if probe in weights else {key.removeprefix(f"{kind}."): value for key, value in weights.items() if key.startswith(f"{kind}.")}
+        if probe not in own:
+            continue
+        try:
+            options = shape(own)
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"file: {name} is incomplete, {error} is missing; download it again.") from error
+        found = found or _latent(kind, options)
+        filled = _filled(name, network(**options, operations=comfy.ops.disable_weight_init), own)
+        device = comfy.model_management.vae_device()
+        filled.to(dtype=comfy.model_management.vae_dtype(device, [float16]), memory_format=channels_last)
+        parts[kind] = ModelPatcher(filled, device, comfy.model_management.vae_offload_device())
+    if not parts:
+        raise ValueError(f"file: {name} holds none of LayerDiffuse's weights; choose one of the files that the help page names.")
+    return Transparency(name, tuple(family for family in FAMILIES if FAMILIES[family]["latent"] == found), parts, latent=LATENTS[found])
+
+
+def _filled(name: str, network: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"file: {name} does not have the weights of {type(network).__name__} ({reason} …); download it again.") from error
+    return network.eval().requires_grad_(False)
+
+
+def _latent(kind: str, options: dict) -> str:
+    """The entry of `latents` that a network of this shape belongs to; widths that are not published are this pack's own."""
+    same = [key for key, latent in LATENTS.items() if latent["channels"] == options["latent_channels"]]
+    if not same:
+        raise ValueError(f"file: it is for latents of {options['latent_channels']} channels, which no model of {', '.join(FAMILIES)} has.")
+    return next((key for key in same if LATENTS[key].get(f"{kind}_widths") == options["widths"]), same[-1])
+
+
+def decoder_shape(weights: dict[str, Tensor]) -> dict:
+    levels = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("down_blocks."))
+    return {"widths": [weights[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)],
+            "attention_levels": len({key.split(".")[1] for key in weights if re.match(r"down_blocks\.\d+\.attentions\.", key)}),
+            "layers": len({key.split(".")[3] for key in weights if key.startswith("down_blocks.0.resnets.")}),
+            "latent_channels": weights["latent_conv_in.weight"].shape[1]}
+
+
+def encoder_shape(weights: dict[str, Tensor]) -> dict:
+    last = max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
+    return {"widths": [weights[f"blocks.{i}.weight"].shape[0] for i in range(0, last, 4)], "latent_channels": weights[f"blocks.{last}.weight"].shape[0]}
+
+
+@cache
+def structure(family: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a family's weights, read from ComfyUI's own network without memory for it; empty for one that is no UNet."""
+    unet = FAMILIES[family].get("unet")
+    if unet is None:
+        return {}
+    if isinstance(unet, str):
+        unet = json.loads((CONFIGS / unet).read_text(encoding="utf-8"))["unet"]
+    network = UNetModel(image_size=32, use_spatial_transformer=True, legacy=False, **unet, device="meta", operations=comfy.ops.disable_weight_init)
+    return {f"diffusion_model.{key}": tuple(value.shape) for key, value in network.state_dict().items()}
+
+
+def fits(key: str, parts: dict[str, Tensor], shape: tuple[int, ...]) -> bool:
+    """Whether a low-rank term or difference is one of a weight of this shape. The input convolution may have more channels on either side."""
+    if "diff::0" in parts:
+        other = tuple(parts["diff::0"].shape)
+        return other == shape or (key == FIRST and (other[0], *other[2:]) == (shape[0], *shape[2:]))
+    up, down = parts["lora::0"], parts["lora::1"]
+    return up.shape[0] == shape[0] and down.numel() == down.shape[0] * prod(shape[1:]) and up.shape[1] == down.shape[0]

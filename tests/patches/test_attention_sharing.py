@@ -1,0 +1,155 @@
+"""Attention sharing of SD1.5 against the published unit, written out plainly and put in the UNet's place by hand."""
+import comfy.sample
+import pytest
+import torch
+from einops import rearrange
+from strata.patches import attention_sharing, transparency, transparency_model
+
+from . import random_transparency as random_files
+from .test_transparency_model import sample, small
+
+
+def attentions(model):
+    """(module, query, context, inner width), the middle block's last."""
+    unet = model.model.diffusion_model
+    blocks = [block for part in (unet.input_blocks, unet.output_blocks, [unet.middle_block]) for block in part]
+    transformers = [item for block in blocks for item in block if hasattr(item, "transformer_blocks")]
+    found = [layer for item in transformers for one in item.transformer_blocks for layer in (one.attn1, one.attn2)]
+    return [(layer, layer.to_q.in_features, layer.to_k.in_features, layer.to_q.out_features) for layer in found]
+
+
+def sharing(model, frames, control=0):
+    torch.manual_seed(7)
+    weights = random_files.sharing([widths for _, *widths in attentions(model)], frames, control=control)
+    weights = {key: value * (0.3 if "_lora" in key else 1) for key, value in weights.items()}
+    return weights, transparency.recognise("sharing.safetensors", weights)
+
+
+def attend(q, k, v, heads):
+    q, k, v = (rearrange(part, "b t (h c) -> b h t c", h=heads).double() for part in (q, k, v))
+    out = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
+    return rearrange(out, "b h t c -> b t (h c)").float()
+
+
+def published_forward(module, weights, prefix, frames, signals):
+    """AttentionSharingUnit.forward, its weights merged into the attention's own."""
+    def get(name):
+        return weights[f"{prefix}.{name}"]
+
+    def linear(name, x):
+        return torch.nn.functional.linear(x, get(f"{name}.weight"), get(f"{name}.bias"))
+
+    def projected(name, frame, x, layer):
+        weight = layer.weight + get(f"{name}_lora.{frame}.up.weight") @ get(f"{name}_lora.{frame}.down.weight")
+        return torch.nn.functional.linear(x, weight, layer.bias)
+
+    def forward(h, context=None, value=None, mask=None, transformer_options=None):
+        hidden = rearrange(h, "(b f) d c -> f b d c", f=frames)
+        if signals is not None:
+            signal = signals()[h.shape[1]]
+            outs = []
+            for frame in range(frames):
+                conv = torch.nn.functional.conv2d(signal, get(f"control_convs.{frame}.0.weight"), get(f"control_convs.{frame}.0.bias"), padding=1)
+                conv = torch.nn.functional.conv2d(torch.nn.functional.silu(conv), get(f"control_convs.{frame}.2.weight"), get(f"control_convs.{frame}.2.bias"))
+                outs.append(rearrange(conv, "b c h w -> b (h w) c"))
+            hidden = hidden + torch.stack(outs)
+        framed = hidden if context is None else rearrange(context, "(b f) d c -> f b d c", f=frames)
+        outs = []
+        for frame in range(frames):
+            q = projected("to_q", frame, hidden[frame], module.to_q)
+            k, v = (projected(name, frame, framed[frame], layer) for name, layer in (("to_k", module.to_k), ("to_v", module.to_v)))
+            outs.append(projected("to_out", frame, attend(q, k, v, module.heads), module.to_out[0]))
+        hidden = rearrange(hidden + torch.stack(outs), "f b d c -> (b f) d c")
+        x = torch.nn.functional.layer_norm(hidden, hidden.shape[-1:], get("temporal_n.weight"), get("temporal_n.bias"), 1e-6)
+        x = rearrange(linear("temporal_i", x), "(b f) d c -> (b d) f c", f=frames)
+        x = linear("temporal_o", attend(linear("temporal_q", x), linear("temporal_k", x), linear("temporal_v", x), module.heads))
+        return hidden + rearrange(x, "(b d) f c -> (b f) d c", d=h.shape[1]) - h
+    return forward
+
+
+def features(weights, picture):
+    """AdditionalAttentionCondsEncoder: convolutions with silu behind each."""
+    results = {}
+    for block in range(4):
+        for index in range(8 if block == 0 else 2):
+            stride = 2 if (block == 0 and index in (2, 4, 6)) or (block and index == 0) else 1
+            prefix = f"kwargs_encoder.blocks_{block}.{2 * index}"
+            picture = torch.nn.functional.silu(torch.nn.functional.conv2d(picture, weights[f"{prefix}.weight"], weights[f"{prefix}.bias"], stride, 1))
+        results[picture.shape[2] * picture.shape[3]] = picture
+    return results
+
+
+def replaced(weights, frames, picture=None):
+    """A model of its own whose attentions are the published units."""
+    model = small()
+    signals = None if picture is None else (lambda: features(weights, picture))
+    for index, (module, *_) in enumerate(attentions(model)):
+        module.forward = published_forward(module, weights, f"hookers.layers.{index}", frames, signals)
+    return model
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_shared_attention_is_the_published_one_and_leaves_nothing_behind(frames):
+    model = small()
+    weights, files = sharing(model, frames)
+    before = sample(model, batch=2 * frames)
+    shared = transparency_model.share(model, files, frames)
+    found = sample(shared, batch=2 * frames)
+    expected = sample(replaced(weights, frames), batch=2 * frames)
+    assert (found - before).abs().max() > 0.1 and (found - expected).abs().max() < 1e-3 * expected.abs().max()
+    assert torch.equal(sample(model, batch=2 * frames), before)
+    assert not any("forward" in module.__dict__ for module in model.model.diffusion_model.modules())
+    assert torch.equal(sample(shared, batch=2 * frames), found)
+    assert torch.equal(sample(transparency_model.share(model, files, frames, strength=0), batch=2 * frames), before)
+
+
+def test_a_given_layers_picture_is_seen_at_every_size():
+    model = small()
+    weights, files = sharing(model, 2, control=32)
+    torch.manual_seed(2)
+    picture = torch.rand(1, 3, 64, 128) * 2 - 1
+    found = sample(transparency_model.share(model, files, 2, picture=picture), batch=4)
+    expected = sample(replaced(weights, 2, picture), batch=4)
+    assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+    assert (found - sample(transparency_model.share(model, files, 2, picture=-picture), batch=4)).abs().max() > 0.01
+    both = sample(transparency_model.share(model, files, 2, picture=torch.cat([picture, -picture])), batch=4)
+    assert torch.allclose(both[:2], found[:2], atol=1e-3 * found.abs().max().item()) and not torch.allclose(both[2:], found[2:], atol=1e-2)
+
+
+def test_every_frame_has_its_own_prompt_whatever_the_lengths():
+    """Against the published way, which overwrites the conditional half of the tokens frame by frame, here made one batch by hand."""
+    model = small()
+    weights, files = sharing(model, 3)
+    torch.manual_seed(4)
+    tokens = [torch.randn(1, 77, 24), torch.randn(1, 154, 24), torch.randn(1, 77, 24)]
+    negative = torch.randn(1, 77, 24)
+    latent = {"samples": torch.zeros(2, 4, 8, 16)}
+    prompts = [(name, [[one, {}]]) for name, one in zip(("foreground", "background", "blended"), tokens, strict=True)]
+    settings = {"seed": 3, "steps": 2, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+    found = attention_sharing.sample_joint(transparency_model.share(model, files, 3), prompts, [[negative, {}]], latent, **settings)
+    assert [one["samples"].shape for one in found] == [(2, 4, 8, 16)] * 3
+    rows = torch.cat([one if one.shape[1] == 154 else torch.cat([one, one], 1) for one in tokens] * 2)
+    zeros = torch.zeros(6, 4, 8, 16)
+    expected = comfy.sample.sample(replaced(weights, 3), comfy.sample.prepare_noise(zeros, 3), 2, 3.0, "euler", "normal", [[rows, {}]], [[negative, {}]], zeros,
+                                   disable_pbar=True, seed=3)
+    for frame in range(3):
+        assert (found[frame]["samples"] - expected[frame::3]).abs().max() < 1e-3 * expected.abs().max()
+    other = [prompts[0], prompts[2], prompts[1]]
+    swapped = attention_sharing.sample_joint(transparency_model.share(model, files, 3), other, [[negative, {}]], latent, **settings)
+    assert not torch.allclose(swapped[1]["samples"], found[1]["samples"], atol=1e-2)
+    with pytest.raises(ValueError, match="background: it is 2 conditionings"):
+        attention_sharing.together([prompts[0], ("background", prompts[1][1] * 2)])
+
+
+def test_what_does_not_go_together_is_said_in_one_sentence():
+    model = small()
+    _, joint = sharing(model, 3)
+    _, given = sharing(model, 2, control=32)
+    with pytest.raises(ValueError, match="attention sharing of 3 pictures for SD1.5; this node needs one such as layer_sd15_transparent_attn"):
+        transparency_model.apply(model, joint, 1.0)
+    with pytest.raises(ValueError, match="this node needs one such as layer_sd15_joint"):
+        transparency_model.share(model, given, 3)
+    with pytest.raises(ValueError, match="model: attention sharing is on it already"):
+        transparency_model.share(transparency_model.share(model, joint, 3), joint, 3)
+    with pytest.raises(ValueError, match="sharing.safetensors is for SD1.5 and the model is Small"):
+        transparency_model.share(small(model_channels=64), joint, 3)
