@@ -39,10 +39,10 @@ OTHERS = {
 
 @pytest.fixture
 def registered(monkeypatch):
-    """ComfyUI's list of models with the family in it, as the test found it before and after."""
-    monkeypatch.setattr(comfy.supported_models, "models", [*comfy.supported_models.models])
+    """ComfyUI's list of models with the family in it; what it was without it, whatever other tests have registered."""
+    before = [model for model in comfy.supported_models.models if not model.__name__.startswith("StrataMini")]
+    monkeypatch.setattr(comfy.supported_models, "models", [*before])
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", {kind: ([*paths], ends) for kind, (paths, ends) in folder_paths.folder_names_and_paths.items()})
-    before = [*comfy.supported_models.models]
     mini_family.register()
     return before
 
