@@ -1,6 +1,7 @@
 """The loop that every trainer shares: learning rate, moving average, checkpoints that continue to the same curve, loss table, grids."""
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import json
@@ -9,7 +10,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,7 @@ def fit(model: nn.Module, loss: Callable[[nn.Module, int, int], dict[str, Tensor
     if (folder / "last").exists():
         accelerator.load_state(str(folder / "last"))
         print(f"Going on from step {progress.step}.", flush=True)
-    plain, started, asked = accelerator.unwrap_model(model), time.monotonic(), _asked_to_stop()
+    plain, started = accelerator.unwrap_model(model), time.monotonic()
     saved, shown, sums = started, time.monotonic(), []
 
     def save() -> None:
@@ -103,44 +104,46 @@ def fit(model: nn.Module, loss: Callable[[nn.Module, int, int], dict[str, Tensor
         save_file({key: value.contiguous() for key, value in averaged.state.items()}, folder / "model.safetensors")
         _append(folder / "metrics.csv", {"step": progress.step, **validate(_with(plain, averaged), progress.step)})
 
-    while progress.step < config["steps"]:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress.step, config)
-        with accelerator.autocast():
-            terms = loss(model, progress.step, accelerator.process_index)
-        if not torch.isfinite(terms["loss"]):
-            raise SystemExit(f"error: the loss is {terms['loss'].item()} at step {progress.step}; "
-                             "lower learning_rate and train again in a new --folder.")
-        optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(terms["loss"])
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        averaged.update(plain, progress.step)
-        progress.step += 1
-        sums.append({key: value.item() for key, value in terms.items()})
-        now = time.monotonic()
-        if progress.step % SHOW_EVERY == 0 and accelerator.is_main_process:
-            means = {key: float(np.mean([entry[key] for entry in sums])) for key in sums[0]}
-            row = {"step": progress.step, "seconds_per_step": (now - shown) / len(sums), **means}
-            _append(folder / "loss.csv", row)
-            print("  ".join(f"{key} {value:.5g}" for key, value in row.items()), flush=True)
-            shown, sums = now, []
-        if now - saved > save_every:
-            save()
-            saved = shown = time.monotonic()
-            sums = []
-        if asked or minutes is not None and now - started > minutes * 60:
-            break
-    accelerator.wait_for_everyone()
-    save()
+    with _stop_on_request() as asked:
+        while progress.step < config["steps"]:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(progress.step, config)
+            with accelerator.autocast():
+                terms = loss(model, progress.step, accelerator.process_index)
+            if not torch.isfinite(terms["loss"]):
+                raise SystemExit(f"error: the loss is {terms['loss'].item()} at step {progress.step}; "
+                                 "lower learning_rate and train again in a new --folder.")
+            optimizer.zero_grad(set_to_none=True)
+            accelerator.backward(terms["loss"])
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            averaged.update(plain, progress.step)
+            progress.step += 1
+            sums.append({key: value.item() for key, value in terms.items()})
+            now = time.monotonic()
+            if progress.step % SHOW_EVERY == 0 and accelerator.is_main_process:
+                means = {key: float(np.mean([entry[key] for entry in sums])) for key in sums[0]}
+                row = {"step": progress.step, "seconds_per_step": (now - shown) / len(sums), **means}
+                _append(folder / "loss.csv", row)
+                print("  ".join(f"{key} {value:.5g}" for key, value in row.items()), flush=True)
+                shown, sums = now, []
+            if now - saved > save_every:
+                save()
+                saved = shown = time.monotonic()
+                sums = []
+            if asked or minutes is not None and now - started > minutes * 60:
+                break
+        accelerator.wait_for_everyone()
+        save()
     if asked:
         raise KeyboardInterrupt
     return _with(plain, averaged)
 
 
-def _asked_to_stop() -> list:
-    """Filled by the first Ctrl-C or SIGTERM, so that the step ends and a checkpoint is written; the second one stops at once."""
-    asked = []
+@contextlib.contextmanager
+def _stop_on_request() -> Iterator[list]:
+    """A list that the first Ctrl-C or SIGTERM fills, so that the step ends and a checkpoint is written; the second one stops at once."""
+    asked, before = [], {}
 
     def ask(number, frame):
         if asked:
@@ -149,9 +152,12 @@ def _asked_to_stop() -> list:
         print("Stopping after this step and a checkpoint; once more stops at once.", flush=True)
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, ask)
-    return asked
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _save(accelerator, folder: Path) -> None:
