@@ -26,7 +26,7 @@ class Joined(Autoencoder):
 def build(config: dict) -> Joined:
     """A fresh model that already carries a blurred picture: colours pass through three channels all the way.
 
-    From random weights the first thousand steps are spent on finding that path.
+    From random weights that path has to be found first.
     """
     torch.manual_seed(config["seed"])
     model = Joined(config["channels"], config["latent_channels"])

@@ -37,7 +37,7 @@ class TextToImage(nn.Module):
 
 
 def build(config: dict) -> TextToImage:
-    """A fresh model whose residual branches start at zero, or config["start"]'s weights, widened by zeros for more input channels."""
+    """A fresh model whose residual branches start at zero."""
     torch.manual_seed(config["seed"])
     model = TextToImage(json.loads((CONFIGS / "sd.json").read_text()), config["in_channels"])
     unet = model.model["diffusion_model"]
@@ -72,7 +72,7 @@ def sample(model: nn.Module, prompts: list[str], side: int, condition: Tensor | 
            seed: int = 0) -> Tensor:
     """[B,4,side/8,side/8]: deterministic sampling with classifier-free guidance."""
     device, levels = next(model.parameters()).device, diffusion.noise_levels()
-    latent = torch.randn(len(prompts), 4, side // 8, side // 8, generator=torch.Generator().manual_seed(seed)).to(device)
+    latent = torch.randn(len(prompts), 4, side // latents.FACTOR, side // latents.FACTOR, generator=torch.Generator().manual_seed(seed)).to(device)
     rows = text.rows(prompts + [""] * len(prompts)).to(device)
     times = np.linspace(len(levels) - 1, 0, steps + 1).round().astype(int)
     for now, after in zip(times[:-1], times[1:], strict=True):
