@@ -12,7 +12,7 @@ import pytest
 import torch
 from comfy.ldm.flux.model import Flux, FluxParams
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from strata.networks.autoencoder import Autoencoder
 from strata.patches import mini_family
 
@@ -143,6 +143,19 @@ def test_the_unet_is_comfyuis_on_sd15s_schedule(loaded, family, name, channels):
     scaled = noisy * alpha.sqrt().float().view(-1, 1, 1, 1)
     noise = plain(scaled if concat is None else torch.cat([scaled, concat], 1), torch.tensor([900.0, 300.0]), context=context)
     assert torch.allclose(got, noisy - noise * sigma.view(-1, 1, 1, 1), atol=2e-4) and noise.std() > 0.1
+
+
+@torch.no_grad()
+def test_the_inpainting_unet_alone_is_the_same_model(loaded, family, tmp_path):
+    """As published: the keys without their prefix, through UNETLoader's function."""
+    weights = {key.removeprefix(PREFIX): value for key, value in load_file(family["inpaint"]).items() if key.startswith(PREFIX)}
+    save_file(weights, tmp_path / "unet.safetensors")
+    alone, whole = comfy.sd.load_diffusion_model(str(tmp_path / "unet.safetensors")).model, loaded("inpaint")[0].model
+    assert type(alone.model_config) is mini_family.StrataMiniInpaint
+    torch.manual_seed(0)
+    noisy, context, concat = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 128), torch.randn(1, 5, 8, 8)
+    one, other = (model.apply_model(noisy, torch.tensor([3.0]), c_concat=concat, c_crossattn=context) for model in (alone, whole))
+    assert torch.equal(one, other) and not torch.equal(one, noisy)
 
 
 def table(family):
