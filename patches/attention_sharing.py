@@ -4,6 +4,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable
+from functools import partial
 from math import lcm
 
 import comfy.sample
@@ -16,6 +17,7 @@ from comfy.patcher_extension import PatcherInjection, WrappersMP
 from torch import Tensor, nn
 
 from ..networks.attention_sharing import PROJECTIONS, AttentionSharing
+from .foreground import check_batch, foreground_rows
 
 NAME = re.compile(r"(input_blocks|output_blocks|middle_block)\..*\.attn[12]")
 KEY = "strata_sharing_"
@@ -48,6 +50,46 @@ def attach(model: ModelPatcher, sharing: ModelPatcher, strength: float, picture:
     if picture is not None:
         clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, name, seeing(sharing.model, picture))
     return clone
+
+
+def attach_to_foreground(model: ModelPatcher, sharing: ModelPatcher) -> ModelPatcher:
+    """A clone in which a file of one frame acts on LayerFusion's foreground, and the other rows have the model's own attention."""
+    clone = model.clone()
+    clone.set_additional_models(f"{KEY}foreground", [sharing])
+    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, f"{KEY}foreground", partial(_with_foreground, sharing.model))
+    return clone
+
+
+def _with_foreground(sharing: AttentionSharing, executor, x: Tensor, *args, **kwargs):
+    """Hooks on the projections, since a replaced attention calls those and not the attention itself; for one call only."""
+    check_batch(x)
+    hooks = [hook for module, layer in zip(attentions(executor.class_obj), sharing.hookers.layers, strict=True) for hook in _on_foreground(module, layer)]
+    try:
+        return executor(x, *args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _on_foreground(module: nn.Module, layer: nn.Module) -> list:
+    entered = {}
+
+    def enter(projection: nn.Module, args: tuple) -> None:
+        entered["x"] = args[0]
+
+    def add(lora: nn.Module, projection: nn.Module, args: tuple, output: Tensor) -> None:
+        foreground_rows(output).add_(lora(foreground_rows(args[0])))
+
+    def leave(projection: nn.Module, args: tuple, output: Tensor) -> None:
+        """The foreground is its own only frame."""
+        foreground = foreground_rows(output)
+        frames = (foreground_rows(entered.pop("x")) + foreground)[:, None]
+        foreground.add_(layer.over_frames(frames, module.heads)[:, 0])
+
+    projections = {name: getattr(module, name) for name in PROJECTIONS}
+    projections["to_out"] = module.to_out[0]
+    added = [projections[name].register_forward_hook(partial(add, getattr(layer, f"{name}_lora")[0])) for name in PROJECTIONS]
+    return [module.to_q.register_forward_pre_hook(enter), *added, projections["to_out"].register_forward_hook(leave)]
 
 
 class Injection:
