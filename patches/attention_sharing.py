@@ -7,9 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from math import lcm
 
-import comfy.sample
 import comfy.utils
-import latent_preview
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_patcher import ModelPatcher
@@ -133,20 +131,6 @@ def seeing(sharing: AttentionSharing, picture: Tensor) -> Callable:
             features = {count: comfy.utils.repeat_to_batch_size(one, len(x) // sharing.frames) for count, one in features.items()}
         return executor(x, timesteps, context, y, control, {**transformer_options, CONTROL: features}, **kwargs)
     return wrapper
-
-
-def sample_joint(model: ModelPatcher, prompts: list[tuple[str, list]], negative: list, latent: dict, seed: int, steps: int, cfg: float,
-                 sampler_name: str, scheduler: str, denoise: float) -> list[dict]:
-    """One LATENT per prompt: for each picture of the latent its frames stand next to each other in the batch, each with its own prompt."""
-    frames = len(prompts)
-    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"]).repeat_interleave(frames, 0)
-    noise = comfy.sample.prepare_noise(samples, seed)
-    mask = latent.get("noise_mask")
-    if mask is not None and len(mask) > 1:
-        mask = mask.repeat_interleave(frames, 0)
-    found = comfy.sample.sample(model, noise, steps, cfg, sampler_name, scheduler, together(prompts), negative, samples, denoise=denoise, noise_mask=mask,
-                                callback=latent_preview.prepare_callback(model, steps), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
-    return [{"samples": found[frame::frames]} for frame in range(frames)]
 
 
 def together(prompts: list[tuple[str, list]]) -> list:

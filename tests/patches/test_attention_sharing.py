@@ -7,6 +7,7 @@ import pytest
 import torch
 from einops import rearrange
 from strata.patches import attention_sharing, transparency, transparency_model
+from strata.patches.branches import sample_branches
 from strata.patches.fusion import Settings, blend_attention
 
 from . import fusion_reference
@@ -131,7 +132,7 @@ def test_every_frame_has_its_own_prompt_whatever_the_lengths():
     latent = {"samples": torch.zeros(2, 4, 8, 16)}
     prompts = [(name, [[one, {}]]) for name, one in zip(("foreground", "background", "blended"), tokens, strict=True)]
     settings = {"seed": 3, "steps": 2, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
-    found = attention_sharing.sample_joint(transparency_model.share(model, files, 3), prompts, [[negative, {}]], latent, **settings)
+    found = sample_branches(transparency_model.share(model, files, 3), attention_sharing.together(prompts), 3, [[negative, {}]], latent, **settings)
     assert [one["samples"].shape for one in found] == [(2, 4, 8, 16)] * 3
     rows = torch.cat([one if one.shape[1] == 154 else torch.cat([one, one], 1) for one in tokens] * 2)
     zeros = torch.zeros(6, 4, 8, 16)
@@ -140,7 +141,7 @@ def test_every_frame_has_its_own_prompt_whatever_the_lengths():
     for frame in range(3):
         assert (found[frame]["samples"] - expected[frame::3]).abs().max() < 1e-3 * expected.abs().max()
     other = [prompts[0], prompts[2], prompts[1]]
-    swapped = attention_sharing.sample_joint(transparency_model.share(model, files, 3), other, [[negative, {}]], latent, **settings)
+    swapped = sample_branches(transparency_model.share(model, files, 3), attention_sharing.together(other), 3, [[negative, {}]], latent, **settings)
     assert not torch.allclose(swapped[1]["samples"], found[1]["samples"], atol=1e-2)
     with pytest.raises(ValueError, match="background: it is 2 conditionings"):
         attention_sharing.together([prompts[0], ("background", prompts[1][1] * 2)])

@@ -84,6 +84,12 @@ def test_a_picture_with_alpha_its_mask_and_its_layer(server):
     prompt = {**graph(batch=2), "flat": node("Strata_FlattenLayers", layers=["decode", 2], blending="sRGB", background="transparent")}
     flat = pictures(server, prompt, ("flat", 0))[0]
     assert np.abs(flat - found[0])[found[0][..., 3] > 0].max() <= 1
+    prompt["behind"] = node("EmptyImage", width=72, height=40, batch_size=1, color=0x2060C0)
+    prompt["decode"]["inputs"]["background"] = ["behind", 0]
+    over = found[0][..., 3:] / 255 * found[0][..., :3] + (1 - found[0][..., 3:] / 255) * [0x20, 0x60, 0xC0]
+    assert np.abs(pictures(server, prompt, ("flat", 0))[0][..., :3] - over).max() <= 1.5
+    prompt["behind"]["inputs"]["width"] = 64
+    assert "background: 1 background of 64×40 and 2 pictures of 72×40 do not go together; connect one background of that size" in error(server, prompt)
     prompt = {**graph(batch=2), "plain": node("VAEDecode", samples=["sample", 0], vae=["load", 2])}
     prompt["decode"]["inputs"] |= {"image": ["plain", 0]}
     assert all(np.array_equal(one, other) for one, other in zip(pictures(server, prompt), found, strict=True))
@@ -155,6 +161,19 @@ def test_errors_are_one_sentence(server):
     other["decode"]["inputs"] |= {"image": ["picture", 0]}
     other["picture"] = node("LoadImage", image="rgba.png")
     assert "60×44" in error(server, other) and "72×40" in error(server, other)
+    masked = graph()
+    masked["adapter"]["inputs"]["file"] = "encoder.safetensors"
+    masked["image"] = node("LoadImage", image="rgba.png")
+    masked["mask"] = node("SolidMask", value=0.0, width=64, height=64)
+    masked["encode"] = node("Strata_EncodeTransparency", transparency=["adapter", 0], image=["image", 0], vae=["load", 2], mask=["mask", 0])
+    masked["decode"]["inputs"]["samples"] = ["encode", 0]
+    assert "mask: 1 mask of 64×64 and 1 picture of 60×44 do not go together; make them the same size" in error(server, masked)
+    for file, words in (("xl", "xl.safetensors is for SDXL and the model is Strata mini"), ("joint", "joint.safetensors is attention sharing of 3 pictures"),
+                        ("decoder", "decoder.safetensors is a decoder for Strata mini; this node needs an adapter")):
+        layered = graph(file)
+        layered["apply"] = node("Strata_AttentionBlend", model=["load", 0], strength=1.0, boundary=10.0, start_percent=0.0, end_percent=1.0, blocks="all",
+                                structure="prior pass at each step", blended_text="background prompt", transparency=["adapter", 0])
+        assert words in error(server, layered)
     flux = graph()
     flux["sample"] = node("EmptySD3LatentImage", width=64, height=64, batch_size=1)
     assert "the latent has 16 channels" in error(server, flux)
