@@ -2,11 +2,13 @@
 import io
 import shutil
 
+import host
 import numpy as np
 import pytest
 import run
 import torch
 from PIL import Image
+from psd_tools import PSDImage
 from strata.networks.transparency import OffsetEncoder, TransparentDecoder
 from strata.patches import transparency
 
@@ -37,7 +39,7 @@ def server(comfy, family):
     decoder["conv_out.weight"] *= 0.3
     encoder = random_files.network(OffsetEncoder((16, 32, 64, 96)))
     files = {"adapter": random_files.adapter(transparency.structure("Strata mini"), scale=0.2), "decoder": decoder, "encoder": encoder,
-             "joint": sharing(3), "given": sharing(2, control=16),
+             "joint": sharing(3), "alone": sharing(1), "given": sharing(2, control=16),
              "xl": random_files.adapter(transparency.structure("SDXL"), rank=1)}
     for name, weights in files.items():
         random_files.write(models / "layer_model" / f"{name}.safetensors", {key: value.half() for key, value in weights.items()})
@@ -147,6 +149,31 @@ def test_a_given_layer_is_seen(server):
     prompt["sample"]["inputs"]["image"] = ["inverted", 0]
     prompt["inverted"] = node("ImageInvert", image=["image", 0])
     assert np.abs(pictures(server, prompt, ("decode1", 0))[0] - found).mean() > 0.5
+
+
+@pytest.mark.parametrize(("workflow", "sampler", "adapter", "found"), [
+    ("layerfusion_mini", "Strata_LayerFusionSampler", ("For the foreground: objects with transparency", "adapter"), {".png": 3, ".psd": 2}),
+    ("layerfusion_sdxl", "Strata_LayerFusionSampler", ("For the foreground: objects with transparency", "adapter"), {".png": 3, ".psd": 2}),
+    ("layerfusion_sd15", "Strata_LayerFusionSampler", ("For the foreground: objects with transparency", "alone"), {".png": 3, ".psd": 2}),
+    ("layerdiffuse_foreground_sdxl", "KSampler", ("For the model: objects with transparency", "adapter"), {".png": 4}),
+    ("mini_transparent_object", "KSampler", ("For the model: objects with transparency", "adapter"), {".png": 4}),
+    ("layerdiffuse_joint_sd15", "Strata_SampleJointLayers", ("Three pictures that share their attention", "joint"), {".png": 3, ".psd": 2}),
+])
+def test_the_bundled_workflows_run_on_the_mini_familys_files(server, tmp_path, workflow, sampler, adapter, found):
+    """found: channels of the PNG files, layers of the PSD."""
+    title, file = adapter
+    settings = ["CheckpointLoaderSimple.ckpt_name=random_sd.safetensors", "For decoding the transparency.file=decoder.safetensors",
+                f"{title}.file={file}.safetensors", "EmptyLatentImage.width=64", "EmptyLatentImage.height=64", f"{sampler}.steps=2"]
+    made = run.run_file(server, host.PACK / "workflows" / f"{workflow}.json", settings, tmp_path, False)
+    assert {path.suffix for path in made} == found.keys()
+    for path in made:
+        if path.suffix == ".psd":
+            layers = list(PSDImage.open(path))
+            assert [layer.name for layer in layers] == ["background", "foreground"] and len(layers) == found[".psd"]
+            assert min(np.asarray(layer.composite().convert("RGB"), float).std() for layer in layers) > 1
+        else:
+            picture = np.asarray(Image.open(path))
+            assert picture.shape == (64, 64, found[".png"]) and picture[..., :3].std() > 1
 
 
 def test_errors_are_one_sentence(server):
