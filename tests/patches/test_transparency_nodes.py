@@ -152,17 +152,17 @@ def test_a_given_layer_is_seen(server):
 
 
 @pytest.mark.parametrize(("workflow", "sampler", "adapter", "found"), [
-    ("layerfusion_mini", "Strata_LayerFusionSampler", ("For the foreground: objects with transparency", "adapter"), {".png": 3, ".psd": 2}),
-    ("layerfusion_sdxl", "Strata_LayerFusionSampler", ("For the foreground: objects with transparency", "adapter"), {".png": 3, ".psd": 2}),
-    ("layerfusion_sd15", "Strata_LayerFusionSampler", ("For the foreground: objects with transparency", "alone"), {".png": 3, ".psd": 2}),
-    ("layerdiffuse_foreground_sdxl", "KSampler", ("For the model: objects with transparency", "adapter"), {".png": 4}),
-    ("mini_transparent_object", "KSampler", ("For the model: objects with transparency", "adapter"), {".png": 4}),
-    ("layerdiffuse_joint_sd15", "Strata_SampleJointLayers", ("Three pictures that share their attention", "joint"), {".png": 3, ".psd": 2}),
+    ("layerfusion_mini", "Strata_LayerFusionSampler", ("Adapter for the foreground", "adapter"), {".png": 3, ".psd": 2}),
+    ("layerfusion_sdxl", "Strata_LayerFusionSampler", ("Adapter for the foreground", "adapter"), {".png": 3, ".psd": 2}),
+    ("layerfusion_sd15", "Strata_LayerFusionSampler", ("Adapter for the foreground", "alone"), {".png": 3, ".psd": 2}),
+    ("layerdiffuse_foreground_sdxl", "KSampler", ("Adapter for the model", "adapter"), {".png": 4}),
+    ("mini_transparent_object", "KSampler", ("Adapter for the model", "adapter"), {".png": 4}),
+    ("layerdiffuse_joint_sd15", "Strata_SampleJointLayers", ("Attention sharing of three", "joint"), {".png": 3, ".psd": 2}),
 ])
 def test_the_bundled_workflows_run_on_the_mini_familys_files(server, tmp_path, workflow, sampler, adapter, found):
     """found: channels of the PNG files, layers of the PSD."""
     title, file = adapter
-    settings = ["CheckpointLoaderSimple.ckpt_name=random_sd.safetensors", "For decoding the transparency.file=decoder.safetensors",
+    settings = ["CheckpointLoaderSimple.ckpt_name=random_sd.safetensors", "Decoder of the transparency.file=decoder.safetensors",
                 f"{title}.file={file}.safetensors", "EmptyLatentImage.width=64", "EmptyLatentImage.height=64", f"{sampler}.steps=2"]
     made = run.run_file(server, host.PACK / "workflows" / f"{workflow}.json", settings, tmp_path, False)
     assert {path.suffix for path in made} == found.keys()
