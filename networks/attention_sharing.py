@@ -44,7 +44,7 @@ class SharedAttention(nn.Module):
         values = keys if value is None else value.unflatten(0, (-1, self.frames)).unbind(1)
         added = [self._attend(original, attention, frame, *inputs) for frame, inputs in enumerate(zip(parts, keys, values, strict=True))]
         h = torch.stack(parts, 1) + torch.stack(added, 1)
-        return (h + self._over_frames(h, original.heads)).flatten(0, 1) - x
+        return (h + self.over_frames(h, original.heads)).flatten(0, 1) - x
 
     def _attend(self, original: nn.Module, attention: Callable, frame: int, x: Tensor, context: Tensor, value: Tensor) -> Tensor:
         q, k, v = (getattr(original, name)(part) + getattr(self, f"{name}_lora")[frame](part)
@@ -52,7 +52,7 @@ class SharedAttention(nn.Module):
         out = attention(q, k, v)
         return original.to_out(out) + self.to_out_lora[frame](out)
 
-    def _over_frames(self, h: Tensor, heads: int) -> Tensor:
+    def over_frames(self, h: Tensor, heads: int) -> Tensor:
         """[B,frames,T,C]; at most three frames, so the products are written out: attention kernels choke on B·T pictures of three tokens."""
         h = self.temporal_i(self.temporal_n(h))
         q, k, v = (layer(h).unflatten(-1, (heads, -1)) for layer in (self.temporal_q, self.temporal_k, self.temporal_v))

@@ -1,15 +1,13 @@
 """LayerFusion: foreground, background and blended picture sampled together."""
-import comfy.sample
-import comfy.samplers
-import comfy.utils
-import latent_preview
 import torch
 from comfy_api.latest import io
 
 from ..patches import transparency_model
-from ..patches.foreground import split_branches
+from ..patches.branches import sample_branches
+from ..patches.foreground import BRANCHES
 from ..patches.fusion import BLOCKS, RECORD, Record, Settings, blend_attention
 from ..patches.layer_prompts import encode_prompts
+from .sampling import sampling_inputs
 from .sockets import Transparency, schema
 
 STRUCTURE = ("prior pass at each step", "reuse previous step")
@@ -87,14 +85,7 @@ class LayerFusionSampler(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="From Attention blend. Without it the three are sampled side by side and know nothing of each other."),
                 io.Conditioning.Input("positive", tooltip="From Encode layer prompts."),
-                io.Conditioning.Input("negative", tooltip="What none of the three should show, from an ordinary text encoding."),
-                io.Latent.Input("latent_image", tooltip="Gives size and number: an empty latent, or with denoise below 1 a picture to start all three from."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="The same seed gives the same pictures."),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Steps of the denoising."),
-                io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="How closely to follow the prompts."),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="As in KSampler."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="normal", tooltip="As in KSampler."),
-                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Below 1 keeps some of the incoming picture."),
+                *sampling_inputs(),
                 io.Combo.Input("noise", options=list(NOISE), default=NOISE[0], tooltip="The same noise makes the three agree in their layout from the start."),
             ],
             outputs=[
@@ -105,27 +96,10 @@ class LayerFusionSampler(io.ComfyNode):
             ])
 
     @classmethod
-    def execute(cls, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise, noise):
+    def execute(cls, model, positive, noise, **sampling):
         model, record = model.clone(), Record()
         model.model_options["transformer_options"][RECORD] = record
-        latent = _for_each_branch(latent_image, noise == NOISE[0])
-        start = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
-        samples = comfy.sample.sample(
-            model, comfy.sample.prepare_noise(start, seed, latent.get("batch_index")), steps, cfg, sampler_name, scheduler, positive, negative, start,
-            denoise=denoise, noise_mask=latent.get("noise_mask"), callback=latent_preview.prepare_callback(model, steps),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
-        return io.NodeOutput(*({**latent_image, "samples": branch} for branch in split_branches(samples)), _figure(record))
-
-
-def _for_each_branch(latent: dict, same_noise: bool) -> dict:
-    """The batch with each latent three times over; ComfyUI draws equal noise for equal numbers in batch_index."""
-    count = len(latent["samples"])
-    tripled = {**latent, "samples": latent["samples"].repeat_interleave(3, 0)}
-    if (mask := latent.get("noise_mask")) is not None and mask.shape[0] == count:
-        tripled["noise_mask"] = mask.repeat_interleave(3, 0)
-    numbers = latent.get("batch_index", range(count))
-    tripled["batch_index"] = [number if same_noise else 3 * number + branch for number in numbers for branch in range(3)]
-    return tripled
+        return io.NodeOutput(*sample_branches(model, positive, BRANCHES, **sampling, same_noise=noise == NOISE[0]), _figure(record))
 
 
 def _figure(record: Record) -> torch.Tensor:

@@ -1,13 +1,15 @@
 """LayerDiffuse: pictures with transparency, generated, decoded and encoded."""
-import comfy.samplers
 import torch
 from comfy_api.latest import io
 
-from ..patches import attention_sharing, transparency_model, transparent_latents
 from ..patches import transparency as files
+from ..patches import transparency_model, transparent_latents
+from ..patches.attention_sharing import together
+from ..patches.branches import sample_branches
 from ..techniques.layers import Layer, LayerStack, write_layers
 from ..techniques.transparency import over_gray
 from .inputs import check_image, check_mask
+from .sampling import sampling_inputs
 from .sockets import Layers, Transparency, schema
 
 NAMES = ["LayerDiffuse", "layerdiffusion", "transparent", "RGBA", "alpha"]
@@ -89,25 +91,38 @@ class DecodeTransparency(io.ComfyNode):
                 io.Int.Input("tile_size", default=0, min=0, max=8192, step=64, tooltip=(
                     "Sides in pixels of parts that are decoded one by one, which needs less memory; 0 decodes the picture whole. The decoder sees less "
                     "around it then: use 1024 or more; below 128 counts as 128.")),
+                io.Image.Input("background", optional=True, tooltip=(
+                    "A picture of the same size to go behind it in the layers: one for all, or one for each. LayerFusion sampler and Sample joint "
+                    "layers make such ones.")),
             ],
             outputs=[
                 io.Image.Output("IMAGE", display_name="image", tooltip="RGBA with straight alpha; colours run on where nothing is seen."),
                 io.Mask.Output("MASK", display_name="mask", tooltip="Transparency, 1 = transparent."),
-                Layers.Output("LAYERS", display_name="layers", is_output_list=True, tooltip="One document per picture with the picture as its layer."),
+                Layers.Output("LAYERS", display_name="layers", is_output_list=True,
+                              tooltip="One document per picture: the background, where one is connected, and the picture."),
             ])
 
     @classmethod
-    def execute(cls, transparency, samples, passes, tile_size, image=None, vae=None):
+    def execute(cls, transparency, samples, passes, tile_size, image=None, vae=None, background=None):
         latent = transparent_latents.check_latent(samples, transparency)
         if image is None and vae is None:
             raise ValueError("image: connect the decoded picture, or connect the model's VAE to vae.")
         image = check_image(vae.decode(latent) if image is None else image, "image")[..., :3]
         if image.shape[:3] != (len(latent), latent.shape[2] * 8, latent.shape[3] * 8):
-            raise ValueError(f"image: {len(image)} of {image.shape[2]}×{image.shape[1]} do not go with {len(latent)} latents of "
-                             f"{latent.shape[3] * 8}×{latent.shape[2] * 8}; connect the decoded picture of these samples, unchanged.")
+            raise ValueError(f"image: {_sizes(image, 'picture')} and {len(latent)} of {latent.shape[3] * 8}×{latent.shape[2] * 8} in the latent do not go "
+                             "together; connect the decoded picture of these samples, unchanged.")
+        if background is not None:
+            background = check_image(background, "background")
+            if background.shape[1:3] != image.shape[1:3] or len(background) not in (1, len(image)):
+                raise ValueError(f"background: {_sizes(background, 'background')} and {_sizes(image, 'picture')} do not go together; connect one "
+                                 "background of that size, or one for each.")
+            background = background.expand(len(image), -1, -1, -1)
         colour, alpha = transparent_latents.decode(transparency, image.movedim(-1, 1), latent, int(passes), tile_size)
         rgba = torch.cat([colour, alpha], 1).movedim(1, -1)
-        stacks = [write_layers(LayerStack((one.shape[1], one.shape[0]), (Layer(one, "foreground"),))) for one in rgba]
+        stacks = []
+        for index, picture in enumerate(rgba):
+            behind = [] if background is None else [Layer(background[index], "background")]
+            stacks.append(write_layers(LayerStack((picture.shape[1], picture.shape[0]), (*behind, Layer(picture, "foreground")))))
         return io.NodeOutput(rgba, 1 - alpha[:, 0], stacks)
 
 
@@ -133,23 +148,10 @@ class EncodeTransparency(io.ComfyNode):
         if mask is not None:
             mask = check_mask(mask, "mask")
             if mask.shape[1:] != image.shape[2:] or len(mask) not in (1, len(image)):
-                raise ValueError(f"mask: {len(mask)} of {mask.shape[2]}×{mask.shape[1]} do not go with {len(image)} images of "
-                                 f"{image.shape[3]}×{image.shape[2]}; make them the same size.")
+                raise ValueError(f"mask: {_sizes(mask, 'mask')} and {_sizes(image.movedim(1, -1), 'picture')} do not go together; make them the same size, "
+                                 "or disconnect a mask that is not the picture's.")
             alpha = alpha * (1 - mask[:, None])
         return io.NodeOutput({"samples": transparent_latents.encode(transparency, vae, image[:, :3], alpha)})
-
-
-def sampling_inputs() -> list:
-    return [
-        io.Conditioning.Input("negative", tooltip="The negative prompt of every picture."),
-        io.Latent.Input("latent_image", tooltip="Size and number of the results, from Empty Latent Image; each takes memory for every output."),
-        io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="The same seed gives the same pictures."),
-        io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Number of steps."),
-        io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="How closely the prompts are followed."),
-        io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="The sampler, as in KSampler."),
-        io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="The schedule of noise levels, as in KSampler."),
-        io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="1 starts from noise alone, less from the latent."),
-    ]
 
 
 class SampleJointLayers(io.ComfyNode):
@@ -174,10 +176,10 @@ class SampleJointLayers(io.ComfyNode):
             ])
 
     @classmethod
-    def execute(cls, model, transparency, foreground, background, blended, negative, latent_image, **sampling):
+    def execute(cls, model, transparency, foreground, background, blended, **sampling):
         prompts = [("foreground", foreground), ("background", background), ("blended", blended)]
         shared = transparency_model.share(model, transparency, 3)
-        return io.NodeOutput(*attention_sharing.sample_joint(shared, prompts, negative, latent_image, **sampling))
+        return io.NodeOutput(*sample_branches(shared, together(prompts), 3, **sampling))
 
 
 class SampleAroundLayer(io.ComfyNode):
@@ -201,11 +203,15 @@ class SampleAroundLayer(io.ComfyNode):
             ])
 
     @classmethod
-    def execute(cls, model, transparency, image, layer, blended, negative, latent_image, **sampling):
+    def execute(cls, model, transparency, image, layer, blended, **sampling):
         image = check_image(image, "image").movedim(-1, 1)
         picture = over_gray(image[:, :3], image[:, 3:]) if image.shape[1] == 4 else image
         shared = transparency_model.share(model, transparency, 2, picture=picture * 2 - 1)
-        return io.NodeOutput(*attention_sharing.sample_joint(shared, [("layer", layer), ("blended", blended)], negative, latent_image, **sampling))
+        return io.NodeOutput(*sample_branches(shared, together([("layer", layer), ("blended", blended)]), 2, **sampling))
+
+
+def _sizes(pictures: torch.Tensor, what: str) -> str:
+    return f"{len(pictures)} {what}{'s' * (len(pictures) > 1)} of {pictures.shape[2]}×{pictures.shape[1]}"
 
 
 NODES = [LoadTransparency, ApplyTransparency, DecodeTransparency, EncodeTransparency, SampleJointLayers, SampleAroundLayer]

@@ -4,11 +4,10 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable
+from functools import partial
 from math import lcm
 
-import comfy.sample
 import comfy.utils
-import latent_preview
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_patcher import ModelPatcher
@@ -16,6 +15,7 @@ from comfy.patcher_extension import PatcherInjection, WrappersMP
 from torch import Tensor, nn
 
 from ..networks.attention_sharing import PROJECTIONS, AttentionSharing
+from .foreground import check_batch, foreground_rows
 
 NAME = re.compile(r"(input_blocks|output_blocks|middle_block)\..*\.attn[12]")
 KEY = "strata_sharing_"
@@ -48,6 +48,46 @@ def attach(model: ModelPatcher, sharing: ModelPatcher, strength: float, picture:
     if picture is not None:
         clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, name, seeing(sharing.model, picture))
     return clone
+
+
+def attach_to_foreground(model: ModelPatcher, sharing: ModelPatcher) -> ModelPatcher:
+    """A clone in which a file of one frame acts on LayerFusion's foreground, and the other rows have the model's own attention."""
+    clone = model.clone()
+    clone.set_additional_models(f"{KEY}foreground", [sharing])
+    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, f"{KEY}foreground", partial(_with_foreground, sharing.model))
+    return clone
+
+
+def _with_foreground(sharing: AttentionSharing, executor, x: Tensor, *args, **kwargs):
+    """Hooks on the projections, since a replaced attention calls those and not the attention itself; for one call only."""
+    check_batch(x)
+    hooks = [hook for module, layer in zip(attentions(executor.class_obj), sharing.hookers.layers, strict=True) for hook in _on_foreground(module, layer)]
+    try:
+        return executor(x, *args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _on_foreground(module: nn.Module, layer: nn.Module) -> list:
+    entered = {}
+
+    def enter(projection: nn.Module, args: tuple) -> None:
+        entered["x"] = args[0]
+
+    def add(lora: nn.Module, projection: nn.Module, args: tuple, output: Tensor) -> None:
+        foreground_rows(output).add_(lora(foreground_rows(args[0])))
+
+    def leave(projection: nn.Module, args: tuple, output: Tensor) -> None:
+        """The foreground is its own only frame."""
+        foreground = foreground_rows(output)
+        frames = (foreground_rows(entered.pop("x")) + foreground)[:, None]
+        foreground.add_(layer.over_frames(frames, module.heads)[:, 0])
+
+    projections = {name: getattr(module, name) for name in PROJECTIONS}
+    projections["to_out"] = module.to_out[0]
+    added = [projections[name].register_forward_hook(partial(add, getattr(layer, f"{name}_lora")[0])) for name in PROJECTIONS]
+    return [module.to_q.register_forward_pre_hook(enter), *added, projections["to_out"].register_forward_hook(leave)]
 
 
 class Injection:
@@ -91,20 +131,6 @@ def seeing(sharing: AttentionSharing, picture: Tensor) -> Callable:
             features = {count: comfy.utils.repeat_to_batch_size(one, len(x) // sharing.frames) for count, one in features.items()}
         return executor(x, timesteps, context, y, control, {**transformer_options, CONTROL: features}, **kwargs)
     return wrapper
-
-
-def sample_joint(model: ModelPatcher, prompts: list[tuple[str, list]], negative: list, latent: dict, seed: int, steps: int, cfg: float,
-                 sampler_name: str, scheduler: str, denoise: float) -> list[dict]:
-    """One LATENT per prompt: for each picture of the latent its frames stand next to each other in the batch, each with its own prompt."""
-    frames = len(prompts)
-    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"]).repeat_interleave(frames, 0)
-    noise = comfy.sample.prepare_noise(samples, seed)
-    mask = latent.get("noise_mask")
-    if mask is not None and len(mask) > 1:
-        mask = mask.repeat_interleave(frames, 0)
-    found = comfy.sample.sample(model, noise, steps, cfg, sampler_name, scheduler, together(prompts), negative, samples, denoise=denoise, noise_mask=mask,
-                                callback=latent_preview.prepare_callback(model, steps), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
-    return [{"samples": found[frame::frames]} for frame in range(frames)]
 
 
 def together(prompts: list[tuple[str, list]]) -> list:

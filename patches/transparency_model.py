@@ -35,6 +35,8 @@ def apply(model: ModelPatcher, transparency: Transparency, strength: float, laye
 
 def apply_to_foreground(model: ModelPatcher, transparency: Transparency) -> ModelPatcher:
     """A clone whose first row of every three (LayerFusion's foreground) has the adapter's weights, while the others have the model's own."""
+    if "sharing" in transparency.parts:
+        return attention_sharing.attach_to_foreground(model, _sharing(model, transparency, 1))
     if transparency.extra_channels:
         raise ValueError(f"transparency: {transparency.name} is {transparency.describe()}; LayerFusion needs {NEEDS}, which draws single objects.")
     _adapter(model, transparency)  # for its sentences about another family
@@ -116,14 +118,18 @@ def unpatched(model: ModelPatcher) -> dict[str, Tensor]:
 
 def share(model: ModelPatcher, transparency: Transparency, frames: int, strength: float = 1.0, picture: Tensor | None = None) -> ModelPatcher:
     """A clone that draws `frames` pictures of a batch together. picture: [B,3,H,W] in -1..1, the layer that is given. Raises ValueError."""
+    return attention_sharing.attach(model, _sharing(model, transparency, frames, picture is not None), strength, picture)
+
+
+def _sharing(model: ModelPatcher, transparency: Transparency, frames: int, given: bool = False) -> ModelPatcher:
     sharing = transparency.part("sharing", f"attention sharing such as {SHARING[frames]}")
-    if transparency.frames != frames or hasattr(sharing.model, "kwargs_encoder") != (picture is not None):
+    if transparency.frames != frames or hasattr(sharing.model, "kwargs_encoder") != given:
         raise ValueError(f"transparency: {transparency.name} is {transparency.describe()}; this node needs one such as {SHARING[frames]}.")
     if attention_sharing.widths(model) != sharing.model.attentions:
         raise ValueError(wrong_family(model, transparency))
-    if any(name.startswith(attention_sharing.KEY) for name in model.injections):
+    if any(name.startswith(attention_sharing.KEY) for name in model.additional_models):
         raise ValueError(f"model: attention sharing is on it already, and {transparency.name} is another; connect the model without Apply transparency.")
-    return attention_sharing.attach(model, sharing, strength, picture)
+    return sharing
 
 
 def family_of(model: ModelPatcher) -> str:

@@ -24,7 +24,7 @@ def main() -> int:
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     for path in sorted(Path(__file__).parent.glob(f"bench_*{wanted}*.py")):
         module = importlib.import_module(path.stem)
-        print(f"\n{module.__doc__.strip().splitlines()[0]}\n| what | ours, s | plain, s | ratio |\n|---|---|---|---|", flush=True)
+        print(f"\n{module.__doc__.strip().splitlines()[0]}\n| what, seconds unless it says otherwise | ours | plain | ratio |\n|---|---|---|---|", flush=True)
         for name, ours, plain, ratio in module.rows():
             print(f"| {name} | {ours:.2f} | {plain:.2f} | {ratio:.2f} |", flush=True)
     if not wanted:

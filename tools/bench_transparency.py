@@ -1,8 +1,14 @@
-"""Decode transparency at its published width (104M weights), 512×512, 8 passes, against a plain loop over them; fp32 on the CPU."""
+"""Transparency and LayerFusion at published width with random weights, 512×512 on the CPU, against plain ways.
+
+Decode transparency (104M weights) against a plain loop over its 8 passes; a step of LayerFusion on SD1.5's structure, with an adapter of rank 256 on the
+foreground, against a step of each of three plain runs. `python tools/host.py exec tools/bench_transparency.py small` only shows that it works.
+"""
 from __future__ import annotations
 
+import ctypes
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import cpu_host
@@ -13,23 +19,42 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import conftest  # noqa: E402, F401  makes the pack importable as strata
 
-SIDE = 512
+from patches import random_transparency  # noqa: E402
+
+STEPS = 3  # the first is left out, since models are loaded in it
 
 
-def load():
-    """The pack's patches, in this process, with ComfyUI as a library; a decoder with random weights as a file holds it, and the same plain."""
+def load() -> None:
+    """ComfyUI as a library in this process."""
     cpu_host.declare_operators()
     sys.path.insert(0, str(host.find_or_install().root))
     from comfy.cli_args import args
     args.cpu = True
-    from strata.networks.transparency import TransparentDecoder
-    from strata.patches import transparency, transparent_latents
-    torch.manual_seed(0)
-    network = TransparentDecoder().requires_grad_(False)
-    return transparency.recognise("decoder", network.state_dict()), network, transparent_latents.decode
 
 
-def plain(network, image, latent):
+class Meter:
+    """Seconds since it was made, and the most memory that the process has held since then beyond what it held before."""
+
+    def __init__(self):
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+        self.held, self.start = self._kibibytes("VmRSS"), time.perf_counter()
+
+    def read(self) -> tuple[float, float]:
+        """(seconds, GiB)."""
+        return time.perf_counter() - self.start, (self._kibibytes("VmHWM") - self.held) / 2**20
+
+    @staticmethod
+    def _kibibytes(name: str) -> int:
+        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+
+
+def compared(name: str, ours: tuple[float, float], plain: tuple[float, float]) -> Iterator[tuple]:
+    for what, one, other in zip((name, f"{name}: peak memory in GiB"), ours, plain, strict=True):
+        yield what, one, other, one / max(other, 1e-9)
+
+
+def plain_decode(network, image, latent):
     """As published, without colours continued where nothing is seen."""
     found = []
     for flip in (False, True):
@@ -41,19 +66,76 @@ def plain(network, image, latent):
 
 
 @torch.inference_mode()
-def rows():
-    files, network, decode = load()
-    image, latent = torch.rand(1, 3, SIDE, SIDE), torch.randn(1, 4, SIDE // 8, SIDE // 8)
-    decode(files, image, latent, 1), network(image, latent)  # warm up
-    start = time.perf_counter()
-    alpha = decode(files, image, latent)[1]
-    middle = time.perf_counter()
-    expected = plain(network, image, latent)[:, :1]
-    end = time.perf_counter()
-    assert (alpha - expected).abs().max() < 1e-4
-    yield "decode, 8 passes", middle - start, end - middle, (middle - start) / (end - middle)
+def decode_rows(side: int, **shape) -> Iterator[tuple]:
+    from strata.networks.transparency import TransparentDecoder
+    from strata.patches import transparency, transparent_latents
+    torch.manual_seed(0)
+    network = TransparentDecoder(**shape).requires_grad_(False)
+    files = transparency.recognise("decoder", network.state_dict())
+    image, latent = torch.rand(1, 3, side, side), torch.randn(1, 4, side // 8, side // 8)
+    network(image, latent)  # warm up
+    meter = Meter()
+    expected = plain_decode(network, image, latent)[:, :1]
+    plain = meter.read()
+    for dtype in (torch.float32, torch.bfloat16):
+        files.parts["decoder"].model.to(dtype)
+        transparent_latents.decode(files, image, latent, 1)
+        meter = Meter()
+        alpha = transparent_latents.decode(files, image, latent)[1]
+        ours = meter.read()
+        assert dtype != torch.float32 or (alpha - expected).abs().max() < 1e-4
+        yield from compared(f"decode in {str(dtype).removeprefix('torch.')}, 8 passes; plain in float32", ours, plain)
+
+
+def sd15(**changes):
+    """SD1.5's UNet with random weights in a ModelPatcher."""
+    import comfy.model_base
+    import comfy.model_patcher
+    import comfy.supported_models
+    from strata.patches.transparency import FAMILIES
+    unet = {**FAMILIES["SD1.5"]["unet"], "image_size": 32, "use_spatial_transformer": True, "legacy": False, "dtype": torch.float32, **changes}
+    model = comfy.model_base.BaseModel(comfy.supported_models.SD15(unet))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.02)
+    return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+
+
+def a_step(model, side: int, pictures: int, end: int | None = None) -> tuple[float, float]:
+    """Seconds and GiB of one sampling step with guidance. end: position of the prompt's end, for LayerFusion."""
+    import comfy.sample
+    from strata.patches.layer_prompts import END_TOKENS
+    width = model.model.model_config.unet_config["context_dim"]
+    positive, negative = ([[torch.randn(pictures, 77, width), {}]] for _ in range(2))
+    if end is not None:
+        positive[0][1][END_TOKENS] = [end]
+    latent, meters = torch.zeros(pictures, 4, side // 8, side // 8), []
+    comfy.sample.sample(model, torch.randn_like(latent), STEPS, 7.0, "euler", "normal", positive, negative, latent, disable_pbar=True, seed=1,
+                        callback=lambda step, *rest: meters.append(Meter()) if step == 0 else None)
+    seconds, memory = meters[0].read()
+    return seconds / (STEPS - 1), memory
+
+
+@torch.inference_mode()
+def layerfusion_rows(side: int, rank: int, **changes) -> Iterator[tuple]:
+    from strata.patches import transparency, transparency_model
+    from strata.patches.fusion import Settings, blend_attention
+    model = sd15(**changes)
+    shapes = {key: tuple(value.shape) for key, value in model.model.state_dict().items() if key.startswith("diffusion_model.")}
+    files = transparency.recognise("adapter", random_transparency.adapter(shapes, rank=rank, scale=0.02))
+    runs = [a_step(one, side, 1) for one in (transparency_model.apply(model, files, 1.0), model, model)]
+    plain = sum(seconds for seconds, _ in runs), max(memory for _, memory in runs)
+    layered = transparency_model.apply_to_foreground(model, files)
+    for name, reuse in (("with prior pass", False), ("reusing the step before", True)):
+        ours = a_step(blend_attention(layered, Settings(reuse=reuse)), side, 3, end=5)
+        yield from compared(f"LayerFusion step {name}; plain: three runs' steps", ours, plain)
+
+
+def rows(small: bool = False) -> Iterator[tuple]:
+    load()
+    yield from decode_rows(128, widths=(16, 16, 32, 64), attention_levels=1) if small else decode_rows(512)
+    yield from layerfusion_rows(128, 4, model_channels=32, context_dim=48) if small else layerfusion_rows(512, 256)
 
 
 if __name__ == "__main__":
-    for row in rows():
+    for row in rows("small" in sys.argv[1:]):
         print(*row)

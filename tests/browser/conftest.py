@@ -15,7 +15,7 @@ READY = """() => window.app?.graph && window.LiteGraph && LiteGraph.registered_n
     && !document.querySelector('#comfyui-body-loading') && window.app.vueAppReady"""
 # What the frontend reports of itself on an older or offline host: addresses that it asks for and does not get
 FOREIGN = ("favicon", "/userdata", "/releases", "api.comfy.org", "user.css", "/jobs", "[Jobs API]", "JobsApiError",
-           "huggingface.co", "workflow_templates", "net::ERR")
+           "huggingface.co", "fetching file size", "workflow_templates", "net::ERR")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-WORKFLOWS = sorted((Path(__file__).resolve().parents[2] / "workflows").glob("*.json"))
+PACK = Path(__file__).resolve().parents[2]
+WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 TITLE = 30  # height of a node's title, which is above its position
 
 
@@ -16,6 +17,28 @@ def test_nodes_do_not_overlap(path):
     for left, right in itertools.combinations(boxes, 2):
         apart = left[2] <= right[0] or right[2] <= left[0] or left[3] <= right[1] or right[3] <= left[1]
         assert apart, f"nodes {left[4]} and {right[4]} overlap"
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_model_files_are_named_with_their_place_for_people_and_for_the_frontend(path):
+    nodes = json.loads(path.read_text())["nodes"]
+    notes = " ".join(node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote")
+    known = {file["name"]: file["url"] for file in json.loads((PACK / "models_config" / "transparency.json").read_text())["files"]}
+    for node in nodes:
+        hints = node["properties"].get("models", [])
+        files = [value for value in node.get("widgets_values", []) if str(value).endswith(".safetensors") and not value.startswith("strata_")]
+        assert [hint["name"] for hint in hints] == files
+        for hint in hints:
+            assert hint["directory"] == {"CheckpointLoaderSimple": "checkpoints", "Strata_LoadTransparency": "layer_model"}[node["type"]]
+            assert hint["url"] == known.get(hint["name"], hint["url"]) and hint["url"].endswith("/resolve/main/" + hint["name"])
+            assert f"[{hint['name']}]({hint['url']}) → `models/{hint['directory']}`" in notes
+
+
+def absent(prompt: dict, comfy) -> list[str]:
+    """Model files that the workflow names and this ComfyUI does not have."""
+    there = {name for folder in ("checkpoints", "diffusion_models", "layer_model") for name in comfy.get(f"/models/{folder}").json()}
+    named = [value for node in prompt.values() for value in node["inputs"].values() if str(value).endswith(".safetensors")]
+    return [name for name in named if name not in there]
 
 
 @pytest.fixture(params=WORKFLOWS, ids=lambda path: path.stem)
@@ -32,7 +55,18 @@ def test_opens_and_runs(editor, workflow, comfy):
     page, saved = editor.page, json.loads(workflow.read_text())
     assert page.evaluate("() => app.graph.nodes.filter((n) => !LiteGraph.registered_node_types[n.type] || n.has_errors).map((n) => n.type)") == []
     assert len(page.evaluate("() => app.graph.nodes.map((n) => n.id)")) == len(saved["nodes"])
-    assert plain(editor.prompt()) == plain(comfy.to_api(saved))
+    prompt = comfy.to_api(saved)
+    assert plain(editor.prompt()) == plain(prompt)
+    if absent(prompt, comfy):
+        if any("models" in node["properties"] for node in saved["nodes"]):  # the frontend offers them for download
+            page.locator(".p-dialog").wait_for()
+            page.keyboard.press("Escape")
+            page.locator(".p-dialog").wait_for(state="hidden")
+        editor.fit()
+        page.wait_for_function("() => app.canvas.ds.scale < 1")
+        editor.picture(f"{workflow.stem}_{editor.mode}")
+        assert editor.errors == []
+        return
     editor.queue()
     kinds = ("Strata_PreviewLayers", "Strata_SaveLayers", "SaveImage")
     page.wait_for_function("""(kinds) => app.graph.nodes.filter((n) => kinds.includes(n.type))

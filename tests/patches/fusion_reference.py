@@ -12,12 +12,17 @@ from strata.patches import mini_family
 
 from . import random_family
 
+V_PREDICTION = {"output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([-1.0, 1.0])}  # by this ComfyUI knows SD2 models of it
 SHARED = {"image_size": 32, "in_channels": 4, "out_channels": 4, "use_spatial_transformer": True, "legacy": False, "dtype": torch.float32}
 UNETS = {
     "mini": (mini_family.StrataMini, {**mini_family.UNET, "num_head_channels": -1}),
     "SD1.5": (comfy.supported_models.SD15, {
         "model_channels": 32, "channel_mult": [1, 2, 4, 4], "num_res_blocks": [2, 2, 2, 2], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
         "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1, "context_dim": 48, "num_heads": 8}),
+    "SD2": (comfy.supported_models.SD20, {
+        "model_channels": 64, "channel_mult": [1, 2, 4, 4], "num_res_blocks": [2, 2, 2, 2], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1, "context_dim": 48, "num_head_channels": 64,
+        "num_heads": -1, "use_linear_in_transformer": True}),
     "SDXL": (comfy.supported_models.SDXL, {
         "model_channels": 32, "channel_mult": [1, 2, 4], "num_res_blocks": [2, 2, 2], "transformer_depth": [0, 0, 2, 2, 10, 10],
         "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10, "context_dim": 48, "num_head_channels": 16,
@@ -32,7 +37,7 @@ def patcher(kind: str):
     config.unet_config["dtype"] = torch.float32
     config.manual_cast_dtype = None
     torch.manual_seed(7)
-    model = config.get_model({}, "", "cpu")
+    model = config.get_model(V_PREDICTION, "", "cpu")
     model.diffusion_model.load_state_dict(random_family.randomised(model.diffusion_model))
     return comfy.model_patcher.ModelPatcher(model, comfy.model_management.get_torch_device(), torch.device("cpu"))
 
@@ -42,11 +47,12 @@ def minmax(values):
 
 
 def attention(module, x, context):
-    """(output after the projection, probabilities [B,H,M,T])."""
+    """(output after the projection and, where there is one, `after`; probabilities [B,H,M,T])."""
     heads = module.heads
     q, k, v = (part.unflatten(-1, (heads, -1)) for part in (module.to_q(x), module.to_k(context), module.to_v(context)))
     probabilities = torch.softmax(torch.einsum("bihd,bjhd->bhij", q, k) / np.sqrt(q.shape[-1]), -1)
-    return module.to_out(torch.einsum("bhij,bjhd->bihd", probabilities, v).flatten(-2)), probabilities
+    out = module.to_out(torch.einsum("bhij,bjhd->bihd", probabilities, v).flatten(-2))
+    return out + module.after(x + out) if hasattr(module, "after") else out, probabilities
 
 
 class Reference:

@@ -1,17 +1,23 @@
 """Attention sharing of SD1.5 against the published unit, written out plainly and put in the UNet's place by hand."""
+import copy
+from functools import partial
+
 import comfy.sample
 import pytest
 import torch
 from einops import rearrange
 from strata.patches import attention_sharing, transparency, transparency_model
+from strata.patches.branches import sample_branches
+from strata.patches.fusion import Settings, blend_attention
 
+from . import fusion_reference
 from . import random_transparency as random_files
+from .test_fusion import close, conditioning, estimates, expected, layered, noise
 from .test_transparency_model import sample, small
 
 
-def attentions(model):
+def attentions(unet):
     """(module, query, context, inner width), the middle block's last."""
-    unet = model.model.diffusion_model
     blocks = [block for part in (unet.input_blocks, unet.output_blocks, [unet.middle_block]) for block in part]
     transformers = [item for block in blocks for item in block if hasattr(item, "transformer_blocks")]
     found = [layer for item in transformers for one in item.transformer_blocks for layer in (one.attn1, one.attn2)]
@@ -20,7 +26,7 @@ def attentions(model):
 
 def sharing(model, frames, control=0):
     torch.manual_seed(7)
-    weights = random_files.sharing([widths for _, *widths in attentions(model)], frames, control=control)
+    weights = random_files.sharing([widths for _, *widths in attentions(model.model.diffusion_model)], frames, control=control)
     weights = {key: value * (0.3 if "_lora" in key else 1) for key, value in weights.items()}
     return weights, transparency.recognise("sharing.safetensors", weights)
 
@@ -83,7 +89,7 @@ def replaced(weights, frames, picture=None):
     """A model of its own whose attentions are the published units."""
     model = small()
     signals = None if picture is None else (lambda: features(weights, picture))
-    for index, (module, *_) in enumerate(attentions(model)):
+    for index, (module, *_) in enumerate(attentions(model.model.diffusion_model)):
         module.forward = published_forward(module, weights, f"hookers.layers.{index}", frames, signals)
     return model
 
@@ -126,7 +132,7 @@ def test_every_frame_has_its_own_prompt_whatever_the_lengths():
     latent = {"samples": torch.zeros(2, 4, 8, 16)}
     prompts = [(name, [[one, {}]]) for name, one in zip(("foreground", "background", "blended"), tokens, strict=True)]
     settings = {"seed": 3, "steps": 2, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
-    found = attention_sharing.sample_joint(transparency_model.share(model, files, 3), prompts, [[negative, {}]], latent, **settings)
+    found = sample_branches(transparency_model.share(model, files, 3), attention_sharing.together(prompts), 3, [[negative, {}]], latent, **settings)
     assert [one["samples"].shape for one in found] == [(2, 4, 8, 16)] * 3
     rows = torch.cat([one if one.shape[1] == 154 else torch.cat([one, one], 1) for one in tokens] * 2)
     zeros = torch.zeros(6, 4, 8, 16)
@@ -135,10 +141,60 @@ def test_every_frame_has_its_own_prompt_whatever_the_lengths():
     for frame in range(3):
         assert (found[frame]["samples"] - expected[frame::3]).abs().max() < 1e-3 * expected.abs().max()
     other = [prompts[0], prompts[2], prompts[1]]
-    swapped = attention_sharing.sample_joint(transparency_model.share(model, files, 3), other, [[negative, {}]], latent, **settings)
+    swapped = sample_branches(transparency_model.share(model, files, 3), attention_sharing.together(other), 3, [[negative, {}]], latent, **settings)
     assert not torch.allclose(swapped[1]["samples"], found[1]["samples"], atol=1e-2)
     with pytest.raises(ValueError, match="background: it is 2 conditionings"):
         attention_sharing.together([prompts[0], ("background", prompts[1][1] * 2)])
+
+
+def alone(unet, weights):
+    """The UNet with a file of one frame in it: low-rank terms merged, and what comes behind an attention's output as its `after`."""
+    unet = copy.deepcopy(unet)
+
+    def after(get, h):
+        x = torch.nn.functional.layer_norm(h, h.shape[-1:], get("n.weight"), get("n.bias"), 1e-6)
+        for name in "ivo":  # attention to one frame is that frame
+            x = torch.nn.functional.linear(x, get(f"{name}.weight"), get(f"{name}.bias"))
+        return x
+
+    for index, (module, *_) in enumerate(attentions(unet)):
+        prefix = f"hookers.layers.{index}"
+        for name in ("to_q", "to_k", "to_v", "to_out"):
+            layer = module.to_out[0] if name == "to_out" else getattr(module, name)
+            layer.weight.data += weights[f"{prefix}.{name}_lora.0.up.weight"] @ weights[f"{prefix}.{name}_lora.0.down.weight"]
+        module.after = partial(after, lambda name, prefix=prefix: weights[f"{prefix}.temporal_{name}"].double())
+    return unet
+
+
+def test_layerfusions_foreground_alone_has_it():
+    model = small()
+    _, files = sharing(model, 1)
+    on_foreground = transparency_model.apply_to_foreground(model, files)
+    found, plain, shared = (sample(one, batch=3) for one in (on_foreground, model, transparency_model.share(model, files, 1)))
+    tolerance = 1e-3 * shared.abs().max()
+    assert (found[0] - shared[0]).abs().max() < tolerance and (found[1:] - plain[1:]).abs().max() < tolerance
+    assert (found[0] - plain[0]).abs().max() > 0.1
+    assert torch.equal(sample(model, batch=3), plain)
+    with pytest.raises(ValueError, match="a batch of 4 cannot be split"):
+        sample(on_foreground, batch=2)
+    with pytest.raises(ValueError, match="model: attention sharing is on it already"):
+        transparency_model.apply_to_foreground(on_foreground, files)
+
+
+@pytest.mark.parametrize("blend_first", [True, False])
+def test_it_takes_part_in_blending(blend_first):
+    model = fusion_reference.patcher("SD1.5")
+    weights, files = sharing(model, 1)
+    positive, negative = layered(model), conditioning(model, 2, rows=1)
+    if blend_first:
+        patched = transparency_model.apply_to_foreground(blend_attention(model, Settings()), files)
+    else:
+        patched = blend_attention(transparency_model.apply_to_foreground(model, files), Settings())
+    found = estimates(patched, positive, negative, noise())
+    cond, uncond = expected(model, found, positive, negative, foreground=alone(model.model.diffusion_model, weights))
+    assert close(found["cond"], cond) and close(found["uncond"], uncond)
+    plain = estimates(blend_attention(model, Settings()), positive, negative, noise())
+    assert not close(plain["cond"], cond, 1e-2) and not close(plain["uncond"], uncond, 1e-2)
 
 
 def test_what_does_not_go_together_is_said_in_one_sentence():

@@ -1,6 +1,7 @@
 """LayerFusion in ComfyUI's sampling, against the same algorithm written out block by block in float64."""
 import copy
 
+import comfy.model_base
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
@@ -71,10 +72,10 @@ def merged(unet, terms, strength=1.0):
     return unet
 
 
-def expected(model, found, positive, negative, terms=None, **settings):
-    """The reference's two denoised pictures for the batch that the sampler had."""
+def expected(model, found, positive, negative, terms=None, foreground=None, **settings):
+    """The reference's two denoised pictures for the batch that the sampler had. foreground: a UNet instead of one with terms."""
     unet = model.model.diffusion_model
-    reference = fusion_reference.Reference(unet, merged(unet, terms or {}), ENDS, **settings)
+    reference = fusion_reference.Reference(unet, foreground or merged(unet, terms or {}), ENDS, **settings)
     sampling, x = model.model.model_sampling, found["input"]
     sigma = torch.full((len(x),), SIGMA)
     scaled = sampling.calculate_input(sigma, x).double()
@@ -102,6 +103,7 @@ def close(found, wanted, tolerance=1e-4):
 @pytest.mark.parametrize("count", [3, 6])
 def test_one_call_is_the_papers_algorithm(models, kind, count):
     model = models(kind)
+    assert (model.model.model_type is comfy.model_base.ModelType.V_PREDICTION) == (kind == "SD2")
     positive, negative = layered(model), conditioning(model, 2, rows=1)
     found = estimates(blend_attention(model, Settings()), positive, negative, noise(count))
     cond, uncond = expected(model, found, positive, negative)

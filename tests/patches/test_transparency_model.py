@@ -207,6 +207,20 @@ def test_what_does_not_go_together_is_said_in_one_sentence():
     assert "9 input channels already" in refused(nine, recognised(wide), 1.0, torch.zeros(1, 4, 8, 8))
 
 
+@pytest.mark.parametrize("apply", [lambda *given: transparency_model.apply(*given, 1.0), transparency_model.apply_to_foreground])
+def test_sd2_is_told_from_sd15_whose_structure_it_has(apply):
+    shape = {**transparency.FAMILIES["SD1.5"]["unet"], "context_dim": 1024, "use_linear_in_transformer": True}
+    with torch.device("meta"):
+        model = comfy.model_base.BaseModel(comfy.supported_models.SD20({**shape, "image_size": 32, "legacy": False, "use_spatial_transformer": True,
+                                                                         "dtype": torch.half}), comfy.model_base.ModelType.V_PREDICTION)
+    model = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"), size=1)
+    shared = random_files.sharing([(8, 8, 8)] * 32, 1)
+    for weights in (random_files.adapter(transparency.structure("SD1.5"), rank=1), shared):
+        with pytest.raises(ValueError, match="^transparency: weights.safetensors is for SD1.5 and the model is SD20; connect a model of its family, or load "
+                                             "the file for the model's.$"):
+            apply(model, recognised(weights))
+
+
 def small_flux():
     options = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 8, "context_in_dim": 16, "hidden_size": 32, "mlp_ratio": 4.0,
                "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "axes_dim": [4, 6, 6], "theta": 10000, "patch_size": 2, "qkv_bias": True,

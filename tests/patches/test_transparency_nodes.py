@@ -2,11 +2,13 @@
 import io
 import shutil
 
+import host
 import numpy as np
 import pytest
 import run
 import torch
 from PIL import Image
+from psd_tools import PSDImage
 from strata.networks.transparency import OffsetEncoder, TransparentDecoder
 from strata.patches import transparency
 
@@ -37,7 +39,7 @@ def server(comfy, family):
     decoder["conv_out.weight"] *= 0.3
     encoder = random_files.network(OffsetEncoder((16, 32, 64, 96)))
     files = {"adapter": random_files.adapter(transparency.structure("Strata mini"), scale=0.2), "decoder": decoder, "encoder": encoder,
-             "joint": sharing(3), "given": sharing(2, control=16),
+             "joint": sharing(3), "alone": sharing(1), "given": sharing(2, control=16),
              "xl": random_files.adapter(transparency.structure("SDXL"), rank=1)}
     for name, weights in files.items():
         random_files.write(models / "layer_model" / f"{name}.safetensors", {key: value.half() for key, value in weights.items()})
@@ -84,6 +86,12 @@ def test_a_picture_with_alpha_its_mask_and_its_layer(server):
     prompt = {**graph(batch=2), "flat": node("Strata_FlattenLayers", layers=["decode", 2], blending="sRGB", background="transparent")}
     flat = pictures(server, prompt, ("flat", 0))[0]
     assert np.abs(flat - found[0])[found[0][..., 3] > 0].max() <= 1
+    prompt["behind"] = node("EmptyImage", width=72, height=40, batch_size=1, color=0x2060C0)
+    prompt["decode"]["inputs"]["background"] = ["behind", 0]
+    over = found[0][..., 3:] / 255 * found[0][..., :3] + (1 - found[0][..., 3:] / 255) * [0x20, 0x60, 0xC0]
+    assert np.abs(pictures(server, prompt, ("flat", 0))[0][..., :3] - over).max() <= 1.5
+    prompt["behind"]["inputs"]["width"] = 64
+    assert "background: 1 background of 64×40 and 2 pictures of 72×40 do not go together; connect one background of that size" in error(server, prompt)
     prompt = {**graph(batch=2), "plain": node("VAEDecode", samples=["sample", 0], vae=["load", 2])}
     prompt["decode"]["inputs"] |= {"image": ["plain", 0]}
     assert all(np.array_equal(one, other) for one, other in zip(pictures(server, prompt), found, strict=True))
@@ -143,6 +151,31 @@ def test_a_given_layer_is_seen(server):
     assert np.abs(pictures(server, prompt, ("decode1", 0))[0] - found).mean() > 0.5
 
 
+@pytest.mark.parametrize(("workflow", "sampler", "adapter", "found"), [
+    ("layerfusion_mini", "Strata_LayerFusionSampler", ("Adapter for the foreground", "adapter"), {".png": 3, ".psd": 2}),
+    ("layerfusion_sdxl", "Strata_LayerFusionSampler", ("Adapter for the foreground", "adapter"), {".png": 3, ".psd": 2}),
+    ("layerfusion_sd15", "Strata_LayerFusionSampler", ("Adapter for the foreground", "alone"), {".png": 3, ".psd": 2}),
+    ("layerdiffuse_foreground_sdxl", "KSampler", ("Adapter for the model", "adapter"), {".png": 4}),
+    ("mini_transparent_object", "KSampler", ("Adapter for the model", "adapter"), {".png": 4}),
+    ("layerdiffuse_joint_sd15", "Strata_SampleJointLayers", ("Attention sharing of three", "joint"), {".png": 3, ".psd": 2}),
+])
+def test_the_bundled_workflows_run_on_the_mini_familys_files(server, tmp_path, workflow, sampler, adapter, found):
+    """found: channels of the PNG files, layers of the PSD."""
+    title, file = adapter
+    settings = ["CheckpointLoaderSimple.ckpt_name=random_sd.safetensors", "Decoder of the transparency.file=decoder.safetensors",
+                f"{title}.file={file}.safetensors", "EmptyLatentImage.width=64", "EmptyLatentImage.height=64", f"{sampler}.steps=2"]
+    made = run.run_file(server, host.PACK / "workflows" / f"{workflow}.json", settings, tmp_path, False)
+    assert {path.suffix for path in made} == found.keys()
+    for path in made:
+        if path.suffix == ".psd":
+            layers = list(PSDImage.open(path))
+            assert [layer.name for layer in layers] == ["background", "foreground"] and len(layers) == found[".psd"]
+            assert min(np.asarray(layer.composite().convert("RGB"), float).std() for layer in layers) > 1
+        else:
+            picture = np.asarray(Image.open(path))
+            assert picture.shape == (64, 64, found[".png"]) and picture[..., :3].std() > 1
+
+
 def test_errors_are_one_sentence(server):
     assert "xl.safetensors is for SDXL and the model is Strata mini" in error(server, graph("xl"))
     assert "damaged" in error(server, graph("cut"))
@@ -155,6 +188,19 @@ def test_errors_are_one_sentence(server):
     other["decode"]["inputs"] |= {"image": ["picture", 0]}
     other["picture"] = node("LoadImage", image="rgba.png")
     assert "60×44" in error(server, other) and "72×40" in error(server, other)
+    masked = graph()
+    masked["adapter"]["inputs"]["file"] = "encoder.safetensors"
+    masked["image"] = node("LoadImage", image="rgba.png")
+    masked["mask"] = node("SolidMask", value=0.0, width=64, height=64)
+    masked["encode"] = node("Strata_EncodeTransparency", transparency=["adapter", 0], image=["image", 0], vae=["load", 2], mask=["mask", 0])
+    masked["decode"]["inputs"]["samples"] = ["encode", 0]
+    assert "mask: 1 mask of 64×64 and 1 picture of 60×44 do not go together; make them the same size" in error(server, masked)
+    for file, words in (("xl", "xl.safetensors is for SDXL and the model is Strata mini"), ("joint", "joint.safetensors is attention sharing of 3 pictures"),
+                        ("decoder", "decoder.safetensors is a decoder for Strata mini; this node needs an adapter")):
+        layered = graph(file)
+        layered["apply"] = node("Strata_AttentionBlend", model=["load", 0], strength=1.0, boundary=10.0, start_percent=0.0, end_percent=1.0, blocks="all",
+                                structure="prior pass at each step", blended_text="background prompt", transparency=["adapter", 0])
+        assert words in error(server, layered)
     flux = graph()
     flux["sample"] = node("EmptySD3LatentImage", width=64, height=64, batch_size=1)
     assert "the latent has 16 channels" in error(server, flux)
