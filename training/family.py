@@ -59,7 +59,7 @@ FILES = {  # trainer, file, weights
 def publish(root: Path, models: Path = MODELS) -> None:
     """Write every file whose trainers have run; name those that are missing. Also fits what previews need into models_config."""
     for name, (what, weights) in FILES.items():
-        if not (root / what / "model.safetensors").exists():
+        if not (root / what / "metrics.csv").exists():  # what a trainer writes last
             print(f"{name}: not written, python -m training {what} has not run", flush=True)
             continue
         config = json.loads((root / what / "config.json").read_text())
