@@ -54,9 +54,13 @@ def _view(value: Tensor) -> Tensor:
 def _checkpointed(forward: Callable) -> Callable:
     """transformer_options say which block runs, and say something else by the time of the backward pass: each block gets its own copy."""
     def kept(value):
+        if isinstance(value, Tensor) and value.is_inference():  # the checkpoint keeps its inputs as autograd does
+            return value.clone()
         return dict(value) if isinstance(value, dict) else value
 
     def run(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
         return checkpoint(forward, *map(kept, args), use_reentrant=False, **{name: kept(value) for name, value in kwargs.items()})
     return run
 
