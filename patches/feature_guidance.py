@@ -39,9 +39,6 @@ class Planes:
     planes: tuple[Plane, ...]
     recorded: WeakKeyDictionary = field(default_factory=WeakKeyDictionary)
 
-    def __deepcopy__(self, memo):
-        return self
-
 
 @dataclass(frozen=True)
 class Settings:
