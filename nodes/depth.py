@@ -147,6 +147,20 @@ class DepthTopView(io.ComfyNode):
         return io.NodeOutput(deglad.top_view(image, read_depth(depth, image, near_is, missing_depth), height))
 
 
+def box_or_region(depth: torch.Tensor, x: int, y: int, width: int, height: int, region: torch.Tensor | None) -> torch.Tensor:
+    """The mask [B,H,W] of a box in pixels, or the region that was given in its place, checked against the picture's depth [B,H,W]."""
+    if region is None:
+        region = torch.zeros_like(depth)
+        region[:, max(0, y):max(0, y + height), max(0, x):max(0, x + width)] = 1
+        if not region.any():
+            raise ValueError(f"x, y, width, height: the box lies outside of the picture of {depth.shape[2]}×{depth.shape[1]}; move it inside.")
+    region = check_mask(region, "region")
+    if region.shape[1:] != depth.shape[1:] or len(region) not in (1, len(depth)):
+        raise ValueError(f"region: the mask is {region.shape[2]}×{region.shape[1]} ({len(region)}) and the picture is "
+                         f"{depth.shape[2]}×{depth.shape[1]} ({len(depth)}); make them the same size.")
+    return region
+
+
 class AmodalMask(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -169,15 +183,7 @@ class AmodalMask(io.ComfyNode):
     def execute(cls, image, depth, threshold, x, y, width, height, near_is, missing_depth, region=None):
         image = check_image(image, "image")
         depth = read_depth(depth, image, near_is, missing_depth)
-        if region is None:
-            region = torch.zeros_like(depth)
-            region[:, max(0, y):max(0, y + height), max(0, x):max(0, x + width)] = 1
-            if not region.any():
-                raise ValueError(f"x, y, width, height: the box lies outside of the picture of {depth.shape[2]}×{depth.shape[1]}; move it inside.")
-        region = check_mask(region, "region")
-        if region.shape[1:] != depth.shape[1:] or len(region) not in (1, len(depth)):
-            raise ValueError(f"region: the mask is {region.shape[2]}×{region.shape[1]} ({len(region)}) and the picture is "
-                             f"{depth.shape[2]}×{depth.shape[1]} ({len(depth)}); make them the same size.")
+        region = box_or_region(depth, x, y, width, height, region)
         return io.NodeOutput(deglad.amodal_mask(region, depth, threshold))
 
 

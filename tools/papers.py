@@ -23,6 +23,7 @@ PAPERS = {
     "layerdiffuse": "LayerDiffuse (arXiv 2402.17113)",
     "ddpm": "DDPM (arXiv 2006.11239)",
     "ddim": "DDIM (arXiv 2010.02502)",
+    "nulltext": "Null-text inversion (arXiv 2211.09794)",
     "minsnr": "Min-SNR weighting (arXiv 2303.09556)",
     "w3c": "W3C Compositing and Blending Level 1",
     "ours": "Ours",

@@ -7,6 +7,7 @@ import pytest
 
 PACK = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
+MODELS = (".safetensors", ".ckpt")
 TITLE = 30  # height of a node's title, which is above its position
 
 
@@ -26,7 +27,7 @@ def test_model_files_are_named_with_their_place_for_people_and_for_the_frontend(
     known = {file["name"]: file["url"] for file in json.loads((PACK / "models_config" / "transparency.json").read_text())["files"]}
     for node in nodes:
         hints = node["properties"].get("models", [])
-        files = [value for value in node.get("widgets_values", []) if str(value).endswith(".safetensors") and not value.startswith("strata_")]
+        files = [value for value in node.get("widgets_values", []) if str(value).endswith(MODELS) and not value.startswith("strata_")]
         assert [hint["name"] for hint in hints] == files
         for hint in hints:
             assert hint["directory"] == {"CheckpointLoaderSimple": "checkpoints", "Strata_LoadTransparency": "layer_model"}[node["type"]]
@@ -37,7 +38,7 @@ def test_model_files_are_named_with_their_place_for_people_and_for_the_frontend(
 def absent(prompt: dict, comfy) -> list[str]:
     """Model files that the workflow names and this ComfyUI does not have."""
     there = {name for folder in ("checkpoints", "diffusion_models", "layer_model") for name in comfy.get(f"/models/{folder}").json()}
-    named = [value for node in prompt.values() for value in node["inputs"].values() if str(value).endswith(".safetensors")]
+    named = [value for node in prompt.values() for value in node["inputs"].values() if str(value).endswith(MODELS)]
     return [name for name in named if name not in there]
 
 

@@ -25,7 +25,7 @@ def server(comfy, family):
     return comfy
 
 
-def node(kind, **inputs):
+def node(kind, /, **inputs):
     return {"class_type": kind, "inputs": inputs}
 
 

@@ -1,0 +1,108 @@
+"""FeatGLaC: the energy between the decoder features of a composite and those of the scenes it is made of, and the update that lowers it."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NORMS = ("l2", "l1")
+RELEASED_FACTORS = (3.5, 1.25, 2.5, 2.5, 1.5)  # of the iterations of a step; the last one stays
+RELEASED_GAIN = 30 * 1.5
+
+
+def visible_masks(masks: list[Tensor | None], height: int, width: int) -> Tensor:
+    """[P,H,W] in 0..1: where each plane is seen, from masks [H,W] back to front (1 = in the plane, any size, None = everywhere).
+
+    A plane is seen where no nearer one covers it, so that with one foreground the background's mask is 1 - the foreground's.
+    Source: deglad, Eq. 2 and Sec. 3.2 (several depths), with planes that may overlap
+    """
+    seen, free = [], torch.ones(height, width)
+    for mask in reversed(masks):
+        own = torch.ones_like(free) if mask is None else masks_at_level(mask[None].float(), (height, width))[0]
+        seen.append(own * free)
+        free = free * (1 - own)
+    return torch.stack(seen[::-1])
+
+
+def masks_at_level(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks [P,H,W] at the size (h, w) of a feature map: [P,h,w], the mean over each place's area.
+
+    Source: featglac, Sec. 3.3 (M is downsampled to match)
+    """
+    return masks if masks.shape[1:] == size else F.interpolate(masks[:, None], size, mode="area")[:, 0]
+
+
+def feature_energy_l2(features: Tensor, source: Tensor, mask: Tensor) -> Tensor:
+    """[B]: sum over pixels of the mean over channels of (M (Psi_source - Psi))²; features and source [B,C,h,w], mask [h,w] in 0..1.
+
+    Source: featglac, Eq. 4, one term of the sum
+    Differs: the mean over channels, so that one step size serves levels of any width.
+    """
+    return (mask * (source - features)).square().mean(1).sum((1, 2))
+
+
+def feature_energy_l1(features: Tensor, source: Tensor, mask: Tensor) -> Tensor:
+    """[B]: mean absolute difference over channels and masked pixels; features and source [B,C,h,w], mask [h,w]. An empty mask gives 0.
+
+    Source: featglac, released code (in place of Eq. 4's norm)
+    """
+    return (mask * (source - features)).abs().mean(1).sum((1, 2)) / mask.sum().clamp_min(torch.finfo(mask.dtype).tiny)
+
+
+def composition_energy(features: dict[int, Tensor], sources: dict[int, Tensor], masks: Tensor, level_weights: dict[int, float],
+                       plane_weights: list[float], norm: str = "l2") -> Tensor:
+    """[B]: G of a composite; features {level: [B,C,h,w]}, sources {level: [P,B,C,h,w]}, masks [P,H,W] of what is seen of each plane.
+
+    plane_weights [P]: 1 for the background and lambda for the foreground in the paper.
+    Source: featglac, Eq. 4
+    """
+    term = {"l2": feature_energy_l2, "l1": feature_energy_l1}[norm]
+    precise = torch.promote_types(next(iter(features.values())).dtype, torch.float32)
+    energy = 0
+    for level, weight in level_weights.items():
+        own = features[level].to(precise)
+        at_level = masks_at_level(masks, own.shape[2:]).to(own)
+        for source, mask, share in zip(sources[level], at_level, plane_weights, strict=True):
+            energy = energy + weight * share * term(own, source.to(own), mask)
+    return energy
+
+
+def iteration_factor(iteration: int, norm: str) -> float:
+    """What the energy of an iteration within a step, 0 = the first, is multiplied by: the released code's factors for l1, 1 for Eq. 4's norm.
+
+    Source: featglac, released code
+    """
+    return 1.0 if norm == "l2" else RELEASED_GAIN * RELEASED_FACTORS[min(iteration, len(RELEASED_FACTORS) - 1)]
+
+
+def guided_update(latent: Tensor, gradient: Tensor, sigma: Tensor, step_size: float) -> Tensor:
+    """The latent [B,C,H,W] after one iteration, in ComfyUI's scale clean + sigma * noise; gradient: of G by the network's input z.
+
+    The paper's z is the latent divided by sqrt(1 + sigma²), and z - eta grad G is what is taken here.
+    Source: featglac, Sec. 3.3 (z - grad G, K times at each step), with the released code's step size
+    """
+    return latent - step_size * (1 + sigma**2).sqrt() * gradient.to(latent)
+
+
+def composite_latent(front: Tensor, back: Tensor, mask: Tensor) -> Tensor:
+    """Latents [B,C,H,W] of one noise level, pasted: front where mask [B or 1,1,H,W] is 1.
+
+    Source: featglac, Eq. 3
+    """
+    return mask * front + (1 - mask) * back
+
+
+def parse_level_weights(text: str, levels: int) -> dict[int, float]:
+    """{level: weight} from numbers with commas between them, of which the last is the finest level, number levels - 1; zeros are left out.
+
+    Raises ValueError. Source: featglac, Sec. 4.6 (the weights of its layers 2 and 3, the last two of four)
+    """
+    try:
+        values = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"level_weights: '{text}' is not a list of numbers; write them like 0.2, 8.5.") from None
+    if len(values) > levels:
+        raise ValueError(f"level_weights: there are {len(values)} numbers and this model's decoder has {levels} levels; leave some out at the front.")
+    if any(value < 0 or value == float("inf") or value != value for value in values):
+        raise ValueError(f"level_weights: '{text}' has a number that is negative or not finite; weights start at 0.")
+    return {levels - len(values) + index: value for index, value in enumerate(values) if value}

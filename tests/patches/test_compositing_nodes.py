@@ -1,0 +1,106 @@
+"""The nodes of Strata/Compose in a running ComfyUI, on checkpoints with random weights."""
+import io
+
+import numpy as np
+import pytest
+import run
+from PIL import Image
+
+from .test_fusion_nodes import SIDE, latents, node, server  # noqa: F401  server is a fixture
+
+STEPS = 3
+
+
+def graph(method="ddim", checkpoint="sd", **guidance):
+    invert = {"model": ["load", 0], "vae": ["load", 2], "method": method, "steps": STEPS, "scheduler": "ddim_uniform", "cfg": 7.5, "inner_steps": 1,
+              "seed": 0, "disk_cache": "on", "negative": ["negative", 0]}
+    guidance = {"cfg": 3.0, "level_weights": "0.2, 8.5", "foreground": 1.0, "iterations": 2, "step_size": 0.001, "start_percent": 0.0, "end_percent": 0.76,
+                "norm": "l2", "start": "given latent", "source_features": "recompute", "checkpointing": False, **guidance}
+    scene = {"width": SIDE, "height": SIDE}
+    return {
+        "load": node("CheckpointLoaderSimple", ckpt_name=f"random_{checkpoint}.safetensors"),
+        "front": node("Strata_RenderScene", kind="meadow", objects="dog", count=1, seed=3, **scene),
+        "back": node("Strata_RenderScene", kind="snow", objects="", count=0, seed=5, **scene),
+        "positive": node("CLIPTextEncode", text="a dog in snow", clip=["load", 1]),
+        "negative": node("CLIPTextEncode", text="", clip=["load", 1]),
+        "invert_front": node("Strata_InvertImage", image=["front", 0], positive=["positive", 0], **invert),
+        "invert_back": node("Strata_InvertImage", image=["back", 0], positive=["negative", 0], **invert),
+        "plane_back": node("Strata_GuidancePlane", inversion=["invert_back", 0], mask_index=-1, weight=1.0),
+        "plane_front": node("Strata_GuidancePlane", inversion=["invert_front", 0], mask=["front", 4], mask_index=-1, weight=1.0, behind=["plane_back", 0]),
+        "guide": node("Strata_FeatureGuidance", model=["load", 0], positive=["positive", 0], negative=["negative", 0], planes=["plane_front", 0], **guidance),
+        "noise": node("RandomNoise", noise_seed=1),
+        "euler": node("KSamplerSelect", sampler_name="euler"),
+        "sample": node("SamplerCustomAdvanced", noise=["noise", 0], guider=["guide", 0], sampler=["euler", 0], sigmas=["invert_back", 1],
+                       latent_image=["empty", 0]),
+        "empty": node("EmptyLatentImage", width=SIDE, height=SIDE, batch_size=1),
+    }
+
+
+def test_off_is_bit_equal_to_a_stock_guider_and_on_is_not(server):  # noqa: F811
+    on, = latents(server, graph(), ("sample", 0))
+    off, = latents(server, graph(foreground=0.0), ("sample", 0))
+    stock = graph()
+    stock["guide"] = node("CFGGuider", model=["load", 0], positive=["positive", 0], negative=["negative", 0], cfg=3.0)
+    plain, = latents(server, stock, ("sample", 0))
+    assert (off == plain).all() and (on - off).abs().mean() > 1e-3 and on.isfinite().all()
+    started, = latents(server, graph(start="background inversion", checkpointing=True, source_features="cache", norm="l1"), ("sample", 0))
+    assert (started - on).abs().mean() > 1e-3 and started.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["ddim", "null-text", "noise only"])
+def test_the_node_shows_before_and_after_with_the_quality_and_keeps_the_result_on_disk(server, method):  # noqa: F811
+    prompt = graph(method)
+    prompt = {name: prompt[name] for name in ("load", "front", "positive", "negative", "invert_front")}
+    prompt["invert_front"]["inputs"]["steps"] = STEPS + 1  # no other test has made this one
+    prompt["show"] = node("PreviewImage", images=["invert_front", 3])
+    prompt["text"] = node("PreviewAny", source=["invert_front", 4])
+    folder = server.server.base / "user" / "strata_inversions"
+    before = set(folder.glob("*")) if folder.exists() else set()
+    outputs = server.run(prompt)["outputs"]
+    sheet = Image.open(io.BytesIO(server.download(outputs["invert_front"]["images"][0])))
+    assert sheet.height == SIDE + 18 and sheet.width >= 2 * SIDE
+    scene = np.asarray(sheet)[18:, :SIDE].astype(float)
+    assert scene.std() > 20
+    report = outputs["text"]["text"][0]
+    assert report.startswith(method) and ("dB" in report) == (method != "noise only")
+    made = set(folder.glob("*")) - before if folder.exists() else set()
+    assert len(made) == (method != "noise only")
+    times = [path.stat().st_size for path in made]
+    prompt["invert_front"]["inputs"]["seed"] = 1  # ComfyUI runs the node again; a deterministic inversion comes from the disk
+    outputs = server.run(prompt)["outputs"]
+    assert outputs["text"]["text"][0] == report
+    assert (set(folder.glob("*")) - before if folder.exists() else set()) == made and [path.stat().st_size for path in made] == times
+
+
+def test_an_object_is_inserted_into_its_box_and_the_rest_stays(server):  # noqa: F811
+    prompt = graph(checkpoint="inpaint")
+    prompt["guide"] = node("Strata_InsertAtDepth", model=["load", 0], positive=["positive", 0], negative=["negative", 0], vae=["load", 2],
+                           image=["front", 0], inversion=["invert_front", 0], depth=["front", 3], threshold=0.33, x=16, y=16, width=32, height=32,
+                           near_is="black", missing_depth="auto", cfg=3.0, level_weights="0.2, 8.5", foreground=1.0, iterations=2, step_size=0.001,
+                           norm="l2")
+    prompt["sample"]["inputs"]["latent_image"] = ["guide", 1]
+    prompt["sum"] = node("MaskComposite", destination=["guide", 2], source=["guide", 3], x=0, y=0, operation="add")
+    for name, link in (("sum", ["sum", 0]), ("visible", ["guide", 2])):
+        prompt[f"{name}_image"] = node("MaskToImage", mask=link)
+        prompt[f"show_{name}"] = node("PreviewImage", images=[f"{name}_image", 0])
+    after, before = latents(server, prompt, ("sample", 0), ("invert_front", 2))
+    box = np.zeros((SIDE // 8, SIDE // 8), bool)
+    box[2:6, 2:6] = True
+    moved = (after - before).abs().numpy()
+    assert moved[..., box].mean() > 0.05 and moved[..., ~box].max() < 1e-4
+    outputs = server.run(prompt)["outputs"]
+    region, visible = (np.asarray(Image.open(io.BytesIO(server.download(outputs[f"show_{name}"]["images"][0])))) > 127 for name in ("sum", "visible"))
+    assert region[..., 0].sum() == 32 * 32 and region[16:48, 16:48].all() and 0 < visible[..., 0].sum() < 32 * 32
+
+
+def test_what_is_wrong_is_said_in_words(server):  # noqa: F811
+    prompt = graph()
+    prompt["euler"] = node("KSamplerSelect", sampler_name="dpmpp_2m")
+    prompt["show"] = node("SaveLatent", samples=["sample", 0], filename_prefix="compose")
+    with pytest.raises(run.RunError, match="choose one of euler, ddim"):
+        server.run(prompt)
+    prompt = graph()
+    prompt["plane_front"]["inputs"]["mask_index"] = 7
+    prompt["show"] = node("SaveLatent", samples=["sample", 0], filename_prefix="compose")
+    with pytest.raises(run.RunError, match="mask_index: there are 2 masks and no number 7"):
+        server.run(prompt)

@@ -1,0 +1,372 @@
+"""FeatGLaC in ComfyUI's sampling: gradients against finite differences, and all that must stay as it was."""
+import copy
+
+import comfy.model_management
+import comfy.samplers
+import pytest
+import torch
+from strata.patches import feature_guidance
+from strata.patches.feature_guidance import Plane, Planes, Settings, decoder_levels
+from strata.patches.inversion import invert
+
+from . import fusion_reference
+from .test_fusion import Hints, conditioning
+from .test_inversion import calm, picture, sigmas_of
+
+STEPS, SIDE = 4, 8
+
+
+def half_mask(side=SIDE):
+    mask = torch.zeros(side, side)
+    mask[:, side // 2:] = 1
+    return mask
+
+
+class Case:
+    """A model with two inverted pictures, composed half and half."""
+
+    def __init__(self, kind="mini", dtype=None):
+        self.model = calm(fusion_reference.patcher(kind))
+        if dtype is not None:
+            self.model.model.diffusion_model.to(dtype)
+            self.model.model.diffusion_model.dtype = dtype
+        self.sigmas = sigmas_of(self.model, STEPS)
+        self.positive, self.negative = conditioning(self.model, 1, rows=1), conditioning(self.model, 2, rows=1)
+        self.inversions = [invert(self.model, picture(seed), conditioning(self.model, 10 + seed, rows=1), None, self.sigmas) for seed in (3, 4, 5)]
+        self.planes = Planes((Plane(self.inversions[0]), Plane(self.inversions[1], half_mask())))
+
+    def guider(self, planes=None, model=None, positive=None, cfg=3.0, **settings):
+        settings = {"step_size": 0.001, "iterations": 3, **settings}
+        return feature_guidance.guider(model or self.model, positive or self.positive, self.negative, cfg, planes or self.planes, Settings(**settings))
+
+    def sample(self, guider, noise=None, latent=None, sampler="euler", mask=None, **more):
+        noise = picture(9) if noise is None else noise
+        latent = torch.zeros(len(noise), 4, *noise.shape[2:]) if latent is None else latent
+        return guider.sample(noise, latent, comfy.samplers.sampler_object(sampler), self.sigmas, denoise_mask=mask, disable_pbar=True, seed=1, **more)
+
+    def plain(self, **more):
+        guider = comfy.samplers.CFGGuider(self.model)
+        guider.set_conds(self.positive, self.negative)
+        guider.set_cfg(3.0)
+        return self.sample(guider, **more)
+
+
+@pytest.fixture(scope="module")
+def case():
+    return Case()
+
+
+def features_written_out(case, z, sigma, context):
+    """Every decoder level's output, by a whole forward pass."""
+    unet, found = case.model.model.diffusion_model, {}
+    ends = [number for number, block in enumerate(unet.output_blocks) if type(block[-1]).__name__ == "Upsample"] + [len(unet.output_blocks) - 1]
+    hooks = [unet.output_blocks[end][-1].register_forward_hook(lambda module, args, output, level=level: found.__setitem__(level, output))
+             for level, end in enumerate(ends)]
+    try:
+        with torch.no_grad():
+            unet(z, case.model.model.model_sampling.timestep(sigma[None]).float(), context=context)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def energy_written_out(case, z, sources, sigma, norm, iteration=0):
+    """Eq. 4, or the released code's, over the two planes and the last two levels."""
+    total, found = 0.0, features_written_out(case, z, sigma, case.positive[0][0].double())
+    for level, weight in ((1, 0.2), (2, 8.5)):
+        side = found[level].shape[-1]
+        front = torch.zeros(side, side, dtype=torch.float64)
+        front[:, side // 2:] = 1
+        for mask, source in zip((1 - front, front), sources, strict=True):
+            difference = mask * (source[level] - found[level])
+            if norm == "l2":
+                total += weight * float(difference.square().sum()) / difference.shape[1]
+            else:
+                total += weight * float(difference.abs().sum()) / difference.shape[1] / float(mask.sum()) * 45 * (3.5, 1.25, 2.5, 2.5, 1.5)[iteration]
+    return total
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_the_gradient_is_that_of_central_finite_differences_in_float64(norm):
+    case = Case(dtype=torch.float64)
+    sigma, seen, step_size = case.sigmas[1], {}, 1e-3
+    model = case.model.clone()
+    model.set_model_sampler_post_cfg_function(lambda args: seen.update(x=args["input"].clone()) or args["denoised"], disable_cfg1_optimization=True)
+    start = picture(9).double() * float(sigma)
+    guider = case.guider(model=model, norm=norm, iterations=1, step_size=step_size, start="given latent", end_percent=1.0)
+    guider.sample(start / sigma.double(), torch.zeros_like(start), comfy.samplers.sampler_object("euler"), torch.stack([sigma, torch.tensor(0.0)]),
+                  disable_pbar=True)
+    scale = float((1 + sigma.double() ** 2).sqrt())
+    gradient = (start - seen["x"]) / step_size / scale
+    sources = [features_written_out(case, inversion.at(float(sigma)).double() / scale, sigma, inversion.positive[0][0].double())
+               for inversion in case.inversions[:2]]
+    z = start / scale
+    assert guider.energies[0][0] == pytest.approx(energy_written_out(case, z, sources, sigma, norm), rel=1e-5)
+    for seed in range(3):
+        direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        ahead, behind = (energy_written_out(case, z + sign * 1e-6 * direction, sources, sigma, norm) for sign in (1, -1))
+        assert float((gradient * direction).sum()) == pytest.approx((ahead - behind) / 2e-6, rel=1e-3)
+
+
+def test_the_energy_falls_over_the_iterations(case):
+    guider = case.guider(iterations=4)
+    case.sample(guider)
+    assert len(guider.energies) == 3 and all(len(energies) == 4 for energies in guider.energies)  # 0.76 of four steps
+    assert all(later < earlier for energies in guider.energies for earlier, later in zip(energies, energies[1:], strict=False))
+
+
+OFF = [{"foreground": 0.0}, {"iterations": 0}, {"step_size": 0.0}, {"level_weights": "0, 0"}, {"level_weights": ""},
+       {"start_percent": 0.8, "end_percent": 0.9}]
+
+
+@pytest.mark.parametrize("settings", OFF, ids=str)
+def test_off_is_bit_equal_to_plain_sampling(case, settings):
+    assert torch.equal(case.sample(case.guider(start="given latent", **settings)), case.plain())
+
+
+@pytest.mark.parametrize("masks", [(None, torch.zeros(SIDE, SIDE)), (torch.zeros(5, 7), torch.zeros(64, 64))])
+def test_empty_masks_are_bit_equal_to_plain_sampling(case, masks):
+    planes = Planes(tuple(Plane(inversion, mask) for inversion, mask in zip(case.inversions, masks, strict=False)))
+    assert torch.equal(case.sample(case.guider(planes, start="given latent")), case.plain())
+    from_background = case.sample(case.guider(planes))
+    assert torch.allclose(from_background, case.plain(noise=case.inversions[0].latents[0] / case.sigmas[0]), atol=1e-4)
+
+
+def test_on_composes_what_the_masks_say(case):
+    """The features are those of the scenes: the result is nearer to each scene in its half than plain sampling from the same noise."""
+    found = case.sample(case.guider(iterations=10, end_percent=1.0, step_size=0.002))
+    plain = case.sample(case.guider(iterations=0))
+    front, back = (case.inversions[number].latents[-1] for number in (1, 0))
+    assert not torch.allclose(found, plain, atol=1e-2)
+    assert (found - front)[..., 4:].abs().mean() < 0.9 * (plain - front)[..., 4:].abs().mean()
+    assert torch.equal(found, case.sample(case.guider(iterations=10, end_percent=1.0, step_size=0.002))), "two runs are equal"
+    assert (found - back)[..., :4].abs().mean() < (found - front)[..., :4].abs().mean()
+
+
+def test_ddim_is_allowed_and_other_samplers_are_refused_with_the_list(case):
+    assert torch.equal(case.sample(case.guider(), sampler="ddim"), case.sample(case.guider()))
+    churned = comfy.samplers.ksampler("euler", {"s_churn": 1.0})
+    for sampler in (*map(comfy.samplers.sampler_object, ("heun", "dpmpp_2m", "euler_ancestral", "uni_pc", "lcm")), churned):
+        with pytest.raises(ValueError, match="sampler: .* choose one of euler, ddim"):
+            case.guider().sample(picture(9), torch.zeros(1, 4, SIDE, SIDE), sampler, case.sigmas, disable_pbar=True)
+
+
+def test_three_planes_and_any_other_schedule(case):
+    left = torch.zeros(SIDE, SIDE)
+    left[:, :2] = 1
+    three = Planes((*case.planes.planes, Plane(case.inversions[2], left, 2.0)))
+    other = case.guider(three)
+    euler, sigmas = comfy.samplers.sampler_object("euler"), sigmas_of(case.model, 3, "karras")
+    found = other.sample(picture(9), torch.zeros(1, 4, SIDE, SIDE), euler, sigmas, disable_pbar=True)
+    assert found.isfinite().all() and other.energies and not torch.allclose(found, case.sample(case.guider()), atol=1e-2)
+    assert [mask.sum().item() for mask in other.masks] == [16, 32, 16] and other.weights == [1.0, 1.0, 2.0]
+
+
+def test_scenes_in_one_batch_are_the_scenes_one_by_one(case, monkeypatch):
+    together = case.sample(case.guider())
+    monkeypatch.setattr(feature_guidance, "_join", lambda scenes, batch: None)
+    assert torch.allclose(case.sample(case.guider()), together, atol=1e-4)
+
+
+def test_prompts_of_other_lengths_share_the_batch(case):
+    longer = invert(case.model, picture(4), conditioning(case.model, 14, rows=1, tokens=21), None, case.sigmas)
+    planes = Planes((case.planes.planes[0], Plane(longer, half_mask())))
+    assert case.sample(case.guider(planes)).isfinite().all()
+
+
+def calls_of(case, **settings):
+    """How many UNet calls there are, and how often each decoder block's last module and the output layer run."""
+    unet, counts = case.model.model.diffusion_model, {}
+    modules = {"out": unet.out, **{level: module for level, module in enumerate(decoder_levels(unet))}, "calls": unet}
+    hooks = [module.register_forward_hook(lambda module, args, output, name=name: counts.__setitem__(name, counts.get(name, 0) + 1), always_call=True)
+             for name, module in modules.items()]
+    try:
+        case.sample(case.guider(**settings))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counts
+
+
+def test_a_guided_step_costs_one_pass_for_the_scenes_and_one_per_iteration_up_to_the_deepest_level_with_a_weight(case):
+    found = calls_of(case, iterations=3)
+    assert found["calls"] == 3 * (1 + 3) + 4 and found["out"] == 4  # cond and uncond of a step are one call
+    found = calls_of(case, iterations=3, level_weights="1, 0")
+    assert found[0] == found[1] == 3 * (1 + 3) + 4 and found[2] == found["out"] == 4
+
+
+def test_the_cache_saves_the_scenes_pass_of_later_runs_and_changes_next_to_nothing(case):
+    planes = Planes(case.planes.planes)
+    first = case.sample(case.guider(planes, cache=True))
+    assert torch.allclose(first, case.sample(case.guider()), atol=1e-2)
+    assert calls_of(case, planes=planes, cache=True, iterations=3)["calls"] == 3 * 3 + 4
+    assert torch.equal(first, case.sample(case.guider(planes, cache=True)))
+    kept = next(iter(planes.recorded.values()))
+    assert all(values.dtype == torch.float16 and values.device.type == "cpu" for features in kept.values() for values in features.values())
+
+
+def with_adapter(model):
+    """As IPAdapter does it: more attention in chosen blocks, which are known by transformer_options."""
+    generator = torch.Generator().manual_seed(1)
+    weights = {}
+
+    def adapted(q, k, v, options):
+        out = comfy.ldm.modules.attention.optimized_attention(q, k, v, options["n_heads"])
+        assert options["block"] in (("output", 3), ("middle", 0))
+        key = (options["block"], q.shape[-1])
+        weights.setdefault(key, torch.randn(q.shape[-1], generator=generator))
+        extra = weights[key].to(q).expand(len(q), 2, -1) * torch.tensor([1.0, -1.0]).view(2, 1)
+        return out + comfy.ldm.modules.attention.optimized_attention(q, extra, extra, options["n_heads"])
+    model = model.clone()
+    model.set_model_attn2_replace(adapted, "output", 3)
+    model.set_model_attn2_replace(adapted, "middle", 0)
+    return model
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_checkpointing_changes_nothing(case, adapter):
+    model = with_adapter(case.model) if adapter else case.model
+    kept = case.sample(case.guider(model=model))
+    assert torch.allclose(case.sample(case.guider(model=model, checkpointing=True)), kept, atol=1e-5)
+    assert torch.equal(case.sample(case.guider()), kept) != adapter
+    assert not any("forward" in module.__dict__ for module in case.model.model.modules())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_inside_the_executors_inference_mode_with_inference_weights(case, checkpointing):
+    expected = case.sample(case.guider())
+    with torch.inference_mode():
+        inside = Case()
+        held = dict(inside.model.model.named_parameters())
+        before = {name: value.clone() for name, value in held.items()}
+        assert torch.allclose(inside.sample(inside.guider(checkpointing=checkpointing)), expected, atol=1e-4)
+        same(inside, held, before)
+
+
+def same(case, held, before):
+    after = dict(case.model.model.named_parameters())
+    assert all(after[name] is value and torch.equal(value, before[name]) for name, value in held.items())
+    assert not any(module._forward_hooks or "forward" in module.__dict__ for module in case.model.model.modules())
+
+
+@pytest.mark.parametrize("how", ["interruption", "exception in the gradient", "exception in a block"])
+def test_the_model_is_as_it_was_after_a_run_that_ended_early(case, how, monkeypatch):
+    held = dict(case.model.model.named_parameters())
+    before = {name: value.clone() for name, value in held.items()}
+    plain, model, settings = case.plain(), case.model, {"checkpointing": True}
+    if how == "interruption":
+        expected = comfy.model_management.InterruptProcessingException
+        model = case.model.clone()
+        count = []
+
+        def interrupt(q, k, v, options):
+            count.append(1)
+            if len(count) == 20:
+                comfy.model_management.interrupt_current_processing()
+            return q, k, v
+        model.set_model_attn2_patch(interrupt)
+    elif how == "exception in a block":
+        expected, model = ZeroDivisionError, case.model.clone()
+        model.set_model_attn2_patch(lambda q, k, v, options: (q, k, v) if not q.requires_grad else 1 // 0)
+    else:
+        expected = RuntimeError
+
+        def fail(*args, **kwargs):
+            raise RuntimeError("backward")
+        monkeypatch.setattr(torch.autograd, "grad", fail)
+    guider = case.guider(model=model, **settings)
+    with pytest.raises(expected):
+        case.sample(guider)
+    monkeypatch.undo()
+    same(case, held, before)
+    assert torch.equal(case.plain(), plain)
+
+
+def test_a_step_that_is_too_large_says_so(case):
+    with pytest.raises(ValueError, match="step_size: the guidance grew beyond all numbers"):
+        case.sample(case.guider(step_size=1e30))
+
+
+@pytest.mark.parametrize("kind", ["SD1.5", "SDXL"])
+def test_other_families(kind):
+    case = Case(kind)
+    levels = decoder_levels(case.model.model.diffusion_model)
+    assert len(levels) == {"SD1.5": 4, "SDXL": 3}[kind]
+    guider = case.guider(step_size=0.0001)
+    found = case.sample(guider)
+    assert found.isfinite().all() and all(energies[-1] < energies[0] for energies in guider.energies)
+    assert torch.equal(case.sample(case.guider(foreground=0.0, start="given latent")), case.plain())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near_the_exact_result(case, dtype):
+    half = Case(dtype=dtype)
+    found, expected = half.sample(half.guider()), case.sample(case.guider())
+    assert (found - expected).abs().mean() < 0.1 * (expected - case.plain()).abs().mean()
+
+
+def test_a_batch_is_its_elements_one_by_one(case):
+    noise = picture(9, batch=2)
+    together = case.sample(case.guider(start="given latent"), noise=noise)
+    for number in range(2):
+        assert torch.allclose(together[number:number + 1], case.sample(case.guider(start="given latent"), noise=noise[number:number + 1]), atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [(9, 13), (10, 6)])
+def test_sizes_that_no_level_divides(case, side):
+    pictures = [torch.randn(1, 4, *side, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    inversions = [invert(case.model, one, case.positive, None, case.sigmas) for one in pictures]
+    planes = Planes((Plane(inversions[0]), Plane(inversions[1], torch.ones(50, 70).tril())))
+    guider = case.guider(planes, step_size=0.0002, iterations=5)
+    found = case.sample(guider, noise=torch.randn(1, 4, *side))
+    assert found.shape == (1, 4, *side) and all(energies[-1] < energies[0] for energies in guider.energies)
+
+
+def test_the_composites_control_stays_its_own(case):
+    """A ControlNet on positive acts in the guided passes and not on the scenes, which keep the features of their own conditionings."""
+    hints = torch.randn(1, 192, 1, 1, generator=torch.Generator().manual_seed(4))
+    controlled = [[case.positive[0][0], {**case.positive[0][1], "control": Hints(hints), "control_apply_to_uncond": True}]]
+    seen = []
+
+    def watch(apply, args):
+        seen.append((len(args["input"]), args["c"].get("control") is not None))
+        return apply(args["input"], args["timestep"], **args["c"])
+    model = case.model.clone()
+    model.set_model_unet_function_wrapper(watch)
+    guider = case.guider(model=model, positive=controlled, iterations=2, step_size=0.0002)
+    case.sample(guider)
+    guided = [(2, False), (1, True), (1, True), (2, True)]  # two scenes; two iterations; cond and uncond
+    assert seen == guided * 3 + [(2, True)]
+    assert all(energies[-1] < energies[0] for energies in guider.energies)
+
+
+def test_what_does_not_fit_is_refused_in_words(case):
+    with pytest.raises(ValueError, match="planes: an inversion is of 64×64 pixels .* the latent of 128×64"):
+        case.sample(case.guider(), noise=torch.zeros(1, 4, 8, 16))
+    with pytest.raises(ValueError, match="positive: several conditionings are combined"):
+        case.sample(case.guider(positive=[*case.positive, *case.negative]))
+    with pytest.raises(ValueError, match="decoder has 3 levels"):
+        case.guider(level_weights="1, 1, 1, 1")
+    model = case.model.clone()
+    model.model = copy.copy(model.model)
+    model.model._modules = {**model.model._modules, "diffusion_model": torch.nn.Linear(1, 1)}
+    with pytest.raises(ValueError, match="model: feature guidance works with SD1.5"):
+        feature_guidance.guider(model, case.positive, case.negative, 3.0, case.planes, Settings())
+
+
+def test_the_paste_puts_the_pictures_latent_into_the_composite_once(case):
+    """Insertion: plain sampling up to the paste, and from there on plain sampling of the pasted latent, when no guidance follows."""
+    planes = Planes((Plane(case.inversions[0], half_mask()),))
+    found = case.sample(case.guider(planes, start="given latent", iterations=0, paste_percent=0.5))
+    percent = [case.model.model.model_sampling.percent_to_sigma(0.5), *map(float, case.sigmas)]
+    place = next(number for number, sigma in enumerate(percent[1:]) if sigma <= percent[0])
+    plain = comfy.samplers.CFGGuider(case.model)
+    plain.set_conds(case.positive, case.negative)
+    plain.set_cfg(3.0)
+    x, euler = picture(9) * case.sigmas[0], comfy.samplers.sampler_object("euler")
+    for number in range(STEPS):
+        if number == place:
+            x = torch.where(half_mask().bool(), case.inversions[0].latents[place], x)
+        x = plain.sample(x / case.sigmas[number], torch.zeros_like(x), euler, case.sigmas[number:number + 2], disable_pbar=True)
+    assert 0 < place < STEPS and torch.allclose(found, x, atol=1e-3)

@@ -1,0 +1,142 @@
+"""One guided step of feature guidance (5 iterations, two scenes, and the step itself) against the plain loop; SD1.5's structure, 32×32 latents, fp32.
+
+The plain loop runs the whole UNet forward and backward for every iteration, and both scenes again each time. Memory is the peak above what was there
+before; the rows for it are in GB, not seconds.
+"""
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+
+import cpu_host
+import host
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import conftest  # noqa: E402, F401  makes the pack importable as strata
+
+SIDE, CHANNELS, ITERATIONS, CFG = 32, 64, 5, 7.5
+SHAPE = {"image_size": 32, "in_channels": 4, "out_channels": 4, "use_spatial_transformer": True, "legacy": False, "dtype": torch.float32,
+         "model_channels": CHANNELS, "channel_mult": [1, 2, 4, 4], "num_res_blocks": [2, 2, 2, 2], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+         "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1, "context_dim": 768, "num_heads": 8}
+
+
+class Bench:
+    """The same model, scenes and latent for every way."""
+
+    def __init__(self):
+        cpu_host.declare_operators()
+        sys.path.insert(0, str(host.find_or_install().root))
+        from comfy.cli_args import args
+        args.cpu = not torch.cuda.is_available()
+        import comfy.model_management
+        import comfy.model_patcher
+        import comfy.supported_models
+        from strata.patches.feature_guidance import Plane, Planes
+        from strata.patches.inversion import Inversion
+        config = comfy.supported_models.SD15(dict(SHAPE))
+        config.manual_cast_dtype = None
+        torch.manual_seed(0)
+        model = config.get_model({}, "", "cpu").eval().requires_grad_(False)
+        for weight in model.diffusion_model.parameters():
+            torch.nn.init.normal_(weight, 1 if weight.ndim == 1 else 0, 0.1 if weight.ndim == 1 else weight[0].numel() ** -0.5)
+        self.device = comfy.model_management.get_torch_device()
+        self.model = comfy.model_patcher.ModelPatcher(model.to(self.device), self.device, torch.device("cpu"))
+        self.sigma = model.model_sampling.sigmas[500]
+        self.x, *scenes = torch.randn(3, 1, 4, SIDE, SIDE) * self.sigma
+        self.texts = torch.randn(4, 1, 77, 768)
+        self.mask = (torch.arange(SIDE) >= SIDE // 2).float().expand(SIDE, SIDE)
+        inversions = [Inversion(scene[None], self.sigma[None].cpu(), [[text, {}]], "ddim") for scene, text in zip(scenes, self.texts, strict=False)]
+        self.planes = Planes((Plane(inversions[0]), Plane(inversions[1], self.mask)))
+
+    def ours(self, **settings) -> list[float]:
+        import comfy.samplers
+        from strata.patches.feature_guidance import Settings, guider
+        settings = Settings(iterations=ITERATIONS, step_size=1e-4, start="given latent", end_percent=1.0, **settings)
+        found = guider(self.model, [[self.texts[2], {}]], [[self.texts[3], {}]], CFG, self.planes, settings)
+        with torch.inference_mode():
+            found.sample(self.x / self.sigma, torch.zeros_like(self.x), comfy.samplers.sampler_object("euler"),
+                         torch.stack([self.sigma, self.sigma / 2]), disable_pbar=True)
+        return found.energies[0]
+
+    def plain(self) -> list[float]:
+        unet, scale = self.model.model.diffusion_model, (1 + self.sigma**2).sqrt()
+        time_ = self.model.model.model_sampling.timestep(self.sigma[None]).float().to(self.device)
+        scenes = [plane.inversion.latents[0].to(self.device) / scale for plane in self.planes.planes]
+        texts, mask = self.texts.to(self.device), self.mask.to(self.device)
+        features: dict[int, torch.Tensor] = {}
+        hooks = [unet.output_blocks[number][-1].register_forward_hook(lambda module, args, out, level=level: features.__setitem__(level, out))
+                 for level, number in ((2, 8), (3, 11))]
+        z, energies = self.x.to(self.device) / scale, []
+        for _ in range(ITERATIONS):
+            sources = []
+            for scene, text in zip(scenes, texts[:2], strict=True):
+                with torch.no_grad():
+                    unet(scene, time_, context=text)
+                sources.append(dict(features))
+            z = z.detach().requires_grad_()
+            unet(z, time_, context=texts[2])
+            energy = 0
+            for level, weight in ((2, 0.2), (3, 8.5)):
+                for seen, source in zip((1 - mask, mask), sources, strict=True):
+                    energy = energy + weight * (seen * (source[level] - features[level])).square().mean(1).sum()
+            gradient, = torch.autograd.grad(energy, z)
+            energies.append(energy.item())
+            z = z.detach() - 1e-4 * gradient
+        for hook in hooks:
+            hook.remove()
+        with torch.no_grad():
+            unet(z.expand(2, -1, -1, -1), time_.expand(2), context=torch.cat([texts[2], texts[3]]))
+        return energies
+
+
+def _memory(field: str) -> float:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field)) / 2**20
+
+
+def measure(name: str, settings: dict) -> tuple[float, float, list[float]]:
+    """(seconds, GB, energies) of one step, after one that warms up. Memory counts from before the first: allocators keep what they had."""
+    step = getattr(_bench, name)
+    if torch.cuda.is_available():
+        step(**settings)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**30
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        before = _memory("VmRSS")
+        step(**settings)
+    start = time.perf_counter()
+    energies = step(**settings)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else _memory("VmHWM")
+    return seconds, peak - before, energies
+
+
+def rows():
+    global _bench  # which the forked processes find as it is
+    _bench = Bench()
+
+    def run(name: str, **settings):
+        if torch.cuda.is_available():
+            return measure(name, settings)
+        with multiprocessing.get_context("fork").Pool(1) as pool:  # memory of its own for each way
+            return pool.apply(measure, (name, settings))
+    seconds, memory, energies = run("plain")
+    for title, settings in (("", {}), (" with checkpointing", {"checkpointing": True}), (", level 2 alone", {"level_weights": "0.2, 0"})):
+        own_seconds, own_memory, found = run("ours", **settings)
+        if "level_weights" not in settings:
+            assert max(abs(one / other - 1) for one, other in zip(found, energies, strict=True)) < 1e-3, (found, energies)
+        yield f"a guided step{title}", own_seconds, seconds, own_seconds / seconds
+        yield f"its memory{title}, GB", own_memory, memory, own_memory / memory
+
+
+if __name__ == "__main__":
+    for row in rows():
+        print(*row, flush=True)
