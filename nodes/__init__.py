@@ -2,11 +2,11 @@
 from comfy_api.latest import ComfyExtension
 
 from ..patches import mini_family
-from . import depth, fusion, generate, layers_edit, layers_io, transparency
+from . import depth, fusion, generate, harmonize, layers_edit, layers_io, transparency
 
 mini_family.register()
 
 
 class StrataExtension(ComfyExtension):
     async def get_node_list(self):
-        return [node for module in (layers_io, layers_edit, depth, transparency, fusion, generate) for node in module.NODES]
+        return [node for module in (layers_io, layers_edit, depth, transparency, fusion, harmonize, generate) for node in module.NODES]
