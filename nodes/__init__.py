@@ -2,11 +2,12 @@
 from comfy_api.latest import ComfyExtension
 
 from ..patches import mini_family
-from . import compositing, depth, fusion, generate, layers_edit, layers_io, transparency
+from . import compositing, depth, fusion, generate, harmonize, layers_edit, layers_io, transparency
 
 mini_family.register()
+MODULES = (layers_io, layers_edit, depth, transparency, fusion, compositing, harmonize, generate)
 
 
 class StrataExtension(ComfyExtension):
     async def get_node_list(self):
-        return [node for module in (layers_io, layers_edit, depth, transparency, fusion, compositing, generate) for node in module.NODES]
+        return [node for module in MODULES for node in module.NODES]

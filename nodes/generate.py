@@ -25,6 +25,8 @@ class RenderScene(io.ComfyNode):
                 io.Int.Input("height", default=512, min=64, max=2048, tooltip="Height in pixels."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
                              tooltip="The same seed gives the same picture."),
+                io.Boolean.Input("shadows", default=True, tooltip="Whether the layers bring their shadows along. Off, they are bare cut-outs, as for Harmonize "
+                                 "layers; the picture has its shadows either way."),
             ],
             outputs=[
                 io.Image.Output("IMAGE", display_name="image", tooltip="The whole picture."),
@@ -39,12 +41,12 @@ class RenderScene(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, kind, objects, count, width, height, seed):
+    def execute(cls, kind, objects, count, width, height, seed, shadows=True):
         names = tuple(name.strip().lower() for name in objects.split(",") if name.strip())
         request = Request(None if kind == "random" else kind, names or None, count)
         scene = render(request, height, width, seed)
         back = Layer(_tensor(scene.background), "background", extra={"strata": {"prompt": scene.background_prompt, "depth": (0.0, 1.0)}})
-        layers = write_layers(LayerStack((width, height), (back, *map(_layer, scene.objects))))
+        layers = write_layers(LayerStack((width, height), (back, *(_layer(thing, shadows) for thing in scene.objects))))
         depth = _tensor(scene.depth)[None, ..., None].expand(-1, -1, -1, 3)
         return io.NodeOutput(_tensor(scene.composite)[None], _tensor(scene.background)[None], layers, depth, _tensor(scene.masks), scene.prompt)
 
@@ -53,9 +55,9 @@ def _tensor(array) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def _layer(thing: SceneObject) -> Layer:
+def _layer(thing: SceneObject, shadow: bool) -> Layer:
     strata = {"prompt": thing.prompt, "depth": (thing.depth, thing.depth)}
-    return Layer(_tensor(thing.rgba_with_shadow), thing.name, extra={"strata": strata})
+    return Layer(_tensor(thing.rgba_with_shadow if shadow else thing.rgba), thing.name, extra={"strata": strata})
 
 
 NODES = [RenderScene]

@@ -39,3 +39,18 @@ def test_an_unknown_object_is_named(comfy):
     with pytest.raises(run.RunError, match="dragon"):
         comfy.run(graph(objects="dragon"))
     assert comfy.run(graph(objects="", count=0))
+
+
+def test_layers_come_with_or_without_their_shadows(comfy):
+    """Flattened with shadows they are the picture; without, they are darker nowhere."""
+    import numpy as np
+    from strata.training import scenes
+    scene = scenes.render(scenes.Request("beach", ("house", "dog"), 2), 80, 96, 4)
+    flat = {"7": {"class_type": "Strata_FlattenLayers", "inputs": {"layers": ["1", 2], "background": "transparent", "blending": "sRGB"}},
+            "8": {"class_type": "PreviewImage", "inputs": {"images": ["7", 0]}}}
+    shown = {shadows: pictures(comfy, comfy.run({**graph(shadows=shadows), **flat}))["8"][0][..., :3] / 255 for shadows in (True, False)}
+    bare = scene.background
+    for thing in scene.objects:
+        bare = scenes.over(thing.rgba, bare)
+    assert np.abs(shown[True] - scene.composite).max() <= 1.5 / 255 and np.abs(shown[False] - bare).max() <= 1.5 / 255
+    assert np.abs(scene.composite - bare).max() > 0.1

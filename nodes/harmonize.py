@@ -1,0 +1,114 @@
+"""DreamLayer's harmonisation: layers that were only stacked become one picture."""
+import comfy.samplers
+import latent_preview
+import torch
+import torch.nn.functional as F
+from comfy_api.latest import io
+
+from ..patches.harmonize import harmonize
+from ..techniques.geometry import rasterise
+from ..techniques.harmonization import feathered, visible_shares
+from ..techniques.layers import Layer, LayerStack, read_layers, write_layers
+from ..techniques.transparency import extend_colours
+from .sockets import Layers, schema
+
+FOREGROUNDS = ("keep", "relight")
+
+
+class HarmonizeLayers(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        percent = {"min": 0.0, "max": 1.0, "step": 0.01}
+        return schema(
+            node_id="Strata_HarmonizeLayers", display_name="Harmonize layers", category="Strata/Compose",
+            search_aliases=["dreamlayer", "IRH", "harmonization", "contact shadow", "blend layers", "relight"],
+            description="Draws the shadows and the light that a stack of layers lacks: the background is denoised anew with the layers put into it on the way.",
+            inputs=[
+                io.Model.Input("model", tooltip="Any diffusion model of ComfyUI, with LoRAs and other patches as you like."),
+                io.Conditioning.Input("positive", tooltip="The whole picture in words: the place and the things in it."),
+                io.Conditioning.Input("negative", tooltip="What should not be seen, from an ordinary text encoding."),
+                io.Vae.Input("vae", tooltip="The autoencoder of the model."),
+                Layers.Input("layers", tooltip="Background first, things in front of it. Move, turn, flip or resize a layer and run again: nothing else has to change."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="The same seed gives the same picture."),
+                io.Int.Input("steps", default=30, min=1, max=10000, tooltip="Steps of a whole denoising; only those after start_percent are done."),
+                io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="How closely to follow the words."),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler",
+                               tooltip="For the steps after end_percent; those before are Euler's."),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="normal", tooltip="As in KSampler."),
+                io.Float.Input("start_percent", default=0.4, **percent, tooltip="How far into the denoising to start: the published 0.4 (timestep 600). "
+                               "Lower changes more of the background."),
+                io.Float.Input("end_percent", default=0.6, **percent, tooltip="Until when the layers are put back at every step: the published 0.6 "
+                               "(timestep 400). Higher keeps them closer, lower blends them more."),
+                io.Combo.Input("foregrounds", options=list(FOREGROUNDS), default=FOREGROUNDS[0], tooltip="keep: the things keep their own pixels. "
+                               "relight: they are taken as the model has drawn them."),
+                io.Float.Input("feather", default=2.0, min=0.0, max=64.0, step=0.5, tooltip="With keep: over how many pixels inside of their edge the things "
+                               "fade into what the model has drawn."),
+            ],
+            outputs=[
+                io.Image.Output("IMAGE", display_name="image", tooltip="The picture, of the canvas's size."),
+                io.Latent.Output("LATENT", display_name="latent", tooltip="The harmonised latent, to go on from."),
+                Layers.Output("LAYERS", display_name="layers", tooltip="The layers with the harmonised background, shadows included. Behind the things it is as it "
+                              "was, so that they can be moved away."),
+            ])
+
+    @classmethod
+    def execute(cls, model, positive, negative, vae, layers, seed, steps, cfg, sampler_name, scheduler, start_percent, end_percent, foregrounds, feather):
+        stack = _shown(read_layers(layers))
+        background, *things = [rasterise(layer, stack.canvas).permute(2, 0, 1)[None] for layer in stack.layers]
+        colours = [extend_colours(pixels[:, :3], pixels[:, 3:]) for pixels in (background, *things)]
+        alphas = torch.cat([pixels[:, 3:] for pixels in things])
+        side = vae.spacial_compression_encode()
+        latents = [vae.encode(_padded(colour, side).permute(0, 2, 3, 1)) for colour in colours]
+        latent = harmonize(model, positive, negative, latents[0], torch.cat(latents[1:]), _padded(alphas, side), seed, steps, cfg, sampler_name, scheduler,
+                           start_percent, end_percent, lambda count: latent_preview.prepare_callback(model, count))
+        width, height = stack.canvas
+        drawn = vae.decode(latent).reshape(-1, *_padded(colours[0], side).shape[-2:], 3)[:1, :height, :width].permute(0, 3, 1, 2)
+        found = _with_harmonised_background(stack, colours[0], drawn, alphas)
+        if foregrounds == FOREGROUNDS[0]:
+            free, shares = visible_shares(feathered(alphas, feather))
+            image = drawn * free + sum(colour * share for colour, share in zip(colours[1:], shares, strict=True))
+        else:
+            image, found = drawn, _relit(found, drawn, colours[1:], alphas)
+        return io.NodeOutput(image.permute(0, 2, 3, 1).clamp(0, 1), {"samples": latent}, write_layers(found))
+
+
+def _shown(stack: LayerStack) -> LayerStack:
+    """The visible layers. Raises ValueError for fewer than two, for blend modes, and for layers without transparency in front."""
+    stack = stack.with_layers(layer for layer in stack.layers if layer.visible)
+    if len(stack.layers) < 2:
+        raise ValueError(f"layers: there are {len(stack.layers)} visible layers; harmonising needs a background and at least one thing in front of it.")
+    for layer in stack.layers[1:]:
+        if layer.blend_mode != "normal":
+            raise ValueError(f"layers: layer {layer.name!r} has the blend mode {layer.blend_mode!r}, and latents can only be laid over each other; "
+                             "merge it with the layer behind it (Order layers), or set it to normal.")
+        if (rasterise(layer, stack.canvas)[..., 3] >= 1).all():
+            raise ValueError(f"layers: layer {layer.name!r} covers the whole canvas and has no transparent pixel, so nothing behind it would be seen; "
+                             "give it an alpha or a mask.")
+    return stack
+
+
+def _padded(pixels: torch.Tensor, side: int) -> torch.Tensor:
+    """Edges repeated to the right and below, up to whole latent pixels."""
+    height, width = pixels.shape[-2:]
+    return F.pad(pixels, (0, -width % side, 0, -height % side), mode="replicate")
+
+
+def _with_harmonised_background(stack: LayerStack, before: torch.Tensor, drawn: torch.Tensor, alphas: torch.Tensor) -> LayerStack:
+    """The model's background where it is seen, and what was there before where a thing covers it."""
+    free, _ = visible_shares(alphas)
+    image = (drawn * free + before * (1 - free))[0].permute(1, 2, 0).clamp(0, 1)
+    back = stack.layers[0]
+    return stack.with_layers([Layer(image, back.name, extra=back.extra), *stack.layers[1:]])
+
+
+def _relit(stack: LayerStack, drawn: torch.Tensor, colours: list[torch.Tensor], alphas: torch.Tensor) -> LayerStack:
+    """Things on the canvas in the model's colours where they are seen, in their own where others cover them."""
+    _, shares = visible_shares(alphas)
+    relit = []
+    for layer, colour, share, alpha in zip(stack.layers[1:], colours, shares, alphas, strict=True):
+        pixels = torch.cat([torch.lerp(colour, drawn, share)[0].clamp(0, 1), alpha])
+        relit.append(Layer(pixels.permute(1, 2, 0), layer.name, extra=layer.extra))
+    return stack.with_layers([stack.layers[0], *relit])
+
+
+NODES = [HarmonizeLayers]

@@ -1,0 +1,65 @@
+"""Information Retained Harmonization as a sampler: in a range of noise levels the layers are put back at every step, after it the model is free."""
+from __future__ import annotations
+
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ..techniques.harmonization import fuse_latents, latent_alpha
+
+
+class HarmonizingSampler(comfy.samplers.Sampler):
+    """Fuses while the noise is at least `until`, with Euler's steps; a stock sampler does the rest.
+
+    foregrounds: [K,C,...,h,w] as an autoencoder makes them. alphas: [K,1,h,w], back to front.
+    """
+
+    def __init__(self, rest: comfy.samplers.Sampler, foregrounds: Tensor, alphas: Tensor, until: float):
+        self.rest, self.foregrounds, self.alphas, self.until = rest, foregrounds, alphas, until
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+        model, steps = model_wrap.inner_model, len(sigmas) - 1
+        fused = int((sigmas[:-1] >= self.until).sum())
+        if fused == 0:
+            return self.rest.sample(model_wrap, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+        foregrounds = model.process_latent_in(self.foregrounds.to(latent_image))
+        alphas = self.alphas.to(latent_image)
+        pinned = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
+        pinned.latent_image, pinned.noise = latent_image, noise
+        extra_args["denoise_mask"] = denoise_mask
+        full = self.max_denoise(model_wrap, sigmas)
+        x = model.model_sampling.noise_scaling(sigmas[0], noise.clone(), latent_image, full)
+        for step in range(fused):
+            kept = torch.stack([model.model_sampling.noise_scaling(sigmas[step], noise.clone(), layer[None], full and step == 0) for layer in foregrounds])
+            x = fuse_latents(x, kept, alphas)
+            clean = pinned(x, sigmas[step] * x.new_ones(len(x)), **extra_args)
+            if callback is not None:
+                callback(step, clean, x, steps)
+            x = x + (x - clean) / sigmas[step] * (sigmas[step + 1] - sigmas[step])
+        if fused == steps:
+            return model.model_sampling.inverse_noise_scaling(sigmas[-1], x)
+        go_on = None if callback is None else lambda i, clean, x, total: callback(fused + i, clean, x, steps)
+        left = model.model_sampling.inverse_noise_scaling(sigmas[fused], x)
+        return self.rest.sample(model_wrap, sigmas[fused:], extra_args, go_on, torch.zeros_like(noise), left, denoise_mask, disable_pbar)
+
+
+def harmonize(model: ModelPatcher, positive, negative, background: Tensor, foregrounds: Tensor, alphas: Tensor, seed: int, steps: int, cfg: float,
+              sampler_name: str, scheduler: str, start_percent: float, end_percent: float, callback) -> Tensor:
+    """The harmonised latent [1,C,...,h,w].
+
+    background: [1,C,...,h,w]. foregrounds: [K,C,...,h,w]. alphas: [K,1,H,W] in pixels. The noise added is that of start_percent
+    of the sampling, and the layers are put back until end_percent.
+    """
+    background = comfy.sample.fix_empty_latent_channels(model, background)
+    sampling = model.get_model_object("model_sampling")
+    start, until = (float(sampling.percent_to_sigma(percent)) for percent in (start_percent, end_percent))
+    sigmas = comfy.samplers.KSampler(model, steps, model.load_device, sampler_name, scheduler, 1.0, model_options=model.model_options).sigmas
+    sigmas = sigmas[int((sigmas[:-1] > start * (1 + 1e-4)).sum()):]
+    if len(sigmas) < 2:
+        raise ValueError(f"start_percent: no step of {steps} is left after {start_percent}; start earlier or take more steps.")
+    sampler = HarmonizingSampler(comfy.samplers.sampler_object(sampler_name), foregrounds, latent_alpha(alphas, background.shape[-2:]), until)
+    return comfy.sample.sample_custom(model, comfy.sample.prepare_noise(background, seed), cfg, sampler, sigmas, positive, negative, background,
+                                      callback=callback(len(sigmas) - 1), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)

@@ -1,0 +1,50 @@
+"""Information Retained Harmonization: layers fused while they are denoised, so that the model draws shadows and light that belong together."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def visible_shares(alphas: Tensor) -> tuple[Tensor, Tensor]:
+    """What of each layer is seen: background [1,H,W] and foregrounds [K,1,H,W], which sum to one; alphas: [K,1,H,W], back to front, 1 = opaque.
+
+    Source: dreamlayer, Eq. 1 and 12, the weights of the sum.
+    """
+    clear = torch.cat([1 - alphas, torch.ones_like(alphas[:1])])
+    behind = clear.flip(0).cumprod(0).flip(0)  # behind[i]: the product over the layers from i to the front
+    return behind[0], alphas * behind[1:]
+
+
+def fuse_latents(background: Tensor, foregrounds: Tensor, alphas: Tensor) -> Tensor:
+    """[...,h,w]: the background's latent [...,h,w] with the foregrounds' [K,...,h,w] over it, all at one noise level; alphas: [K,1,h,w], back to front.
+
+    Source: dreamlayer, Eq. 12.
+    """
+    free, shares = visible_shares(alphas)
+    shares = shares.reshape(-1, *[1] * (background.ndim - 2), *shares.shape[-2:])
+    return background * free + (foregrounds * shares).sum(0)
+
+
+def latent_alpha(alpha: Tensor, size: tuple[int, int]) -> Tensor:
+    """[K,1,h,w] of that size (h, w): the mean of the pixels of alpha [K,1,H,W] under each latent pixel.
+
+    Source: dreamlayer, Sec. 3.3 (a resized to the latent).
+    """
+    return F.interpolate(alpha, size=size, mode="area")
+
+
+def feathered(alpha: Tensor, radius: float) -> Tensor:
+    """[K,1,H,W]: alpha [K,1,H,W] that fades in from where it begins to itself `radius` pixels further in; 0 leaves it as it is.
+
+    Source: ours, for putting pixels back without a seam: alpha times 2·blurred − 1 of where it is above zero.
+    """
+    if radius <= 0:
+        return alpha
+    reach = max(1, round(1.5 * radius))
+    distance = torch.arange(-reach, reach + 1, device=alpha.device, dtype=alpha.dtype)
+    weights = torch.exp(-0.5 * (distance / (radius / 2)) ** 2)
+    weights = weights / weights.sum()
+    padded = F.pad((alpha > 0).to(alpha), [reach] * 4, mode="replicate")
+    blurred = F.conv2d(F.conv2d(padded, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1))
+    return alpha * (2 * blurred - 1).clamp(0, 1)

@@ -1,0 +1,66 @@
+"""Fusing layers by their alphas: against Eq. 1 and 12 of DreamLayer written out pixel by pixel in float64."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from strata.techniques.compositing import flatten
+from strata.techniques.harmonization import feathered, fuse_latents, latent_alpha, visible_shares
+from strata.techniques.layers import Layer, LayerStack
+
+
+def alphas(count, *size, seed=0):
+    return torch.rand(count, 1, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def written_out(background, foregrounds, alpha):
+    """Eq. 12 as it stands: k layers, the background is the first."""
+    k, out = len(foregrounds) + 1, np.zeros(background.shape)
+    for y in range(background.shape[-2]):
+        for x in range(background.shape[-1]):
+            a = [None, *(float(part[0, y, x]) for part in alpha)]
+            free = float(np.prod([1 - a[i] for i in range(1, k)]))
+            value = background[..., y, x].numpy() * free
+            for i in range(1, k):
+                value = value + foregrounds[i - 1][..., y, x].numpy() * a[i] * float(np.prod([1 - a[f] for f in range(i + 1, k)]))
+            out[..., y, x] = value
+    return out
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("extra", [(), (3,)])  # a video's latent has frames too
+def test_fused_latents_are_equation_12(count, extra):
+    background, foregrounds = torch.randn(2, 4, *extra, 5, 6, dtype=torch.float64), torch.randn(count, 2, 4, *extra, 5, 6, dtype=torch.float64)
+    alpha = alphas(count, 5, 6)
+    assert np.allclose(fuse_latents(background, foregrounds, alpha).numpy(), written_out(background, foregrounds, alpha), atol=1e-12)
+
+
+def test_the_shares_sum_to_one_and_fusing_pixels_is_flattening_them():
+    alpha, colours = alphas(3, 8, 9).float(), torch.rand(4, 3, 8, 9)
+    free, shares = visible_shares(alpha)
+    assert torch.allclose(free + shares.sum(0), torch.ones(1, 8, 9), atol=1e-6)
+    layers = [Layer(colours[0].permute(1, 2, 0))] + [Layer(torch.cat([c, a]).permute(1, 2, 0)) for c, a in zip(colours[1:], alpha, strict=True)]
+    flat, _ = flatten(LayerStack((9, 8), tuple(layers)))
+    assert torch.allclose(fuse_latents(colours[0], colours[1:], alpha), flat.permute(2, 0, 1), atol=1e-5)
+
+
+def test_layers_in_front_hide_those_behind():
+    background, red, blue = torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4), torch.full((1, 1, 4, 4), 2.0)
+    opaque = torch.ones(2, 1, 4, 4)
+    assert (fuse_latents(background, torch.stack([red, blue]), opaque) == 2).all()
+    assert (fuse_latents(background, torch.stack([blue, red]), opaque) == 1).all()
+    assert torch.equal(fuse_latents(red, torch.stack([blue]), torch.zeros(1, 1, 4, 4)), red)
+
+
+def test_alphas_at_latent_size_are_pillows_means():
+    alpha = alphas(1, 48, 40).float()
+    expected = np.asarray(Image.fromarray(alpha[0, 0].numpy()).resize((5, 6), Image.BOX))
+    assert np.allclose(latent_alpha(alpha, (6, 5))[0, 0].numpy(), expected, atol=1e-6)
+
+
+def test_feathering_ends_inside_of_the_edge():
+    alpha = torch.zeros(1, 1, 40, 40)
+    alpha[..., 10:30, 10:30] = 0.8
+    soft = feathered(alpha, 4)
+    assert torch.equal(feathered(alpha, 0), alpha) and (soft <= alpha).all() and (soft[alpha == 0] == 0).all()
+    row = soft[0, 0, 20, 10:20]
+    assert (row.diff() >= 0).all() and row[0] < 0.2 and row[6:].allclose(torch.tensor(0.8))
