@@ -28,7 +28,8 @@ class HarmonizeLayers(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="The whole picture in words: the place and the things in it."),
                 io.Conditioning.Input("negative", tooltip="What should not be seen, from an ordinary text encoding."),
                 io.Vae.Input("vae", tooltip="The autoencoder of the model."),
-                Layers.Input("layers", tooltip="Background first, things in front of it. Move, turn, flip or resize a layer and run again: nothing else has to change."),
+                Layers.Input("layers", tooltip="Background first, things in front of it. Move, turn, flip or resize a layer and run again: nothing else has to "
+                             "change."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="The same seed gives the same picture."),
                 io.Int.Input("steps", default=30, min=1, max=10000, tooltip="Steps of a whole denoising; only those after start_percent are done."),
                 io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="How closely to follow the words."),
@@ -47,8 +48,8 @@ class HarmonizeLayers(io.ComfyNode):
             outputs=[
                 io.Image.Output("IMAGE", display_name="image", tooltip="The picture, of the canvas's size."),
                 io.Latent.Output("LATENT", display_name="latent", tooltip="The harmonised latent, to go on from."),
-                Layers.Output("LAYERS", display_name="layers", tooltip="The layers with the harmonised background, shadows included. Behind the things it is as it "
-                              "was, so that they can be moved away."),
+                Layers.Output("LAYERS", display_name="layers", tooltip="The layers with the harmonised background, shadows included. Behind the things it is "
+                              "as it was, so that they can be moved away."),
             ])
 
     @classmethod

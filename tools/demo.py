@@ -20,7 +20,8 @@ PHOTOGRAPH = ["LoadImage.image=motorcycle_left.png", "Strata_LoadDepth.file=moto
               "Strata_SliceByDepth.fill_holes=blurred"]
 # (name of the run, workflow, settings)
 RUNS = [("scene", SLICE, []), ("photograph", SLICE, PHOTOGRAPH), ("swap_background", "depth_swap_background", []),
-        ("layers_roundtrip", "layers_roundtrip", []), ("text_to_image", "mini_text_to_image", [])]
+        ("layers_roundtrip", "layers_roundtrip", []), ("text_to_image", "mini_text_to_image", []),
+        ("scene_composition", "scene_composition_mini", []), ("harmonize_layers", "harmonize_layers_mini", [])]
 OUT = host.PACK / "output" / "demo"
 CELL = (300, 240)
 LABEL = 22

@@ -9,6 +9,7 @@ from PIL import Image
 from strata.training import oracle, scenes
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
+INPAINT = WORKFLOWS.parent / "models" / "diffusion_models" / "strata_mini_inpaint.safetensors"
 SAMPLERS = ("dpmpp_2m", "euler", "ddim")
 KNOWN = [entry for entry in scenes.catalogue().values() if not entry.held_out]
 
@@ -34,4 +35,23 @@ def test_pictures_show_the_place_and_the_object_of_the_prompt(comfy, judge, tmp_
         for i, pair in enumerate(asked)])
     place, thing = judge.text_agreement(shown, [kind for _, kind in asked], [[entry.name] for entry, _ in asked])
     print(f"place {place.mean():.3f}, object {thing.mean():.3f}")
+    assert place.mean() >= 0.85 and thing.mean() >= 0.7
+
+
+@pytest.mark.skipif(not INPAINT.exists(), reason="the inpainting denoiser is not trained: make mini")
+def test_the_box_is_filled_with_the_thing_and_the_rest_is_kept(comfy, judge, tmp_path):
+    asked = [(KNOWN[(11 * i + 3) % len(KNOWN)], scenes.KINDS[i % len(scenes.KINDS)]) for i in range(10)]
+    filled = []
+    for i, (entry, kind) in enumerate(asked):
+        settings = [f"Picture to change.kind={kind}", "Picture to change.objects=", "Picture to change.count=0", f"Picture to change.seed={i}", f"KSampler.seed={i}",
+                    f"The whole picture, new thing included.text={prompt(entry, kind)}"]
+        made = pictures(comfy, tmp_path / str(i), "mini_inpaint", settings)
+        filled.append(made[-1])
+        before = torch.from_numpy(scenes.render(scenes.Request(kind=kind, count=0), 128, 128, i).composite).permute(2, 0, 1)
+        inside = torch.zeros(128, 128, dtype=torch.bool)
+        inside[64:120, 8:64] = True
+        changed = (made[-1] - before).abs().amax(0)
+        assert changed[~inside].max() <= 1 / 255 + 1e-4 and changed[inside].mean() > 0.02
+    place, thing = judge.text_agreement(torch.stack(filled), [kind for _, kind in asked], [[entry.name] for entry, _ in asked])
+    print(f"place {place.mean():.2f}, object {thing.mean():.2f}")
     assert place.mean() >= 0.85 and thing.mean() >= 0.7
