@@ -43,8 +43,8 @@ def test_the_box_is_filled_with_the_thing_and_the_rest_is_kept(comfy, judge, tmp
     asked = [(KNOWN[(11 * i + 3) % len(KNOWN)], scenes.KINDS[i % len(scenes.KINDS)]) for i in range(10)]
     filled = []
     for i, (entry, kind) in enumerate(asked):
-        settings = [f"Picture to change.kind={kind}", "Picture to change.objects=", "Picture to change.count=0", f"Picture to change.seed={i}", f"KSampler.seed={i}",
-                    f"The whole picture, new thing included.text={prompt(entry, kind)}"]
+        settings = [f"Picture to change.kind={kind}", "Picture to change.objects=", "Picture to change.count=0", f"Picture to change.seed={i}",
+                    f"KSampler.seed={i}", f"The whole picture, new thing included.text={prompt(entry, kind)}"]
         made = pictures(comfy, tmp_path / str(i), "mini_inpaint", settings)
         filled.append(made[-1])
         before = torch.from_numpy(scenes.render(scenes.Request(kind=kind, count=0), 128, 128, i).composite).permute(2, 0, 1)
