@@ -25,8 +25,8 @@ class RenderScene(io.ComfyNode):
                 io.Int.Input("height", default=512, min=64, max=2048, tooltip="Height in pixels."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
                              tooltip="The same seed gives the same picture."),
-                io.Boolean.Input("shadows", default=True, tooltip="Whether the layers bring their shadows along. Off, they are bare cut-outs, as for Harmonize "
-                                 "layers; the picture has its shadows either way."),
+                io.Boolean.Input("shadows", default=True, optional=True, tooltip="Whether the layers bring their shadows along. Off, they are bare cut-outs, "
+                                 "as for Harmonize layers; the picture has its shadows either way."),
             ],
             outputs=[
                 io.Image.Output("IMAGE", display_name="image", tooltip="The whole picture."),

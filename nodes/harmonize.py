@@ -9,7 +9,7 @@ from ..patches.harmonize import harmonize
 from ..techniques.geometry import rasterise
 from ..techniques.harmonization import feathered, visible_shares
 from ..techniques.layers import Layer, LayerStack, read_layers, write_layers
-from ..techniques.transparency import extend_colours
+from ..techniques.transparency import clean_colours
 from .sockets import Layers, schema
 
 FOREGROUNDS = ("keep", "relight")
@@ -56,7 +56,7 @@ class HarmonizeLayers(io.ComfyNode):
     def execute(cls, model, positive, negative, vae, layers, seed, steps, cfg, sampler_name, scheduler, start_percent, end_percent, foregrounds, feather):
         stack = _shown(read_layers(layers))
         background, *things = [rasterise(layer, stack.canvas).permute(2, 0, 1)[None] for layer in stack.layers]
-        colours = [extend_colours(pixels[:, :3], pixels[:, 3:]) for pixels in (background, *things)]
+        colours = [clean_colours(pixels[:, :3], pixels[:, 3:]) for pixels in (background, *things)]
         alphas = torch.cat([pixels[:, 3:] for pixels in things])
         side = vae.spacial_compression_encode()
         latents = [vae.encode(_padded(colour, side).permute(0, 2, 3, 1)) for colour in colours]

@@ -1,0 +1,85 @@
+"""Harmonize layers as a node on a checkpoint with random weights: which pixels are kept, what the layers hold, and what is refused."""
+import comfy.sd
+import pytest
+import torch
+from strata.nodes.harmonize import HarmonizeLayers
+from strata.patches import mini_family
+from strata.techniques.compositing import flatten
+from strata.techniques.layers import Layer, LayerStack, read_layers, write_layers
+
+WIDTH, HEIGHT = 100, 76  # no multiples of eight
+SETTINGS = {"seed": 1, "steps": 6, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "start_percent": 0.4, "end_percent": 0.6}
+
+
+@pytest.fixture(scope="module")
+def loaded(family):
+    mini_family.register()
+    with torch.inference_mode():
+        model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(family["sd"]))
+        return model, clip.encode_from_tokens_scheduled(clip.tokenize("a dog")), clip.encode_from_tokens_scheduled(clip.tokenize("")), vae
+
+
+def stack(*changes):
+    generator = torch.Generator().manual_seed(0)
+    thing = torch.rand(30, 40, 4, generator=generator)
+    thing[..., 3] = 1
+    first = Layer(thing, "first", x=10, y=20)
+    second = Layer(thing.flip(0), "second", x=40, y=30, opacity=0.5)
+    return LayerStack((WIDTH, HEIGHT), (Layer(torch.rand(HEIGHT, WIDTH, 3, generator=generator), "back"), first, second, *changes))
+
+
+def run(loaded, layers, foregrounds="keep", feather=0.0, **changed):
+    with torch.inference_mode():
+        result = HarmonizeLayers.execute(*loaded, write_layers(layers), **{**SETTINGS, **changed}, foregrounds=foregrounds, feather=feather)
+    image, latent, found = result.args
+    return image, latent["samples"], read_layers(found)
+
+
+def test_things_keep_their_pixels_and_the_rest_is_the_models(loaded):
+    layers = stack()
+    image, latent, found = run(loaded, layers)
+    drawn = run(loaded, layers, "relight")[0]
+    assert image.shape == (1, HEIGHT, WIDTH, 3) and latent.shape == (1, 4, 10, 13)
+    assert torch.allclose(image[0, 21:29, 11:39], layers.layers[1].image[1:9, 1:29, :3], atol=1e-6)  # where nothing lies over the first
+    assert torch.equal(image[0, :19], drawn[0, :19]) and not torch.allclose(image[0, 21:29], drawn[0, 21:29], atol=0.05)
+    half = layers.layers[2].image[20:, 20:, :3] * 0.5 + drawn[0, 50:60, 60:80] * 0.5
+    assert torch.allclose(image[0, 50:60, 60:80], half, atol=1e-5)
+    assert [layer.name for layer in found.layers] == ["back", "first", "second"] and found.layers[1].x == 10 and found.layers[2].opacity == 0.5
+    assert torch.allclose(flatten(found)[0][:19], image[0, :19], atol=1e-6)
+
+
+def test_behind_a_thing_the_background_is_as_it_was(loaded):
+    layers = stack()
+    found = run(loaded, layers)[2]
+    assert torch.allclose(found.layers[0].image[22:28, 12:38], layers.layers[0].image[22:28, 12:38], atol=1e-6)
+    assert not torch.allclose(found.layers[0].image[:19], layers.layers[0].image[:19], atol=0.05)
+
+
+def test_relit_things_have_the_models_colours_and_flatten_to_its_picture(loaded):
+    layers = LayerStack((WIDTH, HEIGHT), stack().layers[:2])
+    image, _, found = run(loaded, layers, "relight")
+    assert torch.allclose(flatten(found)[0], image[0], atol=2e-3)
+
+
+def test_feathering_changes_the_edge_alone(loaded):
+    layers = LayerStack((WIDTH, HEIGHT), stack().layers[:2])
+    hard, soft = run(loaded, layers)[0][0], run(loaded, layers, feather=4.0)[0][0]
+    assert torch.equal(hard[:20], soft[:20]) and torch.allclose(hard[30:40, 20:40], soft[30:40, 20:40], atol=1e-5)
+    assert (hard[20, 12:48] - soft[20, 12:48]).abs().max() > 0.05
+
+
+def test_hidden_layers_are_left_out_and_moved_ones_move(loaded):
+    cover = Layer(torch.ones(HEIGHT, WIDTH, 3), "cover", visible=False)
+    assert torch.equal(run(loaded, stack(cover))[0], run(loaded, stack())[0])
+    moved = stack().with_layers(layer if layer.name != "first" else Layer(layer.image, "first", x=2, y=2) for layer in stack().layers)
+    assert torch.allclose(run(loaded, moved)[0][0, 3:20, 3:30], stack().layers[1].image[1:18, 1:28, :3], atol=1e-6)
+
+
+@pytest.mark.parametrize(("layers", "words"), [
+    (LayerStack((WIDTH, HEIGHT), stack().layers[:1]), "layers: there are 1 visible layers; harmonising needs a background"),
+    (stack(Layer(torch.rand(8, 8, 4), "glow", blend_mode="screen")), "layers: layer 'glow' has the blend mode 'screen'.*merge it"),
+    (stack(Layer(torch.ones(HEIGHT, WIDTH, 3), "sheet")), "layers: layer 'sheet' covers the whole canvas.*give it an alpha or a mask"),
+])
+def test_what_cannot_be_harmonised_is_said(loaded, layers, words):
+    with pytest.raises(ValueError, match=words):
+        run(loaded, layers)
