@@ -15,7 +15,7 @@ from ..patches.feature_guidance import STARTS, Plane, Settings
 from ..patches.inversion import METHODS, Inversion, invert
 from ..techniques.depth import amodal_mask
 from ..techniques.feature_guidance import NORMS
-from ..techniques.inversion import psnr
+from ..techniques.losses import psnr
 from . import sockets
 from .depth import MISSING, NEAR, THRESHOLD, box_or_region, depth_input, read_depth, save_temporary
 from .inputs import check_image, check_mask
@@ -86,7 +86,7 @@ def _report(found: Inversion, latent: torch.Tensor, image: torch.Tensor, after: 
     if found.reconstruction is None:
         return "noise only: noised, not inverted; the picture would not come back"
     before = image[:, :after.shape[1], :after.shape[2]].to(after)
-    return f"{found.method}: latent {psnr(found.reconstruction, latent.cpu()).min():.1f} dB, picture {psnr(after, before, 1.0).min():.1f} dB"
+    return f"{found.method}: latent {psnr(found.reconstruction, latent.cpu(), None).min():.1f} dB, picture {psnr(after, before).min():.1f} dB"
 
 
 def _before_after(before: torch.Tensor, after: torch.Tensor, text: str) -> dict:

@@ -8,7 +8,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..techniques.harmonization import fuse_latents, latent_alpha
+from ..techniques.feature_guidance import masks_at_level
+from ..techniques.harmonization import fuse_latents
+from ..techniques.inversion import ode_step
 
 
 class HarmonizingSampler(comfy.samplers.Sampler):
@@ -38,7 +40,7 @@ class HarmonizingSampler(comfy.samplers.Sampler):
             clean = pinned(x, sigmas[step] * x.new_ones(len(x)), **extra_args)
             if callback is not None:
                 callback(step, clean, x, steps)
-            x = x + (x - clean) / sigmas[step] * (sigmas[step + 1] - sigmas[step])
+            x = ode_step(x, x, clean, sigmas[step], sigmas[step], sigmas[step + 1])
         if fused == steps:
             return model.model_sampling.inverse_noise_scaling(sigmas[-1], x)
         go_on = None if callback is None else lambda i, clean, x, total: callback(fused + i, clean, x, steps)
@@ -60,6 +62,6 @@ def harmonize(model: ModelPatcher, positive, negative, background: Tensor, foreg
     sigmas = sigmas[int((sigmas[:-1] > start * (1 + 1e-4)).sum()):]
     if len(sigmas) < 2:
         raise ValueError(f"start_percent: no step of {steps} is left after {start_percent}; start earlier or take more steps.")
-    sampler = HarmonizingSampler(comfy.samplers.sampler_object(sampler_name), foregrounds, latent_alpha(alphas, background.shape[-2:]), until)
+    sampler = HarmonizingSampler(comfy.samplers.sampler_object(sampler_name), foregrounds, masks_at_level(alphas[:, 0], background.shape[-2:])[:, None], until)
     return comfy.sample.sample_custom(model, comfy.sample.prepare_noise(background, seed), cfg, sampler, sigmas, positive, negative, background,
                                       callback=callback(len(sigmas) - 1), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .harmonization import visible_shares
+
 NORMS = ("l2", "l1")
 RELEASED_FACTORS = (3.5, 1.25, 2.5, 2.5, 1.5)  # of the iterations of a step; the last one stays
 RELEASED_GAIN = 30 * 1.5
@@ -16,12 +18,8 @@ def visible_masks(masks: list[Tensor | None], height: int, width: int) -> Tensor
     A plane is seen where no nearer one covers it, so that with one foreground the background's mask is 1 - the foreground's.
     Source: deglad, Eq. 2 and Sec. 3.2 (several depths), with planes that may overlap
     """
-    seen, free = [], torch.ones(height, width)
-    for mask in reversed(masks):
-        own = torch.ones_like(free) if mask is None else masks_at_level(mask[None].float(), (height, width))[0]
-        seen.append(own * free)
-        free = free * (1 - own)
-    return torch.stack(seen[::-1])
+    own = [torch.ones(1, height, width) if mask is None else masks_at_level(mask[None].float(), (height, width)) for mask in masks]
+    return visible_shares(torch.stack(own))[1][:, 0]
 
 
 def masks_at_level(masks: Tensor, size: tuple[int, int]) -> Tensor:

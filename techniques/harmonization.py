@@ -26,14 +26,6 @@ def fuse_latents(background: Tensor, foregrounds: Tensor, alphas: Tensor) -> Ten
     return background * free + (foregrounds * shares).sum(0)
 
 
-def latent_alpha(alpha: Tensor, size: tuple[int, int]) -> Tensor:
-    """[K,1,h,w] of that size (h, w): the mean of the pixels of alpha [K,1,H,W] under each latent pixel.
-
-    Source: dreamlayer, Sec. 3.3 (a resized to the latent).
-    """
-    return F.interpolate(alpha, size=size, mode="area")
-
-
 def feathered(alpha: Tensor, radius: float) -> Tensor:
     """[K,1,H,W]: alpha [K,1,H,W] that fades in from where it begins to itself `radius` pixels further in; 0 leaves it as it is.
 

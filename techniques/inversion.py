@@ -77,14 +77,3 @@ def null_text_loss(latent: Tensor, target: Tensor, sigma: Tensor, flow: bool = F
     """
     scale = 1.0 if flow else 1 / (1 + sigma**2)
     return (latent - target).square().flatten(1).mean(1) * scale
-
-
-def psnr(picture: Tensor, reference: Tensor, peak: float | None = None) -> Tensor:
-    """Decibels per batch element of [B,...]; peak: the range of values, by default that of each reference.
-
-    Source: ours, the usual measure of a reconstruction; latents have no fixed range, so theirs is taken
-    """
-    reference = reference.flatten(1).double()
-    error = (picture.flatten(1).double() - reference).square().mean(1)
-    span = reference.amax(1) - reference.amin(1) if peak is None else torch.full_like(error, peak)
-    return 10 * torch.log10(span.square() / error.clamp_min(1e-20))

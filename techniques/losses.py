@@ -11,9 +11,13 @@ def gradient_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return sum((prediction.diff(dim=dim) - target.diff(dim=dim)).abs().mean() for dim in (-1, -2))
 
 
-def psnr(prediction: Tensor, target: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB per picture; [B,C,H,W] in 0..1, [B] back; infinite for equal pictures.
+def psnr(prediction: Tensor, target: Tensor, peak: float | None = 1.0) -> Tensor:
+    """Peak signal-to-noise ratio in dB per batch element; [B,...] in, [B] back, in float64; infinite for equal ones.
 
-    Source: ours, the definition 10 log10(1 / mean squared error).
+    peak: the range of values; None takes that of each target, since latents have no fixed one.
+    Source: ours, the definition 10 log10(peak² / mean squared error).
     """
-    return -10 * torch.log10((prediction - target).square().flatten(1).mean(1))
+    target = target.flatten(1).double()
+    error = (prediction.flatten(1).double() - target).square().mean(1)
+    span = target.amax(1) - target.amin(1) if peak is None else peak * torch.ones_like(error)
+    return 10 * torch.log10(span.square() / error)

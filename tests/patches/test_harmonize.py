@@ -4,7 +4,8 @@ import comfy.samplers
 import pytest
 import torch
 from strata.patches.harmonize import harmonize
-from strata.techniques.harmonization import fuse_latents, latent_alpha
+from strata.techniques.feature_guidance import masks_at_level
+from strata.techniques.harmonization import fuse_latents
 
 from . import fusion_reference
 from .test_fusion import conditioning
@@ -52,7 +53,7 @@ def test_each_step_is_fused_and_the_rest_is_free(case, start, end):
     model, _, _, background, foregrounds, alphas = case
     sampling, latent_format = model.model.model_sampling, model.model.latent_format
     noise, sigmas = comfy.sample.prepare_noise(background, SEED), schedule(model, start)
-    until, small = float(sampling.percent_to_sigma(end)), latent_alpha(alphas, (16, 16))
+    until, small = float(sampling.percent_to_sigma(end)), masks_at_level(alphas[:, 0], (16, 16))[:, None]
 
     def noised(latent, sigma):
         return sampling.noise_scaling(sigma, noise.clone(), latent_format.process_in(latent))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from strata.patches import inversion_cache
 from strata.patches.inversion import invert
-from strata.techniques.inversion import psnr
+from strata.techniques.losses import psnr
 
 from . import fusion_reference
 from .test_fusion import conditioning
@@ -69,7 +69,7 @@ def test_sampling_from_the_found_noise_gives_the_picture_back(models, kind):
             start = found[steps].latents[0] / (1 + sigmas[0] ** 2).sqrt()
         stock = guider.sample(start, torch.zeros_like(latent), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True)
         assert torch.allclose(stock, found[steps].reconstruction, atol=2e-3)
-    quality = [psnr(found[steps].reconstruction, latent).item() for steps in (8, 32)]
+    quality = [psnr(found[steps].reconstruction, latent, None).item() for steps in (8, 32)]
     assert quality[1] > quality[0] + 2 and quality[1] > 25
 
 
@@ -83,7 +83,7 @@ def test_null_text_comes_back_at_full_guidance_and_plain_ddim_does_not(models):
     guider.set_conds(positive, negative)
     guider.set_cfg(7.5)
     plain = guider.sample(found.latents[0] / sigmas[0], torch.zeros_like(latent), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True)
-    assert (psnr(found.reconstruction, latent) > psnr(plain, latent) + 3).all()
+    assert (psnr(found.reconstruction, latent, None) > psnr(plain, latent, None) + 3).all()
     plain_path = invert(model, latent, positive, None, sigmas)
     assert torch.equal(plain_path.latents, found.latents)
 

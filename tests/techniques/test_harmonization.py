@@ -4,7 +4,8 @@ import pytest
 import torch
 from PIL import Image
 from strata.techniques.compositing import flatten
-from strata.techniques.harmonization import feathered, fuse_latents, latent_alpha, visible_shares
+from strata.techniques.feature_guidance import masks_at_level
+from strata.techniques.harmonization import feathered, fuse_latents, visible_shares
 from strata.techniques.layers import Layer, LayerStack
 
 
@@ -54,7 +55,7 @@ def test_layers_in_front_hide_those_behind():
 def test_alphas_at_latent_size_are_pillows_means():
     alpha = alphas(1, 48, 40).float()
     expected = np.asarray(Image.fromarray(alpha[0, 0].numpy()).resize((5, 6), Image.BOX))
-    assert np.allclose(latent_alpha(alpha, (6, 5))[0, 0].numpy(), expected, atol=1e-6)
+    assert np.allclose(masks_at_level(alpha[:, 0], (6, 5))[0].numpy(), expected, atol=1e-6)
 
 
 def test_feathering_ends_inside_of_the_edge():
