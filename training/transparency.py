@@ -14,6 +14,7 @@ from . import data, latents, loop, metrics, scenes
 
 HELD_OUT = range(10**9, 10**9 + 64)  # numbers of the cut-outs that are kept for validation
 SHADOW_SHARE = 0.2  # of the cut-outs have their shadow with them, which is wide and faint
+LONGER_SIDE = 0.45, 0.85  # of an object, in picture sides: alone it is larger than in a scene
 
 
 class CutOuts(data.ScenePool):
@@ -25,11 +26,20 @@ class CutOuts(data.ScenePool):
         return scenes.Request(train=True, count=1)
 
     def render(self, index: int) -> np.ndarray:
-        shown = scenes.render(self.request(index), self.side, self.side, index).objects[0]
-        shadow = np.random.default_rng((index, 3)).random() < SHADOW_SHARE
-        picture = torch.from_numpy(shown.rgba_with_shadow if shadow else shown.rgba).permute(2, 0, 1)[None]
+        rng = np.random.default_rng((index, 3))
+        shadow = rng.random() < SHADOW_SHARE
+        left, top, right, bottom = scenes.render(self.request(index), self.side, self.side, index).objects[0].box
+        large = round(self.side * rng.uniform(*LONGER_SIDE) * self.side / max(right - left, bottom - top))
+        shown = scenes.render(self.request(index), large, large, index).objects[0]
+        picture = torch.from_numpy(self._window(shown.rgba_with_shadow if shadow else shown.rgba, shown.box, rng)).permute(2, 0, 1)[None]
         colour = extend_colours(picture[:, :3], picture[:, 3:])
         return torch.cat([colour, picture[:, 3:]], 1)[0].permute(1, 2, 0).numpy()
+
+    def _window(self, canvas: np.ndarray, box: tuple[int, int, int, int], rng) -> np.ndarray:
+        """[side,side,4] of a canvas, the box anywhere in it; transparent where the canvas ends."""
+        corner = [low - int(rng.integers(0, max(1, self.side - (high - low) + 1))) for low, high in zip(box[:2], box[2:], strict=True)]
+        left, top = (value + self.side for value in corner)
+        return np.pad(canvas, [(self.side,) * 2] * 2 + [(0, 0)])[top:top + self.side, left:left + self.side]
 
 
 class Pair(nn.Module):
