@@ -8,7 +8,7 @@ and laying them over the background gives the composite.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -124,11 +124,15 @@ def over(top: np.ndarray, below: np.ndarray) -> np.ndarray:
     return top[..., :3] * alpha + below * (1 - alpha)
 
 
-def render(request: Request, height: int, width: int, seed: int) -> Scene:
-    """Render one scene. Raises ValueError when an object or a place is not known or no such pair is left."""
+def render(request: Request, height: int, width: int, seed: int, light: Light | None = None) -> Scene:
+    """Render one scene; light: another one than the place's for the objects, which stay where they are.
+
+    Raises ValueError when an object or a place is not known or no such pair is left.
+    """
     rng = np.random.default_rng(seed)
     kind, names = choose(request, rng)
     place = backgrounds.render(kind, height, width, rng)
+    place = replace(place, light=light or place.light)
     spots = _arrange([catalogue()[name] for name in names], place.horizon, height, width, rng)
     composite, depth, covered = place.image, place.depth, np.zeros((height, width), bool)
     drawn = []
