@@ -29,8 +29,8 @@ class LayerPrompts(io.ComfyNode):
             inputs=[
                 io.Clip.Input("clip", tooltip="Text encoder of SD1.5, SD2, SDXL or the mini family."),
                 io.String.Input("background", **prompt, tooltip="The place without the objects, as in: an empty street."),
-                io.String.Input("objects", **prompt, tooltip="One object a line, as in: a red apple. The first line is farthest back, the last one in front. Each "
-                                "becomes a layer; empty lines do not count, and no object at all gives the background alone."),
+                io.String.Input("objects", **prompt, tooltip="One object a line, as in: a red apple. The first line is farthest back, the last one in front. "
+                                "Each becomes a layer; empty lines do not count, and no object at all gives the background alone."),
             ],
             outputs=[io.Conditioning.Output("positive", display_name="positive", tooltip="For positive. Negative is an ordinary text encoding.")])
 
@@ -89,19 +89,20 @@ class LayersSampler(io.ComfyNode):
             node_id="Strata_LayersSampler", display_name="Layers sampler", category="Strata/Generate", search_aliases=[*ALIASES, "ksampler"],
             description="Samples background, objects and whole picture together, one of each for every latent that comes in, and makes layers of them.",
             inputs=[
-                io.Model.Input("model", tooltip="From Shared layers and Context maps. Without them the layers are sampled side by side and know nothing of each "
-                               "other."),
+                io.Model.Input("model", tooltip="From Shared layers and Context maps. Without them the layers are sampled side by side and know nothing "
+                               "of each other."),
                 io.Vae.Input("vae", tooltip="The autoencoder of the model."),
                 io.Conditioning.Input("positive", tooltip="From Layer prompts."),
                 *sampling_inputs(),
                 io.Combo.Input("noise", options=list(NOISE), default=NOISE[0], tooltip="The same noise, as published, makes the layers agree in their layout."),
-                io.Boolean.Input("harmonize", default=True, tooltip="Draws shadows and light into the composite, as Harmonize layers does; off stacks the layers."),
+                io.Boolean.Input("harmonize", default=True, tooltip="Draws shadows and light into the composite, as Harmonize layers "
+                                 "does; off stacks the layers."),
                 io.Float.Input("harmonize_start", default=0.4, **PERCENT, tooltip="start_percent of Harmonize layers: lower changes more of the background."),
                 io.Float.Input("harmonize_end", default=0.6, **PERCENT, tooltip="end_percent of Harmonize layers: higher keeps the objects closer."),
-                Transparency.Input("adapter", optional=True, tooltip="Makes the model draw single objects with hidden transparency, from Load transparency; it acts "
-                                   "on the objects' layers only."),
-                Transparency.Input("decoder", optional=True, tooltip="Finds the objects' transparency, from Load transparency. Without one their alpha is the "
-                                   "last context map, which is coarse."),
+                Transparency.Input("adapter", optional=True, tooltip="Makes the model draw single objects with hidden transparency, from Load "
+                                   "transparency; it acts on the objects' layers only."),
+                Transparency.Input("decoder", optional=True, tooltip="Finds the objects' transparency, from Load transparency. Without one their "
+                                   "alpha is the last context map, which is coarse."),
             ],
             outputs=[
                 Layers.Output("LAYERS", display_name="layers", is_output_list=True, tooltip="One document per picture: background and objects, named as their "
