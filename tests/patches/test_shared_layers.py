@@ -181,7 +181,7 @@ def test_cond_and_uncond_go_together_but_while_the_maps_are_mixed_in(models, mon
         patched.set_model_unet_function_wrapper(watching(seen))
         results.append([estimates(patched, positive, negative, noise(4), sigma) for sigma in (EARLY, LATE)])
     assert all(torch.allclose(results[0][i][name], results[1][i][name], atol=1e-4) for i in (0, 1) for name in ("cond", "uncond"))
-    assert [sorted(which) for which, _ in seen] == [[0], [1], [0, 1], [0], [1], *(which for which, _ in seen[-2:])]
+    assert [sorted(which) for which, _ in seen[:5]] == [[0], [1], [0, 1], [0], [1]]
     assert [rows for _, rows in seen] == [4, 4, 8, 4, 4, 4, 4]
 
 
