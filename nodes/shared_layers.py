@@ -1,16 +1,22 @@
 """DreamLayer: background, any number of objects and the whole picture sampled together, without training."""
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..patches import transparency_model, transparent_latents
 from ..patches.branches import sample_branches
+from ..patches.inversion import invert
 from ..patches.layer_prompts import LAYERS, encode_layers
-from ..patches.shared_layers import MAPS, RECORD, Maps, Record, Sharing, layer_count, map_context, object_rows, share_layers, without_layers
+from ..patches.shared_layers import MAPS, PATH, RECORD, Maps, Record, Sharing, layer_count, map_context, object_rows, share_layers, without_layers
 from ..techniques.compositing import flatten
 from ..techniques.layers import Layer, LayerStack, write_layers
 from ..techniques.shared_layers import map_alphas
 from .fusion import map_strips
 from .harmonize import HarmonizeLayers
+from .inputs import check_image
 from .sampling import sampling_inputs
 from .sockets import Layers, Transparency, schema
 
@@ -116,23 +122,13 @@ class LayersSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, vae, positive, noise, harmonize, harmonize_start, harmonize_end, adapter=None, decoder=None, **sampling):
-        if len(positive) != 1 or LAYERS not in positive[0][1]:
-            raise ValueError("positive: this is not one conditioning with the words of every layer; connect Layer prompts directly.")
-        names = [prompt for prompt, _ in positive[0][1][LAYERS]]
+        names, record = _layer_names(model, positive, decoder), Record()
         count = layer_count(names)
-        if count > 1 and decoder is None and MAPS not in model.model_options["transformer_options"]:
-            raise ValueError("decoder: nothing tells where the objects are transparent; connect a transparent decoder from Load transparency, or put "
-                             "Context maps on the model.")
-        record, layered = Record(), model.clone()
-        layered.model_options["transformer_options"][RECORD] = record
-        if adapter is not None and count > 1:
-            layered = transparency_model.apply_to_foreground(layered, adapter, object_rows(count))
+        layered = _prepared(model, adapter, count, record)
         branches = sample_branches(layered, positive, count, **sampling, same_noise=noise == NOISE[0])
         latents = [branch["samples"] for branch in branches]
-        background, *objects = (vae.decode(latent) for latent in latents[:len(names)])
-        whole = vae.decode(latents[-1]) if count > 1 else background
-        rgba = [_with_alpha(objects, latents[1:], decoder, record, number) for number in range(len(objects))]
-        stacks = [_stack(names, background[i], [one[i] for one in rgba]) for i in range(len(background))]
+        stacks = _stacks(vae, names, latents, decoder, record)
+        whole = vae.decode(latents[-1])
         composite = whole
         if count > 1:
             settings = {**{key: sampling[key] for key in ("seed", "steps", "cfg", "sampler_name", "scheduler")}, "start_percent": harmonize_start,
@@ -141,6 +137,95 @@ class LayersSampler(io.ComfyNode):
             composite = torch.cat([draw(stack) for stack in stacks])
         latent = {**branches[0], "samples": torch.stack(latents, 1).flatten(0, 1)}
         return io.NodeOutput([write_layers(stack) for stack in stacks], composite, whole, map_strips(record.steps), latent)
+
+
+class ImageToLayers(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Strata_ImageToLayers", display_name="Image to layers", category="Strata/Generate",
+            search_aliases=[*ALIASES, "decompose", "image decomposition", "inversion"],
+            description="DreamLayer's image to layers: takes a picture apart into the background and the objects that the prompts name, without training.",
+            inputs=[
+                io.Model.Input("model", tooltip="From Shared layers and Context maps. Without Shared layers the layers do not see the picture."),
+                io.Vae.Input("vae", tooltip="The autoencoder of the model."),
+                io.Image.Input("image", tooltip="The picture; the first one of a batch. Sides are cut to multiples of 8."),
+                io.Conditioning.Input("positive", tooltip="From Layer prompts: the background without the objects, and each object, the farthest first."),
+                io.Conditioning.Input("negative", tooltip="What no layer should show, from an ordinary text encoding."),
+                io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Steps of the way to noise, and again of the way back."),
+                io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="How closely the layers follow their prompts."),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="ddim_uniform", tooltip="The noise levels of the steps; "
+                               "ddim_uniform as in the paper. Both ways are taken with DDIM."),
+                Transparency.Input("adapter", optional=True, tooltip="Makes the model draw single objects with hidden transparency, from Load transparency; it acts "
+                                   "on the objects' layers only."),
+                Transparency.Input("decoder", optional=True, tooltip="Finds the objects' transparency, from Load transparency. Without one their alpha is the "
+                                   "last context map, which is coarse."),
+            ],
+            outputs=[
+                Layers.Output("LAYERS", display_name="layers", tooltip="Background and objects, named as their prompts."),
+                io.Image.Output("recomposed", display_name="recomposed", tooltip="The layers over each other."),
+                io.Image.Output("maps", display_name="maps", tooltip="For each step the context maps, the objects back to front from left to right. A black "
+                                "pixel without Context maps."),
+                io.Float.Output("error", display_name="error", tooltip="Mean absolute difference between the picture and the layers over each other, 0..1."),
+            ])
+
+    @classmethod
+    def execute(cls, model, vae, image, positive, negative, steps, cfg, scheduler, adapter=None, decoder=None):
+        names = _layer_names(model, positive, decoder)
+        if len(names) < 2:
+            raise ValueError("positive: there is no object to take out of the picture; name at least one in Layer prompts.")
+        count, image = layer_count(names), check_image(image, "image")[:1, ..., :3]
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
+        callback = latent_preview.prepare_callback(model, 3 * steps)
+        found = invert(without_layers(model), vae.encode(image), _whole(positive), None, sigmas,
+                       callback=lambda step, denoised, x, total: callback(step, denoised, x, 3 * steps))
+        record = Record()
+        layered = _prepared(model, adapter, count, record)
+        layered.model_options["transformer_options"][PATH] = found.at
+        start = found.latents[0].repeat(count, 1, 1, 1)
+        made = comfy.sample.sample_custom(
+            layered, start / sigmas[0], cfg, comfy.samplers.sampler_object("euler"), sigmas, positive, negative, torch.zeros_like(start),
+            callback=lambda step, denoised, x, total: callback(2 * steps + step, denoised, x, 3 * steps), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED)
+        stack, = _stacks(vae, names, list(made.split(1)), decoder, record)
+        recomposed = flatten(stack)[0][None]
+        error = (recomposed - image[:, :recomposed.shape[1], :recomposed.shape[2]].to(recomposed)).abs().mean().item()
+        return io.NodeOutput(write_layers(stack), recomposed, map_strips(record.steps), error, ui=ui.PreviewText(f"recomposition error {error:.3f}"))
+
+
+def _layer_names(model, positive: list, decoder) -> list[str]:
+    """The layers' prompts, back to front. Raises ValueError for other conditionings, and where nothing would tell what is transparent."""
+    if len(positive) != 1 or LAYERS not in positive[0][1]:
+        raise ValueError("positive: this is not one conditioning with the words of every layer; connect Layer prompts directly.")
+    names = [prompt for prompt, _ in positive[0][1][LAYERS]]
+    if len(names) > 1 and decoder is None and MAPS not in model.model_options["transformer_options"]:
+        raise ValueError("decoder: nothing tells where the objects are transparent; connect a transparent decoder from Load transparency, or put "
+                         "Context maps on the model.")
+    return names
+
+
+def _prepared(model, adapter, count: int, record: Record):
+    """A clone that keeps its maps in the record, and whose objects have hidden transparency when there is an adapter."""
+    layered = model.clone()
+    layered.model_options["transformer_options"][RECORD] = record
+    if adapter is None or count == 1:
+        return layered
+    return transparency_model.apply_to_foreground(layered, adapter, object_rows(count))
+
+
+def _stacks(vae, names: list[str], latents: list[torch.Tensor], decoder, record: Record) -> list[LayerStack]:
+    """One stack per picture from the latents [N,C,h,w] of background and objects; what follows them is left alone."""
+    background, *objects = (vae.decode(latent) for latent in latents[:len(names)])
+    rgba = [_with_alpha(objects, latents[1:], decoder, record, number) for number in range(len(objects))]
+    return [_stack(names, background[i], [one[i] for one in rgba]) for i in range(len(background))]
+
+
+def _whole(positive: list) -> list:
+    """The whole picture's conditioning alone."""
+    cond, values = positive[0]
+    values = {key: value for key, value in values.items() if key != LAYERS}
+    if "pooled_output" in values:
+        values["pooled_output"] = values["pooled_output"][-1:]
+    return [[cond[-1:], values]]
 
 
 def _with_alpha(objects: list[torch.Tensor], latents: list[torch.Tensor], decoder, record: Record, number: int) -> torch.Tensor:
@@ -164,12 +249,8 @@ def _stacked(stack: LayerStack) -> torch.Tensor:
 
 def _harmonizer(model, positive: list, negative: list, vae, settings: dict):
     """Harmonize layers with the whole picture's conditioning."""
-    cond, values = positive[0]
-    values = {key: value for key, value in values.items() if key != LAYERS}
-    if "pooled_output" in values:
-        values["pooled_output"] = values["pooled_output"][-1:]
-    whole = [[cond[-1:], values]]
+    whole = _whole(positive)
     return lambda stack: HarmonizeLayers.execute(model, whole, negative, vae, write_layers(stack), **settings).result[0]
 
 
-NODES = [LayerPrompts, SharedLayers, ContextMaps, LayersSampler]
+NODES = [LayerPrompts, SharedLayers, ContextMaps, LayersSampler, ImageToLayers]

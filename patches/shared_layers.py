@@ -18,7 +18,7 @@ from .attention_blocks import Place, around, place_of, size_of, transformers
 from .foreground import Rows
 from .layer_prompts import LAYERS
 
-KEY, SHARING, MAPS, RUN, RECORD = (f"strata_layers{name}" for name in ("", "_sharing", "_maps", "_run", "_record"))
+KEY, SHARING, MAPS, RUN, RECORD, PATH = (f"strata_layers{name}" for name in ("", "_sharing", "_maps", "_run", "_record", "_path"))
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,13 @@ class Record:
 
 @dataclass
 class Run:
-    """One sampling run: the positions of each layer's words, back to front, and the context maps of the latest conditional estimate."""
+    """One sampling run: the positions of each layer's words, back to front, and the context maps of the latest conditional estimate.
+
+    path: the whole picture at each noise level, when it is a given one. No layer then changes it, and it alone is what the others look at.
+    """
     words: list[list[int]]
     record: Record | None = None
+    path: Callable[[float], Tensor] | None = None
     maps: Tensor | None = None
 
     @property
@@ -131,7 +135,7 @@ def _start_run(executor, noise: Tensor, *args, **kwargs):
     if any(len(entries) > 1 and any(LAYERS in entry for entry in entries) for entries in guider.conds.values()):
         raise ValueError("positive: several conditionings are combined; layers need the one of Layer prompts alone.")
     options = guider.model_options["transformer_options"]  # this run's own copy
-    run = options[RUN] = Run([positions for _, positions in words], options.get(RECORD))
+    run = options[RUN] = Run([positions for _, positions in words], options.get(RECORD), options.get(PATH))
     object_rows(run.layers).check(noise)
     return executor(noise, *args, **kwargs)
 
@@ -142,6 +146,9 @@ def _calculate(executor, model, conds: list, x: Tensor, timestep: Tensor, model_
     run: Run = options[RUN]
     if run.layers == 1:
         return executor(model, conds, x, timestep, model_options)
+    if run.path is not None:
+        x = x.clone()
+        x[run.layers - 1::run.layers] = run.path(float(timestep.max())).to(x)
     sharing, maps = options.get(SHARING), options.get(MAPS)
     sampling, sigma = model.model_sampling, float(timestep.max())
 
@@ -190,7 +197,7 @@ def _with_patches(options: dict, call: Call, up: list[Place]) -> dict:
 
 
 def _attend_jointly(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
-    joint = dreamlayer.joint_attention(q, k, v, call.run.layers, lambda *joined: attend(*joined, options))
+    joint = dreamlayer.joint_attention(q, k, v, call.run.layers, lambda *joined: attend(*joined, options), call.run.path is not None)
     return joint if call.sharing == 1 else torch.lerp(attend(q, k, v, options), joint, call.sharing)
 
 

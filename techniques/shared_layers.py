@@ -70,14 +70,19 @@ def mix_global_in(layers: Tensor, maps: Tensor) -> Tensor:
     return torch.cat([layers[:, :1], objects, layers[:, -1:]], 1)
 
 
-def joint_attention(q: Tensor, k: Tensor, v: Tensor, layers: int, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+def joint_attention(q: Tensor, k: Tensor, v: Tensor, layers: int, attend: Callable[[Tensor, Tensor, Tensor], Tensor], isolated: bool = False) -> Tensor:
     """[B·L,M,C]: attention of every layer's queries [B·L,M,C] to the keys and values [B·L,T,C] of all L layers of its scene.
 
     All layers see the same keys, so one call of `attend` over sequences as long as the layers together does it without repeating any.
-    Source: dreamlayer, Eq. 10 and 11
+    isolated: the last layer, the whole picture, sees its own keys only, which is Eq. 15's mask without writing the mask down.
+    Source: dreamlayer, Eq. 10 and 11; Eq. 14 to 16 when isolated
     """
-    joined = (values.unflatten(0, (-1, layers)).flatten(1, 2) for values in (q, k, v))
-    return attend(*joined).unflatten(1, (layers, -1)).flatten(0, 1)
+    q, k, v = (values.unflatten(0, (-1, layers)) for values in (q, k, v))
+    asking = q[:, :-1] if isolated else q
+    found = attend(*(values.flatten(1, 2) for values in (asking, k, v))).unflatten(1, (asking.shape[1], -1))
+    if isolated:
+        found = torch.cat([found, attend(q[:, -1], k[:, -1], v[:, -1])[:, None]], 1)
+    return found.flatten(0, 1)
 
 
 def map_alphas(maps: Tensor, size: tuple[int, int], low: float = 0.3, high: float = 0.6) -> Tensor:
