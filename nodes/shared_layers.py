@@ -25,6 +25,15 @@ NOISE = ("same for all layers", "one each")
 PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01}
 
 
+def transparency_inputs() -> list:
+    return [
+        Transparency.Input("adapter", optional=True, tooltip="Makes the model draw single objects with hidden transparency, from Load transparency; it acts "
+                           "on the objects' layers only."),
+        Transparency.Input("decoder", optional=True, tooltip="Finds the objects' transparency, from Load transparency. Without one their alpha is the last "
+                           "context map, which is coarse."),
+    ]
+
+
 class LayerPrompts(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -105,10 +114,7 @@ class LayersSampler(io.ComfyNode):
                                  "does; off stacks the layers."),
                 io.Float.Input("harmonize_start", default=0.4, **PERCENT, tooltip="start_percent of Harmonize layers: lower changes more of the background."),
                 io.Float.Input("harmonize_end", default=0.6, **PERCENT, tooltip="end_percent of Harmonize layers: higher keeps the objects closer."),
-                Transparency.Input("adapter", optional=True, tooltip="Makes the model draw single objects with hidden transparency, from Load "
-                                   "transparency; it acts on the objects' layers only."),
-                Transparency.Input("decoder", optional=True, tooltip="Finds the objects' transparency, from Load transparency. Without one their "
-                                   "alpha is the last context map, which is coarse."),
+                *transparency_inputs(),
             ],
             outputs=[
                 Layers.Output("LAYERS", display_name="layers", is_output_list=True, tooltip="One document per picture: background and objects, named as their "
@@ -145,7 +151,7 @@ class ImageToLayers(io.ComfyNode):
         return schema(
             node_id="Strata_ImageToLayers", display_name="Image to layers", category="Strata/Generate",
             search_aliases=[*ALIASES, "decompose", "image decomposition", "inversion"],
-            description="DreamLayer's image to layers: takes a picture apart into the background and the objects that the prompts name, without training.",
+            description="DreamLayer's image to layers: takes a picture apart into the background and the objects that are named, without training.",
             inputs=[
                 io.Model.Input("model", tooltip="From Shared layers and Context maps. Without Shared layers the layers do not see the picture."),
                 io.Vae.Input("vae", tooltip="The autoencoder of the model."),
@@ -156,10 +162,7 @@ class ImageToLayers(io.ComfyNode):
                 io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="How closely the layers follow their prompts."),
                 io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="ddim_uniform", tooltip="The noise levels of the steps; "
                                "ddim_uniform as in the paper. Both ways are taken with DDIM."),
-                Transparency.Input("adapter", optional=True, tooltip="Makes the model draw single objects with hidden transparency, from Load transparency; it acts "
-                                   "on the objects' layers only."),
-                Transparency.Input("decoder", optional=True, tooltip="Finds the objects' transparency, from Load transparency. Without one their alpha is the "
-                                   "last context map, which is coarse."),
+                *transparency_inputs(),
             ],
             outputs=[
                 Layers.Output("LAYERS", display_name="layers", tooltip="Background and objects, named as their prompts."),

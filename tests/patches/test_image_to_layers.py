@@ -5,7 +5,7 @@ import comfy.samplers
 import pytest
 import torch
 from strata.patches.layer_prompts import encode_layers
-from strata.patches.shared_layers import Maps, PATH, Sharing, map_context, share_layers, without_layers
+from strata.patches.shared_layers import PATH, Maps, Sharing, map_context, share_layers, without_layers
 from strata.techniques.layers import read_layers
 from strata.techniques.shared_layers import joint_attention
 from strata.training import oracle, scenes
