@@ -2,10 +2,10 @@
 from comfy_api.latest import ComfyExtension
 
 from ..patches import mini_family
-from . import compositing, depth, fusion, generate, harmonize, layers_edit, layers_io, transparency
+from . import compositing, depth, fusion, generate, harmonize, layers_edit, layers_io, shared_layers, transparency
 
 mini_family.register()
-MODULES = (layers_io, layers_edit, depth, transparency, fusion, compositing, harmonize, generate)
+MODULES = (layers_io, layers_edit, depth, transparency, fusion, shared_layers, compositing, harmonize, generate)
 
 
 class StrataExtension(ComfyExtension):

@@ -99,14 +99,14 @@ class LayerFusionSampler(io.ComfyNode):
     def execute(cls, model, positive, noise, **sampling):
         model, record = model.clone(), Record()
         model.model_options["transformer_options"][RECORD] = record
-        return io.NodeOutput(*sample_branches(model, positive, BRANCHES, **sampling, same_noise=noise == NOISE[0]), _figure(record))
+        return io.NodeOutput(*sample_branches(model, positive, BRANCHES, **sampling, same_noise=noise == NOISE[0]), map_strips(record.steps))
 
 
-def _figure(record: Record) -> torch.Tensor:
-    """[steps × pictures,H,4W,3], each map stretched to its own range; a black pixel where nothing was blended."""
-    if not record.steps:
+def map_strips(steps: list[torch.Tensor]) -> torch.Tensor:
+    """[steps × pictures,4H,4·K·W,3] of maps [N,K,H,W] of each step, each stretched to its own range; a black pixel where there are none."""
+    if not steps:
         return torch.zeros(1, 1, 1, 3)
-    maps = torch.cat(record.steps)
+    maps = torch.cat(steps)
     low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
     strip = torch.cat(((maps - low) / (high - low).clamp_min(1e-12)).unbind(1), -1)
     return strip.repeat_interleave(4, 1).repeat_interleave(4, 2)[..., None].expand(-1, -1, -1, 3).contiguous()

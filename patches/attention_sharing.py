@@ -15,7 +15,7 @@ from comfy.patcher_extension import PatcherInjection, WrappersMP
 from torch import Tensor, nn
 
 from ..networks.attention_sharing import PROJECTIONS, AttentionSharing
-from .foreground import check_batch, foreground_rows
+from .foreground import FUSION, Rows
 
 NAME = re.compile(r"(input_blocks|output_blocks|middle_block)\..*\.attn[12]")
 KEY = "strata_sharing_"
@@ -50,18 +50,19 @@ def attach(model: ModelPatcher, sharing: ModelPatcher, strength: float, picture:
     return clone
 
 
-def attach_to_foreground(model: ModelPatcher, sharing: ModelPatcher) -> ModelPatcher:
-    """A clone in which a file of one frame acts on LayerFusion's foreground, and the other rows have the model's own attention."""
+def attach_to_foreground(model: ModelPatcher, sharing: ModelPatcher, rows: Rows = FUSION) -> ModelPatcher:
+    """A clone in which a file of one frame acts on the foregrounds among the rows, and the others have the model's own attention."""
     clone = model.clone()
     clone.set_additional_models(f"{KEY}foreground", [sharing])
-    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, f"{KEY}foreground", partial(_with_foreground, sharing.model))
+    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, f"{KEY}foreground", partial(_with_foreground, sharing.model, rows))
     return clone
 
 
-def _with_foreground(sharing: AttentionSharing, executor, x: Tensor, *args, **kwargs):
+def _with_foreground(sharing: AttentionSharing, rows: Rows, executor, x: Tensor, *args, **kwargs):
     """Hooks on the projections, since a replaced attention calls those and not the attention itself; for one call only."""
-    check_batch(x)
-    hooks = [hook for module, layer in zip(attentions(executor.class_obj), sharing.hookers.layers, strict=True) for hook in _on_foreground(module, layer)]
+    rows.check(x)
+    layers = zip(attentions(executor.class_obj), sharing.hookers.layers, strict=True)
+    hooks = [hook for module, layer in layers for hook in _on_foreground(module, layer, rows)]
     try:
         return executor(x, *args, **kwargs)
     finally:
@@ -69,20 +70,19 @@ def _with_foreground(sharing: AttentionSharing, executor, x: Tensor, *args, **kw
             hook.remove()
 
 
-def _on_foreground(module: nn.Module, layer: nn.Module) -> list:
+def _on_foreground(module: nn.Module, layer: nn.Module, rows: Rows) -> list:
     entered = {}
 
     def enter(projection: nn.Module, args: tuple) -> None:
         entered["x"] = args[0]
 
     def add(lora: nn.Module, projection: nn.Module, args: tuple, output: Tensor) -> None:
-        foreground_rows(output).add_(lora(foreground_rows(args[0])))
+        rows.add(output, lora(rows.of(args[0])))
 
     def leave(projection: nn.Module, args: tuple, output: Tensor) -> None:
-        """The foreground is its own only frame."""
-        foreground = foreground_rows(output)
-        frames = (foreground_rows(entered.pop("x")) + foreground)[:, None]
-        foreground.add_(layer.over_frames(frames, module.heads)[:, 0])
+        """Each foreground is its own only frame."""
+        frames = (rows.of(entered.pop("x")) + rows.of(output))[:, None]
+        rows.add(output, layer.over_frames(frames, module.heads)[:, 0])
 
     projections = {name: getattr(module, name) for name in PROJECTIONS}
     projections["to_out"] = module.to_out[0]

@@ -1,9 +1,10 @@
-"""Weight differences that act on the foreground alone, in a batch of foreground, background and blended: one model and one call serve all three."""
+"""Weight differences that act on the foregrounds alone, in a batch that has other pictures too: one model and one call serve all of them."""
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 
 import comfy.model_patcher
@@ -17,24 +18,52 @@ KEY = "strata_foreground"
 LAYERS = comfy.ops.manual_cast  # cast and moved by ComfyUI like the model's own
 SUPPORTED = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
 BRANCHES = 3  # foreground, background, blended, in this order, once for every picture
-_row_step = ContextVar("strata_row_step", default=BRANCHES)  # every how many rows of the batch there is a foreground
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a batch are foregrounds: those from `first` on, `number` of them, in every `layers` rows. shown: the end of check's sentence."""
+    layers: int = BRANCHES
+    first: int = 0
+    number: int = 1
+    shown: str = "foreground, background and blended; use Strata's LayerFusion sampler, or a latent batch that is a multiple of three."
+
+    def of(self, rows: Tensor) -> Tensor:
+        return self._places(rows).flatten(0, 1)
+
+    def add(self, rows: Tensor, term: Tensor, strength: float = 1.0) -> None:
+        places = self._places(rows)
+        places.add_(term.reshape(places.shape), alpha=strength)
+
+    def check(self, x: Tensor) -> None:
+        if not _alone.get() and len(x) % self.layers:
+            raise ValueError(f"latent: a batch of {len(x)} cannot be split into {self.shown}")
+
+    def _places(self, rows: Tensor) -> Tensor:
+        if _alone.get():
+            return rows[:, None]
+        return rows.unflatten(0, (-1, self.layers))[:, self.first:self.first + self.number]
+
+
+_alone = ContextVar("strata_alone", default=False)
+FUSION = Rows()
 
 
 @contextmanager
 def foregrounds_only() -> Iterator[None]:
     """While this is open, every row that the model gets is a foreground."""
-    token = _row_step.set(1)
+    token = _alone.set(True)
     try:
         yield
     finally:
-        _row_step.reset(token)
+        _alone.reset(token)
 
 
 def foreground_rows(rows: Tensor) -> Tensor:
-    return rows[::_row_step.get()]
+    return FUSION.of(rows)
 
 
-def apply_to_foreground(model: ModelPatcher, terms: dict[str, tuple[Tensor, Tensor] | Tensor], strength: float = 1.0) -> ModelPatcher:
+def apply_to_foreground(model: ModelPatcher, terms: dict[str, tuple[Tensor, Tensor] | Tensor], strength: float = 1.0, rows: Rows = FUSION) -> ModelPatcher:
     """A clone of the model whose foreground rows see `weight + strength * difference` in the named weights, and whose other rows do not.
 
     terms: {weight key such as "diffusion_model.….to_q.weight": (up [out,rank], down [rank,in]), or a full difference of the weight's or bias's shape}.
@@ -53,7 +82,7 @@ def apply_to_foreground(model: ModelPatcher, terms: dict[str, tuple[Tensor, Tens
     added = {name: _difference(unet.get_submodule(name), **own) for name, own in parts.items()}
     helper = comfy.model_patcher.ModelPatcher(nn.ModuleList(added.values()), load_device=model.load_device, offload_device=model.offload_device)
     model.set_additional_models(KEY, [*model.get_additional_models_with_key(KEY), helper])
-    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, partial(_denoise, added, strength))
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, partial(_denoise, added, strength, rows))
     return model
 
 
@@ -86,10 +115,10 @@ def _filled(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.
     return layer
 
 
-def _denoise(added: dict[str, nn.Module], strength: float, executor, x: Tensor, *args, **kwargs):
+def _denoise(added: dict[str, nn.Module], strength: float, rows: Rows, executor, x: Tensor, *args, **kwargs):
     """Hooks for one call only: nothing is left in the model, which its other patchers share."""
-    check_batch(x)
-    hooks = [executor.class_obj.get_submodule(name).register_forward_hook(partial(_add, term, strength)) for name, term in added.items()]
+    rows.check(x)
+    hooks = [executor.class_obj.get_submodule(name).register_forward_hook(partial(_add, term, strength, rows)) for name, term in added.items()]
     try:
         return executor(x, *args, **kwargs)
     finally:
@@ -97,15 +126,13 @@ def _denoise(added: dict[str, nn.Module], strength: float, executor, x: Tensor, 
             hook.remove()
 
 
-def _add(term: nn.Module, strength: float, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    foreground_rows(output).add_(term(foreground_rows(args[0])), alpha=strength)
+def _add(term: nn.Module, strength: float, rows: Rows, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    rows.add(output, term(rows.of(args[0])), strength)
     return output
 
 
 def check_batch(x: Tensor) -> None:
-    if len(x) % _row_step.get():
-        raise ValueError(f"latent: a batch of {len(x)} cannot be split into foreground, background and blended; "
-                         "use Strata's LayerFusion sampler, or a latent batch that is a multiple of three.")
+    FUSION.check(x)
 
 
 def split_branches(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,20 +7,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import comfy.ldm.modules.attention as attention
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ..techniques import fusion
+from .attention_blocks import Place, around, place_of, size_of, transformers
 from .foreground import BRANCHES, check_batch, foreground_rows, foregrounds_only, split_branches
 from .layer_prompts import END_TOKENS
 
 STRUCTURE_LAYER = json.loads((Path(__file__).parent.parent / "models_config" / "fusion.json").read_text(encoding="utf-8"))["structure_layer"]
 KEY, RUN, RECORD = "strata_fusion", "strata_fusion_run", "strata_fusion_record"
 BLOCKS = {"all": ("input", "middle", "output"), "down": ("input",), "middle": ("middle",), "up": ("output",), "middle and up": ("middle", "output")}
-Place = tuple[str, int, int]  # block, its number, transformer inside it
 
 
 @dataclass(frozen=True)
@@ -84,13 +83,6 @@ def structure_place(model: ModelPatcher) -> Place:
     if place is None or list(transformers(model.model.diffusion_model))[-1] != place:
         raise ValueError(f"model: {type(config).__name__} is not supported; LayerFusion works with SD1.5, SD2, SDXL and the Strata mini family.")
     return place
-
-
-def transformers(unet: nn.Module) -> dict[Place, nn.Module]:
-    parts = [*(("input", i, part) for i, part in enumerate(unet.input_blocks)), ("middle", 0, unet.middle_block or ()),
-             *(("output", i, part) for i, part in enumerate(unet.output_blocks))]
-    return {(name, number, index): block for name, number, part in parts for layer in part if isinstance(layer, attention.SpatialTransformer)
-            for index, block in enumerate(layer.transformer_blocks)}
 
 
 def _start_run(executor, *args, **kwargs):
@@ -185,22 +177,16 @@ def _with_patches(options: dict, call: Call, blocks: dict[Place, nn.Module]) -> 
         outputs = {f"{name}_output_patch": partial(_blend, name, call) for name in replaced}
     replace, patches = {**options.get("patches_replace", {})}, {**options.get("patches", {})}
     for name, own in replaced.items():
-        there = replace.get(name, {})
-        attend = _attend_self if name == "attn1" else _attend_cross
-        replace[name] = {**there, **{place: partial(attend, call, there.get(place, there.get(place[:2], _attend))) for place in own}}
+        replace[name] = around(options, name, own, partial(_attend_self if name == "attn1" else _attend_cross, call))
     for name, blend in outputs.items():
         patches[name] = [*patches.get(name, []), blend]
     return {**options, "patches": patches, "patches_replace": replace}
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
-    return attention.optimized_attention(q, k, v, options["n_heads"], attn_precision=options.get("attn_precision"), transformer_options=options)
-
-
 def _attend_self(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
-    place = _place(options)
+    place = place_of(options)
     if place == call.structure_place and (call.phase == "prior" or call.settings.reuse and call.phase == "conditional"):
-        call.seen = fusion.structure_prior(foreground_rows(q), foreground_rows(k), options["n_heads"]), _size(options)
+        call.seen = fusion.structure_prior(foreground_rows(q), foreground_rows(k), options["n_heads"]), size_of(options)
     if call.phase == "prior" or place[0] not in call.settings.blocks:
         return attend(q, k, v, options)
     if call.phase == "conditional":  # by Alg. 3 the content prior is that of the block's cross-attention here too
@@ -229,7 +215,7 @@ def _mix(call: Call, shared: Tensor, apart: Callable[[], Tensor]) -> Tensor:
 
 def _remember(call: Call, name: str, q: Tensor, k: Tensor, options: dict) -> None:
     """The masks of an attention layer, from its foreground's queries and the keys of the foreground's prompt."""
-    place, size = _place(options), _size(options)
+    place, size = place_of(options), size_of(options)
     structure = fusion.resize_prior(*call.run.structure, size)
     content = fusion.content_prior(q, k, options["n_heads"], call.ends)
     masks = fusion.blending_masks(structure, content, call.settings.boundary)
@@ -239,18 +225,10 @@ def _remember(call: Call, name: str, q: Tensor, k: Tensor, options: dict) -> Non
 
 
 def _blend(name: str, call: Call, hidden: Tensor, options: dict) -> Tensor:
-    masks = call.run.masks.get((name, _place(options)))
-    if masks is None or _place(options)[0] not in call.settings.blocks:
+    masks = call.run.masks.get((name, place_of(options)))
+    if masks is None or place_of(options)[0] not in call.settings.blocks:
         return hidden
     foreground, background, blended = split_branches(hidden)
     soft, hard = (mask.repeat(len(background) // len(mask), 1) * call.settings.strength for mask in masks)
     blended = fusion.blend_foreground_in(foreground, blended, soft)
     return torch.stack([fusion.return_to_foreground(foreground, blended, hard), background, blended], 1).flatten(0, 1)
-
-
-def _place(options: dict) -> Place:
-    return (*options["block"], options["block_index"])
-
-
-def _size(options: dict) -> tuple[int, int]:
-    return tuple(options["activations_shape"][2:4])

@@ -1,4 +1,4 @@
-"""One conditioning of three prompts, which knows where the foreground's text ends."""
+"""Several prompts as the rows of one conditioning, which knows where in it the words of a layer are."""
 from __future__ import annotations
 
 import math
@@ -6,7 +6,10 @@ import math
 import torch
 from torch import Tensor
 
-END_TOKENS = "strata_end_tokens"
+from ..techniques.shared_layers import global_embedding
+
+END_TOKENS = "strata_end_tokens"  # positions of the ends of the foreground's prompt
+LAYERS = "strata_layers"  # (prompt, positions of its words in the whole picture's embedding) for each layer, back to front
 
 
 def encode_prompts(clip, prompts: tuple[str, str, str]) -> list:
@@ -14,7 +17,34 @@ def encode_prompts(clip, prompts: tuple[str, str, str]) -> list:
     tokens = [clip.tokenize(prompt) for prompt in prompts]
     encoded = [clip.encode_from_tokens_scheduled(one) for one in tokens]
     ends = end_tokens(tokens[0], clip.tokenizer)
-    return [_join([list(entry) for entry in entries], ends) for entries in zip(*encoded, strict=True)]
+    found = []
+    for entries in zip(*encoded, strict=True):
+        cond, values = _join(entries)
+        found.append([cond, {**values, END_TOKENS: _repeated(ends, entries[0][0].shape[1], cond.shape[1])}])
+    return found
+
+
+def encode_layers(clip, background: str, objects: list[str]) -> list:
+    """CONDITIONING whose rows are background, objects back to front, and the whole picture; with no object the background's alone.
+
+    The whole picture's embedding has the words of all; its pooled form (SDXL) is that of the prompts with commas between them.
+    Raises ValueError for text encoders that are not CLIP alone.
+    """
+    prompts = [background, *objects]
+    tokens = [clip.tokenize(prompt) for prompt in prompts]
+    encoded = [clip.encode_from_tokens_scheduled(one) for one in tokens]
+    chunk = len(next(iter(tokens[0].values()))[0])
+    ends = [_chunk_ends(end_tokens(one, clip.tokenizer), chunk) for one in tokens]
+    if not objects:
+        return [[cond, {**values, LAYERS: [(background, [])]}] for cond, values in encoded[0]]
+    together = clip.encode_from_tokens_scheduled(clip.tokenize(", ".join(filter(None, [*objects[::-1], background]))))
+    found = []
+    for *entries, whole in zip(*encoded, together, strict=True):
+        embedding, words = global_embedding([cond[0] for cond, _ in entries], ends, chunk)
+        cond, values = _join([*entries, [embedding[None], whole[1]]])
+        words = [_repeated(own, len(embedding), cond.shape[1]) for own in words]
+        found.append([cond, {**values, LAYERS: list(zip(prompts, words, strict=True))}])
+    return found
 
 
 def end_tokens(tokens: dict[str, list], tokenizer) -> list[int]:
@@ -23,7 +53,7 @@ def end_tokens(tokens: dict[str, list], tokenizer) -> list[int]:
     for name, chunks in tokens.items():
         end = getattr(getattr(tokenizer, f"clip_{name}", None), "end_token", None)
         if end is None:
-            raise ValueError(f"clip: the text encoder {name} has no end token of CLIP's kind; LayerFusion works with those of SD1.5, SD2 and SDXL.")
+            raise ValueError(f"clip: the text encoder {name} has no end token of CLIP's kind; layer prompts work with those of SD1.5, SD2 and SDXL.")
         start = 0
         for chunk in chunks:
             ids = [token[0] for token in chunk]
@@ -32,14 +62,22 @@ def end_tokens(tokens: dict[str, list], tokenizer) -> list[int]:
     return sorted(found)
 
 
-def _join(entries: list[list], ends: list[int]) -> list:
+def _chunk_ends(ends: list[int], chunk: int) -> list[int]:
+    """One end a chunk, the later one where two encoders differ."""
+    return list({end // chunk: end for end in ends}.values())
+
+
+def _join(entries: list[list]) -> tuple[Tensor, dict]:
     """Prompts of different length are repeated to the same one, which changes no attention's result."""
     conds, extras = [entry[0] for entry in entries], [entry[1] for entry in entries]
     length = math.lcm(*(cond.shape[1] for cond in conds))
-    own = conds[0].shape[1]
-    positions = [start + end for start in range(0, length, own) for end in ends if end < own]
-    values = {**extras[0], END_TOKENS: positions}
+    values = {**extras[0]}
     pooled = [extra.get("pooled_output") for extra in extras]
     if all(one is not None for one in pooled):
         values["pooled_output"] = torch.cat(pooled)
-    return [torch.cat([cond.repeat(1, length // cond.shape[1], 1) for cond in conds]), values]
+    return torch.cat([cond.repeat(1, length // cond.shape[1], 1) for cond in conds]), values
+
+
+def _repeated(places: list[int], own: int, length: int) -> list[int]:
+    """Positions in the first `own` tokens, in all repetitions up to `length`."""
+    return [start + place for start in range(0, length, own) for place in places if place < own]

@@ -33,15 +33,15 @@ def apply(model: ModelPatcher, transparency: Transparency, strength: float, laye
     return clone
 
 
-def apply_to_foreground(model: ModelPatcher, transparency: Transparency) -> ModelPatcher:
-    """A clone whose first row of every three (LayerFusion's foreground) has the adapter's weights, while the others have the model's own."""
+def apply_to_foreground(model: ModelPatcher, transparency: Transparency, rows: foreground.Rows = foreground.FUSION) -> ModelPatcher:
+    """A clone whose foreground rows have the adapter's weights, while the others have the model's own; rows: LayerFusion's, or those of more layers."""
     if "sharing" in transparency.parts:
-        return attention_sharing.attach_to_foreground(model, _sharing(model, transparency, 1))
+        return attention_sharing.attach_to_foreground(model, _sharing(model, transparency, 1), rows)
     if transparency.extra_channels:
-        raise ValueError(f"transparency: {transparency.name} is {transparency.describe()}; LayerFusion needs {NEEDS}, which draws single objects.")
+        raise ValueError(f"transparency: {transparency.name} is {transparency.describe()}; layers need {NEEDS}, which draws single objects.")
     _adapter(model, transparency)  # for its sentences about another family
     terms = {key: parts["diff::0"] if "diff::0" in parts else (parts["lora::0"], parts["lora::1"]) for key, parts in transparency.parts["adapter"].items()}
-    return foreground.apply_to_foreground(model, terms)
+    return foreground.apply_to_foreground(model, terms, rows=rows)
 
 
 def further_channels(latents: list[Tensor]):

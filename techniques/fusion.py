@@ -18,7 +18,7 @@ def structure_prior(q: Tensor, k: Tensor, heads: int) -> Tensor:
     """
     def density(probabilities: Tensor) -> Tensor:
         return 1 / probabilities.mean(0).square().sum(-1)
-    return 1 - _normalize(_over_rows(q, k, heads, density))
+    return 1 - _normalize(over_rows(q, k, heads, density))
 
 
 def content_prior(q: Tensor, k: Tensor, heads: int, ends: list[int]) -> Tensor:
@@ -27,7 +27,7 @@ def content_prior(q: Tensor, k: Tensor, heads: int, ends: list[int]) -> Tensor:
     ends: positions of the end-of-text tokens; a prompt of several chunks has one in each, and their shares add up.
     Source: layerfusion, Alg. 2
     """
-    return _over_rows(q, k, heads, lambda probabilities: probabilities[..., ends].sum(-1).mean(0))
+    return over_rows(q, k, heads, lambda probabilities: probabilities[..., ends].sum(-1).mean(0))
 
 
 def blending_masks(structure: Tensor, content: Tensor, boundary: float = 10.0) -> tuple[Tensor, Tensor]:
@@ -85,8 +85,11 @@ def _normalize(values: Tensor) -> Tensor:
     return (values - low) / (high - low).clamp_min(torch.finfo(values.dtype).tiny)
 
 
-def _over_rows(q: Tensor, k: Tensor, heads: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    """[B,M]: `reduce` of the probabilities [heads,rows,T], which exist for a few rows at a time."""
+def over_rows(q: Tensor, k: Tensor, heads: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """[B,M,…]: `reduce` to [rows,…] of the attention's probabilities [heads,rows,T], which exist for a few rows at a time; q: [B,M,C], k: [B,T,C].
+
+    Source: ours, the extra memory does not grow with the picture
+    """
     return torch.stack([torch.cat([reduce(part) for part in _probabilities(one, keys, heads)]) for one, keys in zip(q, k, strict=True)])
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from strata.patches import foreground as low_rank
 from strata.patches import fusion
+from strata.patches.attention_blocks import attend
 from strata.patches.fusion import Settings, blend_attention
 from strata.patches.layer_prompts import END_TOKENS, encode_prompts
 
@@ -233,7 +234,7 @@ def test_the_reused_structure_is_that_of_the_step_before(models):
     def keep(q, k, v, extra):
         call = extra[fusion.KEY]
         options.setdefault(call.phase, []).append((q[:: 1 if call.phase == "prior" else 3].clone(), k[:: 1 if call.phase == "prior" else 3].clone()))
-        return fusion._attend(q, k, v, extra)
+        return attend(q, k, v, extra)
     patched.set_model_attn1_replace(keep, "output", 5, 0)
     sample(patched, layered(model), conditioning(model, 2, rows=1))
     own = [pair for pair in options["conditional"] if len(pair[0]) == 1][::2]  # the foreground's own call, then the pair's
@@ -251,7 +252,7 @@ def test_other_patches_are_chained_whatever_the_order(models, ours_first):
     positive, negative = layered(model), conditioning(model, 2, rows=1)
 
     def scaled(q, k, v, extra):
-        return fusion._attend(q, k, v * 1.7, extra)
+        return attend(q, k, v * 1.7, extra)
 
     def shifted(hidden, extra):
         return hidden + 0.1 * (extra["block"] == ("middle", 0))

@@ -1,0 +1,259 @@
+"""DreamLayer: background, any number of objects and the whole picture sampled together, without training."""
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy_api.latest import io, ui
+
+from ..patches import transparency_model, transparent_latents
+from ..patches.branches import sample_branches
+from ..patches.inversion import invert
+from ..patches.layer_prompts import LAYERS, encode_layers
+from ..patches.shared_layers import MAPS, PATH, RECORD, Maps, Record, Sharing, layer_count, map_context, object_rows, share_layers, without_layers
+from ..techniques.compositing import flatten
+from ..techniques.layers import Layer, LayerStack, write_layers
+from ..techniques.shared_layers import map_alphas
+from .fusion import map_strips
+from .harmonize import HarmonizeLayers
+from .inputs import check_image
+from .sampling import sampling_inputs
+from .sockets import Layers, Transparency, schema
+
+ALIASES = ["dreamlayer", "multi-layer generation", "layered generation"]
+NOISE = ("same for all layers", "one each")
+PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01}
+
+
+def transparency_inputs() -> list:
+    return [
+        Transparency.Input("adapter", optional=True, tooltip="Makes the model draw single objects with hidden transparency, from Load transparency; it acts "
+                           "on the objects' layers only."),
+        Transparency.Input("decoder", optional=True, tooltip="Finds the objects' transparency, from Load transparency. Without one their alpha is the last "
+                           "context map, which is coarse."),
+    ]
+
+
+class LayerPrompts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        prompt = {"multiline": True, "dynamic_prompts": True, "default": ""}
+        return schema(
+            node_id="Strata_LayerPrompts", display_name="Layer prompts", category="Strata/Generate", search_aliases=[*ALIASES, "objects"],
+            description="One conditioning for a background, any number of objects in front of it, and the whole picture that they make.",
+            inputs=[
+                io.Clip.Input("clip", tooltip="Text encoder of SD1.5, SD2, SDXL or the mini family."),
+                io.String.Input("background", **prompt, tooltip="The place without the objects, as in: an empty street."),
+                io.String.Input("objects", **prompt, tooltip="One object a line, as in: a red apple. The first line is farthest back, the last one in front. "
+                                "Each becomes a layer; empty lines do not count, and no object at all gives the background alone."),
+            ],
+            outputs=[io.Conditioning.Output("positive", display_name="positive", tooltip="For positive. Negative is an ordinary text encoding.")])
+
+    @classmethod
+    def execute(cls, clip, background, objects):
+        if clip is None:
+            raise ValueError("clip: the checkpoint has no text encoder in it; connect one from Load CLIP.")
+        return io.NodeOutput(encode_layers(clip, background.strip(), [line.strip() for line in objects.splitlines() if line.strip()]))
+
+
+class SharedLayers(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Strata_SharedLayers", display_name="Shared layers", category="Strata/Generate",
+            search_aliases=[*ALIASES, "LSSA", "layer-shared self-attention"],
+            description="DreamLayer's LSSA: in the up blocks every layer sees all layers of its picture, so that they go together.",
+            inputs=[
+                io.Model.Input("model", tooltip="SD1.5, SD2, SDXL or the mini family. Put LoRAs and other patches before or behind this node."),
+                io.Float.Input("strength", default=1.0, **PERCENT, tooltip="How much of the sharing: 1 as published, 0 is off and changes nothing."),
+                io.Float.Input("start_percent", default=0.0, **PERCENT, tooltip="When in the sampling it starts, 0 = at once."),
+                io.Float.Input("end_percent", default=1.0, **PERCENT, tooltip="When it ends, 1 = with the last step, as published."),
+            ],
+            outputs=[io.Model.Output("MODEL", display_name="model", tooltip="For Layers sampler, or for Context maps, which may also come first.")])
+
+    @classmethod
+    def execute(cls, model, strength, start_percent, end_percent):
+        return io.NodeOutput(share_layers(model, Sharing(strength, start_percent, end_percent)))
+
+
+class ContextMaps(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Strata_ContextMaps", display_name="Context maps", category="Strata/Generate",
+            search_aliases=[*ALIASES, "CACA", "context-aware cross-attention", "attention maps"],
+            description="DreamLayer's CACA: finds where the whole picture puts each object, and lets the object's layer take over its place and size.",
+            inputs=[
+                io.Model.Input("model", tooltip="SD1.5, SD2, SDXL or the mini family, most often from Shared layers."),
+                io.Float.Input("strength", default=1.0, **PERCENT, tooltip="How much of the whole picture goes into an object's layer where its map says that "
+                               "it is: 1 as published, 0 is off and changes nothing."),
+                io.Float.Input("end_percent", default=0.15, **PERCENT, tooltip="Until when: the published 0.15 (timestep 850). Higher keeps the objects closer "
+                               "to their places, and lets more of what is around them into their layers."),
+            ],
+            outputs=[io.Model.Output("MODEL", display_name="model", tooltip="For Layers sampler, which shows the maps.")])
+
+    @classmethod
+    def execute(cls, model, strength, end_percent):
+        return io.NodeOutput(map_context(model, Maps(strength, end_percent)))
+
+
+class LayersSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Strata_LayersSampler", display_name="Layers sampler", category="Strata/Generate", search_aliases=[*ALIASES, "ksampler"],
+            description="Samples background, objects and whole picture together, one of each for every latent that comes in, and makes layers of them.",
+            inputs=[
+                io.Model.Input("model", tooltip="From Shared layers and Context maps. Without them the layers are sampled side by side and know nothing "
+                               "of each other."),
+                io.Vae.Input("vae", tooltip="The autoencoder of the model."),
+                io.Conditioning.Input("positive", tooltip="From Layer prompts."),
+                *sampling_inputs(),
+                io.Combo.Input("noise", options=list(NOISE), default=NOISE[0], tooltip="The same noise, as published, makes the layers agree in their layout."),
+                io.Boolean.Input("harmonize", default=True, tooltip="Draws shadows and light into the composite, as Harmonize layers "
+                                 "does; off stacks the layers."),
+                io.Float.Input("harmonize_start", default=0.4, **PERCENT, tooltip="start_percent of Harmonize layers: lower changes more of the background."),
+                io.Float.Input("harmonize_end", default=0.6, **PERCENT, tooltip="end_percent of Harmonize layers: higher keeps the objects closer."),
+                *transparency_inputs(),
+            ],
+            outputs=[
+                Layers.Output("LAYERS", display_name="layers", is_output_list=True, tooltip="One document per picture: background and objects, named as their "
+                              "prompts."),
+                io.Image.Output("composite", display_name="composite", tooltip="The layers over each other, harmonised."),
+                io.Image.Output("whole", display_name="whole", tooltip="The whole picture that was sampled with the layers: what they are to add up to."),
+                io.Image.Output("maps", display_name="maps", tooltip="For each step the context maps, the objects back to front from left to right. A black "
+                                "pixel without Context maps."),
+                io.Latent.Output("LATENT", display_name="latent", tooltip="All rows: background, objects, whole picture, and again for the next latent."),
+            ])
+
+    @classmethod
+    def execute(cls, model, vae, positive, noise, harmonize, harmonize_start, harmonize_end, adapter=None, decoder=None, **sampling):
+        names, record = _layer_names(model, positive, decoder), Record()
+        count = layer_count(names)
+        layered = _prepared(model, adapter, count, record)
+        branches = sample_branches(layered, positive, count, **sampling, same_noise=noise == NOISE[0])
+        latents = [branch["samples"] for branch in branches]
+        stacks = _stacks(vae, names, latents, decoder, record)
+        whole = vae.decode(latents[-1])
+        composite = whole
+        if count > 1:
+            settings = {**{key: sampling[key] for key in ("seed", "steps", "cfg", "sampler_name", "scheduler")}, "start_percent": harmonize_start,
+                        "end_percent": harmonize_end, "foregrounds": "keep", "feather": 2.0}
+            draw = _harmonizer(without_layers(model), positive, sampling["negative"], vae, settings) if harmonize else _stacked
+            composite = torch.cat([draw(stack) for stack in stacks])
+        latent = {**branches[0], "samples": torch.stack(latents, 1).flatten(0, 1)}
+        return io.NodeOutput([write_layers(stack) for stack in stacks], composite, whole, map_strips(record.steps), latent)
+
+
+class ImageToLayers(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Strata_ImageToLayers", display_name="Image to layers", category="Strata/Generate",
+            search_aliases=[*ALIASES, "decompose", "image decomposition", "inversion"],
+            description="DreamLayer's image to layers: takes a picture apart into the background and the objects that are named, without training.",
+            inputs=[
+                io.Model.Input("model", tooltip="From Shared layers and Context maps. Without Shared layers the layers do not see the picture."),
+                io.Vae.Input("vae", tooltip="The autoencoder of the model."),
+                io.Image.Input("image", tooltip="The picture; the first one of a batch. Sides are cut to multiples of 8."),
+                io.Conditioning.Input("positive", tooltip="From Layer prompts: the background without the objects, and each object, the farthest first."),
+                io.Conditioning.Input("negative", tooltip="What no layer should show, from an ordinary text encoding."),
+                io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Steps of the way to noise, and again of the way back."),
+                io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="How closely the layers follow their prompts."),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="ddim_uniform", tooltip="The noise levels of the steps; "
+                               "ddim_uniform as in the paper. Both ways are taken with DDIM."),
+                *transparency_inputs(),
+            ],
+            outputs=[
+                Layers.Output("LAYERS", display_name="layers", tooltip="Background and objects, named as their prompts."),
+                io.Image.Output("recomposed", display_name="recomposed", tooltip="The layers over each other."),
+                io.Image.Output("maps", display_name="maps", tooltip="For each step the context maps, the objects back to front from left to right. A black "
+                                "pixel without Context maps."),
+                io.Float.Output("error", display_name="error", tooltip="Mean absolute difference between the picture and the layers over each other, 0..1."),
+            ])
+
+    @classmethod
+    def execute(cls, model, vae, image, positive, negative, steps, cfg, scheduler, adapter=None, decoder=None):
+        names = _layer_names(model, positive, decoder)
+        if len(names) < 2:
+            raise ValueError("positive: there is no object to take out of the picture; name at least one in Layer prompts.")
+        count, image = layer_count(names), check_image(image, "image")[:1, ..., :3]
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
+        callback = latent_preview.prepare_callback(model, 3 * steps)
+        found = invert(without_layers(model), vae.encode(image), _whole(positive), None, sigmas,
+                       callback=lambda step, denoised, x, total: callback(step, denoised, x, 3 * steps))
+        record = Record()
+        layered = _prepared(model, adapter, count, record)
+        layered.model_options["transformer_options"][PATH] = found.at
+        start = found.latents[0].repeat(count, 1, 1, 1)
+        made = comfy.sample.sample_custom(
+            layered, start / sigmas[0], cfg, comfy.samplers.sampler_object("euler"), sigmas, positive, negative, torch.zeros_like(start),
+            callback=lambda step, denoised, x, total: callback(2 * steps + step, denoised, x, 3 * steps), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED)
+        stack, = _stacks(vae, names, list(made.split(1)), decoder, record)
+        recomposed = flatten(stack)[0][None]
+        error = (recomposed - image[:, :recomposed.shape[1], :recomposed.shape[2]].to(recomposed)).abs().mean().item()
+        return io.NodeOutput(write_layers(stack), recomposed, map_strips(record.steps), error, ui=ui.PreviewText(f"recomposition error {error:.3f}"))
+
+
+def _layer_names(model, positive: list, decoder) -> list[str]:
+    """The layers' prompts, back to front. Raises ValueError for other conditionings, and where nothing would tell what is transparent."""
+    if len(positive) != 1 or LAYERS not in positive[0][1]:
+        raise ValueError("positive: this is not one conditioning with the words of every layer; connect Layer prompts directly.")
+    names = [prompt for prompt, _ in positive[0][1][LAYERS]]
+    if len(names) > 1 and decoder is None and MAPS not in model.model_options["transformer_options"]:
+        raise ValueError("decoder: nothing tells where the objects are transparent; connect a transparent decoder from Load transparency, or put "
+                         "Context maps on the model.")
+    return names
+
+
+def _prepared(model, adapter, count: int, record: Record):
+    """A clone that keeps its maps in the record, and whose objects have hidden transparency when there is an adapter."""
+    layered = model.clone()
+    layered.model_options["transformer_options"][RECORD] = record
+    if adapter is None or count == 1:
+        return layered
+    return transparency_model.apply_to_foreground(layered, adapter, object_rows(count))
+
+
+def _stacks(vae, names: list[str], latents: list[torch.Tensor], decoder, record: Record) -> list[LayerStack]:
+    """One stack per picture from the latents [N,C,h,w] of background and objects; what follows them is left alone."""
+    background, *objects = (vae.decode(latent) for latent in latents[:len(names)])
+    rgba = [_with_alpha(objects, latents[1:], decoder, record, number) for number in range(len(objects))]
+    return [_stack(names, background[i], [one[i] for one in rgba]) for i in range(len(background))]
+
+
+def _whole(positive: list) -> list:
+    """The whole picture's conditioning alone."""
+    cond, values = positive[0]
+    values = {key: value for key, value in values.items() if key != LAYERS}
+    if "pooled_output" in values:
+        values["pooled_output"] = values["pooled_output"][-1:]
+    return [[cond[-1:], values]]
+
+
+def _with_alpha(objects: list[torch.Tensor], latents: list[torch.Tensor], decoder, record: Record, number: int) -> torch.Tensor:
+    """[N,H,W,4] of one object."""
+    colour = objects[number][..., :3]
+    if decoder is None:
+        alpha = map_alphas(record.steps[-1], colour.shape[1:3])[:, number, ..., None].to(colour)
+        return torch.cat([colour, alpha], -1)
+    latent = transparent_latents.check_latent({"samples": latents[number]}, decoder)
+    return torch.cat(transparent_latents.decode(decoder, colour.movedim(-1, 1), latent), 1).movedim(1, -1)
+
+
+def _stack(names: list[str], background: torch.Tensor, objects: list[torch.Tensor]) -> LayerStack:
+    layers = [Layer(pixels, name or "background") for name, pixels in zip(names, [background, *objects], strict=True)]
+    return LayerStack((background.shape[1], background.shape[0]), tuple(layers))
+
+
+def _stacked(stack: LayerStack) -> torch.Tensor:
+    return flatten(stack)[0][None]
+
+
+def _harmonizer(model, positive: list, negative: list, vae, settings: dict):
+    """Harmonize layers with the whole picture's conditioning."""
+    whole = _whole(positive)
+    return lambda stack: HarmonizeLayers.execute(model, whole, negative, vae, write_layers(stack), **settings).result[0]
+
+
+NODES = [LayerPrompts, SharedLayers, ContextMaps, LayersSampler, ImageToLayers]

@@ -1,0 +1,38 @@
+"""The attention blocks of a UNet: where they are, what is known inside of them, and patches put around others' patches."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import comfy.ldm.modules.attention as attention
+from torch import Tensor, nn
+
+Place = tuple[str, int, int]  # block, its number, transformer inside it
+
+
+def transformers(unet: nn.Module) -> dict[Place, nn.Module]:
+    """Every transformer block by its place, in the order of the model; empty for a model that is no UNet."""
+    parts = [*(("input", i, part) for i, part in enumerate(getattr(unet, "input_blocks", ()))), ("middle", 0, getattr(unet, "middle_block", None) or ()),
+             *(("output", i, part) for i, part in enumerate(getattr(unet, "output_blocks", ())))]
+    return {(name, number, index): block for name, number, part in parts for layer in part if isinstance(layer, attention.SpatialTransformer)
+            for index, block in enumerate(layer.transformer_blocks)}
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
+    """The host's own attention, as a block without a replacing patch calls it."""
+    return attention.optimized_attention(q, k, v, options["n_heads"], attn_precision=options.get("attn_precision"), transformer_options=options)
+
+
+def around(options: dict, name: str, places: list[Place], own: Callable) -> dict:
+    """Replacing patches `own(there, q, k, v, options)` at the places, where `there` is the patch that another node has put there, or the attention."""
+    there = options.get("patches_replace", {}).get(name, {})
+    return {**there, **{place: partial(own, there.get(place, there.get(place[:2], attend))) for place in places}}
+
+
+def place_of(options: dict) -> Place:
+    return (*options["block"], options["block_index"])
+
+
+def size_of(options: dict) -> tuple[int, int]:
+    """Rows and columns of the tokens."""
+    return tuple(options["activations_shape"][2:4])

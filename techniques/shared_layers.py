@@ -1,0 +1,93 @@
+"""DreamLayer's prompts of many layers, the maps of where each object is in the whole picture, and attention shared by all layers of a scene."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .fusion import over_rows
+
+
+def global_embedding(layers: list[Tensor], ends: list[list[int]], chunk: int = 77) -> tuple[Tensor, list[list[int]]]:
+    """The whole picture's embedding [S,D], and for each layer the positions of its words in it; S is the least multiple of `chunk` that holds all.
+
+    layers: [S_i,D], back to front, as a text encoder gives them in chunks with a start, words, an end and padding. ends: the position of
+    every chunk's end in each layer.
+    Source: dreamlayer, Sec. 3 Overview, the tokens between start and end of every prompt, concatenated
+    Differs: the paper does not say what stands before and behind them; here the layers' starts, and their ends with the padding, averaged.
+    """
+    words = [torch.cat([layer[i * chunk + 1:end] for i, end in enumerate(own)]) for layer, own in zip(layers, ends, strict=True)]
+    count = sum(map(len, words))
+    rest = chunk * math.ceil((count + 2) / chunk) - count - 1
+    tails = [layer[own[-1]:] for layer, own in zip(layers, ends, strict=True)]
+    tail = torch.stack([tail[torch.arange(rest).clamp(max=len(tail) - 1)] for tail in tails]).mean(0)
+    start = torch.stack([layer[0] for layer in layers]).mean(0)
+    positions, first = [], 1
+    for part in words:
+        positions.append(list(range(first, first + len(part))))
+        first += len(part)
+    return torch.cat([start[None], *words, tail]), positions
+
+
+def token_shares(q: Tensor, k: Tensor, heads: int, tokens: list[list[int]]) -> Tensor:
+    """[B,F,M]: how much attention each of M places of the whole picture pays to the words of each of F objects, averaged over the heads.
+
+    q: [B,M,C] of the whole picture, k: [B,T,C] of the global embedding, projected, C = heads × width. tokens: the F objects' positions in T.
+    Source: dreamlayer, Eq. 3 and the sum over an object's tokens in Eq. 4
+    """
+    return over_rows(q, k, heads, lambda parts: torch.stack([parts[..., own].sum(-1).mean(0) for own in tokens], -1)).transpose(1, 2)
+
+
+def context_maps(shares: Tensor) -> Tensor:
+    """[B,F,M] in 0..1, from the shares [B,F,M] summed over the layers of the model: each map stretched to its own range, a flat one zeros.
+
+    Source: dreamlayer, Eq. 4
+    """
+    low, high = shares.amin(-1, keepdim=True), shares.amax(-1, keepdim=True)
+    return (shares - low) / (high - low).clamp_min(torch.finfo(shares.dtype).tiny)
+
+
+def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps [B,F,h,w] at another size (H, W): linear between places when larger, means of areas when smaller.
+
+    Source: ours, the paper takes the maps at one resolution and uses them at every one
+    """
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    larger = size[0] >= maps.shape[-2]
+    return F.interpolate(maps, size, mode="bilinear" if larger else "area", **({"align_corners": False} if larger else {}))
+
+
+def mix_global_in(layers: Tensor, maps: Tensor) -> Tensor:
+    """Hidden states [B,L,M,C] of background, objects and whole picture, in which the objects have the whole picture's where their maps [B,L-2,M] are 1.
+
+    Source: dreamlayer, Eq. 9
+    """
+    objects = torch.lerp(layers[:, 1:-1], layers[:, -1:], maps[..., None].to(layers))
+    return torch.cat([layers[:, :1], objects, layers[:, -1:]], 1)
+
+
+def joint_attention(q: Tensor, k: Tensor, v: Tensor, layers: int, attend: Callable[[Tensor, Tensor, Tensor], Tensor], isolated: bool = False) -> Tensor:
+    """[B·L,M,C]: attention of every layer's queries [B·L,M,C] to the keys and values [B·L,T,C] of all L layers of its scene.
+
+    All layers see the same keys, so one call of `attend` over sequences as long as the layers together does it without repeating any.
+    isolated: the last layer, the whole picture, sees its own keys only, which is Eq. 15's mask without writing the mask down.
+    Source: dreamlayer, Eq. 10 and 11; Eq. 14 to 16 when isolated
+    """
+    q, k, v = (values.unflatten(0, (-1, layers)) for values in (q, k, v))
+    asking = q[:, :-1] if isolated else q
+    found = attend(*(values.flatten(1, 2) for values in (asking, k, v))).unflatten(1, (asking.shape[1], -1))
+    if isolated:
+        found = torch.cat([found, attend(q[:, -1], k[:, -1], v[:, -1])[:, None]], 1)
+    return found.flatten(0, 1)
+
+
+def map_alphas(maps: Tensor, size: tuple[int, int], low: float = 0.3, high: float = 0.6) -> Tensor:
+    """Alphas [B,F,H,W] from context maps [B,F,h,w]: 0 where a map is below `low`, 1 above `high`.
+
+    Source: ours, for models without a transparent decoder
+    """
+    return ((resize_maps(maps, size) - low) / (high - low)).clamp(0, 1)

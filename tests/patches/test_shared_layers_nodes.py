@@ -1,0 +1,115 @@
+"""From prompts and a model to layers, through the pack's nodes, on the whole structure of SD1.5 and SDXL at reduced width."""
+import comfy.sd
+import pytest
+import torch
+from strata.networks.transparency import TransparentDecoder
+from strata.nodes.harmonize import HarmonizeLayers
+from strata.nodes.shared_layers import NOISE, ContextMaps, LayerPrompts, LayersSampler, SharedLayers
+from strata.patches import mini_family, transparency
+from strata.patches.branches import sample_branches
+from strata.patches.layer_prompts import LAYERS
+from strata.techniques.compositing import flatten
+from strata.techniques.layers import read_layers, write_layers
+from strata.techniques.shared_layers import map_alphas
+
+from . import fusion_reference, random_family, random_transparency
+from .test_fusion import conditioning
+from .test_layerfusion_families import file_for
+from .test_shared_layers import layered
+
+HEIGHT, WIDTH = 64, 128
+NAMES = ["a place", "an apple", "a dog"]
+SETTINGS = {"seed": 1, "steps": 2, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+HARMONY = {"harmonize": True, "harmonize_start": 0.4, "harmonize_end": 0.6}
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return comfy.sd.VAE(sd=random_family.autoencoder())
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return transparency.recognise("decoder", random_transparency.network(TransparentDecoder((8, 8, 16, 16), 1)))
+
+
+def node(kind, **inputs):
+    with torch.inference_mode():
+        return kind.execute(**inputs).result
+
+
+def sampled(model, vae, positive, count=1, **changed):
+    negative = conditioning(model, 2, rows=1)
+    latent = {"samples": torch.zeros(count, 4, HEIGHT // 8, WIDTH // 8)}
+    return node(LayersSampler, model=model, vae=vae, positive=positive, negative=negative, latent_image=latent,
+                **{**SETTINGS, **HARMONY, "noise": NOISE[0], **changed})
+
+
+def shared(model):
+    model, = node(SharedLayers, model=model, strength=1.0, start_percent=0.0, end_percent=1.0)
+    return node(ContextMaps, model=model, strength=1.0, end_percent=0.15)[0]
+
+
+@pytest.mark.parametrize("kind", ["SD1.5", "SDXL"])
+def test_from_the_model_to_the_layers(kind, vae, decoder):
+    plain = fusion_reference.patcher(kind)
+    model, positive = shared(plain), layered(plain)
+    documents, composite, whole, maps, latent = sampled(model, vae, positive, 2, adapter=file_for(kind, plain), decoder=decoder)
+    assert latent["samples"].shape == (8, 4, HEIGHT // 8, WIDTH // 8) and latent["samples"].isfinite().all()
+    assert composite.shape == whole.shape == (2, HEIGHT, WIDTH, 3) and maps.shape == (2 * 2, 4 * 2, 2 * 4 * 4, 3) and maps.std() > 0.1
+    rows = latent["samples"].unflatten(0, (2, 4))
+    with torch.inference_mode():
+        assert torch.equal(vae.decode(rows[:, 3]), whole)
+    without = sampled(model, vae, positive, 2, decoder=decoder, harmonize=False)
+    changed = (without[4]["samples"] - latent["samples"]).abs().flatten(1).mean(1)
+    assert (changed.view(2, 4)[:, 1:3] > 0.01).all(), "the adapter acts on the objects"
+    for document, picture, stacked in zip(documents, composite, without[1], strict=True):
+        stack = read_layers(document)
+        assert [layer.name for layer in stack.layers] == NAMES and [layer.image.shape[-1] for layer in stack.layers] == [3, 4, 4]
+        again, = node(HarmonizeLayers, model=plain, positive=[[positive[0][0][3:], {"pooled_output": positive[0][1]["pooled_output"][3:]}]],
+                      negative=conditioning(plain, 2, rows=1), vae=vae, layers=document, start_percent=0.4, end_percent=0.6, foregrounds="keep", feather=2.0,
+                      **{key: SETTINGS[key] for key in ("seed", "steps", "cfg", "sampler_name", "scheduler")})[:1]
+        assert torch.equal(again[0], picture) and not torch.allclose(picture, stacked, atol=0.02)
+    for document, picture in zip(without[0], without[1], strict=True):
+        assert torch.equal(flatten(read_layers(document))[0], picture)
+
+
+@pytest.fixture(scope="module")
+def loaded(family):
+    mini_family.register()
+    with torch.inference_mode():
+        return comfy.sd.load_checkpoint_guess_config(str(family["sd"]))[:3]
+
+
+def test_without_a_decoder_the_last_maps_are_the_alphas(loaded):
+    model, clip, vae = loaded
+    positive, = node(LayerPrompts, clip=clip, background="the beach", objects="a red apple\n\n  a dog  \n")
+    documents, composite, _, maps, _ = sampled(shared(model), vae, positive, harmonize=False)
+    layers = read_layers(documents[0]).layers
+    assert [layer.name for layer in layers] == ["the beach", "a red apple", "a dog"] and not torch.equal(layers[1].image[..., 3], layers[2].image[..., 3])
+    for layer, shown in zip(layers[1:], maps[-1, ::4, ::4, 0].chunk(2, 1), strict=True):
+        assert torch.allclose(layer.image[..., 3], map_alphas(shown[None, None], (HEIGHT, WIDTH))[0, 0], atol=1e-5)
+    assert torch.equal(flatten(read_layers(documents[0]))[0], composite[0])
+
+
+def test_a_background_alone_is_the_stock_samplers(loaded):
+    model, clip, vae = loaded
+    positive, = node(LayerPrompts, clip=clip, background="the beach", objects=" \n ")
+    documents, composite, whole, maps, latent = sampled(shared(model), vae, positive, 2)
+    settings = {**SETTINGS, "negative": conditioning(model, 2, rows=1), "latent_image": {"samples": torch.zeros(2, 4, HEIGHT // 8, WIDTH // 8)}}
+    with torch.inference_mode():
+        stock = sample_branches(model, clip.encode_from_tokens_scheduled(clip.tokenize("the beach")), 1, **settings)[0]
+    assert torch.equal(latent["samples"], stock["samples"]) and torch.equal(composite, whole) and maps.shape == (1, 1, 1, 3)
+    assert [len(read_layers(document).layers) for document in documents] == [1, 1]
+    assert torch.equal(write_layers(read_layers(documents[1]))["layers"][0]["image"][0], whole[1])
+
+
+def test_what_is_missing_is_said(loaded):
+    model, clip, vae = loaded
+    positive, = node(LayerPrompts, clip=clip, background="the beach", objects="a dog")
+    with pytest.raises(ValueError, match="decoder: nothing tells where the objects are transparent; .* or put Context maps on the model"):
+        sampled(model, vae, positive)
+    with pytest.raises(ValueError, match="positive: .* connect Layer prompts directly"):
+        sampled(shared(model), vae, [[positive[0][0], {key: value for key, value in positive[0][1].items() if key != LAYERS}]])
+    with pytest.raises(ValueError, match="clip: the checkpoint has no text encoder"):
+        node(LayerPrompts, clip=None, background="", objects="")

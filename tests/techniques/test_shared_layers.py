@@ -1,0 +1,101 @@
+"""DreamLayer's formulas against plain loops over whole attention matrices in float64."""
+import numpy as np
+import pytest
+import torch
+from strata.techniques import fusion, shared_layers
+
+from .test_fusion import HEADS, WIDTH, naive_probabilities, tokens
+
+
+def soft_attention(q, k, v):
+    """[B,M,C] of numpy's, from naive_probabilities."""
+    parts = v.double().unflatten(-1, (HEADS, WIDTH)).permute(0, 2, 1, 3).numpy()
+    return torch.from_numpy(naive_probabilities(q, k) @ parts).permute(0, 2, 1, 3).flatten(2)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 10**6])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)])
+def test_shares_and_maps_are_equations_3_and_4(monkeypatch, rows, dtype, tolerance):
+    words = [[1, 2], [3], [5, 6, 7]]
+    layers = [(tokens(2 * j, 2, 30).to(dtype), tokens(2 * j + 1, 2, 11).to(dtype)) for j in range(3)]
+    monkeypatch.setattr(fusion, "MOST_PROBABILITIES", rows * HEADS * 11)
+    expected = np.zeros((2, 3, 30))
+    for q, k in layers:
+        attention = naive_probabilities(q, k).mean(1)
+        for b in range(2):
+            for f, own in enumerate(words):
+                for m in range(30):
+                    expected[b, f, m] += sum(attention[b, m, token] for token in own)
+    shares = torch.stack([shared_layers.token_shares(q, k, HEADS, words) for q, k in layers]).sum(0)
+    assert np.abs(shares.numpy() - expected).max() < tolerance
+    low, high = expected.min(2, keepdims=True), expected.max(2, keepdims=True)
+    assert np.abs(shared_layers.context_maps(shares).numpy() - (expected - low) / (high - low)).max() < 10 * tolerance
+
+
+def test_a_map_without_words_is_empty():
+    shares = shared_layers.token_shares(tokens(0, 1, 6), tokens(1, 1, 4), HEADS, [[], [1]])
+    assert (shared_layers.context_maps(shares)[0, 0] == 0).all() and shared_layers.context_maps(shares)[0, 1].max() == 1
+
+
+def test_mixing_is_equation_9():
+    layers, maps = tokens(0, 2, 4, 5), torch.rand(2, 2, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = shared_layers.mix_global_in(layers, maps)
+    for b in range(2):
+        for i in range(4):
+            for m in range(5):
+                share = maps[b, i - 1, m] if i in (1, 2) else 0
+                assert torch.allclose(found[b, i, m], layers[b, 3, m] * share + layers[b, i, m] * (1 - share))
+
+
+@pytest.mark.parametrize("keys", [6, 9])
+def test_joint_attention_is_equations_10_and_11(keys):
+    """keys: more keys than queries is what other nodes' patches make."""
+    q, k, v = tokens(0, 8, 6), tokens(1, 8, keys), tokens(2, 8, keys)
+    calls = []
+
+    def attend(*parts):
+        calls.append([part.shape for part in parts])
+        return soft_attention(*parts)
+    found = shared_layers.joint_attention(q, k, v, 4, attend)
+    for b in range(2):
+        all_keys, all_values = (torch.cat([values[4 * b + i] for i in range(4)])[None] for values in (k, v))
+        for i in range(4):
+            assert torch.allclose(found[4 * b + i], soft_attention(q[4 * b + i][None], all_keys, all_values)[0])
+    assert calls == [[(2, 24, HEADS * WIDTH), (2, 4 * keys, HEADS * WIDTH), (2, 4 * keys, HEADS * WIDTH)]], "keys are not repeated for every layer"
+
+
+def test_one_layer_attends_to_itself():
+    q, k, v = (tokens(seed, 3, 6) for seed in range(3))
+    assert torch.equal(shared_layers.joint_attention(q, k, v, 1, soft_attention), soft_attention(q, k, v))
+
+
+def test_the_global_embedding_has_the_words_of_all_in_order():
+    layers = [tokens(seed, 8) for seed in range(3)]
+    ends = [[3], [4], [2]]  # start, words, end, padding
+    found, positions = shared_layers.global_embedding(layers, ends, chunk=8)
+    assert positions == [[1, 2], [3, 4, 5], [6]] and found.shape == (8, HEADS * WIDTH)
+    for layer, own, end in zip(layers, positions, ends, strict=True):
+        assert torch.equal(found[own], layer[1:end[0]])
+    assert torch.allclose(found[0], sum(layer[0] for layer in layers) / 3)
+    assert torch.allclose(found[7], sum(layer[end[0]] for layer, end in zip(layers, ends, strict=True)) / 3)
+
+
+def test_what_does_not_fit_into_a_chunk_goes_into_the_next():
+    """A prompt of two chunks, and words that need a third of their own; padding that a prompt lacks repeats its last."""
+    layers, ends = [tokens(0, 16), tokens(1, 8), tokens(2, 8)], [[7, 11], [7], [5]]
+    found, positions = shared_layers.global_embedding(layers, ends, chunk=8)
+    assert [len(own) for own in positions] == [8, 6, 4] and len(found) == 24
+    assert torch.equal(found[positions[0]], torch.cat([layers[0][1:7], layers[0][9:11]]))
+    for place in range(19, 24):
+        tails = [layers[0][11:], layers[1][7:], layers[2][5:]]
+        assert torch.allclose(found[place], sum(tail[min(place - 19, len(tail) - 1)] for tail in tails) / 3)
+
+
+def test_maps_at_other_sizes():
+    maps = torch.arange(8.0).reshape(1, 1, 2, 4) / 7
+    assert shared_layers.resize_maps(maps, (2, 4)) is maps
+    assert torch.allclose(shared_layers.resize_maps(maps, (1, 2)), torch.tensor([[[[2.5, 4.5]]]]) / 7)
+    larger = shared_layers.resize_maps(maps, (4, 8))
+    assert larger[0, 0, 0, 0] == 0 and torch.allclose(larger[0, 0, 0, :4], torch.tensor([0, 0.25, 0.75, 1.25]) / 7)
+    alphas = shared_layers.map_alphas(maps, (2, 4), low=1 / 7, high=3 / 7)
+    assert torch.allclose(alphas.flatten(), torch.tensor([0, 0, 0.5, 1, 1, 1, 1, 1]))
