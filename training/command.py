@@ -15,10 +15,12 @@ TRAINERS = {
     "classifier": "Which place and which objects a picture shows; judges what the other models draw.",
     "diffusion": "Denoiser and text encoder: pictures from prompts, in the autoencoder's latents.",
     "transparency": "LayerDiffuse's pair: hides the alpha of an object in its latent, and finds it again.",
+    "transparent_decoder": "The pair's second half alone, longer: closer alphas from the same latents.",
     "adapter": "Low-rank adapter with which the denoiser draws single objects with hidden transparency.",
     "inpaint": "The denoiser with nine input channels, which paints inside a mask; starts from the one before.",
 }
-MODULES = {"decoder": "autoencoder", "inpaint": "diffusion"}  # trainers that are another one's code with another config
+# Trainers that are another one's code with another config.
+MODULES = {"decoder": "autoencoder", "inpaint": "diffusion", "transparent_decoder": "transparency"}
 CONFIGS = Path(__file__).resolve().parent.parent / "models_config" / "mini"
 # With its default settings glibc gives memory back and takes it again on every step, which costs seconds at random.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}

@@ -5,23 +5,37 @@ import csv
 import json
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 LICENCE = "GPL-3.0, as the pack; trained on pictures of Microsoft's Fluent Emoji (MIT, training/objects/LICENSE)"
 
 
 def save(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a state, floating-point tensors as fp16; the file is complete or not there. metadata: describe(), and what loading needs."""
+    """Write a state, floating-point tensors as fp16; the file is complete or not there. metadata: describe(), and what loading needs.
+
+    A file that says the same already stays as it is, byte for byte: the format does not fix the metadata's order.
+    """
     from safetensors.torch import save_file
     state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
     for key, value in half.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise SystemExit(f"error: {key} is too large for the fp16 of {path.name}; train again with a lower learning_rate in a new --folder.")
+    metadata = {"format": "pt", **metadata}
+    if path.exists() and _holds(path, half, metadata):
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file(half, partial, {"format": "pt", **metadata})
+    save_file(half, partial, metadata)
+    partial.chmod(0o644)
     partial.replace(path)
+
+
+def _holds(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> bool:
+    from safetensors import safe_open
+    with safe_open(path, "pt") as file:
+        return file.metadata() == metadata and set(file.keys()) == set(state) and all(torch.equal(file.get_tensor(key), state[key]) for key in state)
 
 
 def describe(what: str, folder: Path, config: dict, data: str) -> dict[str, str]:

@@ -35,9 +35,9 @@ def inpainting_unet(root: Path) -> dict[str, Tensor]:
     return {key.removeprefix(UNET): value for key, value in _trained(root / "inpaint").items() if key.startswith(UNET)}
 
 
-def half_of_pair(part: str) -> Callable[[Path], dict[str, Tensor]]:
+def half_of_pair(part: str, run: str) -> Callable[[Path], dict[str, Tensor]]:
     def take(root: Path) -> dict[str, Tensor]:
-        return {key.removeprefix(part + "."): value for key, value in _trained(root / "transparency").items() if key.startswith(part)}
+        return {key.removeprefix(part + "."): value for key, value in _trained(root / run).items() if key.startswith(part)}
     return take
 
 
@@ -50,8 +50,8 @@ FILES = {  # trainer, file, weights
     "checkpoints/strata_mini_sd.safetensors": ("diffusion", checkpoint),
     "diffusion_models/strata_mini_inpaint.safetensors": ("inpaint", inpainting_unet),
     "layer_model/strata_mini_transparent_attn.safetensors": ("adapter", lambda root: adapter.published_form(_trained(root / "adapter"))),
-    "layer_model/strata_mini_transparent_decoder.safetensors": ("transparency", half_of_pair("decoder")),
-    "layer_model/strata_mini_transparent_encoder.safetensors": ("transparency", half_of_pair("encoder")),
+    "layer_model/strata_mini_transparent_decoder.safetensors": ("transparent_decoder", half_of_pair("decoder", "transparent_decoder")),
+    "layer_model/strata_mini_transparent_encoder.safetensors": ("transparency", half_of_pair("encoder", "transparency")),
     "strata/mini_classifier.safetensors": ("classifier", classifier),
 }
 

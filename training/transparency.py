@@ -1,4 +1,7 @@
-"""Trains LayerDiffuse's pair on rendered objects: an encoder that hides transparency in a latent, a decoder that finds it again."""
+"""Trains LayerDiffuse's pair on rendered objects: an encoder that hides transparency in a latent, a decoder that finds it again.
+
+Its second run, `transparent_decoder`, leaves the encoder as it is: an adapter that was trained on its latents stays valid.
+"""
 from __future__ import annotations
 
 from pathlib import Path
@@ -53,21 +56,26 @@ class Pair(nn.Module):
     def forward(self, rgba: Tensor, autoencoder: Autoencoder, noise: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """rgba: [B,4,S,S], colours that run on, then alpha -> the latent's offset, the decoded picture, and [B,4,S,S], alpha first."""
         colour, alpha = rgba[:, :3], rgba[:, 3:]
-        offset = self.encoder(torch.cat([alpha, colour], 1))
-        latent = autoencoder.encode(over_gray(colour, alpha)) + offset + noise
-        picture = autoencoder.decode(latent)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder.blocks[0].weight.requires_grad):
+            offset = self.encoder(torch.cat([alpha, colour], 1))
+            latent = autoencoder.encode(over_gray(colour, alpha)) + offset + noise
+            picture = autoencoder.decode(latent)
         return offset, picture, self.decoder(picture.clamp(0, 1), latent)
 
 
 def losses(config: dict, rgba: Tensor, offset: Tensor, picture: Tensor, found: Tensor) -> dict[str, Tensor]:
-    """Alpha and colours found again, colours counted where they are seen; the picture stays what it would be without the offset."""
+    """Alpha and colours found again, colours counted where they are seen; the picture stays what it would be without the offset.
+
+    overlap counts small and faint objects as much as large ones.
+    """
     colour, alpha = rgba[:, :3], rgba[:, 3:]
     terms = {"alpha": (found[:, :1] - alpha).abs().mean(),
              "colour": ((found[:, 1:] - colour).abs() * (alpha + config["hidden_colour_weight"])).mean(),
+             "overlap": 1 - metrics.alpha_iou(found[:, :1].clamp(0, 1), alpha).mean(),
              "picture": (picture - over_gray(colour, alpha)).abs().mean(),
              "offset": offset.square().mean()}
-    total = terms["alpha"] + terms["colour"] + config["picture_weight"] * terms["picture"] + config["offset_weight"] * terms["offset"]
-    return {"loss": total, **terms}
+    weighted = [config[f"{name}_weight"] * terms[name] for name in ("overlap", "picture", "offset")]
+    return {"loss": terms["alpha"] + terms["colour"] + sum(weighted), **terms}
 
 
 def build(config: dict) -> Pair:
@@ -98,11 +106,16 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
         shown = [found[:16, 1:] * found[:16, :1] + board * (1 - found[:16, :1]), check[:16, :3] * alpha[:16] + board * (1 - alpha[:16])]
         loop.save_grid(folder / "grid.png", torch.cat(shown), 8)
         report = {"iou": metrics.alpha_iou(found[:, 0], alpha[:, 0]).mean().item(), "sad": metrics.alpha_sad(found[:, 0], alpha[:, 0]).mean().item(),
-                   "picture": (picture - over_gray(check[:, :3], alpha)).abs().mean().item(), "offset": offset.std().item()}
+                   "overlap": 1 - metrics.alpha_iou(found[:, :1].clamp(0, 1), alpha).mean(),
+             "picture": (picture - over_gray(check[:, :3], alpha)).abs().mean().item(), "offset": offset.std().item()}
         print(f"held-out cut-outs at step {step}: " + "  ".join(f"{key} {value:.4g}" for key, value in report.items()), flush=True)
         return report
 
-    return loop.fit(build(config), loss, validate, config, folder, minutes, save_every)
+    pair = build(config)
+    if config["start"]:
+        loop.start_from(pair, folder.parent / config["start"] / "model.safetensors")
+        pair.encoder.requires_grad_(False)
+    return loop.fit(pair, loss, validate, config, folder, minutes, save_every)
 
 
 def checkerboard(side: int) -> Tensor:

@@ -55,3 +55,26 @@ def test_the_box_is_filled_with_the_thing_and_the_rest_is_kept(comfy, judge, tmp
     place, thing = judge.text_agreement(torch.stack(filled), [kind for _, kind in asked], [[entry.name] for entry, _ in asked])
     print(f"place {place.mean():.2f}, object {thing.mean():.2f}")
     assert place.mean() >= 0.85 and thing.mean() >= 0.7
+
+
+@pytest.mark.skipif(not INPAINT.exists(), reason="the inpainting denoiser is not trained: make mini")
+@pytest.mark.parametrize("number", range(6))
+def test_an_inserted_object_stands_behind_what_is_nearer(number, comfy, tmp_path):
+    name, kind = (("dog", "meadow"), ("penguin", "beach"), ("pumpkin", "snow"), ("cactus", "desert"), ("teapot", "table"), ("car", "street"))[number]
+    scene = scenes.render(scenes.Request(kind, (name,)), 128, 128, number + 20)
+    front, low, high = scene.objects[0], scene.depth.min(), scene.depth.max()
+    left, top, right, bottom = front.box
+    x, y = max(0, left - 26), max(0, top - 20)
+    width, height = (left + right) // 2 - x + 8, bottom - y - 4
+    settings = [f"The picture.kind={kind}", f"The picture.objects={name}", f"The picture.seed={number + 20}", f"RandomNoise.noise_seed={number}",
+                f"Prompt with the object.text=a christmas tree {scenes.PLACE_WORDS[kind][0]}", f"Strata_InsertAtDepth.x={x}", f"Strata_InsertAtDepth.y={y}",
+                f"Strata_InsertAtDepth.width={width}", f"Strata_InsertAtDepth.height={height}",
+                f"Strata_InsertAtDepth.threshold={float((front.depth + 0.05 - low) / (high - low)):.4f}"]
+    made = run.run_file(comfy, WORKFLOWS / "object_insertion_mini.json", settings, tmp_path, False)
+    after = np.array(Image.open(next(path for path in made if "insertion" in path.name)).convert("RGB")) / 255
+    box = np.zeros((128, 128), bool)
+    box[y:y + height, x:x + width] = True
+    nearer = box & (front.mask > 0.5)
+    changed = np.abs(after - scene.composite).max(-1)
+    assert nearer.sum() > 200 and (changed[nearer] <= 8 / 255).mean() >= 0.95
+    assert changed[box & ~nearer].mean() > 0.03  # something came in

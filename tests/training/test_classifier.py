@@ -89,6 +89,18 @@ def test_save_refuses_what_fp16_cannot_hold(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_save_leaves_an_equal_file_alone_and_replaces_another(tmp_path):
+    path, words = tmp_path / "a.safetensors", {str(i): "word" for i in range(20)}
+    export.save(path, {"weight": torch.ones(3)}, words)
+    before = path.stat().st_ino
+    export.save(path, {"weight": torch.ones(3)}, words)
+    assert path.stat().st_ino == before
+    for state, metadata in (({"weight": torch.zeros(3)}, words), ({"weight": torch.zeros(3)}, {"0": "other"})):
+        export.save(path, state, metadata)
+        assert path.stat().st_ino != before
+        before = path.stat().st_ino
+
+
 def test_load_says_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="python -m training classifier"):
         oracle.load(tmp_path / "none.safetensors")
