@@ -32,6 +32,19 @@ def minmax(x):
 
 
 @pytest.mark.parametrize("rows", [1, 7, 10**6])
+def test_what_is_made_over_rows_is_made_of_the_whole_attention(monkeypatch, rows):
+    q, k, most = tokens(0, 2, 30), tokens(1, 2, 14), []
+    monkeypatch.setattr(fusion, "MOST_PROBABILITIES", rows * HEADS * 14)
+
+    def heads_apart(part):
+        most.append(part.shape[1])
+        return part.transpose(0, 1)
+
+    found = fusion.over_rows(q, k, HEADS, heads_apart)
+    assert np.abs(found.numpy() - naive_probabilities(q, k).transpose(0, 2, 1, 3)).max() < 1e-12 and max(most) == min(rows, 30)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 10**6])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float16, 1e-5), (torch.bfloat16, 1e-5)])
 def test_structure_prior_is_algorithm_1(monkeypatch, rows, dtype, tolerance):
     q, k = tokens(0, 2, 30).to(dtype), tokens(1, 2, 30).to(dtype)
