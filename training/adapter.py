@@ -71,7 +71,7 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
     root = folder.parent
     autoencoder = latents.load_autoencoder(root)
     encoder, decoder = load_pair(root / "transparency")
-    pool = CutOutLatents(CutOuts(root / "scenes", config["cutouts"], config["side"]), autoencoder, encoder)
+    pool = CutOutLatents(CutOuts(root / "scenes", config["cutouts"], config["side"], config["longer_side"]), autoencoder, encoder)
     levels = formulas.noise_levels()
 
     def loss(model, step, rank):

@@ -17,13 +17,18 @@ from . import data, latents, loop, metrics, scenes
 
 HELD_OUT = range(10**9, 10**9 + 64)  # numbers of the cut-outs that are kept for validation
 SHADOW_SHARE = 0.2  # of the cut-outs have their shadow with them, which is wide and faint
-LONGER_SIDE = 0.45, 0.85  # of an object, in picture sides: alone it is larger than in a scene
 
 
 class CutOuts(data.ScenePool):
-    """Objects without their scene: bytes [side,side,4], colours that run on under the transparent part, then alpha."""
-    name = "cutouts"
+    """Objects without their scene: bytes [side,side,4], colours that run on under the transparent part, then alpha.
+
+    longer_side: least and most length of an object, in picture sides.
+    """
     channels = 4
+
+    def __init__(self, folder: Path, count: int, side: int, longer_side: tuple[float, float]):
+        self.longer_side, self.name = longer_side, "cutouts-{}-{}".format(*longer_side)
+        super().__init__(folder, count, side)
 
     def request(self, index: int) -> scenes.Request:
         return scenes.Request(train=True, count=1)
@@ -32,7 +37,7 @@ class CutOuts(data.ScenePool):
         rng = np.random.default_rng((index, 3))
         shadow = rng.random() < SHADOW_SHARE
         left, top, right, bottom = scenes.render(self.request(index), self.side, self.side, index).objects[0].box
-        large = round(self.side * rng.uniform(*LONGER_SIDE) * self.side / max(right - left, bottom - top))
+        large = round(self.side * rng.uniform(*self.longer_side) * self.side / max(right - left, bottom - top))
         shown = scenes.render(self.request(index), large, large, index).objects[0]
         picture = torch.from_numpy(self._window(shown.rgba_with_shadow if shadow else shown.rgba, shown.box, rng)).permute(2, 0, 1)[None]
         colour = extend_colours(picture[:, :3], picture[:, 3:])
@@ -85,7 +90,7 @@ def build(config: dict) -> Pair:
 
 def train(config: dict, folder: Path, minutes: float | None, save_every: float) -> nn.Module:
     autoencoder = latents.load_autoencoder(folder.parent)
-    pool = CutOuts(folder.parent / "scenes", config["cutouts"], config["side"])
+    pool = CutOuts(folder.parent / "scenes", config["cutouts"], config["side"], config["longer_side"])
     check = torch.from_numpy(np.stack([pool.render(i) for i in HELD_OUT])).permute(0, 3, 1, 2)
 
     def loss(model, step, rank):

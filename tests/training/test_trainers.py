@@ -120,7 +120,7 @@ def test_the_adapter_trains_nothing_but_its_own_terms_and_publishes_them(root, t
     downs = [key for key in published if key.endswith("::lora::1")]
     assert len(published) == 2 * len(downs) == 2 * 4 * 2 * 7  # up and down, four projections, two attentions, seven blocks
     name = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-    assert published[f"{name}::lora::0"].shape == (64, 16) and published[f"{name}::lora::1"].shape == (16, 128)
+    assert published[f"{name}::lora::0"].shape == (64, 32) and published[f"{name}::lora::1"].shape == (32, 128)
     assert all(published[key].abs().max() > 0 for key in published)
     # the form says what the trained model does: up times down added to the weight gives the same prediction
     config = settings("adapter")
