@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..patches.harmonize import harmonize
 from ..techniques.geometry import rasterise
-from ..techniques.harmonization import feathered, visible_shares
+from ..techniques.harmonization import feathered, keep_detail, visible_shares
 from ..techniques.layers import Layer, LayerStack, read_layers, write_layers
 from ..techniques.transparency import clean_colours
 from .sockets import Layers, schema
@@ -44,6 +44,8 @@ class HarmonizeLayers(io.ComfyNode):
                                "relight: they are taken as the model has drawn them."),
                 io.Float.Input("feather", default=2.0, min=0.0, max=64.0, step=0.5, tooltip="With keep: over how many pixels inside of their edge the things "
                                "fade into what the model has drawn."),
+                io.Float.Input("detail", default=0.0, min=0.0, max=256.0, step=0.5, optional=True, tooltip="Above 0 the background keeps its own texture, and "
+                               "takes from the model only what is smoother than so many pixels: light and shadow. 0 takes it as the model has drawn it."),
             ],
             outputs=[
                 io.Image.Output("IMAGE", display_name="image", tooltip="The picture, of the canvas's size."),
@@ -53,7 +55,8 @@ class HarmonizeLayers(io.ComfyNode):
             ])
 
     @classmethod
-    def execute(cls, model, positive, negative, vae, layers, seed, steps, cfg, sampler_name, scheduler, start_percent, end_percent, foregrounds, feather):
+    def execute(cls, model, positive, negative, vae, layers, seed, steps, cfg, sampler_name, scheduler, start_percent, end_percent, foregrounds, feather,
+                detail=0.0):
         stack = _shown(read_layers(layers))
         background, *things = [rasterise(layer, stack.canvas).permute(2, 0, 1)[None] for layer in stack.layers]
         colours = [clean_colours(pixels[:, :3], pixels[:, 3:]) for pixels in (background, *things)]
@@ -62,8 +65,10 @@ class HarmonizeLayers(io.ComfyNode):
         latents = [vae.encode(_padded(colour, side).permute(0, 2, 3, 1)) for colour in colours]
         latent = harmonize(model, positive, negative, latents[0], torch.cat(latents[1:]), _padded(alphas, side), seed, steps, cfg, sampler_name, scheduler,
                            start_percent, end_percent, lambda count: latent_preview.prepare_callback(model, count))
-        width, height = stack.canvas
-        drawn = vae.decode(latent).reshape(-1, *_padded(colours[0], side).shape[-2:], 3)[:1, :height, :width].permute(0, 3, 1, 2)
+        drawn = _decoded(vae, latent, stack.canvas)
+        if detail:
+            free, _ = visible_shares(alphas)
+            drawn = torch.lerp(drawn, keep_detail(colours[0], drawn, _decoded(vae, latents[0], stack.canvas), free[None], detail), free)
         found = _with_harmonised_background(stack, colours[0], drawn, alphas)
         if foregrounds == FOREGROUNDS[0]:
             free, shares = visible_shares(feathered(alphas, feather))
@@ -92,6 +97,12 @@ def _padded(pixels: torch.Tensor, side: int) -> torch.Tensor:
     """Edges repeated to the right and below, up to whole latent pixels."""
     height, width = pixels.shape[-2:]
     return F.pad(pixels, (0, -width % side, 0, -height % side), mode="replicate")
+
+
+def _decoded(vae, latent: torch.Tensor, canvas: tuple[int, int]) -> torch.Tensor:
+    """[1,3,H,W] of the first frame, cut to the canvas."""
+    pixels = vae.decode(latent)
+    return pixels.reshape(-1, *pixels.shape[-3:])[:1, :canvas[1], :canvas[0]].permute(0, 3, 1, 2)
 
 
 def _with_harmonised_background(stack: LayerStack, before: torch.Tensor, drawn: torch.Tensor, alphas: torch.Tensor) -> LayerStack:

@@ -68,6 +68,19 @@ def test_feathering_changes_the_edge_alone(loaded):
     assert (hard[20, 12:48] - soft[20, 12:48]).abs().max() > 0.05
 
 
+def test_with_detail_the_background_changes_smoothly_and_things_keep_their_pixels(loaded):
+    layers = stack()
+    plain, detailed = run(loaded, layers)[0], run(loaded, layers, detail=16.0)[0]
+    before = layers.layers[0].image
+
+    def roughness(image):
+        change = image[0, :19] - before[:19]
+        return (change[1:] - change[:-1]).abs().mean()
+
+    assert roughness(detailed) < 0.2 * roughness(plain) and (detailed[0, :19] - before[:19]).abs().mean() > 0.005
+    assert torch.equal(detailed[0, 21:29, 11:39], plain[0, 21:29, 11:39])
+
+
 def test_hidden_layers_are_left_out_and_moved_ones_move(loaded):
     cover = Layer(torch.ones(HEIGHT, WIDTH, 3), "cover", visible=False)
     assert torch.equal(run(loaded, stack(cover))[0], run(loaded, stack())[0])

@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 from strata.techniques.compositing import flatten
 from strata.techniques.feature_guidance import masks_at_level
-from strata.techniques.harmonization import feathered, fuse_latents, visible_shares
+from strata.techniques.harmonization import feathered, fuse_latents, keep_detail, visible_shares
 from strata.techniques.layers import Layer, LayerStack
 
 
@@ -65,3 +66,19 @@ def test_feathering_ends_inside_of_the_edge():
     assert torch.equal(feathered(alpha, 0), alpha) and (soft <= alpha).all() and (soft[alpha == 0] == 0).all()
     row = soft[0, 0, 20, 10:20]
     assert (row.diff() >= 0).all() and row[0] < 0.2 and row[6:].allclose(torch.tensor(0.8))
+
+
+def test_detail_stays_and_what_is_smooth_comes(radius=6.0):
+    before, drawn, same = torch.rand(3, 1, 3, 40, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    seen = torch.ones(1, 1, 40, 50, dtype=torch.float64)
+    found = keep_detail(before, drawn, same, seen, radius)
+    for channel in range(3):
+        smooth = gaussian_filter((drawn - same)[0, channel].numpy(), radius / 2, mode="nearest", radius=round(1.5 * radius))
+        assert np.abs((found - before)[0, channel].numpy() - smooth).max() < 1e-12
+    seen[..., 10:30, 20:40] = 0
+    hidden = drawn.clone()
+    hidden[..., 10:30, 20:40] = 100
+    outside = seen.expand(1, 3, -1, -1) > 0
+    assert torch.equal(keep_detail(before, drawn, same, seen, radius)[outside], keep_detail(before, hidden, same, seen, radius)[outside])
+    shade = torch.full_like(before, 0.2)
+    assert torch.allclose(keep_detail(before, same - shade, same, seen, radius)[outside], (before - shade)[outside])
