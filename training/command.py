@@ -16,6 +16,7 @@ TRAINERS = {
     "diffusion": "Denoiser and text encoder: pictures from prompts, in the autoencoder's latents.",
     "transparency": "LayerDiffuse's pair: hides the alpha of an object in its latent, and finds it again.",
     "adapter": "Low-rank adapter with which the denoiser draws single objects with hidden transparency.",
+    "dreamlayer": "What makes the denoiser draw several layers of a scene together: keys, values, layer embedding and context-aware layers.",
     "inpaint": "The denoiser with nine input channels, which paints inside a mask; starts from the one before.",
 }
 MODULES = {"decoder": "autoencoder", "inpaint": "diffusion"}  # trainers that are another one's code with another config
