@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from strata.networks.autoencoder import Autoencoder
+from strata.techniques import diffusion as formulas
 from strata.training import adapter, autoencoder, command, diffusion, dreamlayer, family, latents, layered, loop, scenes, text, transparency
 
 EIGHT = {"autoencoder": {"scenes": 8, "batch": 8, "side": 32, "crop": 32, "steps": 100, "warmup": 5},
@@ -14,7 +15,7 @@ EIGHT = {"autoencoder": {"scenes": 8, "batch": 8, "side": 32, "crop": 32, "steps
          "inpaint": {"scenes": 72, "batch": 8, "side": 64, "steps": 8, "warmup": 2},
          "transparency": {"cutouts": 8, "batch": 8, "side": 64, "crop": 32, "steps": 120, "warmup": 5, "learning_rate": 2e-3},
          "adapter": {"cutouts": 64, "batch": 8, "side": 64, "steps": 8, "warmup": 2},
-         "dreamlayer": {"adapter": None, "scenes": 72, "rows": 8, "side": 64, "steps": 80, "warmup": 5, "learning_rate": 3e-3, "shares": [[1, 1, 1]] * 2}}
+         "dreamlayer": {"adapter": None, "scenes": 72, "rows": 8, "side": 64, "steps": 60, "warmup": 5, "learning_rate": 3e-3, "shares": [[1, 1, 1]] * 2}}
 
 
 def settings(name: str, **changes) -> dict:
@@ -131,13 +132,23 @@ def test_the_adapter_trains_nothing_but_its_own_terms_and_publishes_them(root, t
     assert torch.equal(found.adapter, published[f"{name}::lora::0"] @ published[f"{name}::lora::1"])
 
 
-def test_layer_modules_learn_nine_scenes_and_nothing_else_changes(root, trained_diffusion, trained_pair):
+def test_layer_modules_learn_nine_scenes_and_nothing_else_changes(root, trained_diffusion, trained_pair, monkeypatch):
     """The last 63 scenes of the pool are for validation, so that it learns nine: three of one object, three of two, three of three."""
-    dreamlayer.train(settings("dreamlayer"), root / "dreamlayer", None, 1e9)
-    found = {what: losses(root / "dreamlayer", what) for what in ("loss", "error", "context", "layout")}
-    print(found)
-    assert found["loss"][-1] < 0.7 * found["loss"][0] and all(values[-1] < values[0] for values in found.values())
-    assert found["context"][-1] < 0.5 * found["context"][0], "the maps have become the alphas"
+    monkeypatch.setattr(dreamlayer, "SAMPLING_STEPS", 2)
+    config = settings("dreamlayer")
+    trained = dreamlayer.train(config, root / "dreamlayer", None, 1e9)
+    pool = dreamlayer.SceneLayers(root / "scenes", latents.load_autoencoder(root), adapter.load_pair(trained_pair)[0], config["scenes"], config["side"])
+
+    @torch.no_grad()
+    def measured(model, what):
+        """The mean over the nine scenes and four draws of noise and timestep."""
+        found = [dreamlayer.loss_of(model, pool.batch(np.arange(count, 9, 3), 0), {**config, "empty_prompt": 0}, formulas.noise_levels(),
+                                    np.random.default_rng(draw))[what].item() for count in range(3) for draw in range(4)]
+        return np.mean(found)
+
+    fresh = dreamlayer.build(config, root)
+    for what, share in (("loss", 1), ("error", 1), ("context", 0.6)):  # the own maps have to follow maps that become alphas, so they come last
+        assert measured(trained, what) < share * measured(fresh, what), what
     before, after = (load_file(folder / "model.safetensors") for folder in (trained_diffusion, root / "dreamlayer"))
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     published = layered.published_form(after)
