@@ -1,4 +1,4 @@
-"""DreamLayer: background, any number of objects and the whole picture sampled together, without training."""
+"""DreamLayer: background, any number of objects and the whole picture sampled together, without training or with trained modules."""
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -6,7 +6,7 @@ import latent_preview
 import torch
 from comfy_api.latest import io, ui
 
-from ..patches import transparency_model, transparent_latents
+from ..patches import layer_modules, transparency, transparency_model, transparent_latents
 from ..patches.branches import sample_branches
 from ..patches.inversion import invert
 from ..patches.layer_prompts import LAYERS, encode_layers
@@ -18,7 +18,7 @@ from .fusion import map_strips
 from .harmonize import HarmonizeLayers
 from .inputs import check_image
 from .sampling import sampling_inputs
-from .sockets import Layers, Transparency, schema
+from .sockets import LayerModules, Layers, Transparency, schema
 
 ALIASES = ["dreamlayer", "multi-layer generation", "layered generation"]
 NOISE = ("same for all layers", "one each")
@@ -56,6 +56,34 @@ class LayerPrompts(io.ComfyNode):
         return io.NodeOutput(encode_layers(clip, background.strip(), [line.strip() for line in objects.splitlines() if line.strip()]))
 
 
+class LoadLayerModules(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Strata_LoadLayerModules", display_name="Load layer modules", category="Strata/Generate",
+            search_aliases=[*ALIASES, "layer_model", "context-aware layers"],
+            description="Loads what DreamLayer's training makes: keys and values for layers, the layer embedding, and context-aware layers.",
+            inputs=[io.Combo.Input("file", options=layer_modules.choices(), tooltip=(
+                "A file below models/layer_model that python -m training dreamlayer has made, whatever its name."))],
+            outputs=[
+                LayerModules.Output("modules", display_name="modules", tooltip="For Shared layers and Context maps."),
+                io.String.Output("found", display_name="found", tooltip="What the file is and which family of models it is for."),
+            ])
+
+    @classmethod
+    def execute(cls, file):
+        loaded = layer_modules.load(file)
+        return io.NodeOutput(loaded, f"{loaded.name}: {loaded.describe()}")
+
+    @classmethod
+    def validate_inputs(cls, file):
+        return transparency.missing(file) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, file):
+        return transparency.state(file)
+
+
 class SharedLayers(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -68,12 +96,14 @@ class SharedLayers(io.ComfyNode):
                 io.Float.Input("strength", default=1.0, **PERCENT, tooltip="How much of the sharing: 1 as published, 0 is off and changes nothing."),
                 io.Float.Input("start_percent", default=0.0, **PERCENT, tooltip="When in the sampling it starts, 0 = at once."),
                 io.Float.Input("end_percent", default=1.0, **PERCENT, tooltip="When it ends, 1 = with the last step, as published."),
+                LayerModules.Input("modules", optional=True, tooltip="Trained keys, values and layer embedding, from Load layer modules. They act while "
+                                   "and as strongly as the sharing does."),
             ],
             outputs=[io.Model.Output("MODEL", display_name="model", tooltip="For Layers sampler, or for Context maps, which may also come first.")])
 
     @classmethod
-    def execute(cls, model, strength, start_percent, end_percent):
-        return io.NodeOutput(share_layers(model, Sharing(strength, start_percent, end_percent)))
+    def execute(cls, model, strength, start_percent, end_percent, modules=None):
+        return io.NodeOutput(share_layers(model, Sharing(strength, start_percent, end_percent), modules))
 
 
 class ContextMaps(io.ComfyNode):
@@ -89,12 +119,13 @@ class ContextMaps(io.ComfyNode):
                                "it is: 1 as published, 0 is off and changes nothing."),
                 io.Float.Input("end_percent", default=0.15, **PERCENT, tooltip="Until when: the published 0.15 (timestep 850). Higher keeps the objects closer "
                                "to their places, and lets more of what is around them into their layers."),
+                LayerModules.Input("modules", optional=True, tooltip="Trained context-aware layers, which clean the maps, from Load layer modules."),
             ],
             outputs=[io.Model.Output("MODEL", display_name="model", tooltip="For Layers sampler, which shows the maps.")])
 
     @classmethod
-    def execute(cls, model, strength, end_percent):
-        return io.NodeOutput(map_context(model, Maps(strength, end_percent)))
+    def execute(cls, model, strength, end_percent, modules=None):
+        return io.NodeOutput(map_context(model, Maps(strength, end_percent), modules))
 
 
 class LayersSampler(io.ComfyNode):
@@ -256,4 +287,4 @@ def _harmonizer(model, positive: list, negative: list, vae, settings: dict):
     return lambda stack: HarmonizeLayers.execute(model, whole, negative, vae, write_layers(stack), **settings).result[0]
 
 
-NODES = [LayerPrompts, SharedLayers, ContextMaps, LayersSampler, ImageToLayers]
+NODES = [LayerPrompts, LoadLayerModules, SharedLayers, ContextMaps, LayersSampler, ImageToLayers]

@@ -68,6 +68,17 @@ def apply_to_foreground(model: ModelPatcher, terms: dict[str, tuple[Tensor, Tens
 
     terms: {weight key such as "diffusion_model.….to_q.weight": (up [out,rank], down [rank,in]), or a full difference of the weight's or bias's shape}.
     """
+    added = differences(model, terms)
+    if strength == 0:
+        return model
+    model = model.clone()
+    load_with(model, list(added.values()))
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, partial(_denoise, added, strength, rows))
+    return model
+
+
+def differences(model: ModelPatcher, terms: dict[str, tuple[Tensor, Tensor] | Tensor]) -> dict[str, nn.Module]:
+    """By the name of the UNet's module, what the terms add to its output. Raises ValueError for weights that the model does not have."""
     unet, parts = model.model.diffusion_model, {}
     for key, term in terms.items():
         name, _, kind = key.removeprefix("diffusion_model.").rpartition(".")
@@ -76,14 +87,13 @@ def apply_to_foreground(model: ModelPatcher, terms: dict[str, tuple[Tensor, Tens
         if not isinstance(module, SUPPORTED) or getattr(getattr(module, kind, None), "shape", None) != shape:
             raise ValueError(f"model: the difference of {key} ({'×'.join(map(str, shape))}) does not fit this model; load the file of the model's family.")
         parts.setdefault(name, {})[kind] = term
-    if strength == 0:
-        return model
-    model = model.clone()
-    added = {name: _difference(unet.get_submodule(name), **own) for name, own in parts.items()}
-    helper = comfy.model_patcher.ModelPatcher(nn.ModuleList(added.values()), load_device=model.load_device, offload_device=model.offload_device)
+    return {name: _difference(unet.get_submodule(name), **own) for name, own in parts.items()}
+
+
+def load_with(model: ModelPatcher, networks: list[nn.Module]) -> None:
+    """From now on ComfyUI holds them where it holds this clone."""
+    helper = comfy.model_patcher.ModelPatcher(nn.ModuleList(networks), load_device=model.load_device, offload_device=model.offload_device)
     model.set_additional_models(KEY, [*model.get_additional_models_with_key(KEY), helper])
-    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, partial(_denoise, added, strength, rows))
-    return model
 
 
 def _submodule(module: nn.Module, name: str) -> nn.Module | None:
@@ -116,11 +126,17 @@ def _filled(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.
 
 
 def _denoise(added: dict[str, nn.Module], strength: float, rows: Rows, executor, x: Tensor, *args, **kwargs):
-    """Hooks for one call only: nothing is left in the model, which its other patchers share."""
     rows.check(x)
-    hooks = [executor.class_obj.get_submodule(name).register_forward_hook(partial(_add, term, strength, rows)) for name, term in added.items()]
-    try:
+    with acting(executor.class_obj, added, strength, rows):
         return executor(x, *args, **kwargs)
+
+
+@contextmanager
+def acting(unet: nn.Module, added: dict[str, nn.Module], strength: float, rows: Rows) -> Iterator[None]:
+    """Hooks for one call only: nothing is left in the model, which its other patchers share."""
+    hooks = [unet.get_submodule(name).register_forward_hook(partial(_add, term, strength, rows)) for name, term in added.items()]
+    try:
+        yield
     finally:
         for hook in hooks:
             hook.remove()

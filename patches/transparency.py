@@ -79,6 +79,11 @@ def missing(name: str) -> str | None:
 
 def load(name: str) -> Transparency:
     """Raises ValueError with one sentence for a missing, damaged or unknown file."""
+    return recognise(name, read(name))
+
+
+def read(name: str) -> dict[str, Tensor]:
+    """The weights in a file of the folder. Raises ValueError with one sentence for a missing or damaged one."""
     if absent := missing(name):
         raise ValueError(absent)
     path = folder_paths.get_full_path(KIND, name)
@@ -87,7 +92,7 @@ def load(name: str) -> Transparency:
     except Exception as error:
         reason = re.split(r"[.:]\s|\n", str(error).strip())[0].rstrip(".")[:120]
         raise ValueError(f"file: {name} cannot be read ({reason}); it is damaged or not a file of weights, so download it again.") from error
-    return recognise(name, {key: value for key, value in weights.items() if isinstance(value, Tensor)})
+    return {key: value for key, value in weights.items() if isinstance(value, Tensor)}
 
 
 def recognise(name: str, weights: dict[str, Tensor]) -> Transparency:
@@ -127,7 +132,7 @@ def _sharing(name: str, weights: dict[str, Tensor]) -> Transparency:
     if not families:
         raise ValueError(f"file: {name} shares {len(shape['attentions'])} attentions, and no model of {', '.join(FAMILIES)} has so many; "
                          "it is for another kind of model.")
-    network = _filled(name, AttentionSharing(**shape, operations=comfy.ops.manual_cast), weights)
+    network = filled(name, AttentionSharing(**shape, operations=comfy.ops.manual_cast), weights)
     device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     return Transparency(name, families, {"sharing": ModelPatcher(network, device, offload)}, frames=shape["frames"])
 
@@ -135,8 +140,8 @@ def _sharing(name: str, weights: dict[str, Tensor]) -> Transparency:
 def _pair(name: str, weights: dict[str, Tensor]) -> Transparency:
     """A decoder, an encoder, or one file with both below `decoder.` and `encoder.` (beside them may be the whole autoencoder)."""
     parts, found = {}, None
-    for kind, probe, network, shape in (("decoder", "latent_conv_in.weight", TransparentDecoder, decoder_shape),
-                                        ("encoder", "blocks.0.weight", OffsetEncoder, encoder_shape)):
+    for kind, probe, build, shape in (("decoder", "latent_conv_in.weight", TransparentDecoder, decoder_shape),
+                                      ("encoder", "blocks.0.weight", OffsetEncoder, encoder_shape)):
         own = weights if probe in weights else {key.removeprefix(f"{kind}."): value for key, value in weights.items() if key.startswith(f"{kind}.")}
         if probe not in own:
             continue
@@ -145,16 +150,16 @@ def _pair(name: str, weights: dict[str, Tensor]) -> Transparency:
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(f"file: {name} is incomplete, {error} is missing; download it again.") from error
         found = found or _latent(kind, options)
-        filled = _filled(name, network(**options, operations=comfy.ops.disable_weight_init), own)
+        network = filled(name, build(**options, operations=comfy.ops.disable_weight_init), own)
         device = comfy.model_management.vae_device()
-        filled.to(dtype=comfy.model_management.vae_dtype(device, [float16]), memory_format=channels_last)
-        parts[kind] = ModelPatcher(filled, device, comfy.model_management.vae_offload_device())
+        network.to(dtype=comfy.model_management.vae_dtype(device, [float16]), memory_format=channels_last)
+        parts[kind] = ModelPatcher(network, device, comfy.model_management.vae_offload_device())
     if not parts:
         raise ValueError(f"file: {name} holds none of LayerDiffuse's weights; choose one of the files that the help page names.")
     return Transparency(name, tuple(family for family in FAMILIES if FAMILIES[family]["latent"] == found), parts, latent=LATENTS[found])
 
 
-def _filled(name: str, network: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+def filled(name: str, network: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:

@@ -142,8 +142,9 @@ def family_of(model: ModelPatcher) -> str:
     return type(model.model.model_config).__name__
 
 
-def wrong_family(model: ModelPatcher, transparency: Transparency) -> str:
+def wrong_family(model: ModelPatcher, file, socket: str = "transparency") -> str:
+    """file: what is loaded at that socket, with its name and its families."""
     family = family_of(model)
-    sizes = " with weights of other sizes" if family in transparency.families else ""
-    return (f"transparency: {transparency.name} is for {transparency.family} and the model is {family}{sizes}; "
+    sizes = " with weights of other sizes" if family in file.families else ""
+    return (f"{socket}: {file.name} is for {file.family} and the model is {family}{sizes}; "
             f"connect a model of its family, or load the file for the model's.")

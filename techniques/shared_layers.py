@@ -32,6 +32,20 @@ def global_embedding(layers: list[Tensor], ends: list[list[int]], chunk: int = 7
     return torch.cat([start[None], *words, tail]), positions
 
 
+def layer_offsets(embedding: Tensor, words: list[list[int]], length: int) -> Tensor:
+    """[L+1,length,D]: what the trained layer embedding [N,D] adds to the tokens of L layers, back to front, and of the whole picture.
+
+    words: the layers' positions in the whole picture's embedding, as global_embedding gives them. The result is what embedding the layers
+    first and joining them then would give. Layers behind the last of the N take its row.
+    Source: dreamlayer, Sec. 3 Overview, the learnable layer assign embedding
+    """
+    layers = embedding[torch.arange(len(words)).clamp(max=len(embedding) - 1)]
+    whole = layers.mean(0).repeat(length, 1)
+    for layer, own in zip(layers, words, strict=True):
+        whole[own] = layer
+    return torch.cat([layers[:, None].expand(-1, length, -1), whole[None]])
+
+
 def token_shares(q: Tensor, k: Tensor, heads: int, tokens: list[list[int]]) -> Tensor:
     """[B,F,M]: how much attention each of M places of the whole picture pays to the words of each of F objects, averaged over the heads.
 
@@ -83,6 +97,16 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, layers: int, attend: Callab
     if isolated:
         found = torch.cat([found, attend(q[:, -1], k[:, -1], v[:, -1])[:, None]], 1)
     return found.flatten(0, 1)
+
+
+def map_distance(maps: Tensor, others: Tensor) -> Tensor:
+    """[B]: how far the context maps [B,F,M] of F objects are from others of the same shape, added over the objects; all in 0..1.
+
+    others: the objects' alphas at the maps' size, or the maps of the objects' own branches.
+    Source: dreamlayer, Eq. 6 with alphas, Eq. 7 with the own maps
+    Differs: each norm is divided by the root of M, so that its weight in Eq. 8 is the same at every resolution.
+    """
+    return (torch.linalg.vector_norm(maps - others, dim=-1) / maps.shape[-1] ** 0.5).sum(-1)
 
 
 def map_alphas(maps: Tensor, size: tuple[int, int], low: float = 0.3, high: float = 0.6) -> Tensor:

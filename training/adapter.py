@@ -32,15 +32,19 @@ class CutOutLatents:
         for start in range(0, len(missing), latents.AT_ONCE):
             part = missing[start:start + latents.AT_ONCE]
             rgba = data.to_tensor(np.stack([self.pool[i] for i in part]))
-            colour, alpha = rgba[:, :3], rgba[:, 3:]
-            values = self.autoencoder.encode(over_gray(colour, alpha)) + self.encoder(torch.cat([alpha, colour], 1))
-            self.kept.update(zip(part, values, strict=True))
+            self.kept.update(zip(part, encode_cut_outs(rgba, self.autoencoder, self.encoder), strict=True))
         return latents.Batch(torch.stack([self.kept[int(i)] for i in indices]), None, [self.words(int(i), draw) for i in indices])
 
     def words(self, index: int, draw: int) -> str:
         rng = np.random.default_rng((index, draw))
         what = str(rng.choice(scenes.catalogue()[self.pool.content(index)[1][0]].prompts))
         return text.PLAIN.format(what=what) if rng.random() < 0.3 else what
+
+
+def encode_cut_outs(rgba: Tensor, autoencoder: Autoencoder, encoder: OffsetEncoder) -> Tensor:
+    """Latents of [B,4,H,W], colours that run on, then alpha; with their transparency in them."""
+    colour, alpha = rgba[:, :3], rgba[:, 3:]
+    return autoencoder.encode(over_gray(colour, alpha)) + encoder(torch.cat([alpha, colour], 1))
 
 
 def build(config: dict, folder: Path) -> nn.Module:

@@ -17,6 +17,7 @@ TRAINERS = {
     "transparency": "LayerDiffuse's pair: hides the alpha of an object in its latent, and finds it again.",
     "transparent_decoder": "The pair's second half alone, longer: closer alphas from the same latents.",
     "adapter": "Low-rank adapter with which the denoiser draws single objects with hidden transparency.",
+    "dreamlayer": "What makes the denoiser draw several layers of a scene together: keys, values, layer embedding and context-aware layers.",
     "inpaint": "The denoiser with nine input channels, which paints inside a mask; starts from the one before.",
 }
 # Trainers that are another one's code with another config.

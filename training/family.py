@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from . import adapter, data, diffusion, export, latents, loop, oracle, scenes, text
+from . import adapter, data, diffusion, export, latents, layered, loop, oracle, scenes, text
 from .command import CONFIGS
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
@@ -52,6 +52,7 @@ FILES = {  # trainer, file, weights
     "layer_model/strata_mini_transparent_attn.safetensors": ("adapter", lambda root: adapter.published_form(_trained(root / "adapter"))),
     "layer_model/strata_mini_transparent_decoder.safetensors": ("transparent_decoder", half_of_pair("decoder", "transparent_decoder")),
     "layer_model/strata_mini_transparent_encoder.safetensors": ("transparency", half_of_pair("encoder", "transparency")),
+    "layer_model/strata_mini_dreamlayer.safetensors": ("dreamlayer", lambda root: layered.published_form(_trained(root / "dreamlayer"))),
     "strata/mini_classifier.safetensors": ("classifier", classifier),
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..networks.autoencoder import Autoencoder
 from . import data, scenes, text
@@ -39,16 +39,22 @@ def load_autoencoder(root: Path) -> Autoencoder:
     return model.eval().requires_grad_(False)
 
 
+def digest(*networks: nn.Module) -> str:
+    """Ten characters that change with the weights."""
+    found = hashlib.sha256()
+    for network in networks:
+        for value in network.state_dict().values():
+            found.update(value.cpu().numpy().tobytes())
+    return found.hexdigest()[:10]
+
+
 class LatentPool(data.ScenePool):
     """Scene i of a side, encoded when first asked for. The file carries a digest of the encoder's weights: another encoder starts anew."""
 
     def __init__(self, folder: Path, autoencoder: Autoencoder, count: int, side: int, inpaint: bool = False):
         folder.mkdir(parents=True, exist_ok=True)
         self.autoencoder, self.count, self.side, self.inpaint = autoencoder, count, side, inpaint
-        digest = hashlib.sha256()
-        for value in autoencoder.taesd_encoder.state_dict().values():
-            digest.update(value.cpu().numpy().tobytes())
-        path = folder / f"latents-{data.RENDERER}-{side}-{count}-{'inpaint-' if inpaint else ''}{digest.hexdigest()[:10]}"
+        path = folder / f"latents-{data.RENDERER}-{side}-{count}-{'inpaint-' if inpaint else ''}{digest(autoencoder.taesd_encoder)}"
         self.values = self._open(path, (count, 9 if inpaint else 4, side // FACTOR, side // FACTOR), np.float16)
         self.holes = self._open(path.with_name(path.name + "-holes"), (count,), np.int16) if inpaint else None
 

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+from strata.networks.context_layers import ContextLayers
 from strata.techniques import fusion, shared_layers
 
 from .test_fusion import HEADS, WIDTH, naive_probabilities, tokens
@@ -99,3 +100,64 @@ def test_maps_at_other_sizes():
     assert larger[0, 0, 0, 0] == 0 and torch.allclose(larger[0, 0, 0, :4], torch.tensor([0, 0.25, 0.75, 1.25]) / 7)
     alphas = shared_layers.map_alphas(maps, (2, 4), low=1 / 7, high=3 / 7)
     assert torch.allclose(alphas.flatten(), torch.tensor([0, 0, 0.5, 1, 1, 1, 1, 1]))
+
+
+def test_the_layer_embedding_is_that_of_layers_embedded_before_they_are_joined():
+    layers, ends = [tokens(seed, 8) for seed in range(4)], [[3], [4], [2], [2]]
+    embedding = tokens(9, 3)  # of three layers: the fourth has the third's
+    _, positions = shared_layers.global_embedding(layers, ends, chunk=8)
+    found = shared_layers.layer_offsets(embedding, positions, 16)
+    embedded = [layer + embedding[min(i, 2)] for i, layer in enumerate(layers)]
+    for number, (layer, plain) in enumerate(zip(embedded, layers, strict=True)):
+        assert torch.allclose(plain + found[number, :8], layer)
+    whole, wanted = (shared_layers.global_embedding(given, ends, chunk=8)[0] for given in (layers, embedded))
+    assert torch.allclose(whole + found[4, :len(whole)], wanted) and found.shape == (5, 16, HEADS * WIDTH)
+
+
+def test_the_distance_of_maps_is_equations_6_and_7():
+    maps, others = torch.rand(2, 2, 3, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = shared_layers.map_distance(maps, others)
+    for b in range(2):
+        norms = [sum((maps[b, f, m] - others[b, f, m]) ** 2 for m in range(20)) ** 0.5 for f in range(3)]
+        assert abs(found[b] - sum(norms) / 20 ** 0.5) < 1e-12
+    same = maps.requires_grad_(True)
+    shared_layers.map_distance(same, maps.detach()).sum().backward()
+    assert (same.grad == 0).all(), "equal maps pull nowhere"
+
+
+def test_a_context_layer_is_equation_5():
+    """Attention over the places of each object's map, then the gated feed-forward network, place by place; two layers are one after the other."""
+    width, heads, places = 64, 2, 6
+    torch.manual_seed(0)
+    layers = ContextLayers(2, width).double()
+    maps, hidden = torch.rand(2, 3, places, dtype=torch.float64), torch.randn(2, places, width, dtype=torch.float64)
+    assert torch.equal(layers(maps, hidden), maps), "fresh ones leave the maps"
+    for value in layers.parameters():
+        value.data += 0.2 * torch.randn_like(value)
+
+    def norm(module, x):
+        return (x - x.mean()) / (x.var(unbiased=False) + module.eps) ** 0.5 * module.weight + module.bias
+
+    def layer_by_hand(layer, plain, state):
+        x = [norm(layer.norm, state[m]) + layer.map_in.weight[:, 0] * plain[m] + layer.map_in.bias for m in range(places)]
+        n = [norm(layer.norm1, one) for one in x]
+        q, k, v = ([(module.weight @ one).view(heads, -1) for one in n] for module in (layer.attn.to_q, layer.attn.to_k, layer.attn.to_v))
+        found = []
+        for m in range(places):
+            heard = torch.zeros(heads, width // heads, dtype=torch.float64)
+            for h in range(heads):
+                weights = torch.stack([(q[m][h] * k[other][h]).sum() / (width / heads) ** 0.5 for other in range(places)]).exp()
+                heard[h] = sum(weights[other] / weights.sum() * v[other][h] for other in range(places))
+            y = x[m] + layer.attn.to_out[0].weight @ heard.flatten() + layer.attn.to_out[0].bias
+            value, gate = (layer.ff.net[0].proj.weight @ norm(layer.norm2, y) + layer.ff.net[0].proj.bias).chunk(2)
+            y = y + layer.ff.net[2].weight @ (value * gate * 0.5 * (1 + torch.erf(gate / 2 ** 0.5))) + layer.ff.net[2].bias
+            found.append((plain[m] + layer.map_out.weight[0] @ y + layer.map_out.bias[0]).clamp(0, 1))
+        return torch.stack(found)
+
+    with torch.no_grad():
+        found = layers(maps, hidden)
+        for b in range(2):
+            for f in range(3):
+                wanted = layer_by_hand(layers[1], layer_by_hand(layers[0], maps[b, f], hidden[b]), hidden[b])
+                assert torch.allclose(found[b, f], wanted, atol=1e-12)
+    assert ((found > 0) & (found < 1)).double().mean() > 0

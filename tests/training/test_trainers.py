@@ -7,23 +7,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from strata.networks.autoencoder import Autoencoder
-from strata.training import adapter, autoencoder, command, diffusion, family, latents, loop, scenes, text, transparency
+from strata.techniques import diffusion as formulas
+from strata.training import adapter, autoencoder, command, diffusion, dreamlayer, family, latents, layered, loop, scenes, text, transparency
 
 EIGHT = {"autoencoder": {"scenes": 8, "batch": 8, "side": 32, "crop": 32, "steps": 100, "warmup": 5},
          "diffusion": {"scenes": 72, "batch": 8, "side": 64, "steps": 100, "warmup": 5},
          "inpaint": {"scenes": 72, "batch": 8, "side": 64, "steps": 8, "warmup": 2},
          "transparent_decoder": {"cutouts": 8, "batch": 8, "side": 32, "crop": 32, "steps": 4, "warmup": 2},
          "transparency": {"cutouts": 8, "batch": 8, "side": 32, "crop": 32, "steps": 120, "warmup": 5, "learning_rate": 2e-3},
-         "adapter": {"cutouts": 64, "batch": 8, "side": 64, "steps": 8, "warmup": 2}}
+         "adapter": {"cutouts": 64, "batch": 8, "side": 64, "steps": 8, "warmup": 2},
+         "dreamlayer": {"adapter": None, "scenes": 72, "rows": 8, "side": 64, "steps": 60, "warmup": 5, "learning_rate": 3e-3, "shares": [[1, 1, 1]] * 2}}
 
 
 def settings(name: str, **changes) -> dict:
     return command.read_config(command.CONFIGS / f"{name}.json", []) | EIGHT.get(name, {}) | changes
 
 
-def losses(folder, term: str = "loss") -> list[float]:
+def losses(folder, what: str = "loss") -> list[float]:
     with open(folder / "loss.csv", newline="") as file:
-        return [float(row[term]) for row in csv.DictReader(file)]
+        return [float(row[what]) for row in csv.DictReader(file)]
 
 
 @pytest.fixture(scope="module")
@@ -137,12 +139,61 @@ def test_the_adapter_trains_nothing_but_its_own_terms_and_publishes_them(root, t
         assert torch.allclose(merged(*inputs), adapted(*inputs), atol=1e-4)
         loop.start_from(merged, trained_diffusion / "model.safetensors")
         assert not torch.allclose(merged(*inputs), adapted(*inputs), atol=1e-3)
+    # layers are trained with it on the objects' rows
+    found = dreamlayer.build(settings("dreamlayer", adapter="adapter"), root).unet.get_submodule(name.removeprefix("diffusion_model.").removesuffix(".weight"))
+    assert torch.equal(found.adapter, published[f"{name}::lora::0"] @ published[f"{name}::lora::1"])
 
 
-@pytest.mark.parametrize("name", ["diffusion", "transparency"])
-def test_a_stopped_run_goes_on_to_the_same_losses(name, root, trained_autoencoder, tmp_path, monkeypatch):
-    shutil.copytree(trained_autoencoder, tmp_path / "autoencoder")
-    module, function = {"diffusion": (diffusion, "loss_of"), "transparency": (transparency, "losses")}[name]
+def test_layer_modules_learn_nine_scenes_and_nothing_else_changes(root, trained_diffusion, trained_pair, monkeypatch):
+    """The last 63 scenes of the pool are for validation, so that it learns nine: three of one object, three of two, three of three."""
+    monkeypatch.setattr(dreamlayer, "SAMPLING_STEPS", 2)
+    config = settings("dreamlayer")
+    trained = dreamlayer.train(config, root / "dreamlayer", None, 1e9)
+    pool = dreamlayer.SceneLayers(root / "scenes", latents.load_autoencoder(root), adapter.load_pair(trained_pair)[0], config["scenes"], config["side"])
+
+    @torch.no_grad()
+    def measured(model, what):
+        """The mean over the nine scenes and four draws of noise and timestep."""
+        found = [dreamlayer.loss_of(model, pool.batch(np.arange(count, 9, 3), 0), {**config, "empty_prompt": 0}, formulas.noise_levels(),
+                                    np.random.default_rng(draw))[what].item() for count in range(3) for draw in range(4)]
+        return np.mean(found)
+
+    fresh = dreamlayer.build(config, root)
+    for what, share in (("loss", 1), ("error", 1), ("context", 0.6)):  # the own maps have to follow maps that become alphas, so they come last
+        assert measured(trained, what) < share * measured(fresh, what), what
+    before, after = (load_file(folder / "model.safetensors") for folder in (trained_diffusion, root / "dreamlayer"))
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    published = layered.published_form(after)
+    assert all(value.abs().max() > 0 for value in published.values()) and published["layer_embedding"].shape == (4, 128)
+    assert all(sum(key.startswith(kind) for key in published) == 2 * 2 * 7 for kind in ("shared.", "foreground."))  # two projections of 14 attentions
+    assert published["foreground.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_v.weight"].shape == (192, 192)
+
+
+def test_scenes_come_as_layers_with_their_alphas_and_words(root, trained_pair):
+    model, (encoder, _) = latents.load_autoencoder(root), adapter.load_pair(trained_pair)
+    pool = dreamlayer.SceneLayers(root / "scenes", model, encoder, 72, 64)
+    batch = pool.batch(np.array([4, 1]), 0)
+    assert batch.latent.shape == (2, 4, 4, 8, 8) and batch.alphas.shape == (2, 2, 8, 8)
+    scene = scenes.render(pool.request(4), 64, 64, 4)
+    with torch.no_grad():
+        for place, picture in ((0, scene.background), (3, scene.composite)):
+            assert torch.allclose(batch.latent[0, place], model.encode(torch.from_numpy(picture).permute(2, 0, 1)[None])[0], atol=5e-3)
+    for number, shown in enumerate(scene.objects):
+        assert np.allclose(batch.alphas[0, number], shown.rgba[..., 3].reshape(8, 8, 8, 8).mean((1, 3)), atol=1e-3)
+        assert batch.prompts[0][1 + number] in scenes.catalogue()[shown.name].prompts
+    assert any(batch.prompts[0][0].endswith(where) for where in scenes.PLACE_WORDS[scene.kind])
+    config, rng = settings("dreamlayer", shares=[[1, 0, 0], [0, 0.5, 0.5]]), np.random.default_rng(0)
+    first, last = ([dreamlayer.object_count(step, config, rng) for _ in range(200)] for step in (0, config["steps"]))
+    assert set(first) == {1} and set(last) == {2, 3} and 70 < last.count(2) < 130
+
+
+@pytest.mark.parametrize("name", ["diffusion", "transparency", "dreamlayer"])
+def test_a_stopped_run_goes_on_to_the_same_losses(name, root, trained_autoencoder, request, monkeypatch):
+    if name == "dreamlayer":
+        request.getfixturevalue("trained_diffusion"), request.getfixturevalue("trained_pair")
+        monkeypatch.setattr(dreamlayer, "SAMPLING_STEPS", 2)
+    modules = {"diffusion": (diffusion, "loss_of"), "transparency": (transparency, "losses"), "dreamlayer": (dreamlayer, "loss_of")}
+    module, function = modules[name]
     seen, plain = [], getattr(module, function)
 
     def watched(*arguments):
@@ -152,11 +203,11 @@ def test_a_stopped_run_goes_on_to_the_same_losses(name, root, trained_autoencode
         return terms
 
     monkeypatch.setattr(module, function, watched)
-    module.train(settings(name, steps=4), tmp_path / "whole", None, 1e9)
+    module.train(settings(name, steps=4), root / f"{name}_whole", None, 1e9)
     whole = seen.copy()
     seen.clear()
     for minutes in (0, 0, None):  # no time: one step, then a checkpoint
-        module.train(settings(name, steps=4), tmp_path / "parts", minutes, 1e9)
+        module.train(settings(name, steps=4), root / f"{name}_parts", minutes, 1e9)
     assert len(seen) == 4 and seen == pytest.approx(whole, rel=1e-4)
 
 
@@ -226,3 +277,5 @@ def test_a_missing_model_is_named_with_the_command_that_makes_it(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(SystemExit, match="missing; train that model first"):
         loop.start_from(torch.nn.Linear(1, 1), tmp_path / "model.safetensors")
+    with pytest.raises(SystemExit, match="python -m training adapter, or set adapter to null"):
+        dreamlayer.adapter_terms(tmp_path)

@@ -1,0 +1,166 @@
+"""DreamLayer's trained modules in ComfyUI: what the trainer predicts is what the nodes make of its file, and the file is told from others."""
+import copy
+
+import comfy.sd
+import folder_paths
+import pytest
+import torch
+from safetensors.torch import save_file
+from strata.nodes.shared_layers import ContextMaps, LoadLayerModules, SharedLayers
+from strata.patches import foreground, layer_modules, mini_family, shared_layers
+from strata.patches.layer_prompts import encode_layers
+from strata.patches.shared_layers import Maps, Sharing, map_context, object_rows, share_layers
+from strata.training import diffusion, text
+from strata.training.layered import LayeredDenoiser, published_form
+
+from . import fusion_reference, random_family
+from .test_fusion import conditioning, estimates, low_memory, noise, terms_for
+from .test_shared_layers import EARLY, LATE, layered
+
+PROMPTS = ["an empty place on a beach", "a red apple", "a dog"]
+COUNT = 4
+
+
+def fill(module, size):
+    """What learns at random, so that every part of it counts."""
+    generator = torch.Generator().manual_seed(3)
+    for value in module.parameters():
+        if value.requires_grad:
+            value.data = torch.randn(value.shape, generator=generator) * size * value[0].numel() ** -0.5 if value.ndim > 1 else value.data
+    module.layer_embedding.data = torch.randn(module.layer_embedding.shape, generator=generator) * size
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """The same random weights as the trainer's model and as ComfyUI's: (TextToImage, model, clip)."""
+    plain = diffusion.build({"seed": 1, "in_channels": 4})
+    random_family.randomised(plain.model)
+    state = {**plain.state_dict(), "cond_stage_model.token_ids": torch.tensor(text.token_ids(), dtype=torch.int32)}
+    state |= {f"first_stage_model.{key}": value for key, value in random_family.autoencoder().items()}
+    path = tmp_path_factory.mktemp("layers") / "layers.safetensors"
+    save_file({key: value.contiguous() for key, value in state.items()}, path)
+    mini_family.register()
+    in_float32 = {"te_model_options": {"dtype": torch.float32}}  # ComfyUI would take fp16, the trainer does not
+    model, clip = comfy.sd.load_checkpoint_guess_config(str(path), **in_float32)[:2]
+    return plain, model, clip
+
+
+def denoiser(plain, adapter=None, size=0.5):
+    made = LayeredDenoiser(copy.deepcopy(plain), adapter or {}, 3, 2)
+    if size:
+        fill(made, size)
+    return made.eval()
+
+
+def fresh():
+    """The trainer's model before its first step."""
+    return denoiser(diffusion.build({"seed": 1, "in_channels": 4}), size=0)
+
+
+def file_of(made, name="mine.safetensors"):
+    return layer_modules.recognise(name, published_form(made.state_dict()))
+
+
+def both(model, modules=None, sharing=1.0, mixing=1.0):
+    return map_context(share_layers(model, Sharing(sharing), modules), Maps(mixing), modules)
+
+
+@pytest.mark.parametrize("sigma", [EARLY, LATE])
+def test_the_trainers_prediction_is_that_of_the_nodes(family, sigma):
+    plain, model, clip = family
+    terms = terms_for(model)
+    trained = denoiser(plain, {key.removeprefix("diffusion_model.").removesuffix(".weight"): up @ down for key, (up, down) in terms.items()})
+    modules = file_of(trained)
+    assert modules.describe() == "layer modules for Strata mini, trained with up to 3 objects, 2 context-aware layers"
+    positive, negative = encode_layers(clip, PROMPTS[0], PROMPTS[1:]), clip.encode_from_tokens_scheduled(clip.tokenize(""))
+    adapted = foreground.apply_to_foreground(model, terms, rows=object_rows(COUNT))
+    found = estimates(both(adapted, modules), positive, negative, noise(8), sigma)
+    sampling, x = model.model.model_sampling, found["input"]
+    sigmas = torch.full((len(x),), sigma)
+    times = sampling.timestep(sigmas)[::COUNT]
+    assert (times >= 850).all() == (sigma == EARLY)
+    given = sampling.calculate_input(sigmas, x).unflatten(0, (-1, COUNT)), times.float()
+    early = (times >= 850).float()
+    with torch.no_grad():
+        cond, maps, _ = trained(*given, text.rows(PROMPTS).repeat(2, 1, 1), early)
+        uncond = trained(*given, text.rows([""] * 3).repeat(2, 1, 1), early, maps)[0]
+    without = estimates(both(adapted), positive, negative, noise(8), sigma)
+    for name, wanted in (("cond", cond), ("uncond", uncond)):
+        predicted = (x - found[name]) / sigma
+        assert wanted.std() > 0.1 and (predicted - wanted.flatten(0, 1)).abs().max() < 1e-4
+        changed = ((without[name] - found[name]) / sigma).abs().flatten(1).amax(1)
+        assert (changed > 1e-2).all(), "every row has something of the file"
+
+
+def test_a_file_of_zeros_changes_nothing(family):
+    """Bit-equal: zeros are added to keys, values, tokens and maps, and a fresh context-aware layer adds nothing to a map."""
+    _, model, clip = family
+    positive, negative = encode_layers(clip, PROMPTS[0], PROMPTS[1:]), conditioning(model, 2, rows=1)
+    found, plain = (estimates(both(model, modules), positive, negative, noise(4), EARLY) for modules in (file_of(fresh()), None))
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize(("make", "sigma"), [
+    (lambda model, file: both(model, file, 0.0, 0.0), EARLY), (lambda model, file: share_layers(model, Sharing(1.0, 0.0, 0.2), file), LATE),
+    (lambda model, file: map_context(model, Maps(1.0), file), LATE)])
+def test_off_and_outside_of_its_percents_it_is_bit_equal_to_stock_and_leaves_the_model(family, make, sigma):
+    plain, model, _ = family
+    modules = file_of(denoiser(plain))
+    positive, negative = layered(model), conditioning(model, 2, rows=1)
+    before = estimates(model, positive, negative, noise(4), sigma)
+    estimates(both(model, modules), positive, negative, noise(4), sigma)
+    for found in (estimates(make(model, modules), positive, negative, noise(4), sigma), estimates(model, positive, negative, noise(4), sigma)):
+        assert all(torch.equal(before[name], found[name]) for name in before)
+
+
+def test_together_or_apart_and_beside_a_longer_negative_it_is_the_same(family, monkeypatch):
+    """ComfyUI repeats the shorter prompt when the two are one batch: the layer embedding then has to repeat with it."""
+    plain, model, _ = family
+    modules = file_of(denoiser(plain))
+    positive, negative = layered(model), conditioning(model, 2, rows=1, tokens=14)
+    results = []
+    for free in (1e18, 1.0):
+        low_memory(monkeypatch, free)
+        results.append(estimates(share_layers(model, Sharing(), modules), positive, negative, noise(4), LATE))
+    assert all(torch.allclose(results[0][name], results[1][name], atol=1e-4) for name in ("cond", "uncond"))
+    half = estimates(share_layers(model, Sharing(0.5), modules), positive, negative, noise(4), LATE)
+    assert not torch.allclose(half["cond"], results[0]["cond"], atol=1e-3)
+
+
+def test_more_objects_than_were_trained_have_the_last_ones_row(family):
+    plain, model, clip = family
+    model = both(model, file_of(denoiser(plain)))
+    positive = encode_layers(clip, "a beach", ["a dog", "a cat", "an apple", "a cup", "a frog"])
+    found = estimates(model, positive, conditioning(model, 2, rows=1), noise(7), EARLY)
+    assert found["cond"].isfinite().all()
+
+
+def test_another_family_and_another_file_are_named(family):
+    modules = file_of(fresh())
+    other = fusion_reference.patcher("SDXL")
+    for make in (lambda: share_layers(other, Sharing(), modules), lambda: map_context(other, Maps(), modules)):
+        with pytest.raises(ValueError, match="modules: mine.safetensors is for Strata mini and the model is SDXL.*load the file for the model's"):
+            make()
+    with pytest.raises(ValueError, match="file: vae.safetensors holds no layer modules of DreamLayer; choose strata_mini_dreamlayer.safetensors"):
+        layer_modules.recognise("vae.safetensors", {"decoder.weight": torch.zeros(1)})
+    broken = {key: value for key, value in published_form(fresh().state_dict()).items() if "context_layers.0.map_out" not in key}
+    with pytest.raises(ValueError, match="file: broken.safetensors does not have the weights of ContextLayers"):
+        layer_modules.recognise("broken.safetensors", broken)
+
+
+def test_from_the_file_to_the_model_by_the_nodes(family, tmp_path, monkeypatch):
+    plain, model, _ = family
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {**folder_paths.folder_names_and_paths, "layer_model": ([str(tmp_path)], {".safetensors"})})
+    assert "mine.safetensors is not there" in LoadLayerModules.validate_inputs("mine.safetensors")
+    save_file(published_form(denoiser(plain).state_dict()), tmp_path / "mine.safetensors")
+    assert LoadLayerModules.validate_inputs("mine.safetensors") is True
+    modules, found = LoadLayerModules.execute("mine.safetensors").result
+    assert found == f"mine.safetensors: {modules.describe()}"
+    shared = SharedLayers.execute(model, 1.0, 0.0, 1.0, modules).result[0]
+    made = ContextMaps.execute(shared, 1.0, 0.15, modules).result[0]
+    options = made.model_options["transformer_options"]
+    assert options[shared_layers.SHARING].terms is not None and options[shared_layers.MAPS].refine is modules.context
+    positive, negative = layered(model), conditioning(model, 2, rows=1)
+    with torch.inference_mode():
+        again, same = (estimates(one, positive, negative, noise(4), EARLY) for one in (made, both(model, modules)))
+    assert torch.equal(again["cond"], same["cond"])

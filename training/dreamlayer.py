@@ -1,0 +1,185 @@
+"""Trains DreamLayer's modules on rendered scenes: layer embedding, keys and values of every attention, context-aware layers (Eq. 2 and 5 to 8)."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..networks.autoencoder import Autoencoder
+from ..networks.transparency import OffsetEncoder
+from ..techniques import diffusion as formulas
+from ..techniques.shared_layers import map_distance, resize_maps
+from ..techniques.transparency import extend_colours
+from . import adapter, data, diffusion, latents, loop, scenes, text
+from .layered import LayeredDenoiser
+from .transparency import checkerboard
+
+MOST = 3  # objects of a scene
+CHECK = 63  # the last scenes of the pool are kept for validation
+EARLY = 850  # the published T_G: from there on objects take over the whole picture's layout
+GUIDANCE, SAMPLING_STEPS, SHOWN = 4.0, 20, 3
+
+
+@dataclass(frozen=True)
+class Batch:
+    """latent: [B,L,4,h,w] of background, objects back to front and whole picture; alphas: [B,L-2,h,w]; prompts: of all but the whole picture."""
+    latent: Tensor
+    alphas: Tensor
+    prompts: list[list[str]]
+
+
+class SceneLayers:
+    """Scene i has 1 + i % MOST objects. Its layers are encoded when first asked for and kept on disk, under a digest of the encoders."""
+
+    def __init__(self, folder: Path, autoencoder: Autoencoder, encoder: OffsetEncoder, count: int, side: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.autoencoder, self.encoder, self.side = autoencoder, encoder, side
+        path = folder / f"layers-{data.RENDERER}-{side}-{count}-{latents.digest(autoencoder.taesd_encoder, encoder)}"
+        size = side // latents.FACTOR
+        self.values = data.ScenePool._open(path, (count, MOST + 2, 5, size, size), np.float16)
+
+    def request(self, index: int) -> scenes.Request:
+        return scenes.Request(train=True, count=1 + index % MOST)
+
+    def batch(self, indices: np.ndarray, draw: int) -> Batch:
+        """Scenes of one number of objects; `draw` chooses among the prompts that fit."""
+        for index in np.unique(indices):
+            if not self.values[index].any():
+                self.values[index] = self._encode(int(index))
+        layers = 3 + int(indices[0]) % MOST
+        values = torch.from_numpy(self.values[indices]).float()[:, :layers]
+        return Batch(values[:, :, :4], values[:, 1:-1, 4], [self.words(int(index), draw) for index in indices])
+
+    def words(self, index: int, draw: int) -> list[str]:
+        rng = np.random.default_rng((index, draw))
+        kind, names = scenes.choose(self.request(index), np.random.default_rng(index))
+        where = str(rng.choice(scenes.PLACE_WORDS[kind]))
+        place = where if rng.random() < 0.3 else f"{scenes.EMPTY} {where}"
+        return [place, *(str(rng.choice(scenes.catalogue()[name].prompts)) for name in names)]
+
+    @torch.no_grad()
+    def _encode(self, index: int) -> np.ndarray:
+        """[MOST+2,5,h,w]: latents and alphas of the layers, then nothing."""
+        scene = scenes.render(self.request(index), self.side, self.side, index)
+        background, whole = self.autoencoder.encode(_tensor([scene.background, scene.composite]))
+        rgba = _tensor([one.rgba for one in scene.objects])
+        rgba = torch.cat([extend_colours(rgba[:, :3], rgba[:, 3:]), rgba[:, 3:]], 1)
+        objects = adapter.encode_cut_outs(rgba, self.autoencoder, self.encoder)
+        found = torch.zeros(self.values.shape[1:])
+        layers = torch.stack([background, *objects, whole])
+        found[:len(layers), :4] = layers
+        found[1:len(layers) - 1, 4:] = resize_maps(rgba[:, 3:], layers.shape[-2:])
+        return found.numpy()
+
+
+def _tensor(pictures: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(pictures).astype(np.float32)).permute(0, 3, 1, 2)
+
+
+def object_count(step: int, config: dict, rng: np.random.Generator) -> int:
+    """How many objects the scenes of a step have: the shares go evenly from those of the first step to those of the last."""
+    first, last = (np.array(shares, float) for shares in config["shares"])
+    shares = first + (last - first) * min(1.0, step / config["steps"])
+    return 1 + int(rng.choice(MOST, p=shares / shares.sum()))
+
+
+def prompt_rows(prompts: list[list[str]]) -> Tensor:
+    """[B,L-1,77]"""
+    return torch.stack([text.rows(scene) for scene in prompts])
+
+
+def loss_of(model: nn.Module, batch: Batch, config: dict, levels: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
+    """Eq. 8. All layers of a scene have the same noise and timestep; a scene in `1 / empty_prompt` has no words, and its alphas for maps."""
+    device, size = next(model.parameters()).device, len(batch.prompts)
+    timesteps = torch.from_numpy(rng.integers(0, len(levels), size))
+    noise = torch.from_numpy(rng.standard_normal((size, 1, *batch.latent.shape[2:]), np.float32)).expand_as(batch.latent)
+    kept = rng.random(size) >= config["empty_prompt"]
+    rows = prompt_rows([prompts if keep else [""] * len(prompts) for prompts, keep in zip(batch.prompts, kept, strict=True)])
+    level, alphas = levels[timesteps], batch.alphas.to(device)
+    given = formulas.add_noise(batch.latent, noise, level)
+    predicted, maps, own = model(given.to(device), timesteps.to(device), rows.to(device), (timesteps >= EARLY).float().to(device), alphas)
+    error = (predicted.float() - noise.to(device)).square().mean((1, 2, 3, 4))
+    weight = formulas.noise_loss_weight(level, config["snr_gamma"]).float().to(device)
+    told = torch.from_numpy(kept).float().to(device)
+    wanted = resize_maps(alphas, maps.shape[-2:]).flatten(2)
+    context = (map_distance(maps.flatten(2), wanted) * told).mean()
+    layout = (map_distance(maps.flatten(2).detach(), own.flatten(2)) * told).mean()  # the whole picture guides the objects, not they it
+    total = (weight * error).mean() + config["context_weight"] * context + config["layout_weight"] * layout
+    return {"loss": total, "error": error.mean().detach(), "context": context.detach(), "layout": layout.detach()}
+
+
+def build(config: dict, root: Path) -> LayeredDenoiser:
+    """The trained denoiser, on the objects' rows with the trained adapter, and what learns at zero."""
+    torch.manual_seed(config["seed"])
+    plain = diffusion.build({**config, "in_channels": 4})
+    loop.start_from(plain, root / "diffusion" / "model.safetensors")
+    return LayeredDenoiser(plain, adapter_terms(root / config["adapter"]) if config["adapter"] else {}, MOST, config["context_layers"])
+
+
+def adapter_terms(folder: Path) -> dict[str, Tensor]:
+    """What the trained adapter adds to each projection. Raises SystemExit when it is not there."""
+    path = folder / "model.safetensors"
+    if not path.exists():
+        raise SystemExit(f"error: {path} is missing; train it first: python -m training adapter, or set adapter to null.")
+    parts = adapter.published_form(load_file(path))
+    downs = [key for key in parts if key.endswith("::lora::1")]
+    return {key.removeprefix("diffusion_model.").removesuffix(".weight::lora::1"): parts[key.replace("::lora::1", "::lora::0")] @ parts[key]
+            for key in downs}
+
+
+@torch.no_grad()
+def sample(model: nn.Module, prompts: list[list[str]], side: int, seed: int = 0) -> Tensor:
+    """[B,L,4,h,w]: deterministic sampling with classifier-free guidance, all layers from one noise, as Layers sampler does it."""
+    device, levels, size = next(model.parameters()).device, formulas.noise_levels(), side // latents.FACTOR
+    start = torch.randn(len(prompts), 1, 4, size, size, generator=torch.Generator().manual_seed(seed)).to(device)
+    latent = start.repeat(1, len(prompts[0]) + 1, 1, 1, 1)
+    rows, nothing = (prompt_rows(words).to(device) for words in (prompts, [[""] * len(prompts[0])] * len(prompts)))
+    times = np.linspace(len(levels) - 1, 0, SAMPLING_STEPS + 1).round().astype(int)
+    for now, after in zip(times[:-1], times[1:], strict=True):
+        given = torch.full((len(prompts),), int(now), device=device), torch.full((len(prompts),), float(now >= EARLY), device=device)
+        wanted, maps, _ = model(latent, given[0], rows, given[1])
+        free = model(latent, given[0], nothing, given[1], maps)[0]
+        latent = formulas.ddim_step(latent, free + GUIDANCE * (wanted - free), levels[now], levels[after])
+    return latent
+
+
+def train(config: dict, folder: Path, minutes: float | None, save_every: float) -> nn.Module:
+    root = folder.parent
+    autoencoder = latents.load_autoencoder(root)
+    encoder, decoder = adapter.load_pair(root / "transparency")
+    pool = SceneLayers(root / "scenes", autoencoder, encoder, config["scenes"], config["side"])
+    levels = formulas.noise_levels()
+
+    def loss(model, step, rank):
+        rng = np.random.default_rng((config["seed"], step, rank))
+        count = object_count(step, config, rng)
+        picked = rng.integers(0, (config["scenes"] - CHECK) // MOST, max(1, config["rows"] // (count + 2)))
+        return loss_of(model, pool.batch(count - 1 + MOST * picked, step), config, levels, rng)
+
+    @torch.no_grad()
+    def validate(model, step):
+        found = []
+        first = (config["scenes"] - CHECK) // MOST * MOST
+        for count in range(1, MOST + 1):
+            indices = np.arange(first + count - 1, config["scenes"], MOST)[:CHECK // MOST]
+            found.append(loss_of(model, pool.batch(indices, 0), {**config, "empty_prompt": 0}, levels, np.random.default_rng(0)))
+        loop.save_grid(folder / "grid.png", torch.cat([_shown(model, pool, count, autoencoder, decoder) for count in range(1, MOST + 1)]), MOST + 2)
+        return {key: float(np.mean([one[key].item() for one in found])) for key in found[0]}
+
+    return loop.fit(build(config, root), loss, validate, config, folder, minutes, save_every)
+
+
+def _shown(model: nn.Module, pool: SceneLayers, count: int, autoencoder: Autoencoder, decoder: nn.Module) -> Tensor:
+    """[SHOWN·(MOST+2),3,S,S]: background, objects on a checkerboard, empty places, whole picture of a few scenes, by the prompts of the pool's first."""
+    layers = sample(model, [pool.words(count - 1 + MOST * i, 0) for i in range(SHOWN)], pool.side).cpu()
+    pictures = autoencoder.decode(layers.flatten(0, 1)).clamp(0, 1)
+    found = decoder(pictures, layers.flatten(0, 1)).clamp(0, 1)
+    board = checkerboard(pool.side)
+    cut = (found[:, 1:] * found[:, :1] + board * (1 - found[:, :1])).unflatten(0, (SHOWN, -1))
+    pictures = pictures.unflatten(0, (SHOWN, -1))
+    empty = torch.ones(SHOWN, MOST - count, *pictures.shape[2:])
+    return torch.cat([pictures[:, :1], cut[:, 1:-1], empty, pictures[:, -1:]], 1).flatten(0, 1)

@@ -1,0 +1,186 @@
+"""The family's denoiser on scenes of several layers, as ComfyUI runs it with Shared layers and Context maps: by the same functions of the equations."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..networks.context_layers import ContextLayers
+from ..networks.unet import Attention, Downsample, TransformerBlock, UNet
+from ..techniques import shared_layers as dreamlayer
+from . import text
+from .diffusion import TextToImage
+
+LEARNING = ("to_k", "to_v")
+
+
+@dataclass
+class Call:
+    """One call for B scenes of L rows: background, objects back to front, whole picture. It goes through the denoiser in the place of the context.
+
+    tokens: [B·L,S,D]. words: of each scene, the layers' positions in the whole picture's tokens. ends: [B][L-1], where each layer's own words end.
+    early: [B], 1 where Eq. 9 acts. known: [B,F,h,w], maps for scenes without words. maps, own: [B,F,h,w], by the whole picture and by the
+    objects' own branches, made of what was looked at on the way down.
+    """
+    layers: int
+    size: tuple[int, int]
+    tokens: Tensor
+    words: list[list[list[int]]]
+    ends: list[list[int]]
+    early: Tensor
+    refine: ContextLayers
+    known: Tensor | None = None
+    maps: Tensor | None = None
+    own: Tensor | None = None
+    looks: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    def size_of(self, x: Tensor) -> tuple[int, int]:
+        factor = round((self.size[0] * self.size[1] / x.shape[1]) ** 0.5)
+        return self.size[0] // factor, self.size[1] // factor
+
+    def mix(self, n: Tensor) -> Tensor:
+        if self.maps is None:
+            self._make_maps()
+        maps = dreamlayer.resize_maps(self.maps, self.size_of(n)).flatten(2) * self.early[:, None, None]
+        return dreamlayer.mix_global_in(n.unflatten(0, (-1, self.layers)), maps).flatten(0, 1)
+
+    def look(self, n: Tensor, q: Tensor, k: Tensor, heads: int) -> None:
+        n, q, k = (rows.unflatten(0, (-1, self.layers)) for rows in (n, q, k))
+        whole, own = [], []
+        for scene, (words, ends) in enumerate(zip(self.words, self.ends, strict=True)):
+            whole.append(dreamlayer.token_shares(q[scene, -1:], k[scene, -1:], heads, words[1:]))
+            own.append(torch.cat([dreamlayer.token_shares(q[scene, [row]], k[scene, [row]], heads, [list(range(1, ends[row]))])
+                                  for row in range(1, self.layers - 1)], 1))
+        self.looks.append((torch.cat(whole), torch.cat(own), n[:, -1]))
+
+    def _make_maps(self) -> None:
+        shares, own, hidden = (torch.stack(values).sum(0) for values in zip(*self.looks, strict=True))
+        size = self.size_of(hidden)
+        maps, self.own = (values.unflatten(2, size) for values in (self.refine(dreamlayer.context_maps(shares), hidden), dreamlayer.context_maps(own)))
+        if self.known is not None:
+            told = torch.tensor([any(words) for words in self.words], device=maps.device)
+            maps = torch.where(told[:, None, None, None], maps, dreamlayer.resize_maps(self.known, size))
+        self.maps = maps
+
+
+class RowLinear(nn.Module):
+    """A frozen projection. Background and whole picture add `shared` to its weight, objects `foreground`, where it learns, and `adapter`."""
+
+    def __init__(self, plain: nn.Linear, adapter: Tensor | None, learns: bool):
+        super().__init__()
+        self.weight, self.bias = plain.weight, plain.bias
+        self.register_buffer("adapter", torch.zeros_like(plain.weight) if adapter is None else adapter)
+        self.shared, self.foreground = (nn.Parameter(torch.zeros_like(plain.weight)) if learns else None for _ in range(2))
+
+    def forward(self, x: Tensor, layers: int) -> Tensor:
+        """x: [B·L,T,C]"""
+        others, objects = self.weight, self.weight + self.adapter
+        if self.shared is not None:
+            others, objects = others + self.shared, objects + self.foreground
+        first, between, last = x.unflatten(0, (-1, layers)).split([1, layers - 2, 1], 1)
+        parts = (first, others), (between, objects), (last, others)
+        return torch.cat([F.linear(part, weight, self.bias) for part, weight in parts], 1).flatten(0, 1)
+
+
+class LayerBlock(nn.Module):
+    """A transformer block of the UNet, its parts under the names that they had. up: it shares attention. looked_at: maps are taken from it."""
+
+    def __init__(self, plain: TransformerBlock, adapter: dict[str, Tensor], up: bool, looked_at: bool):
+        super().__init__()
+        self.attn1, self.attn2, self.ff, self.up, self.looked_at = plain.attn1, plain.attn2, plain.ff, up, looked_at
+        self.norm1, self.norm2, self.norm3 = plain.norm1, plain.norm2, plain.norm3
+        for name in ("attn1", "attn2"):
+            module = getattr(self, name)
+            for part in ("to_q", *LEARNING):
+                setattr(module, part, RowLinear(getattr(module, part), adapter.get(f"{name}.{part}"), part in LEARNING))
+            module.to_out[0] = RowLinear(module.to_out[0], adapter.get(f"{name}.to_out.0"), False)
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        n = self.norm1(x)
+        if self.up:
+            n = call.mix(n)
+        x = x + self._attend(self.attn1, n, n, call, self.up)
+        n = self.norm2(x)
+        x = x + self._attend(self.attn2, n, call.tokens, call, False, self.looked_at)
+        return x + self.ff(self.norm3(x))
+
+    def _attend(self, module: Attention, n: Tensor, context: Tensor, call: Call, jointly: bool, look: bool = False) -> Tensor:
+        q, k, v = module.to_q(n, call.layers), module.to_k(context, call.layers), module.to_v(context, call.layers)
+        if look:
+            call.look(n, q, k, module.heads)
+
+        def attend(*parts: Tensor) -> Tensor:
+            parts = (part.unflatten(-1, (module.heads, -1)).transpose(1, 2) for part in parts)
+            return F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+
+        out = dreamlayer.joint_attention(q, k, v, call.layers, attend) if jointly else attend(q, k, v)
+        return module.to_out[0](out, call.layers)
+
+
+def map_blocks(unet: UNet) -> list[str]:
+    """The transformer blocks of the way down at its lowest resolution, which is where the nodes take the maps."""
+    level, found = 0, {}
+    for number, part in enumerate(unet.input_blocks):
+        level += any(isinstance(layer, Downsample) for layer in part.modules())
+        found |= {f"input_blocks.{number}.{name}": level for name, layer in part.named_modules() if isinstance(layer, TransformerBlock)}
+    return [name for name, of in found.items() if of == max(found.values())]
+
+
+class LayeredDenoiser(nn.Module):
+    """A trained denoiser and its text encoder, taken over and frozen, under their own keys; embedding, keys, values and context-aware layers learn.
+
+    adapter: differences that the objects' rows have already, by the UNet's module, as in "input_blocks.1.1.transformer_blocks.0.attn1.to_q".
+    """
+
+    def __init__(self, plain: TextToImage, adapter: dict[str, Tensor], most_objects: int, context_layers: int):
+        super().__init__()
+        self.model, self.cond_stage_model = plain.requires_grad_(False).model, plain.cond_stage_model
+        unet = self.unet
+        blocks = [(name, module) for name, module in unet.named_modules() if isinstance(module, TransformerBlock)]
+        looked_at = map_blocks(unet)
+        for name, block in blocks:
+            terms = {key.removeprefix(f"{name}."): term for key, term in adapter.items() if key.startswith(f"{name}.")}
+            unet.set_submodule(name, LayerBlock(block, terms, name.startswith("output_blocks"), name in looked_at))
+        self.layer_embedding = nn.Parameter(torch.zeros(1 + most_objects, unet.get_submodule(looked_at[-1]).attn2.to_k.weight.shape[1]))
+        self.context_layers = ContextLayers(context_layers, unet.get_submodule(looked_at[-1]).norm2.normalized_shape[0])
+
+    @property
+    def unet(self) -> UNet:
+        return self.model["diffusion_model"]
+
+    def forward(self, latent: Tensor, timesteps: Tensor, rows: Tensor, early: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """latent: [B,L,4,h,w]; timesteps, early: [B]; rows: [B,L-1,77] of each layer's prompt -> noise like the latent, the maps, the own maps.
+
+        A scene of empty prompts is the estimate without words of classifier-free guidance: no layer embedding, and maps as known.
+        """
+        layers = latent.shape[1]
+        call = Call(layers, latent.shape[-2:], *self.embed(rows), early, self.context_layers, known)
+        noise = self.unet(latent.flatten(0, 1), timesteps.repeat_interleave(layers), call)
+        return noise.unflatten(0, (-1, layers)), call.maps, call.own
+
+    def embed(self, rows: Tensor) -> tuple[Tensor, list[list[list[int]]], list[list[int]]]:
+        """[B,L-1,77] -> a Call's tokens, words and ends."""
+        unique, place = rows.flatten(0, 1).unique(dim=0, return_inverse=True)
+        encoded = self.cond_stage_model["transformer"]["text_model"](unique)[place].unflatten(0, rows.shape[:2])
+        ends = (rows == len(text.token_ids()) - 1).int().argmax(-1).tolist()
+        tokens, words = [], []
+        for layers, own in zip(encoded, ends, strict=True):
+            whole, places = dreamlayer.global_embedding(list(layers), [[end] for end in own])
+            scene = torch.cat([layers, whole[None]])
+            tokens.append(scene + dreamlayer.layer_offsets(self.layer_embedding, places, len(whole)) if any(places) else scene)
+            words.append(places)
+        return torch.cat(tokens), words, ends
+
+
+def published_form(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What has been learnt under the keys that Load layer modules reads, which patches/layer_modules.py explains."""
+    found = {}
+    for key, value in state.items():
+        name, _, kind = key.removeprefix("model.").rpartition(".")
+        if kind in ("shared", "foreground"):
+            found[f"{kind}.{name}.weight"] = value
+        elif key.startswith(("layer_embedding", "context_layers.")):
+            found[key] = value
+    return found
