@@ -239,11 +239,9 @@ def _layer_names(model, positive: list, decoder) -> list[str]:
 
 def _prepared(model, adapter, count: int, record: Record):
     """A clone that keeps its maps in the record, and whose objects have hidden transparency when there is an adapter."""
-    layered = model.clone()
-    layered.model_options["transformer_options"][RECORD] = record
-    if adapter is None or count == 1:
-        return layered
-    return transparency_model.apply_to_foreground(layered, adapter, object_rows(count))
+    layered = model.clone() if adapter is None or count == 1 else transparency_model.apply_to_foreground(model, adapter, object_rows(count))
+    layered.model_options["transformer_options"][RECORD] = record  # last: a clone would have a copy of it
+    return layered
 
 
 def _stacks(vae, names: list[str], latents: list[torch.Tensor], decoder, record: Record) -> list[LayerStack]:

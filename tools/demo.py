@@ -21,6 +21,8 @@ PHOTOGRAPH = ["LoadImage.image=motorcycle_left.png", "Strata_LoadDepth.file=moto
 # (name of the run, workflow, settings)
 RUNS = [("scene", SLICE, []), ("photograph", SLICE, PHOTOGRAPH), ("swap_background", "depth_swap_background", []),
         ("layers_roundtrip", "layers_roundtrip", []), ("text_to_image", "mini_text_to_image", []),
+        ("transparent_object", "mini_transparent_object", []), ("layerfusion", "layerfusion_mini", []), ("layers_from_text", "layers_from_text_mini", []),
+        ("image_to_layers", "image_to_layers_mini", []), ("inpaint", "mini_inpaint", []), ("object_insertion", "object_insertion_mini", []),
         ("scene_composition", "scene_composition_mini", []), ("harmonize_layers", "harmonize_layers_mini", [])]
 OUT = host.PACK / "output" / "demo"
 CELL = (300, 240)
