@@ -65,11 +65,10 @@ class HarmonizeLayers(io.ComfyNode):
         latents = [vae.encode(_padded(colour, side).permute(0, 2, 3, 1)) for colour in colours]
         latent = harmonize(model, positive, negative, latents[0], torch.cat(latents[1:]), _padded(alphas, side), seed, steps, cfg, sampler_name, scheduler,
                            start_percent, end_percent, lambda count: latent_preview.prepare_callback(model, count))
-        drawn = _decoded(vae, latent, stack.canvas)
+        drawn, (free, _) = _decoded(vae, latent, stack.canvas), visible_shares(alphas)
         if detail:
-            free, _ = visible_shares(alphas)
             drawn = torch.lerp(drawn, keep_detail(colours[0], drawn, _decoded(vae, latents[0], stack.canvas), free[None], detail), free)
-        found = _with_harmonised_background(stack, colours[0], drawn, alphas)
+        found = _with_harmonised_background(stack, colours[0], drawn, free)
         if foregrounds == FOREGROUNDS[0]:
             free, shares = visible_shares(feathered(alphas, feather))
             image = drawn * free + sum(colour * share for colour, share in zip(colours[1:], shares, strict=True))
@@ -105,9 +104,8 @@ def _decoded(vae, latent: torch.Tensor, canvas: tuple[int, int]) -> torch.Tensor
     return pixels.reshape(-1, *pixels.shape[-3:])[:1, :canvas[1], :canvas[0]].permute(0, 3, 1, 2)
 
 
-def _with_harmonised_background(stack: LayerStack, before: torch.Tensor, drawn: torch.Tensor, alphas: torch.Tensor) -> LayerStack:
+def _with_harmonised_background(stack: LayerStack, before: torch.Tensor, drawn: torch.Tensor, free: torch.Tensor) -> LayerStack:
     """The model's background where it is seen, and what was there before where a thing covers it."""
-    free, _ = visible_shares(alphas)
     image = (drawn * free + before * (1 - free))[0].permute(1, 2, 0).clamp(0, 1)
     back = stack.layers[0]
     return stack.with_layers([Layer(image, back.name, extra=back.extra), *stack.layers[1:]])

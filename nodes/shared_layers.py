@@ -6,7 +6,7 @@ import latent_preview
 import torch
 from comfy_api.latest import io, ui
 
-from ..patches import layer_modules, transparency, transparency_model, transparent_latents
+from ..patches import layer_modules, transparency_model, transparent_latents
 from ..patches.branches import sample_branches
 from ..patches.inversion import invert
 from ..patches.layer_prompts import LAYERS, encode_layers
@@ -19,6 +19,7 @@ from .harmonize import HarmonizeLayers
 from .inputs import check_image
 from .sampling import sampling_inputs
 from .sockets import LayerModules, Layers, Transparency, schema
+from .transparency import LayerModelFile
 
 ALIASES = ["dreamlayer", "multi-layer generation", "layered generation"]
 NOISE = ("same for all layers", "one each")
@@ -32,6 +33,11 @@ def transparency_inputs() -> list:
         Transparency.Input("decoder", optional=True, tooltip="Finds the objects' transparency, from Load transparency. Without one their alpha is the last "
                            "context map, which is coarse."),
     ]
+
+
+def maps_output() -> io.Output:
+    return io.Image.Output("maps", display_name="maps", tooltip="For each step the context maps, the objects back to front from left to right. A black pixel "
+                           "without Context maps.")
 
 
 class LayerPrompts(io.ComfyNode):
@@ -56,7 +62,7 @@ class LayerPrompts(io.ComfyNode):
         return io.NodeOutput(encode_layers(clip, background.strip(), [line.strip() for line in objects.splitlines() if line.strip()]))
 
 
-class LoadLayerModules(io.ComfyNode):
+class LoadLayerModules(LayerModelFile):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -74,14 +80,6 @@ class LoadLayerModules(io.ComfyNode):
     def execute(cls, file):
         loaded = layer_modules.load(file)
         return io.NodeOutput(loaded, f"{loaded.name}: {loaded.describe()}")
-
-    @classmethod
-    def validate_inputs(cls, file):
-        return transparency.missing(file) or True
-
-    @classmethod
-    def fingerprint_inputs(cls, file):
-        return transparency.state(file)
 
 
 class SharedLayers(io.ComfyNode):
@@ -152,8 +150,7 @@ class LayersSampler(io.ComfyNode):
                               "prompts."),
                 io.Image.Output("composite", display_name="composite", tooltip="The layers over each other, harmonised."),
                 io.Image.Output("whole", display_name="whole", tooltip="The whole picture that was sampled with the layers: what they are to add up to."),
-                io.Image.Output("maps", display_name="maps", tooltip="For each step the context maps, the objects back to front from left to right. A black "
-                                "pixel without Context maps."),
+                maps_output(),
                 io.Latent.Output("LATENT", display_name="latent", tooltip="All rows: background, objects, whole picture, and again for the next latent."),
             ])
 
@@ -198,8 +195,7 @@ class ImageToLayers(io.ComfyNode):
             outputs=[
                 Layers.Output("LAYERS", display_name="layers", tooltip="Background and objects, named as their prompts."),
                 io.Image.Output("recomposed", display_name="recomposed", tooltip="The layers over each other."),
-                io.Image.Output("maps", display_name="maps", tooltip="For each step the context maps, the objects back to front from left to right. A black "
-                                "pixel without Context maps."),
+                maps_output(),
                 io.Float.Output("error", display_name="error", tooltip="Mean absolute difference between the picture and the layers over each other, 0..1."),
             ])
 

@@ -19,7 +19,19 @@ def weights_input(tooltip: str):
     return Transparency.Input("transparency", tooltip=tooltip)
 
 
-class LoadTransparency(io.ComfyNode):
+class LayerModelFile(io.ComfyNode):
+    """What loaders of the folder layer_model have in common: the choice is checked before the run, and a changed file is loaded again."""
+
+    @classmethod
+    def validate_inputs(cls, file):
+        return files.missing(file) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, file):
+        return files.state(file)
+
+
+class LoadTransparency(LayerModelFile):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -38,14 +50,6 @@ class LoadTransparency(io.ComfyNode):
     def execute(cls, file):
         loaded = files.load(file)
         return io.NodeOutput(loaded, f"{loaded.name}: {loaded.describe()}")
-
-    @classmethod
-    def validate_inputs(cls, file):
-        return files.missing(file) or True
-
-    @classmethod
-    def fingerprint_inputs(cls, file):
-        return files.state(file)
 
 
 class ApplyTransparency(io.ComfyNode):

@@ -18,7 +18,7 @@ def structure_prior(q: Tensor, k: Tensor, heads: int) -> Tensor:
     """
     def density(probabilities: Tensor) -> Tensor:
         return 1 / probabilities.mean(0).square().sum(-1)
-    return 1 - _normalize(over_rows(q, k, heads, density))
+    return 1 - stretched(over_rows(q, k, heads, density))
 
 
 def content_prior(q: Tensor, k: Tensor, heads: int, ends: list[int]) -> Tensor:
@@ -35,7 +35,7 @@ def blending_masks(structure: Tensor, content: Tensor, boundary: float = 10.0) -
 
     Source: layerfusion, Alg. 3
     """
-    soft = _normalize(structure * content)
+    soft = stretched(structure * content)
     return soft, torch.sigmoid(boundary * (soft - 0.5))
 
 
@@ -79,8 +79,11 @@ def resize_prior(prior: Tensor, size: tuple[int, int], new_size: tuple[int, int]
     return prior if size == new_size else F.interpolate(prior.unflatten(1, size)[:, None], new_size, mode="area").flatten(1)
 
 
-def _normalize(values: Tensor) -> Tensor:
-    """Each row of [B,M] stretched to 0..1; a flat one becomes zeros."""
+def stretched(values: Tensor) -> Tensor:
+    """Each row of [...,M] stretched to 0..1; a flat one becomes zeros.
+
+    Source: layerfusion, Alg. 1 and 3, and dreamlayer, Eq. 4: their minmax
+    """
     low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
     return (values - low) / (high - low).clamp_min(torch.finfo(values.dtype).tiny)
 

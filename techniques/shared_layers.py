@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fusion import over_rows
+from .fusion import over_rows, stretched
 
 
 def global_embedding(layers: list[Tensor], ends: list[list[int]], chunk: int = 77) -> tuple[Tensor, list[list[int]]]:
@@ -60,8 +60,7 @@ def context_maps(shares: Tensor) -> Tensor:
 
     Source: dreamlayer, Eq. 4
     """
-    low, high = shares.amin(-1, keepdim=True), shares.amax(-1, keepdim=True)
-    return (shares - low) / (high - low).clamp_min(torch.finfo(shares.dtype).tiny)
+    return stretched(shares)
 
 
 def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -15,7 +15,7 @@ from strata.patches.inversion import invert
 from strata.techniques.feature_guidance import composite_latent, masks_at_level
 from strata.training import loop, metrics, oracle, scenes
 
-from .test_trained_composition import CHECKPOINT, Family
+from .test_trained_composition import CHECKPOINT, Family, picture
 
 PACK = CHECKPOINT.parents[2]
 pytestmark = pytest.mark.skipif(not CHECKPOINT.exists(), reason="no trained weights: make mini")
@@ -24,11 +24,6 @@ PAIRS, STEPS, CFG = int(os.environ.get("STRATA_PAIRS", 6)), 25, 4.0
 EARLY, LATE = 5, 20  # steps of 25 that the paper's tau of 40 and 10, of 50, leave behind
 METHODS = ("image pasting", "latent pasting, tau 10", "latent pasting, tau 40", "FeatGLaC")
 KNOWN = [entry for entry in scenes.catalogue().values() if not entry.held_out and entry.material == "solid"]
-
-
-def picture(array):
-    """[1,3,H,W] of the renderer's [H,W,3]."""
-    return torch.from_numpy(array).permute(2, 0, 1)[None].float()
 
 
 def photographs(number):

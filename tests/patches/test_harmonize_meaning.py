@@ -1,25 +1,18 @@
 """What harmonising does on the trained mini family, against the rendered truth; the pictures go to output/harmonize_meaning.png, one column a scene:
 plain stacking, harmonised, truth."""
-import comfy.sd
 import numpy as np
 import pytest
 import torch
 from strata.nodes.harmonize import HarmonizeLayers
-from strata.patches import mini_family
 from strata.techniques.layers import Layer, LayerStack, write_layers
 from strata.training import loop, metrics, scenes
 
-from .test_trained_composition import CHECKPOINT
+from .test_trained_composition import CHECKPOINT, Family, picture
 
 pytestmark = pytest.mark.skipif(not CHECKPOINT.exists(), reason="no trained weights: make mini")
 FIRST = 5 * 10**9  # numbers of scenes that nothing was trained on
 SETTINGS = {"steps": 30, "cfg": 2.5, "sampler_name": "euler", "scheduler": "normal", "start_percent": 0.85, "end_percent": 0.95, "foregrounds": "keep",
             "feather": 0.0, "detail": 10.0}
-
-
-def picture(array):
-    """[1,C,H,W] of the renderer's [H,W,C]."""
-    return torch.from_numpy(np.ascontiguousarray(array)).movedim(-1, 0)[None].float()
 
 
 def stacked(scene, moved=0):
@@ -41,15 +34,14 @@ def band(scene, moved=0):
 
 @pytest.fixture(scope="module")
 def harmonised():
-    mini_family.register()
     with torch.inference_mode():
-        model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT))
+        family = Family()
 
     @torch.inference_mode()
     def run(scene, moved=0):
         layers, plain = stacked(scene, moved)
-        positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(words)) for words in (scene.prompt, ""))
-        return HarmonizeLayers.execute(model, positive, negative, vae, layers, seed=scene.seed, **SETTINGS).args[0].movedim(-1, 1), plain
+        result = HarmonizeLayers.execute(family.model, family.text(scene.prompt), family.negative, family.vae, layers, seed=scene.seed, **SETTINGS)
+        return result.args[0].movedim(-1, 1), plain
     return run
 
 

@@ -15,6 +15,11 @@ CHECKPOINT = Path(mini_family.PACK) / "models" / "checkpoints" / "strata_mini_sd
 pytestmark = pytest.mark.skipif(not CHECKPOINT.exists(), reason="no trained weights: make mini")
 
 
+def picture(array):
+    """[1,C,H,W] of the renderer's [H,W,C]."""
+    return torch.from_numpy(array.copy()).movedim(-1, 0)[None].float()
+
+
 class Family:
     def __init__(self):
         mini_family.register()

@@ -31,6 +31,11 @@ def minmax(x):
     return (x - x.min(1, keepdims=True)) / (x.max(1, keepdims=True) - x.min(1, keepdims=True))
 
 
+def test_stretched_rows_span_their_range_and_flat_ones_are_zeros():
+    values = torch.cat([tokens(5, 3)[:, :9], torch.full((1, 9), 0.3, dtype=torch.float64)])
+    assert np.abs(fusion.stretched(values)[:3].numpy() - minmax(values[:3].numpy())).max() < 1e-12 and (fusion.stretched(values)[3] == 0).all()
+
+
 @pytest.mark.parametrize("rows", [1, 7, 10**6])
 def test_what_is_made_over_rows_is_made_of_the_whole_attention(monkeypatch, rows):
     q, k, most = tokens(0, 2, 30), tokens(1, 2, 14), []
@@ -117,7 +122,7 @@ def test_flat_priors_give_finite_masks():
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float16, 4e-3)])
 def test_blend_foreground_in_and_return_to_foreground_are_equations_1_and_2(dtype, tolerance):
     fg, bl = tokens(7, 2, 11).to(dtype), tokens(8, 2, 11).to(dtype)
-    soft, hard = torch.rand(2, 11, dtype=torch.float64), torch.rand(2, 11, dtype=torch.float64)
+    soft, hard = torch.rand(2, 2, 11, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     a, b, s, h = fg.double(), bl.double(), soft[..., None], hard[..., None]
     blended = fusion.blend_foreground_in(fg, bl, soft)
     assert blended.dtype == dtype and (blended.double() - (a * s + b * (1 - s))).abs().max() < tolerance
