@@ -1,4 +1,6 @@
 """DreamLayer's harmonisation: layers that were only stacked become one picture."""
+from collections.abc import Callable
+
 import comfy.samplers
 import latent_preview
 import torch
@@ -6,10 +8,12 @@ import torch.nn.functional as F
 from comfy_api.latest import io
 
 from ..patches.harmonize import harmonize
+from ..patches.inversion import Inversion
 from ..techniques.geometry import rasterise
-from ..techniques.harmonization import feathered, keep_detail, visible_shares
+from ..techniques.harmonization import feathered, keep_detail, on_canvas, visible_shares
 from ..techniques.layers import Layer, LayerStack, read_layers, write_layers
 from ..techniques.transparency import clean_colours
+from . import sockets
 from .sockets import Layers, schema
 
 FOREGROUNDS = ("keep", "relight")
@@ -46,6 +50,8 @@ class HarmonizeLayers(io.ComfyNode):
                                "fade into what the model has drawn."),
                 io.Float.Input("detail", default=0.0, min=0.0, max=256.0, step=0.5, optional=True, tooltip="Above 0 the background keeps its own texture, and "
                                "takes from the model only what is smoother than so many pixels: light and shadow. 0 takes it as the model has drawn it."),
+                sockets.Inversion.Input("retained", optional=True, tooltip="The layers' latents on their way, the background's first: of the run, from "
+                                        "Layers sampler, or of their pictures, from Invert image. Without it noise is added to the layers."),
             ],
             outputs=[
                 io.Image.Output("IMAGE", display_name="image", tooltip="The picture, of the canvas's size."),
@@ -56,15 +62,16 @@ class HarmonizeLayers(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, vae, layers, seed, steps, cfg, sampler_name, scheduler, start_percent, end_percent, foregrounds, feather,
-                detail=0.0):
-        stack = _shown(read_layers(layers))
+                detail=0.0, retained=None):
+        stack, side = read_layers(layers), vae.spacial_compression_encode()
+        path = None if retained is None else _retained(retained, stack, side)
+        stack = _shown(stack)
         background, *things = [rasterise(layer, stack.canvas).permute(2, 0, 1)[None] for layer in stack.layers]
         colours = [clean_colours(pixels[:, :3], pixels[:, 3:]) for pixels in (background, *things)]
         alphas = torch.cat([pixels[:, 3:] for pixels in things])
-        side = vae.spacial_compression_encode()
         latents = [vae.encode(_padded(colour, side).permute(0, 2, 3, 1)) for colour in colours]
         latent = harmonize(model, positive, negative, latents[0], torch.cat(latents[1:]), _padded(alphas, side), seed, steps, cfg, sampler_name, scheduler,
-                           start_percent, end_percent, lambda count: latent_preview.prepare_callback(model, count))
+                           start_percent, end_percent, lambda count: latent_preview.prepare_callback(model, count), path)
         drawn, (free, _) = _decoded(vae, latent, stack.canvas), visible_shares(alphas)
         if detail:
             drawn = torch.lerp(drawn, keep_detail(colours[0], drawn, _decoded(vae, latents[0], stack.canvas), free[None], detail), free)
@@ -90,6 +97,24 @@ def _shown(stack: LayerStack) -> LayerStack:
             raise ValueError(f"layers: layer {layer.name!r} covers the whole canvas and has no transparent pixel, so nothing behind it would be seen; "
                              "give it an alpha or a mask.")
     return stack
+
+
+def _retained(path: Inversion, stack: LayerStack, side: int) -> Callable[[float], torch.Tensor]:
+    """[1+K,C,h,w] of the visible layers at a noise level, where they lie on the canvas. Raises ValueError for a path of other layers."""
+    count, (height, width) = path.latents.shape[1], path.latents.shape[-2:]
+    if count != len(stack.layers):
+        raise ValueError(f"retained: it is the way of {count} latents and layers has {len(stack.layers)}; connect layers and path of the same run.")
+    for layer in stack.layers:
+        own = layer.image.shape[:2]
+        if tuple(-(-length // side) for length in own) != (height, width):
+            raise ValueError(f"retained: its latents are of {width * side}×{height * side} pixels and layer {layer.name!r} is {own[1]}×{own[0]}; "
+                             "connect layers and path of the same run.")
+    shown = [(number, layer) for number, layer in enumerate(stack.layers) if layer.visible]
+
+    def at(sigma: float) -> torch.Tensor:
+        latents = path.at(sigma)
+        return torch.stack([on_canvas(latents[number], layer, stack.canvas, side) for number, layer in shown])
+    return at
 
 
 def _padded(pixels: torch.Tensor, side: int) -> torch.Tensor:

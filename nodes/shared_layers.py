@@ -8,12 +8,13 @@ from comfy_api.latest import io, ui
 
 from ..patches import layer_modules, transparency_model, transparent_latents
 from ..patches.branches import sample_branches
-from ..patches.inversion import invert
+from ..patches.inversion import Inversion, invert
 from ..patches.layer_prompts import LAYERS, encode_layers
 from ..patches.shared_layers import MAPS, PATH, RECORD, Maps, Record, Sharing, layer_count, map_context, object_rows, share_layers, without_layers
 from ..techniques.compositing import flatten
 from ..techniques.layers import Layer, LayerStack, write_layers
 from ..techniques.shared_layers import map_alphas
+from . import sockets
 from .fusion import map_strips
 from .harmonize import HarmonizeLayers
 from .inputs import check_image
@@ -23,6 +24,7 @@ from .transparency import LayerModelFile
 
 ALIASES = ["dreamlayer", "multi-layer generation", "layered generation"]
 NOISE = ("same for all layers", "one each")
+HIDDEN = ("uni_pc", "uni_pc_bh2", "dpm_fast", "dpm_adaptive")  # samplers whose steps do not show the latent at the schedule's noise levels
 PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01}
 
 
@@ -152,25 +154,29 @@ class LayersSampler(io.ComfyNode):
                 io.Image.Output("whole", display_name="whole", tooltip="The whole picture that was sampled with the layers: what they are to add up to."),
                 maps_output(),
                 io.Latent.Output("LATENT", display_name="latent", tooltip="All rows: background, objects, whole picture, and again for the next latent."),
+                sockets.Inversion.Output("retained", display_name="retained", is_output_list=True, tooltip="For Harmonize layers: the way of each picture's "
+                                         "layers through the run. Empty with uni_pc, dpm_fast and dpm_adaptive, which do not show it."),
             ])
 
     @classmethod
     def execute(cls, model, vae, positive, noise, harmonize, harmonize_start, harmonize_end, adapter=None, decoder=None, **sampling):
-        names, record = _layer_names(model, positive, decoder), Record()
+        names, record, seen = _layer_names(model, positive, decoder), Record(), {}
         count = layer_count(names)
         layered = _prepared(model, adapter, count, record)
-        branches = sample_branches(layered, positive, count, **sampling, same_noise=noise == NOISE[0])
+        branches = sample_branches(layered, positive, count, **sampling, same_noise=noise == NOISE[0],
+                                   visit=lambda step, x: seen.setdefault(step, x.float().cpu().clone()))
         latents = [branch["samples"] for branch in branches]
         stacks = _stacks(vae, names, latents, decoder, record)
         whole = vae.decode(latents[-1])
+        latent = {**branches[0], "samples": torch.stack(latents, 1).flatten(0, 1)}
+        paths = _paths(model, positive, seen, latent["samples"], names, sampling)
         composite = whole
         if count > 1:
             settings = {**{key: sampling[key] for key in ("seed", "steps", "cfg", "sampler_name", "scheduler")}, "start_percent": harmonize_start,
                         "end_percent": harmonize_end, "foregrounds": "keep", "feather": 2.0}
             draw = _harmonizer(without_layers(model), positive, sampling["negative"], vae, settings) if harmonize else _stacked
-            composite = torch.cat([draw(stack) for stack in stacks])
-        latent = {**branches[0], "samples": torch.stack(latents, 1).flatten(0, 1)}
-        return io.NodeOutput([write_layers(stack) for stack in stacks], composite, whole, map_strips(record.steps), latent)
+            composite = torch.cat([draw(*layers) for layers in zip(stacks, paths, strict=True)])
+        return io.NodeOutput([write_layers(stack) for stack in stacks], composite, whole, map_strips(record.steps), latent, paths)
 
 
 class ImageToLayers(io.ComfyNode):
@@ -266,19 +272,31 @@ def _with_alpha(objects: list[torch.Tensor], latents: list[torch.Tensor], decode
     return torch.cat(transparent_latents.decode(decoder, colour.movedim(-1, 1), latent), 1).movedim(1, -1)
 
 
+def _paths(model, positive: list, seen: dict[int, torch.Tensor], samples: torch.Tensor, names: list[str], sampling: dict) -> list[Inversion | None]:
+    """The way of each picture's background and objects, from all rows of each step; None where the sampler does not show every noise level."""
+    rows = layer_count(names)
+    sigmas = comfy.samplers.KSampler(model, sampling["steps"], model.load_device, sampling["sampler_name"], sampling["scheduler"], sampling["denoise"],
+                                     model_options=model.model_options).sigmas.cpu()
+    if sampling["sampler_name"] in HIDDEN or sorted(seen) != list(range(len(sigmas) - 1)) or not seen:
+        return [None] * (len(samples) // rows)
+    last = model.model.process_latent_in(samples).float().cpu()
+    path = torch.stack([*(seen[step] for step in range(len(seen))), last]).unflatten(1, (-1, rows))
+    return [Inversion(path[:, number, :len(names)], sigmas, positive, "run") for number in range(path.shape[1])]
+
+
 def _stack(names: list[str], background: torch.Tensor, objects: list[torch.Tensor]) -> LayerStack:
     layers = [Layer(pixels, name or "background") for name, pixels in zip(names, [background, *objects], strict=True)]
     return LayerStack((background.shape[1], background.shape[0]), tuple(layers))
 
 
-def _stacked(stack: LayerStack) -> torch.Tensor:
+def _stacked(stack: LayerStack, path: Inversion | None) -> torch.Tensor:
     return flatten(stack)[0][None]
 
 
 def _harmonizer(model, positive: list, negative: list, vae, settings: dict):
     """Harmonize layers with the whole picture's conditioning."""
     whole = _whole(positive)
-    return lambda stack: HarmonizeLayers.execute(model, whole, negative, vae, write_layers(stack), **settings).result[0]
+    return lambda stack, path: HarmonizeLayers.execute(model, whole, negative, vae, write_layers(stack), **settings, retained=path).result[0]
 
 
 NODES = [LayerPrompts, LoadLayerModules, SharedLayers, ContextMaps, LayersSampler, ImageToLayers]

@@ -77,10 +77,10 @@ def blend_attention(model: ModelPatcher, settings: Settings) -> ModelPatcher:
 
 
 def structure_place(model: ModelPatcher) -> Place:
-    """Where the model's last self-attention is."""
+    """The self-attention that shows the structure: the model's last one in the published families, the mini family's last but one (docs/layerfusion.md)."""
     config = getattr(model.model, "model_config", None)
     place = next((tuple(STRUCTURE_LAYER[kind.__name__]) for kind in type(config).__mro__ if kind.__name__ in STRUCTURE_LAYER), None)
-    if place is None or list(transformers(model.model.diffusion_model))[-1] != place:
+    if place is None or place not in transformers(model.model.diffusion_model):
         raise ValueError(f"model: {type(config).__name__} is not supported; LayerFusion works with SD1.5, SD2, SDXL and the Strata mini family.")
     return place
 

@@ -1,6 +1,8 @@
 """Information Retained Harmonization as a sampler: in a range of noise levels the layers are put back at every step, after it the model is free."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -16,11 +18,12 @@ from ..techniques.inversion import ode_step
 class HarmonizingSampler(comfy.samplers.Sampler):
     """Fuses while the noise is at least `until`, with Euler's steps; a stock sampler does the rest.
 
-    foregrounds: [K,C,...,h,w] as an autoencoder makes them. alphas: [K,1,h,w], back to front.
+    foregrounds: [K,C,...,h,w] as an autoencoder makes them. alphas: [K,1,h,w], back to front. retained: [1+K,C,h,w] at a noise level, background
+    first, in the model's scale, instead of noise on the layers.
     """
 
-    def __init__(self, rest: comfy.samplers.Sampler, foregrounds: Tensor, alphas: Tensor, until: float):
-        self.rest, self.foregrounds, self.alphas, self.until = rest, foregrounds, alphas, until
+    def __init__(self, rest: comfy.samplers.Sampler, foregrounds: Tensor, alphas: Tensor, until: float, retained: Callable[[float], Tensor] | None = None):
+        self.rest, self.foregrounds, self.alphas, self.until, self.retained = rest, foregrounds, alphas, until, retained
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
         model, steps = model_wrap.inner_model, len(sigmas) - 1
@@ -33,10 +36,18 @@ class HarmonizingSampler(comfy.samplers.Sampler):
         pinned.latent_image, pinned.noise = latent_image, noise
         extra_args["denoise_mask"] = denoise_mask
         full = self.max_denoise(model_wrap, sigmas)
-        x = model.model_sampling.noise_scaling(sigmas[0], noise.clone(), latent_image, full)
+
+        def layers(step: int) -> Tensor:
+            """[1+K,1,C,...,h,w]"""
+            if self.retained is not None:
+                return self.retained(float(sigmas[step]))[:, None].to(latent_image)
+            clean = [latent_image, *(layer[None] for layer in foregrounds)]
+            return torch.stack([model.model_sampling.noise_scaling(sigmas[step], noise.clone(), layer, full and step == 0) for layer in clean])
+
+        x = None
         for step in range(fused):
-            kept = torch.stack([model.model_sampling.noise_scaling(sigmas[step], noise.clone(), layer[None], full and step == 0) for layer in foregrounds])
-            x = fuse_latents(x, kept, alphas)
+            background, *kept = layers(step)
+            x = fuse_latents(background if x is None else x, torch.stack(kept), alphas)
             clean = pinned(x, sigmas[step] * x.new_ones(len(x)), **extra_args)
             if callback is not None:
                 callback(step, clean, x, steps)
@@ -49,11 +60,12 @@ class HarmonizingSampler(comfy.samplers.Sampler):
 
 
 def harmonize(model: ModelPatcher, positive, negative, background: Tensor, foregrounds: Tensor, alphas: Tensor, seed: int, steps: int, cfg: float,
-              sampler_name: str, scheduler: str, start_percent: float, end_percent: float, callback) -> Tensor:
+              sampler_name: str, scheduler: str, start_percent: float, end_percent: float, callback,
+              retained: Callable[[float], Tensor] | None = None) -> Tensor:
     """The harmonised latent [1,C,...,h,w].
 
     background: [1,C,...,h,w]. foregrounds: [K,C,...,h,w]. alphas: [K,1,H,W] in pixels. The noise added is that of start_percent
-    of the sampling, and the layers are put back until end_percent.
+    of the sampling, and the layers are put back until end_percent. retained: see HarmonizingSampler.
     """
     background = comfy.sample.fix_empty_latent_channels(model, background)
     sampling = model.get_model_object("model_sampling")
@@ -62,6 +74,7 @@ def harmonize(model: ModelPatcher, positive, negative, background: Tensor, foreg
     sigmas = sigmas[int((sigmas[:-1] > start * (1 + 1e-4)).sum()):]
     if len(sigmas) < 2:
         raise ValueError(f"start_percent: no step of {steps} is left after {start_percent}; start earlier or take more steps.")
-    sampler = HarmonizingSampler(comfy.samplers.sampler_object(sampler_name), foregrounds, masks_at_level(alphas[:, 0], background.shape[-2:])[:, None], until)
+    alphas = masks_at_level(alphas[:, 0], background.shape[-2:])[:, None]
+    sampler = HarmonizingSampler(comfy.samplers.sampler_object(sampler_name), foregrounds, alphas, until, retained)
     return comfy.sample.sample_custom(model, comfy.sample.prepare_noise(background, seed), cfg, sampler, sigmas, positive, negative, background,
                                       callback=callback(len(sigmas) - 1), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)

@@ -1,9 +1,14 @@
 """Information Retained Harmonization: layers fused while they are denoised, so that the model draws shadows and light that belong together."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .geometry import rasterise
+from .layers import Layer
 
 
 def visible_shares(alphas: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,6 +29,22 @@ def fuse_latents(background: Tensor, foregrounds: Tensor, alphas: Tensor) -> Ten
     free, shares = visible_shares(alphas)
     shares = shares.reshape(-1, *[1] * (background.ndim - 2), *shares.shape[-2:])
     return background * free + (foregrounds * shares).sum(0)
+
+
+def on_canvas(latent: Tensor, layer: Layer, canvas: tuple[int, int], side: int) -> Tensor:
+    """[C,⌈H/side⌉,⌈W/side⌉]: a latent [C,h,w] of the layer's own pixels, side × side of them in each, where the layer lies on the canvas (W, H).
+
+    Each takes the one that lies nearest, since a mean of several would have less noise than its noise level says. Where the layer is not, anything.
+    Source: dreamlayer, Eq. 13, op(·) of a latent: moved, resized, flipped, turned
+    """
+    height, width = layer.image.shape[:2]
+    y, x = torch.meshgrid(*((torch.arange(length) + 0.5) / length for length in (height, width)), indexing="ij")
+    origins = rasterise(replace(layer, image=torch.stack([x, y, x], -1), mask=None, opacity=1.0), canvas).permute(2, 0, 1)
+    origins = F.pad(origins, (0, -canvas[0] % side, 0, -canvas[1] % side), mode="replicate")
+    origins = F.avg_pool2d(torch.cat([origins[:2] * origins[3:], origins[3:]]), side)
+    share = torch.tensor([width / latent.shape[2], height / latent.shape[1]]) / side
+    grid = (origins[:2] / origins[2:].clamp_min(1e-6)).permute(1, 2, 0) * share * 2 - 1
+    return F.grid_sample(latent[None].float(), grid[None], mode="nearest", padding_mode="border", align_corners=False)[0].to(latent)
 
 
 def feathered(alpha: Tensor, radius: float) -> Tensor:

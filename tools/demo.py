@@ -18,9 +18,11 @@ SLICE = "depth_slice_to_psd"
 PHOTOGRAPH = ["LoadImage.image=motorcycle_left.png", "Strata_LoadDepth.file=motorcycle_disp.npz", "Strata_SliceByDepth.near_is=white",
               "Strata_SliceByDepth.thresholds=0.42, 0.72", "Strata_SliceByDepth.refine_edges=matting", "Strata_SliceByDepth.refine_width=10",
               "Strata_SliceByDepth.fill_holes=blurred"]
+PHOTOGRAPHS = ["Foreground.image=strata_astronaut.jpg", "Depth of the foreground.file=strata_astronaut_depth.png", "Background.image=strata_rocket.jpg",
+               "Depth of the background.file=strata_rocket_depth.png", "Strata_ComposeByDepth.threshold=0.5", "Strata_ComposeByDepth.soft_edge=2"]
 # (name of the run, workflow, settings)
 RUNS = [("scene", SLICE, []), ("photograph", SLICE, PHOTOGRAPH), ("swap_background", "depth_swap_background", []),
-        ("layers_roundtrip", "layers_roundtrip", []), ("text_to_image", "mini_text_to_image", []),
+        ("swap_photographs", "depth_swap_background", PHOTOGRAPHS), ("layers_roundtrip", "layers_roundtrip", []), ("text_to_image", "mini_text_to_image", []),
         ("transparent_object", "mini_transparent_object", []), ("layerfusion", "layerfusion_mini", []), ("layers_from_text", "layers_from_text_mini", []),
         ("image_to_layers", "image_to_layers_mini", []), ("inpaint", "mini_inpaint", []), ("object_insertion", "object_insertion_mini", []),
         ("scene_composition", "scene_composition_mini", []), ("harmonize_layers", "harmonize_layers_mini", [])]

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from ..networks.autoencoder import Autoencoder
 from ..networks.transparency import OffsetEncoder, TransparentDecoder
 from ..techniques import diffusion as formulas
-from ..techniques.transparency import over_gray
 from . import data, diffusion, latents, loop, scenes, text
-from .transparency import CutOuts, Pair, checkerboard
+from .transparency import CutOuts, Pair, checkerboard, hidden
 
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -32,19 +31,13 @@ class CutOutLatents:
         for start in range(0, len(missing), latents.AT_ONCE):
             part = missing[start:start + latents.AT_ONCE]
             rgba = data.to_tensor(np.stack([self.pool[i] for i in part]))
-            self.kept.update(zip(part, encode_cut_outs(rgba, self.autoencoder, self.encoder), strict=True))
+            self.kept.update(zip(part, sum(hidden(rgba, self.autoencoder, self.encoder)), strict=True))
         return latents.Batch(torch.stack([self.kept[int(i)] for i in indices]), None, [self.words(int(i), draw) for i in indices])
 
     def words(self, index: int, draw: int) -> str:
         rng = np.random.default_rng((index, draw))
         what = str(rng.choice(scenes.catalogue()[self.pool.content(index)[1][0]].prompts))
         return text.PLAIN.format(what=what) if rng.random() < 0.3 else what
-
-
-def encode_cut_outs(rgba: Tensor, autoencoder: Autoencoder, encoder: OffsetEncoder) -> Tensor:
-    """Latents of [B,4,H,W], colours that run on, then alpha; with their transparency in them."""
-    colour, alpha = rgba[:, :3], rgba[:, 3:]
-    return autoencoder.encode(over_gray(colour, alpha)) + encoder(torch.cat([alpha, colour], 1))
 
 
 def build(config: dict, folder: Path) -> nn.Module:

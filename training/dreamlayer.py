@@ -16,7 +16,7 @@ from ..techniques.shared_layers import map_distance, resize_maps
 from ..techniques.transparency import extend_colours
 from . import adapter, data, diffusion, latents, loop, scenes, text
 from .layered import LayeredDenoiser
-from .transparency import checkerboard
+from .transparency import checkerboard, hidden
 
 MOST = 3  # objects of a scene
 CHECK = 63  # the last scenes of the pool are kept for validation
@@ -68,7 +68,7 @@ class SceneLayers:
         background, whole = self.autoencoder.encode(_tensor([scene.background, scene.composite]))
         rgba = _tensor([one.rgba for one in scene.objects])
         rgba = torch.cat([extend_colours(rgba[:, :3], rgba[:, 3:]), rgba[:, 3:]], 1)
-        objects = adapter.encode_cut_outs(rgba, self.autoencoder, self.encoder)
+        objects = sum(hidden(rgba, self.autoencoder, self.encoder))
         found = torch.zeros(self.values.shape[1:])
         layers = torch.stack([background, *objects, whole])
         found[:len(layers), :4] = layers

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..networks.autoencoder import Autoencoder
 from ..networks.transparency import OffsetEncoder, TransparentDecoder
-from ..techniques.transparency import extend_colours, over_gray
+from ..techniques.transparency import extend_colours, median_of_passes, over_gray
 from . import data, latents, loop, metrics, scenes
 
 HELD_OUT = range(10**9, 10**9 + 64)  # numbers of the cut-outs that are kept for validation
@@ -58,14 +58,34 @@ class Pair(nn.Module):
         self.encoder = OffsetEncoder(config["encoder_widths"])
         self.decoder = TransparentDecoder(config["decoder_widths"], config["attention_levels"])
 
-    def forward(self, rgba: Tensor, autoencoder: Autoencoder, noise: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-        """rgba: [B,4,S,S], colours that run on, then alpha -> the latent's offset, the decoded picture, and [B,4,S,S], alpha first."""
-        colour, alpha = rgba[:, :3], rgba[:, 3:]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder.blocks[0].weight.requires_grad):
-            offset = self.encoder(torch.cat([alpha, colour], 1))
-            latent = autoencoder.encode(over_gray(colour, alpha)) + offset + noise
-            picture = autoencoder.decode(latent)
-        return offset, picture, self.decoder(picture.clamp(0, 1), latent)
+    def forward(self, rgba: Tensor, autoencoder: Autoencoder, noise: Tensor | float = 0.0, views: np.ndarray | None = None) -> tuple[Tensor, ...]:
+        """rgba: [B,4,S,S], colours that run on, then alpha -> the latent, its offset, the decoded picture, and [B,4,S,S], alpha first.
+
+        views: how the decoder is shown each picture: 0 to 3 quarter turns, 4 more when mirrored before.
+        """
+        clean, offset = hidden(rgba, autoencoder, self.encoder)
+        latent = clean + offset + noise
+        picture = autoencoder.decode(latent)
+        shown = [picture.clamp(0, 1), latent]
+        if views is None:
+            return latent, offset, picture, self.decoder(*shown)
+        found = self.decoder(*(torch.stack([_turned(one, view) for one, view in zip(part, views, strict=True)]) for part in shown))
+        return latent, offset, picture, torch.stack([_turned_back(one, view) for one, view in zip(found, views, strict=True)])
+
+
+def hidden(rgba: Tensor, autoencoder: Autoencoder, encoder: OffsetEncoder) -> tuple[Tensor, Tensor]:
+    """Latents of [B,4,H,W], colours that run on, then alpha; and the offsets to add, which hide the transparency in them."""
+    colour, alpha = rgba[:, :3], rgba[:, 3:]
+    return autoencoder.encode(over_gray(colour, alpha)), encoder(torch.cat([alpha, colour], 1))
+
+
+def _turned(picture: Tensor, view: int) -> Tensor:
+    return torch.rot90(picture.flip(2) if view > 3 else picture, int(view) % 4, (1, 2))
+
+
+def _turned_back(picture: Tensor, view: int) -> Tensor:
+    upright = torch.rot90(picture, -int(view) % 4, (1, 2))
+    return upright.flip(2) if view > 3 else upright
 
 
 def losses(config: dict, rgba: Tensor, offset: Tensor, picture: Tensor, found: Tensor) -> dict[str, Tensor]:
@@ -98,20 +118,25 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
         autoencoder.to(device)
         rgba = pool.batch(config["batch"], config["crop"], config["seed"], step, rank).to(device)
         size = config["crop"] // latents.FACTOR
-        noise = np.random.default_rng((config["seed"], step, rank, 1)).standard_normal((len(rgba), 4, size, size), np.float32)
-        return losses(config, rgba, *model(rgba, autoencoder, config["noise"] * torch.from_numpy(noise).to(device)))
+        rng = np.random.default_rng((config["seed"], step, rank, 1))
+        noise = rng.standard_normal((len(rgba), 4, size, size), np.float32)
+        views = rng.integers(0, 8, len(rgba)) if config.get("turned") else None
+        return losses(config, rgba, *model(rgba, autoencoder, config["noise"] * torch.from_numpy(noise).to(device), views)[1:])
 
     @torch.no_grad()
     def validate(model, step):
         device = next(model.parameters()).device
-        parts = [model(part.to(device), autoencoder) for part in check.split(16)]
-        offset, picture, found = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-        alpha, found = check[:, 3:], found.clamp(0, 1)
-        board = checkerboard(config["side"])
+        parts = []
+        for part in check.split(16):
+            latent, offset, picture, once = model(part.to(device), autoencoder)
+            parts.append((offset, picture, once.clamp(0, 1), median_of_passes(model.decoder, picture.clamp(0, 1), latent)))
+        offset, picture, once, found = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+        alpha, board = check[:, 3:], checkerboard(config["side"])
         shown = [found[:16, 1:] * found[:16, :1] + board * (1 - found[:16, :1]), check[:16, :3] * alpha[:16] + board * (1 - alpha[:16])]
         loop.save_grid(folder / "grid.png", torch.cat(shown), 8)
-        report = {"iou": metrics.alpha_iou(found[:, 0], alpha[:, 0]).mean().item(), "sad": metrics.alpha_sad(found[:, 0], alpha[:, 0]).mean().item(),
-                  "picture": (picture - over_gray(check[:, :3], alpha)).abs().mean().item(), "offset": offset.std().item()}
+        report = {name: metrics.alpha_iou(seen[:, :1], alpha).mean().item() for name, seen in (("iou", found), ("iou of one pass", once))}
+        report |= {"sad": metrics.alpha_sad(found[:, :1], alpha).mean().item(),
+                   "picture": (picture - over_gray(check[:, :3], alpha)).abs().mean().item(), "offset": offset.std().item()}
         print(f"held-out cut-outs at step {step}: " + "  ".join(f"{key} {value:.4g}" for key, value in report.items()), flush=True)
         return report
 

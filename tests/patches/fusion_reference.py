@@ -56,14 +56,18 @@ def attention(module, x, context):
 
 
 class Reference:
-    """unet: the model; foreground: the same with the foreground's weights. Both are copied; call prior, then conditional, then other."""
+    """unet: the model; foreground: the same with the foreground's weights. Both are copied; call prior, then conditional, then other.
 
-    def __init__(self, unet, foreground, ends, boundary=10.0, own_prompt=False):
+    structure_at: number from the end of the block that shows the structure.
+    """
+
+    def __init__(self, unet, foreground, ends, boundary=10.0, own_prompt=False, structure_at=1):
         self.unet, self.foreground = copy.deepcopy(unet).double(), copy.deepcopy(foreground).double()
         self.ends, self.boundary, self.own_prompt, self.masks = ends, boundary, own_prompt, {}
         pairs = [[m for m in model.modules() if isinstance(m, BasicTransformerBlock)] for model in (self.unet, self.foreground)]
         for number, (block, twin) in enumerate(zip(*pairs, strict=True)):
             block.number, block.twins = number, [twin]  # in a list, so that it is no submodule
+            twin.shows_structure = number == len(pairs[0]) - structure_at
             block.forward = MethodType(lambda block, x, context=None, transformer_options=None: self.blend(block, x, context), block)
             twin.forward = MethodType(lambda twin, x, context=None, transformer_options=None: self.plain(twin, x, context), twin)
         for unet_copy in (self.unet, self.foreground):  # the host keeps timestep embeddings in the dtype of the weights
@@ -75,8 +79,9 @@ class Reference:
     def plain(self, block, x, context):
         normed = block.norm1(x)
         out, probabilities = attention(block.attn1, normed, normed)
-        m = probabilities.mean(1)
-        self.structure = 1 - minmax(1 / m.square().sum(-1)), m.shape[1]  # the last block's stays
+        if block.shows_structure:
+            m = probabilities.mean(1)
+            self.structure = 1 - minmax(1 / m.square().sum(-1)), m.shape[1]
         x = x + out
         x = x + attention(block.attn2, block.norm2(x), context)[0]
         return x + block.ff(block.norm3(x))

@@ -76,7 +76,8 @@ def merged(unet, terms, strength=1.0):
 def expected(model, found, positive, negative, terms=None, foreground=None, **settings):
     """The reference's two denoised pictures for the batch that the sampler had. foreground: a UNet instead of one with terms."""
     unet = model.model.diffusion_model
-    reference = fusion_reference.Reference(unet, foreground or merged(unet, terms or {}), ENDS, **settings)
+    place = 2 if type(model.model.model_config).__name__ == "StrataMini" else 1  # models_config/fusion.json
+    reference = fusion_reference.Reference(unet, foreground or merged(unet, terms or {}), ENDS, structure_at=place, **settings)
     sampling, x = model.model.model_sampling, found["input"]
     sigma = torch.full((len(x),), SIGMA)
     scaled = sampling.calculate_input(sigma, x).double()
@@ -235,7 +236,7 @@ def test_the_reused_structure_is_that_of_the_step_before(models):
         call = extra[fusion.KEY]
         options.setdefault(call.phase, []).append((q[:: 1 if call.phase == "prior" else 3].clone(), k[:: 1 if call.phase == "prior" else 3].clone()))
         return attend(q, k, v, extra)
-    patched.set_model_attn1_replace(keep, "output", 5, 0)
+    patched.set_model_attn1_replace(keep, *fusion.structure_place(model))
     sample(patched, layered(model), conditioning(model, 2, rows=1))
     own = [pair for pair in options["conditional"] if len(pair[0]) == 1][::2]  # the foreground's own call, then the pair's
     expected = [fusion.fusion.structure_prior(*pair, 4) for pair in [options["prior"][0], *own[:2]]]

@@ -4,8 +4,10 @@ import comfy.samplers
 import pytest
 import torch
 from strata.patches.harmonize import harmonize
+from strata.patches.inversion import is_flow
 from strata.techniques.feature_guidance import masks_at_level
 from strata.techniques.harmonization import fuse_latents
+from strata.techniques.inversion import noised_trajectory, trajectory_at
 
 from . import fusion_reference
 from .test_fusion import conditioning
@@ -31,10 +33,10 @@ def case(request):
     return model, positive, negative, latents[:1], latents[1:], alphas
 
 
-def run(case, start=0.4, end=0.6, sampler="euler", scheduler="normal", callback=lambda count: None, alphas=None):
+def run(case, start=0.4, end=0.6, sampler="euler", scheduler="normal", callback=lambda count: None, alphas=None, retained=None):
     model, positive, negative, background, foregrounds, given = case
     return harmonize(model, positive, negative, background, foregrounds, given if alphas is None else alphas, SEED, STEPS, CFG, sampler, scheduler, start, end,
-                     callback)
+                     callback, retained)
 
 
 def schedule(model, start):
@@ -89,6 +91,18 @@ def test_steps_are_reported_in_order_and_other_samplers_go_on(case):
     assert [step for step, _, _ in seen] == list(range(len(seen))) and {(total, count) for _, total, count in seen} == {(len(seen), len(seen))}
     for sampler in ("uni_pc", "dpmpp_2m_sde", "heun", "lcm"):
         assert torch.isfinite(run(case, sampler=sampler)).all()
+
+
+def test_retained_latents_take_the_place_of_noise(case):
+    """The same noise on the layers by the inversion's formula is what is done without them; other latents are another picture."""
+    model, _, _, background, foregrounds, _ = case
+    noise, sigmas = comfy.sample.prepare_noise(background, SEED), schedule(model, 0.0)
+    clean = model.model.latent_format.process_in(torch.cat([background, foregrounds]))
+    for seed, same in ((SEED, True), (SEED + 1, False)):
+        noise = comfy.sample.prepare_noise(background, seed)
+        path = noised_trajectory(clean, noise.expand_as(clean), sigmas, is_flow(model))
+        found, expected = run(case, retained=lambda sigma, path=path: trajectory_at(path, sigmas, sigma)), run(case)
+        assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max())) == same
 
 
 def test_nothing_left_to_do_is_said(case):

@@ -1,9 +1,13 @@
 """Harmonize layers as a node on a checkpoint with random weights: which pixels are kept, what the layers hold, and what is refused."""
+from dataclasses import replace
+
+import comfy.samplers
 import comfy.sd
 import pytest
 import torch
 from strata.nodes.harmonize import HarmonizeLayers
 from strata.patches import mini_family
+from strata.patches.inversion import invert
 from strata.techniques.compositing import flatten
 from strata.techniques.layers import Layer, LayerStack, read_layers, write_layers
 
@@ -86,6 +90,44 @@ def test_hidden_layers_are_left_out_and_moved_ones_move(loaded):
     assert torch.equal(run(loaded, stack(cover))[0], run(loaded, stack())[0])
     moved = stack().with_layers(layer if layer.name != "first" else Layer(layer.image, "first", x=2, y=2) for layer in stack().layers)
     assert torch.allclose(run(loaded, moved)[0][0, 3:20, 3:30], stack().layers[1].image[1:18, 1:28, :3], atol=1e-6)
+
+
+def inverted(loaded, count, method="noise only"):
+    """The way of so many pictures of the canvas's size."""
+    model, positive, negative, vae = loaded
+    with torch.inference_mode():
+        pictures = torch.rand(count, HEIGHT + 4, WIDTH + 4, 3, generator=torch.Generator().manual_seed(2))
+        return invert(model, vae.encode(pictures), positive, negative, schedule(model), method, seed=5)
+
+
+def schedule(model):
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 8)
+
+
+def full_size():
+    alpha = torch.zeros(HEIGHT, WIDTH, 4)
+    alpha[20:50, 10:50] = torch.rand(30, 40, 4, generator=torch.Generator().manual_seed(0))
+    return LayerStack((WIDTH, HEIGHT), (stack().layers[0], Layer(alpha, "thing")))
+
+
+def test_retained_latents_of_an_inversion_are_followed_where_the_layers_are(loaded):
+    layers, path = full_size(), inverted(loaded, 2, "ddim")
+    plain, kept = run(loaded, layers, "relight")[0], run(loaded, layers, "relight", retained=path)[0]
+    assert not torch.allclose(plain, kept, atol=0.02)
+    hidden = layers.with_layers([*layers.layers, Layer(torch.ones(HEIGHT, WIDTH, 3), "cover", visible=False)])
+    three = replace(path, latents=torch.cat([path.latents, path.latents[:, :1]], 1))
+    assert torch.equal(run(loaded, hidden, "relight", retained=three)[0], kept)
+    moved = layers.with_layers([layers.layers[0], replace(layers.layers[1], x=24)])
+    along = replace(path, latents=torch.stack([path.latents[:, 0], path.latents[:, 1].roll(3, -1)], 1))
+    there = layers.with_layers([layers.layers[0], replace(layers.layers[1], image=layers.layers[1].image.roll(24, 1))])
+    assert torch.allclose(run(loaded, moved, "relight", retained=path)[0], run(loaded, there, "relight", retained=along)[0], atol=1e-5)
+
+
+def test_retained_latents_of_other_layers_are_refused(loaded):
+    with pytest.raises(ValueError, match="retained: it is the way of 3 latents and layers has 2; connect layers and path of the same run"):
+        run(loaded, full_size(), retained=inverted(loaded, 3))
+    with pytest.raises(ValueError, match="retained: its latents are of 104×80 pixels and layer 'first' is 40×30"):
+        run(loaded, stack(), retained=inverted(loaded, 3))
 
 
 @pytest.mark.parametrize(("layers", "words"), [

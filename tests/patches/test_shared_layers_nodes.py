@@ -54,7 +54,7 @@ def shared(model):
 def test_from_the_model_to_the_layers(kind, vae, decoder):
     plain = fusion_reference.patcher(kind)
     model, positive = shared(plain), layered(plain)
-    documents, composite, whole, maps, latent = sampled(model, vae, positive, 2, adapter=file_for(kind, plain), decoder=decoder)
+    documents, composite, whole, maps, latent, paths = sampled(model, vae, positive, 2, adapter=file_for(kind, plain), decoder=decoder)
     assert latent["samples"].shape == (8, 4, HEIGHT // 8, WIDTH // 8) and latent["samples"].isfinite().all()
     assert composite.shape == whole.shape == (2, HEIGHT, WIDTH, 3) and maps.shape == (2 * 2, 4 * 2, 2 * 4 * 4, 3) and maps.std() > 0.1
     rows = latent["samples"].unflatten(0, (2, 4))
@@ -63,12 +63,14 @@ def test_from_the_model_to_the_layers(kind, vae, decoder):
     without = sampled(model, vae, positive, 2, decoder=decoder, harmonize=False)
     changed = (without[4]["samples"] - latent["samples"]).abs().flatten(1).mean(1)
     assert (changed.view(2, 4)[:, 1:3] > 0.01).all(), "the adapter acts on the objects"
-    for document, picture, stacked in zip(documents, composite, without[1], strict=True):
+    for document, picture, stacked, path, own in zip(documents, composite, without[1], paths, rows, strict=True):
+        assert torch.allclose(plain.model.latent_format.process_out(path.latents[-1]), own[:3].cpu(), atol=1e-5)
+        assert path.latents.shape[:2] == (len(path.sigmas), 3) and torch.equal(path.latents[0, 0], path.latents[0, 1])  # the same noise
         stack = read_layers(document)
         assert [layer.name for layer in stack.layers] == NAMES and [layer.image.shape[-1] for layer in stack.layers] == [3, 4, 4]
         again, = node(HarmonizeLayers, model=plain, positive=[[positive[0][0][3:], {"pooled_output": positive[0][1]["pooled_output"][3:]}]],
-                      negative=conditioning(plain, 2, rows=1), vae=vae, layers=document, start_percent=0.4, end_percent=0.6, foregrounds="keep", feather=2.0,
-                      **{key: SETTINGS[key] for key in ("seed", "steps", "cfg", "sampler_name", "scheduler")})[:1]
+                      negative=conditioning(plain, 2, rows=1), vae=vae, layers=document, retained=path, start_percent=0.4, end_percent=0.6,
+                      foregrounds="keep", feather=2.0, **{key: SETTINGS[key] for key in ("seed", "steps", "cfg", "sampler_name", "scheduler")})[:1]
         assert torch.equal(again[0], picture) and not torch.allclose(picture, stacked, atol=0.02)
     for document, picture in zip(without[0], without[1], strict=True):
         assert torch.equal(flatten(read_layers(document))[0], picture)
@@ -84,7 +86,7 @@ def loaded(family):
 def test_without_a_decoder_the_last_maps_are_the_alphas(loaded):
     model, clip, vae = loaded
     positive, = node(LayerPrompts, clip=clip, background="the beach", objects="a red apple\n\n  a dog  \n")
-    documents, composite, _, maps, _ = sampled(shared(model), vae, positive, harmonize=False)
+    documents, composite, _, maps, *_ = sampled(shared(model), vae, positive, harmonize=False)
     layers = read_layers(documents[0]).layers
     assert [layer.name for layer in layers] == ["the beach", "a red apple", "a dog"] and not torch.equal(layers[1].image[..., 3], layers[2].image[..., 3])
     for layer, shown in zip(layers[1:], maps[-1, ::4, ::4, 0].chunk(2, 1), strict=True):
@@ -95,13 +97,28 @@ def test_without_a_decoder_the_last_maps_are_the_alphas(loaded):
 def test_a_background_alone_is_the_stock_samplers(loaded):
     model, clip, vae = loaded
     positive, = node(LayerPrompts, clip=clip, background="the beach", objects=" \n ")
-    documents, composite, whole, maps, latent = sampled(shared(model), vae, positive, 2)
+    documents, composite, whole, maps, latent, _ = sampled(shared(model), vae, positive, 2)
     settings = {**SETTINGS, "negative": conditioning(model, 2, rows=1), "latent_image": {"samples": torch.zeros(2, 4, HEIGHT // 8, WIDTH // 8)}}
     with torch.inference_mode():
         stock = sample_branches(model, clip.encode_from_tokens_scheduled(clip.tokenize("the beach")), 1, **settings)[0]
     assert torch.equal(latent["samples"], stock["samples"]) and torch.equal(composite, whole) and maps.shape == (1, 1, 1, 3)
     assert [len(read_layers(document).layers) for document in documents] == [1, 1]
     assert torch.equal(write_layers(read_layers(documents[1]))["layers"][0]["image"][0], whole[1])
+
+
+@pytest.mark.parametrize("sampler", ["uni_pc", "heun", "dpmpp_2s_ancestral", "dpm_adaptive"])
+def test_the_way_of_the_layers_is_at_the_schedules_levels_or_not_given(loaded, sampler):
+    """Near the end the latent on the way is the result; a wrong level or scale would be far from it."""
+    model, clip, vae = loaded
+    positive, = node(LayerPrompts, clip=clip, background="the beach", objects="a dog")
+    *_, latent, (path,) = sampled(shared(model), vae, positive, sampler_name=sampler, steps=12, harmonize=False)
+    if sampler in ("uni_pc", "dpm_adaptive"):
+        assert path is None
+    else:
+        assert (path.sigmas.diff() < 0).all() and path.sigmas[-1] == 0 and len(path.latents) == 13
+        final = model.model.latent_format.process_in(latent["samples"][:2].cpu())
+        assert torch.allclose(path.latents[-1], final) and (path.latents[-2] - final).std() < 3 * path.sigmas[-2]
+        assert abs(path.latents[0].std() / path.sigmas[0] - 1) < 0.2
 
 
 def test_what_is_missing_is_said(loaded):

@@ -1,4 +1,7 @@
 """Fusing layers by their alphas: against Eq. 1 and 12 of DreamLayer written out pixel by pixel in float64."""
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +9,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from strata.techniques.compositing import flatten
 from strata.techniques.feature_guidance import masks_at_level
-from strata.techniques.harmonization import feathered, fuse_latents, keep_detail, visible_shares
+from strata.techniques.harmonization import feathered, fuse_latents, keep_detail, on_canvas, visible_shares
 from strata.techniques.layers import Layer, LayerStack
 
 
@@ -57,6 +60,20 @@ def test_alphas_at_latent_size_are_pillows_means():
     alpha = alphas(1, 48, 40).float()
     expected = np.asarray(Image.fromarray(alpha[0, 0].numpy()).resize((5, 6), Image.BOX))
     assert np.allclose(masks_at_level(alpha[:, 0], (6, 5))[0].numpy(), expected, atol=1e-6)
+
+
+def test_a_latent_goes_where_its_layer_goes():
+    latent, layer = torch.randn(4, 6, 6), Layer(torch.rand(48, 48, 4))
+
+    def shown(canvas=(48, 48), **fields):
+        return on_canvas(latent, replace(layer, **fields), canvas, 8)
+    assert torch.equal(shown(), latent) and torch.equal(shown(flip_h=True), latent.flip(2)) and torch.equal(shown(flip_v=True), latent.flip(1))
+    assert torch.equal(shown(x=16, y=-8)[:, :5, 2:], latent[:, 1:, :4])
+    assert torch.equal(shown(rotation=math.pi / 2), torch.rot90(latent, -1, (1, 2)))  # clockwise, as rot90 is not
+    assert torch.equal(shown((96, 96), w=96, h=96), latent.repeat_interleave(2, 1).repeat_interleave(2, 2))
+    assert torch.equal(on_canvas(latent[:, :, :5], Layer(torch.rand(44, 37, 4)), (37, 44), 8), latent[:, :, :5])  # sides that are no multiples
+    turned = shown(rotation=0.5)
+    assert abs(turned[:, 2:4, 2:4].std() - latent.std()) < 0.4 and all(value in latent for value in turned[:, 2:4, 2:4].flatten())
 
 
 def test_feathering_ends_inside_of_the_edge():
