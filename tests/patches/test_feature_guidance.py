@@ -288,11 +288,11 @@ def test_a_step_that_is_too_large_says_so(case):
         case.sample(case.guider(step_size=1e30))
 
 
-@pytest.mark.parametrize("kind", ["SD1.5", "SDXL"])
+@pytest.mark.parametrize("kind", ["SD1.5", "SD2", "SDXL"])
 def test_other_families(kind):
     case = Case(kind)
     levels = decoder_levels(case.model.model.diffusion_model)
-    assert len(levels) == {"SD1.5": 4, "SDXL": 3}[kind]
+    assert len(levels) == {"SD1.5": 4, "SD2": 4, "SDXL": 3}[kind]
     guider = case.guider(step_size=0.0001)
     found = case.sample(guider)
     assert found.isfinite().all() and all(energies[-1] < energies[0] for energies in guider.energies)
