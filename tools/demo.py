@@ -12,7 +12,7 @@ from pathlib import Path
 import host
 import requests
 import run
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 SLICE = "depth_slice_to_psd"
 PHOTOGRAPH = ["LoadImage.image=motorcycle_left.png", "Strata_LoadDepth.file=motorcycle_disp.npz", "Strata_SliceByDepth.near_is=white",
@@ -50,8 +50,7 @@ def pictures(path: Path) -> list[tuple[str, Image.Image]]:
 
 
 def cell(caption: str, image: Image.Image) -> Image.Image:
-    image = image.copy()
-    image.thumbnail((CELL[0] - 8, CELL[1] - LABEL - 8), Image.LANCZOS)
+    image = ImageOps.contain(image, (CELL[0] - 8, CELL[1] - LABEL - 8), Image.LANCZOS)
     tile = Image.new("RGBA", CELL, "#202024")
     tile.paste(Image.alpha_composite(checkerboard(image.size), image), ((CELL[0] - image.width) // 2, 4))
     ImageDraw.Draw(tile).text((6, CELL[1] - LABEL + 3), caption[:46], fill="#d8d8dc")
