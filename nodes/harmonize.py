@@ -1,5 +1,6 @@
 """DreamLayer's harmonisation: layers that were only stacked become one picture."""
 from collections.abc import Callable
+from dataclasses import replace
 
 import comfy.samplers
 import latent_preview
@@ -109,12 +110,10 @@ def _retained(path: Inversion, stack: LayerStack, side: int) -> Callable[[float]
         if tuple(-(-length // side) for length in own) != (height, width):
             raise ValueError(f"retained: its latents are of {width * side}×{height * side} pixels and layer {layer.name!r} is {own[1]}×{own[0]}; "
                              "connect layers and path of the same run.")
-    shown = [(number, layer) for number, layer in enumerate(stack.layers) if layer.visible]
-
-    def at(sigma: float) -> torch.Tensor:
-        latents = path.at(sigma)
-        return torch.stack([on_canvas(latents[number], layer, stack.canvas, side) for number, layer in shown])
-    return at
+    levels = len(path.latents)
+    placed = [on_canvas(path.latents[:, number].flatten(0, 1), layer, stack.canvas, side).unflatten(0, (levels, -1))
+              for number, layer in enumerate(stack.layers) if layer.visible]
+    return replace(path, latents=torch.stack(placed, 1)).at
 
 
 def _padded(pixels: torch.Tensor, side: int) -> torch.Tensor:
