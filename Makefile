@@ -22,7 +22,7 @@ bench:  ## time and memory against plain ways of doing the same
 	$(EXEC) tools/bench.py $(ARGS)
 
 mini:  ## train the mini family from nothing and write its files; goes on where it was stopped
-	for what in autoencoder decoder classifier diffusion inpaint transparency transparent_decoder adapter dreamlayer; do $(EXEC) -m training $$what || exit 1; done
+	for what in autoencoder decoder classifier diffusion inpaint transparency transparent_decoder adapter dreamlayer dreamlayer_apart; do $(EXEC) -m training $$what || exit 1; done
 	$(EXEC) -m training publish
 	$(EXEC) -m training judge
 

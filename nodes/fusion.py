@@ -12,7 +12,7 @@ from .sockets import Transparency, schema
 
 STRUCTURE = ("prior pass at each step", "reuse previous step")
 BLENDED_TEXT = ("background prompt", "own prompt")
-NOISE = ("same for the three", "one each")
+NOISE = {"same for the three": 0.0, "one each": 1.0}  # how much is each one's own
 
 
 class EncodeLayerPrompts(io.ComfyNode):
@@ -86,7 +86,8 @@ class LayerFusionSampler(io.ComfyNode):
                 io.Model.Input("model", tooltip="From Attention blend. Without it the three are sampled side by side and know nothing of each other."),
                 io.Conditioning.Input("positive", tooltip="From Encode layer prompts."),
                 *sampling_inputs(),
-                io.Combo.Input("noise", options=list(NOISE), default=NOISE[0], tooltip="The same noise makes the three agree in their layout from the start."),
+                io.Combo.Input("noise", options=list(NOISE), default=next(iter(NOISE)), tooltip="The same noise makes the "
+                               "three agree in their layout from the start."),
             ],
             outputs=[
                 io.Latent.Output("foreground", display_name="foreground", tooltip="With a transparency model: decode with Decode transparency."),
@@ -99,7 +100,7 @@ class LayerFusionSampler(io.ComfyNode):
     def execute(cls, model, positive, noise, **sampling):
         model, record = model.clone(), Record()
         model.model_options["transformer_options"][RECORD] = record
-        return io.NodeOutput(*sample_branches(model, positive, BRANCHES, **sampling, same_noise=noise == NOISE[0]), map_strips(record.steps))
+        return io.NodeOutput(*sample_branches(model, positive, BRANCHES, **sampling, own_noise=NOISE[noise]), map_strips(record.steps))
 
 
 def map_strips(steps: list[torch.Tensor]) -> torch.Tensor:

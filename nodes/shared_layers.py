@@ -23,7 +23,7 @@ from .sockets import LayerModules, Layers, Transparency, schema
 from .transparency import LayerModelFile
 
 ALIASES = ["dreamlayer", "multi-layer generation", "layered generation"]
-NOISE = ("same for all layers", "one each")
+NOISE = {"same for all layers": 0.0, "one each": 1.0, "half the same": 0.5}  # how much is each layer's own
 HIDDEN = ("uni_pc", "uni_pc_bh2", "dpm_fast", "dpm_adaptive")  # samplers whose steps do not show the latent at the schedule's noise levels
 PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01}
 
@@ -140,7 +140,8 @@ class LayersSampler(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The autoencoder of the model."),
                 io.Conditioning.Input("positive", tooltip="From Layer prompts."),
                 *sampling_inputs(),
-                io.Combo.Input("noise", options=list(NOISE), default=NOISE[0], tooltip="The same noise, as published, makes the layers agree in their layout."),
+                io.Combo.Input("noise", options=list(NOISE), default=next(iter(NOISE)), tooltip="The same noise, as published, makes "
+                               "the layers agree in their layout; half the same lets objects stand apart, and is what the mini family's modules learnt with."),
                 io.Boolean.Input("harmonize", default=True, tooltip="Draws shadows and light into the composite, as Harmonize layers "
                                  "does; off stacks the layers."),
                 io.Float.Input("harmonize_start", default=0.4, **PERCENT, tooltip="start_percent of Harmonize layers: lower changes more of the background."),
@@ -163,7 +164,7 @@ class LayersSampler(io.ComfyNode):
         names, record, seen = _layer_names(model, positive, decoder), Record(), {}
         count = layer_count(names)
         layered = _prepared(model, adapter, count, record)
-        branches = sample_branches(layered, positive, count, **sampling, same_noise=noise == NOISE[0],
+        branches = sample_branches(layered, positive, count, **sampling, own_noise=NOISE[noise],
                                    visit=lambda step, x: seen.setdefault(step, x.float().cpu().clone()))
         latents = [branch["samples"] for branch in branches]
         stacks = _stacks(vae, names, latents, decoder, record)

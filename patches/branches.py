@@ -1,7 +1,7 @@
 """Several pictures of every latent, sampled as one batch in which they stand next to each other."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import comfy.sample
 import comfy.utils
@@ -9,29 +9,43 @@ import latent_preview
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ..techniques.shared_layers import share_noise
+
 
 def sample_branches(model: ModelPatcher, positive: list, count: int, negative: list, latent_image: dict, seed: int, steps: int, cfg: float,
-                    sampler_name: str, scheduler: str, denoise: float, same_noise: bool = False,
+                    sampler_name: str, scheduler: str, denoise: float, own_noise: float = 1.0,
                     visit: Callable[[int, Tensor], None] = lambda step, x: None) -> list[dict]:
-    """One LATENT per branch. positive: with a row per branch, which the host repeats over the batch. same_noise: the branches of a latent share theirs.
+    """One LATENT per branch. positive: with a row per branch, which the host repeats over the batch. own_noise: how much of the noise's
+    variance is a branch's own, 0..1; at 0 the branches of a latent have the same.
 
     visit: is shown each step's batch, [B·count,C,h,w] in the model's scale, before the step changes it.
     """
     latents = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
-    numbers, mask = latent_image.get("batch_index"), latent_image.get("noise_mask")
-    if same_noise:  # the host draws equal noise for equal numbers
-        numbers = [number for number in numbers or range(len(latents)) for _ in range(count)]
-    elif numbers is not None:
-        numbers = [number * count + branch for number in numbers for branch in range(count)]
+    mask = latent_image.get("noise_mask")
     if mask is not None:
         mask = comfy.utils.repeat_to_batch_size(mask, len(latents)).repeat_interleave(count, 0)
     start, preview = latents.repeat_interleave(count, 0), latent_preview.prepare_callback(model, steps)
+    noise = _noise(start, seed, latent_image.get("batch_index"), count, own_noise)
 
     def callback(step: int, denoised: Tensor, x: Tensor, total: int) -> None:
         visit(step, x)
         preview(step, denoised, x, total)
 
     samples = comfy.sample.sample(
-        model, comfy.sample.prepare_noise(start, seed, numbers), steps, cfg, sampler_name, scheduler, positive, negative, start, denoise=denoise,
-        noise_mask=mask, callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
+        model, noise, steps, cfg, sampler_name, scheduler, positive, negative, start, denoise=denoise, noise_mask=mask, callback=callback,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
     return [{**latent_image, "samples": samples[branch::count]} for branch in range(count)]
+
+
+def _noise(start: Tensor, seed: int, numbers: list[int] | None, count: int, own: float) -> Tensor:
+    """Noise for `start`, [B·count,C,h,w]. The host draws equal noise for equal numbers, which are the latents' places in the batch unless given."""
+    if own == 1 and numbers is None:
+        return comfy.sample.prepare_noise(start, seed)
+    numbers = range(len(start) // count) if numbers is None else numbers
+
+    def drawn(a_latent: int, places: Iterable[int]) -> Tensor:
+        return comfy.sample.prepare_noise(start, seed, [number * a_latent + place for number in numbers for place in places])
+
+    if own in (0, 1):
+        return drawn(count, range(count)) if own else drawn(1, [0] * count)
+    return share_noise(drawn(count + 1, [0] * count), drawn(count + 1, range(1, count + 1)), own)

@@ -55,6 +55,14 @@ def token_shares(q: Tensor, k: Tensor, heads: int, tokens: list[list[int]]) -> T
     return over_rows(q, k, heads, lambda parts: torch.stack([parts[..., own].sum(-1).mean(0) for own in tokens], -1)).transpose(1, 2)
 
 
+def share_noise(shared: Tensor, own: Tensor, own_share: float) -> Tensor:
+    """Noise of unit variance, of which the share `own_share` in 0..1 of the variance is each layer's own; both independent and of unit variance.
+
+    Source: ours, between the paper's same noise for all layers (0) and layers that know nothing of each other (1)
+    """
+    return (1 - own_share) ** 0.5 * shared + own_share ** 0.5 * own
+
+
 def context_maps(shares: Tensor) -> Tensor:
     """[B,F,M] in 0..1, from the shares [B,F,M] summed over the layers of the model: each map stretched to its own range, a flat one zeros.
 

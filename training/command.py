@@ -18,10 +18,11 @@ TRAINERS = {
     "transparent_decoder": "The pair's second half alone, longer: closer alphas from the same latents.",
     "adapter": "Low-rank adapter with which the denoiser draws single objects with hidden transparency.",
     "dreamlayer": "What makes the denoiser draw several layers of a scene together: keys, values, layer embedding and context-aware layers.",
+    "dreamlayer_apart": "The same, longer, with noise that is in part each layer's own: objects that stand apart.",
     "inpaint": "The denoiser with nine input channels, which paints inside a mask; starts from the one before.",
 }
 # Trainers that are another one's code with another config.
-MODULES = {"decoder": "autoencoder", "inpaint": "diffusion", "transparent_decoder": "transparency"}
+MODULES = {"decoder": "autoencoder", "inpaint": "diffusion", "transparent_decoder": "transparency", "dreamlayer_apart": "dreamlayer"}
 CONFIGS = Path(__file__).resolve().parent.parent / "models_config" / "mini"
 # With its default settings glibc gives memory back and takes it again on every step, which costs seconds at random.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}

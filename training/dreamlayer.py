@@ -1,4 +1,8 @@
-"""Trains DreamLayer's modules on rendered scenes: layer embedding, keys and values of every attention, context-aware layers (Eq. 2 and 5 to 8)."""
+"""Trains DreamLayer's modules on rendered scenes: layer embedding, keys and values of every attention, context-aware layers (Eq. 2 and 5 to 8).
+
+Its second run, `dreamlayer_apart`, gives each layer noise that is in part its own. With one noise for all, the difference of two noisy layers shows where
+their things are, however noisy they are; sampling begins without any difference, so such a model puts all things where the noise puts the first.
+"""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -12,7 +16,7 @@ from torch import Tensor, nn
 from ..networks.autoencoder import Autoencoder
 from ..networks.transparency import OffsetEncoder
 from ..techniques import diffusion as formulas
-from ..techniques.shared_layers import map_distance, resize_maps
+from ..techniques.shared_layers import map_distance, resize_maps, share_noise
 from ..techniques.transparency import extend_colours
 from . import adapter, data, diffusion, latents, loop, scenes, text
 from .layered import LayeredDenoiser
@@ -93,17 +97,22 @@ def prompt_rows(prompts: list[list[str]]) -> Tensor:
 
 
 def loss_of(model: nn.Module, batch: Batch, config: dict, levels: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
-    """Eq. 8. All layers of a scene have the same noise and timestep; a scene in `1 / empty_prompt` has no words, and its alphas for maps."""
+    """Eq. 8. All layers of a scene have one timestep and, but for the share `own_noise`, the same noise; a scene in `1 / empty_prompt` has no words, and
+    its alphas for maps. A step at low signal-to-noise ratio, where layouts form, counts up to `early_weight` times as much.
+    """
     device, size = next(model.parameters()).device, len(batch.prompts)
     timesteps = torch.from_numpy(rng.integers(0, len(levels), size))
     noise = torch.from_numpy(rng.standard_normal((size, 1, *batch.latent.shape[2:]), np.float32)).expand_as(batch.latent)
+    if config["own_noise"]:
+        noise = share_noise(noise, torch.from_numpy(rng.standard_normal(batch.latent.shape, np.float32)), config["own_noise"])
     kept = rng.random(size) >= config["empty_prompt"]
     rows = prompt_rows([prompts if keep else [""] * len(prompts) for prompts, keep in zip(batch.prompts, kept, strict=True)])
     level, alphas = levels[timesteps], batch.alphas.to(device)
     given = formulas.add_noise(batch.latent, noise, level)
     predicted, maps, own = model(given.to(device), timesteps.to(device), rows.to(device), (timesteps >= EARLY).float().to(device), alphas)
     error = (predicted.float() - noise.to(device)).square().mean((1, 2, 3, 4))
-    weight = formulas.noise_loss_weight(level, config["snr_gamma"]).float().to(device)
+    weight = formulas.noise_loss_weight(level, config["snr_gamma"]) * ((1 - level) / level).clamp(1, config["early_weight"])
+    weight = weight.float().to(device)
     told = torch.from_numpy(kept).float().to(device)
     wanted = resize_maps(alphas, maps.shape[-2:]).flatten(2)
     context = (map_distance(maps.flatten(2), wanted) * told).mean()
@@ -113,11 +122,15 @@ def loss_of(model: nn.Module, batch: Batch, config: dict, levels: Tensor, rng: n
 
 
 def build(config: dict, root: Path) -> LayeredDenoiser:
-    """The trained denoiser, on the objects' rows with the trained adapter, and what learns at zero."""
+    """The trained denoiser, on the objects' rows with the trained adapter, and what learns: at zero, or as the run `start` left it."""
     torch.manual_seed(config["seed"])
     plain = diffusion.build({**config, "in_channels": 4})
     loop.start_from(plain, root / "diffusion" / "model.safetensors")
-    return LayeredDenoiser(plain, adapter_terms(root / config["adapter"]) if config["adapter"] else {}, MOST, config["context_layers"])
+    model = LayeredDenoiser(plain, adapter_terms(root / config["adapter"]) if config["adapter"] else {}, MOST, config["context_layers"])
+    if config["start"]:
+        learns = {name for name, value in model.named_parameters() if value.requires_grad}
+        loop.start_from(model, root / config["start"] / "model.safetensors", learns)
+    return model
 
 
 def adapter_terms(folder: Path) -> dict[str, Tensor]:
@@ -132,11 +145,12 @@ def adapter_terms(folder: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def sample(model: nn.Module, prompts: list[list[str]], side: int, seed: int = 0) -> Tensor:
-    """[B,L,4,h,w]: deterministic sampling with classifier-free guidance, all layers from one noise, as Layers sampler does it."""
+def sample(model: nn.Module, prompts: list[list[str]], side: int, own_noise: float, seed: int = 0) -> Tensor:
+    """[B,L,4,h,w]: deterministic sampling with classifier-free guidance, the layers from noise as in training, as Layers sampler does it."""
     device, levels, size = next(model.parameters()).device, formulas.noise_levels(), side // latents.FACTOR
-    start = torch.randn(len(prompts), 1, 4, size, size, generator=torch.Generator().manual_seed(seed)).to(device)
-    latent = start.repeat(1, len(prompts[0]) + 1, 1, 1, 1)
+    generator, layers = torch.Generator().manual_seed(seed), len(prompts[0]) + 1
+    latent = torch.randn(len(prompts), 1, 4, size, size, generator=generator).repeat(1, layers, 1, 1, 1)
+    latent = share_noise(latent, torch.randn(latent.shape, generator=generator), own_noise).to(device)
     rows, nothing = (prompt_rows(words).to(device) for words in (prompts, [[""] * len(prompts[0])] * len(prompts)))
     times = np.linspace(len(levels) - 1, 0, SAMPLING_STEPS + 1).round().astype(int)
     for now, after in zip(times[:-1], times[1:], strict=True):
@@ -167,15 +181,16 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
         for count in range(1, MOST + 1):
             indices = np.arange(first + count - 1, config["scenes"], MOST)[:CHECK // MOST]
             found.append(loss_of(model, pool.batch(indices, 0), {**config, "empty_prompt": 0}, levels, np.random.default_rng(0)))
-        loop.save_grid(folder / "grid.png", torch.cat([_shown(model, pool, count, autoencoder, decoder) for count in range(1, MOST + 1)]), MOST + 2)
+        shown = [_shown(model, pool, count, autoencoder, decoder, config["own_noise"]) for count in range(1, MOST + 1)]
+        loop.save_grid(folder / "grid.png", torch.cat(shown), MOST + 2)
         return {key: float(np.mean([one[key].item() for one in found])) for key in found[0]}
 
     return loop.fit(build(config, root), loss, validate, config, folder, minutes, save_every)
 
 
-def _shown(model: nn.Module, pool: SceneLayers, count: int, autoencoder: Autoencoder, decoder: nn.Module) -> Tensor:
+def _shown(model: nn.Module, pool: SceneLayers, count: int, autoencoder: Autoencoder, decoder: nn.Module, own_noise: float) -> Tensor:
     """[SHOWN·(MOST+2),3,S,S]: background, objects on a checkerboard, empty places, whole picture of a few scenes, by the prompts of the pool's first."""
-    layers = sample(model, [pool.words(count - 1 + MOST * i, 0) for i in range(SHOWN)], pool.side).cpu()
+    layers = sample(model, [pool.words(count - 1 + MOST * i, 0) for i in range(SHOWN)], pool.side, own_noise).cpu()
     pictures = autoencoder.decode(layers.flatten(0, 1)).clamp(0, 1)
     found = decoder(pictures, layers.flatten(0, 1)).clamp(0, 1)
     board = checkerboard(pool.side)

@@ -52,7 +52,7 @@ FILES = {  # trainer, file, weights
     "layer_model/strata_mini_transparent_attn.safetensors": ("adapter", lambda root: adapter.published_form(_trained(root / "adapter"))),
     "layer_model/strata_mini_transparent_decoder.safetensors": ("transparent_decoder", half_of_pair("decoder", "transparent_decoder")),
     "layer_model/strata_mini_transparent_encoder.safetensors": ("transparency", half_of_pair("encoder", "transparency")),
-    "layer_model/strata_mini_dreamlayer.safetensors": ("dreamlayer", lambda root: layered.published_form(_trained(root / "dreamlayer"))),
+    "layer_model/strata_mini_dreamlayer.safetensors": ("dreamlayer_apart", lambda root: layered.published_form(_trained(root / "dreamlayer_apart"))),
     "strata/mini_classifier.safetensors": ("classifier", classifier),
 }
 

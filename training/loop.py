@@ -179,11 +179,13 @@ def _with(model: nn.Module, averaged: Average) -> nn.Module:
     return twin
 
 
-def start_from(model: nn.Module, path: Path) -> None:
-    """Weights of another run; a wider first convolution keeps the new channels at zero."""
+def start_from(model: nn.Module, path: Path, only: set[str] | None = None) -> None:
+    """Weights of another run, all or those named; a wider first convolution keeps the new channels at zero."""
     if not path.exists():
         raise SystemExit(f"error: {path} is missing; train that model first, or set start to null.")
     state, own = load_file(path), model.state_dict()
+    if only is not None:
+        state = own | {key: state[key] for key in only}
     for key, value in state.items():
         if value.shape != own[key].shape:
             wide = torch.zeros_like(own[key])

@@ -22,12 +22,12 @@ SHADOW_SHARE = 0.2  # of the cut-outs have their shadow with them, which is wide
 class CutOuts(data.ScenePool):
     """Objects without their scene: bytes [side,side,4], colours that run on under the transparent part, then alpha.
 
-    longer_side: least and most length of an object, in picture sides.
+    longer_side: least and most length of an object, in picture sides, anywhere in the picture; None leaves it as it is in its scene.
     """
     channels = 4
 
-    def __init__(self, folder: Path, count: int, side: int, longer_side: tuple[float, float]):
-        self.longer_side, self.name = longer_side, "cutouts-{}-{}".format(*longer_side)
+    def __init__(self, folder: Path, count: int, side: int, longer_side: tuple[float, float] | None):
+        self.longer_side, self.name = longer_side, "cutouts-{}-{}".format(*longer_side) if longer_side else "cutouts"
         super().__init__(folder, count, side)
 
     def request(self, index: int) -> scenes.Request:
@@ -36,10 +36,13 @@ class CutOuts(data.ScenePool):
     def render(self, index: int) -> np.ndarray:
         rng = np.random.default_rng((index, 3))
         shadow = rng.random() < SHADOW_SHARE
-        left, top, right, bottom = scenes.render(self.request(index), self.side, self.side, index).objects[0].box
-        large = round(self.side * rng.uniform(*self.longer_side) * self.side / max(right - left, bottom - top))
-        shown = scenes.render(self.request(index), large, large, index).objects[0]
-        picture = torch.from_numpy(self._window(shown.rgba_with_shadow if shadow else shown.rgba, shown.box, rng)).permute(2, 0, 1)[None]
+        shown = scenes.render(self.request(index), self.side, self.side, index).objects[0]
+        if self.longer_side:
+            left, top, right, bottom = shown.box
+            large = round(self.side * rng.uniform(*self.longer_side) * self.side / max(right - left, bottom - top))
+            shown = scenes.render(self.request(index), large, large, index).objects[0]
+        rgba = shown.rgba_with_shadow if shadow else shown.rgba
+        picture = torch.from_numpy(self._window(rgba, shown.box, rng) if self.longer_side else rgba).permute(2, 0, 1)[None]
         colour = extend_colours(picture[:, :3], picture[:, 3:])
         return torch.cat([colour, picture[:, 3:]], 1)[0].permute(1, 2, 0).numpy()
 

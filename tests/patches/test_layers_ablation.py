@@ -26,9 +26,11 @@ FILES = [FOLDER / f"strata_mini_{name}.safetensors" for name in ("transparent_at
 pytestmark = pytest.mark.skipif(not all(path.exists() for path in (CHECKPOINT, *FILES)), reason="no trained weights: make mini")
 
 SCENES, SIDE, MOST = int(os.environ.get("STRATA_SCENES", 6)), 128, 3
-METHODS = {"none": (0, 0), "LSSA": (1, 0), "CACA": (0, 1), "both": (1, 1), "both, trained": (1, 1)}
+SAME, HALF = "same for all layers", "half the same"
+METHODS = {"none": (0, 0, SAME), "LSSA": (1, 0, SAME), "CACA": (0, 1, SAME), "both": (1, 1, SAME), "both, trained": (1, 1, SAME),
+           "both, trained, half the same noise": (1, 1, HALF)}
 if SCENES < 32:
-    METHODS = {name: METHODS[name] for name in ("none", "both, trained")}
+    METHODS = {name: settings for name, settings in METHODS.items() if name == "none" or "trained" in name}
 SAMPLING = {"steps": 15, "cfg": 4.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0}
 
 
@@ -62,13 +64,13 @@ def figures(family):
         kind, names = content(number)
         where = scenes.PLACE_WORDS[kind][0]
         prompts = [scenes.catalogue()[name].prompts[0] for name in names]
-        sharing, mixing = METHODS[method]
+        sharing, mixing, noise = METHODS[method]
         terms = modules if "trained" in method else None
         model = map_context(share_layers(family.model, Sharing(sharing), terms), Maps(mixing), terms)
         positive, = LayerPrompts.execute(family.clip, f"{scenes.EMPTY} {where}", "\n".join(prompts)).args
         latent = {"samples": torch.zeros(1, 4, SIDE // 8, SIDE // 8)}
         layers, _composite, whole, *_ = LayersSampler.execute(
-            model, family.vae, positive, "same for all layers", False, 0.4, 0.6, adapter, decoder, negative=family.negative, latent_image=latent,
+            model, family.vae, positive, noise, False, 0.4, 0.6, adapter, decoder, negative=family.negative, latent_image=latent,
             seed=number, **SAMPLING).args
         return read_layers(layers[0]), whole[0].movedim(-1, 0).clamp(0, 1), kind, names
 
@@ -96,6 +98,12 @@ def figures(family):
 def test_trained_layers_match_the_whole_picture_better_than_layers_apart(figures):
     match = {method: values.mean() for method, values in figures["layers to whole"].items()}
     assert match["both, trained"] < 0.9 * match["none"]
+
+
+def test_trained_layers_overlap_less_than_layers_apart(figures):
+    between = {method: np.nanmean(values) for method, values in figures["overlap"].items()}
+    assert between["both, trained, half the same noise"] < 0.9 * between["none"]
+    assert SCENES < 32 or between["both, trained"] < between["none"]  # the smaller difference shows in many scenes only
 
 
 def test_the_trained_whole_picture_shows_what_was_asked_for(figures):

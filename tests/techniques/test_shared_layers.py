@@ -161,3 +161,10 @@ def test_a_context_layer_is_equation_5():
                 wanted = layer_by_hand(layers[1], layer_by_hand(layers[0], maps[b, f], hidden[b]), hidden[b])
                 assert torch.allclose(found[b, f], wanted, atol=1e-12)
     assert ((found > 0) & (found < 1)).double().mean() > 0
+
+
+@pytest.mark.parametrize("own", [0.0, 0.2, 0.5, 1.0])
+def test_noise_keeps_its_variance_and_shares_what_is_not_its_own(own):
+    shared, first, second = torch.eye(3, dtype=torch.float64)  # independent and of one length, as noise is on average
+    one, other = (shared_layers.share_noise(shared, each, own) for each in (first, second))
+    assert one @ one == pytest.approx(1) and one @ other == pytest.approx(1 - own)

@@ -172,6 +172,30 @@ def test_layer_modules_learn_nine_scenes_and_nothing_else_changes(root, trained_
     assert published["foreground.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_v.weight"].shape == (192, 192)
 
 
+def test_the_second_run_of_layer_modules_goes_on_from_the_first_with_noise_of_each_layers_own(root, trained_diffusion, trained_pair):
+    torch.manual_seed(0)
+    first, folder = dreamlayer.build(settings("dreamlayer"), root), root / "dreamlayer_before"
+    learnt = {name: torch.randn_like(value) for name, value in first.named_parameters() if value.requires_grad}
+    folder.mkdir()
+    save_file(first.state_dict() | learnt | {name: torch.full_like(value, torch.nan) for name, value in first.state_dict().items() if name.endswith("adapter")},
+              folder / "model.safetensors")
+    config = settings("dreamlayer_apart", adapter=None, start="dreamlayer_before")
+    model = dreamlayer.build(config, root)
+    assert all(torch.equal(value, learnt[name]) for name, value in model.named_parameters() if value.requires_grad)
+    assert not any(value.isnan().any() for value in model.state_dict().values()), "the adapter is the config's, not the first run's"
+
+    pool = dreamlayer.SceneLayers(root / "scenes", latents.load_autoencoder(root), adapter.load_pair(trained_pair)[0], 72, 64)
+    levels, batch, given = formulas.noise_levels(), pool.batch(np.array([1, 4]), 0), []
+    model.register_forward_pre_hook(lambda _, inputs: given.append(inputs))
+    found = {weight: dreamlayer.loss_of(model, batch, config | {"early_weight": weight, "context_weight": 0, "layout_weight": 0}, levels,
+                                        np.random.default_rng(0))["loss"].item() for weight in (1.0, 10.0)}
+    latent, timesteps = given[0][:2]
+    level = levels[timesteps].view(-1, 1, 1, 1, 1)
+    noise = ((latent - level.sqrt() * batch.latent) / (1 - level).sqrt()).flatten(2)
+    assert (noise @ noise.transpose(1, 2) / noise.shape[-1] - 0.5 - 0.5 * torch.eye(4)).abs().max() < 0.2  # 256 numbers a layer
+    assert (timesteps > 700).any() and found[1.0] < found[10.0] < 10 * found[1.0]
+
+
 def test_scenes_come_as_layers_with_their_alphas_and_words(root, trained_pair):
     model, (encoder, _) = latents.load_autoencoder(root), adapter.load_pair(trained_pair)
     pool = dreamlayer.SceneLayers(root / "scenes", model, encoder, 72, 64)
