@@ -31,7 +31,7 @@ def test_from_the_model_to_the_layers(kind, tokens):
     vae = comfy.sd.VAE(sd=random_family.autoencoder())
     decoder = transparency.recognise("decoder", random_transparency.network(TransparentDecoder((8, 8, 16, 16), 1)))
     sampling = {"negative": conditioning(model, 2, rows=1), "latent_image": {"samples": torch.zeros(2, 4, HEIGHT // 8, WIDTH // 8)}, "seed": 1, "steps": 2,
-                "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0, "noise": NOISE[0]}
+                "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0, "noise": next(iter(NOISE))}
 
     def sampled(adapter):
         blend = AttentionBlend.execute(model, 1.0, 10.0, 0.0, 1.0, "all", STRUCTURE[0], BLENDED_TEXT[0], adapter).result[0]
