@@ -42,7 +42,7 @@ def sampled(model, vae, positive, count=1, **changed):
     negative = conditioning(model, 2, rows=1)
     latent = {"samples": torch.zeros(count, 4, HEIGHT // 8, WIDTH // 8)}
     return node(LayersSampler, model=model, vae=vae, positive=positive, negative=negative, latent_image=latent,
-                **{**SETTINGS, **HARMONY, "noise": NOISE[0], **changed})
+                **{**SETTINGS, **HARMONY, "noise": next(iter(NOISE)), **changed})
 
 
 def shared(model):
