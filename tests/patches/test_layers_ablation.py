@@ -30,7 +30,7 @@ SAME, HALF = "same for all layers", "half the same"
 METHODS = {"none": (0, 0, SAME), "LSSA": (1, 0, SAME), "CACA": (0, 1, SAME), "both": (1, 1, SAME), "both, trained": (1, 1, SAME),
            "both, trained, half the same noise": (1, 1, HALF)}
 if SCENES < 32:
-    METHODS = {name: settings for name, settings in METHODS.items() if name == "none" or "trained" in name}
+    METHODS = {name: METHODS[name] for name in ("none", "both, trained")}
 SAMPLING = {"steps": 15, "cfg": 4.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0}
 
 
@@ -102,8 +102,8 @@ def test_trained_layers_match_the_whole_picture_better_than_layers_apart(figures
 
 def test_trained_layers_overlap_less_than_layers_apart(figures):
     between = {method: np.nanmean(values) for method, values in figures["overlap"].items()}
-    assert between["both, trained, half the same noise"] < 0.9 * between["none"]
-    assert SCENES < 32 or between["both, trained"] < between["none"]  # the smaller difference shows in many scenes only
+    assert between["both, trained"] < 0.95 * between["none"]
+    assert SCENES < 32 or between["both, trained, half the same noise"] < 0.9 * between["both, trained"]
 
 
 def test_the_trained_whole_picture_shows_what_was_asked_for(figures):
