@@ -1,7 +1,7 @@
 """Trains DreamLayer's modules on rendered scenes: layer embedding, keys and values of every attention, context-aware layers (Eq. 2 and 5 to 8).
 
 Its second run, `dreamlayer_apart`, gives each layer noise that is in part its own. With one noise for all, the difference of two noisy layers shows where
-their things are, however noisy they are; sampling begins without any difference, so such a model puts all things where the noise puts the first.
+their things are, however noisy they are, and sampling begins without any difference; that is thought to be why things collide.
 """
 from __future__ import annotations
 
