@@ -12,6 +12,7 @@ from .sockets import Transparency, schema
 
 STRUCTURE = ("prior pass at each step", "reuse previous step")
 BLENDED_TEXT = ("background prompt", "own prompt")
+ENTRY = ("soft", "wide")
 NOISE = {"same for the three": 0.0, "one each": 1.0}  # how much is each one's own
 
 
@@ -63,15 +64,18 @@ class AttentionBlend(io.ComfyNode):
                                "attention reads: the background's, as published (the object then comes from the foreground alone), or its own."),
                 Transparency.Input("transparency", optional=True, tooltip="Adapter for a transparent foreground, from Load transparency; it acts on the "
                                    "foreground only. Attention files add low-rank terms; convolution files are full differences, a second set of weights."),
+                io.Combo.Input("entry", options=list(ENTRY), default=ENTRY[0], optional=True, tooltip="The mask through which the object enters the blended "
+                               "picture: soft as published, or wide, which brings it in whole up to its rim (the mini family's objects agree better so)."),
             ],
             outputs=[io.Model.Output("model_out", display_name="model", tooltip="For the LayerFusion sampler, or any sampler with a latent batch of three: "
                                      "foreground, background, blended.")])
 
     @classmethod
-    def execute(cls, model, strength, boundary, start_percent, end_percent, blocks, structure, blended_text, transparency=None):
+    def execute(cls, model, strength, boundary, start_percent, end_percent, blocks, structure, blended_text, transparency=None, entry=ENTRY[0]):
         if transparency is not None:
             model = transparency_model.apply_to_foreground(model, transparency)
-        settings = Settings(strength, boundary, start_percent, end_percent, BLOCKS[blocks], structure == STRUCTURE[1], blended_text == BLENDED_TEXT[1])
+        settings = Settings(strength, boundary, start_percent, end_percent, BLOCKS[blocks], structure == STRUCTURE[1], blended_text == BLENDED_TEXT[1],
+                            entry == ENTRY[1])
         return io.NodeOutput(blend_attention(model, settings))
 
 

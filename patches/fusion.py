@@ -32,6 +32,7 @@ class Settings:
     blocks: tuple[str, ...] = BLOCKS["all"]
     reuse: bool = False
     own_prompt: bool = False
+    wide: bool = False
 
     def active(self, sampling, timestep: Tensor) -> bool:
         start, end = (sampling.percent_to_sigma(percent) for percent in (self.start_percent, self.end_percent))
@@ -218,7 +219,7 @@ def _remember(call: Call, name: str, q: Tensor, k: Tensor, options: dict) -> Non
     place, size = place_of(options), size_of(options)
     structure = fusion.resize_prior(*call.run.structure, size)
     content = fusion.content_prior(q, k, options["n_heads"], call.ends)
-    masks = fusion.blending_masks(structure, content, call.settings.boundary)
+    masks = fusion.blending_masks(structure, content, call.settings.boundary, call.settings.wide)
     call.run.masks[name, place] = masks
     if call.run.record is not None and name == "attn2" and place == call.structure_place:
         call.run.record.steps.append(torch.stack([structure, content, *masks], 1).unflatten(2, size).cpu())

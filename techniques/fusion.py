@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+WIDE = 0.35  # of the soft mask's range
 MOST_PROBABILITIES = 2**22  # held at once, over all heads: 16 MB in float32
 
 
@@ -30,13 +31,14 @@ def content_prior(q: Tensor, k: Tensor, heads: int, ends: list[int]) -> Tensor:
     return over_rows(q, k, heads, lambda probabilities: probabilities[..., ends].sum(-1).mean(0))
 
 
-def blending_masks(structure: Tensor, content: Tensor, boundary: float = 10.0) -> tuple[Tensor, Tensor]:
+def blending_masks(structure: Tensor, content: Tensor, boundary: float = 10.0, wide: bool = False) -> tuple[Tensor, Tensor]:
     """(mask_soft, mask_hard), each [B,M] in 0..1, from the two priors [B,M]; boundary: the coefficient d, larger is sharper.
 
-    Source: layerfusion, Alg. 3
+    wide: instead of the soft mask one as sharp as the hard one, that begins at 0.35, so that the object comes in whole up to its rim.
+    Source: layerfusion, Alg. 3. Differs: wide is ours, the paper has the soft mask.
     """
     soft = stretched(structure * content)
-    return soft, torch.sigmoid(boundary * (soft - 0.5))
+    return torch.sigmoid(boundary * (soft - WIDE)) if wide else soft, torch.sigmoid(boundary * (soft - 0.5))
 
 
 def blend_foreground_in(foreground: Tensor, blended: Tensor, soft: Tensor) -> Tensor:

@@ -67,6 +67,18 @@ def shadow_band(shadow: Tensor, alpha: Tensor, reach: int) -> Tensor:
     return lies * (alpha.amax(1, keepdim=True) < 0.05)
 
 
+def beyond_shadow(picture: Tensor, background: Tensor, darkest: float = 0.5, window: int = 5) -> Tensor:
+    """[B,1,H,W], 0..1: how far a picture is from its background, and from the same background in any shadow down to `darkest` of its brightness.
+
+    The largest channel's difference at the shadow that fits the pixel best; then the median over a window, so that an outline of the background
+    that moved by a pixel does not count. Source: ours.
+    """
+    from scipy.ndimage import median_filter
+    shadows = torch.linspace(darkest, 1, 33, device=picture.device)
+    difference = torch.stack([(picture - background * share).abs().amax(1, keepdim=True) for share in shadows]).amin(0)
+    return torch.from_numpy(median_filter(difference.cpu().numpy(), (1, 1, window, window), mode="nearest"))
+
+
 def colour_ratio(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Mean colour inside the mask over the true one, [B,C], in sRGB values, which are what the renderer's lights multiply. Source: ours."""
     inside = [(picture * mask).flatten(2).sum(2) / mask.flatten(2).sum(2) for picture in (prediction, target)]

@@ -61,9 +61,9 @@ class Reference:
     structure_at: number from the end of the block that shows the structure.
     """
 
-    def __init__(self, unet, foreground, ends, boundary=10.0, own_prompt=False, structure_at=1):
+    def __init__(self, unet, foreground, ends, boundary=10.0, own_prompt=False, structure_at=1, wide=False):
         self.unet, self.foreground = copy.deepcopy(unet).double(), copy.deepcopy(foreground).double()
-        self.ends, self.boundary, self.own_prompt, self.masks = ends, boundary, own_prompt, {}
+        self.ends, self.boundary, self.own_prompt, self.wide, self.masks = ends, boundary, own_prompt, wide, {}
         pairs = [[m for m in model.modules() if isinstance(m, BasicTransformerBlock)] for model in (self.unet, self.foreground)]
         for number, (block, twin) in enumerate(zip(*pairs, strict=True)):
             block.number, block.twins = number, [twin]  # in a list, so that it is no submodule
@@ -96,7 +96,8 @@ class Reference:
             factor = side // small
             prior = prior.view(-1, small, factor, small, factor).mean((2, 4)).flatten(1)
             soft = minmax(prior * content)
-            self.masks[key] = soft, 1 / (1 + torch.exp(-self.boundary * (soft - 0.5)))
+            hard, wide = (1 / (1 + torch.exp(-self.boundary * (soft - middle))) for middle in (0.5, 0.35))
+            self.masks[key] = wide if self.wide else soft, hard
         return (mask[..., None] for mask in self.masks[key])
 
     def blend(self, block, x, context):

@@ -1,7 +1,8 @@
 """What LayerFusion makes of the trained mini family: layers that agree with the blended picture, and objects that follow their place and stay themselves.
 
-The pictures go to output/layerfusion_meaning.png, one row a seed: foreground, background, blended, layers flattened, an independent foreground pasted in,
-and foreground and blended picture for another background. docs/layerfusion.md has the figures of 32 seeds:
+As in layerfusion_mini.json the object enters by the wide mask, at cfg 2. The pictures go to output/layerfusion_meaning.png, one row a seed: foreground,
+background, blended, layers flattened, an independent foreground pasted in, and foreground and blended picture for another background. docs/layerfusion.md has
+the figures of 32 seeds, and those of the paper's soft mask:
 
     STRATA_SEEDS=32 make test ARGS="tests/patches/test_layerfusion_meaning.py -s"
 """
@@ -31,7 +32,8 @@ FILES = [PACK / "models" / name for name in ("checkpoints/strata_mini_sd.safeten
 OBJECTS = ("apple", "teapot", "dog", "penguin", "cactus", "car", "pumpkin", "robot")
 PLACES = ("table", "room", "beach", "snow", "desert", "street", "autumn", "meadow")
 SIDE, SEEDS = 128, int(os.environ.get("STRATA_SEEDS", 8))
-SAMPLING = {"cfg": 4.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0}
+DIFFERS = 0.06  # 15 of 255; of 0.05 to 0.1 the one at which rendered scenes come out best
+SAMPLING = {"cfg": 2.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0}
 
 
 @dataclass
@@ -73,9 +75,9 @@ def flattened(colour, alpha, background):
 
 
 @torch.inference_mode()
-def drawn(family, seeds, steps=15):
+def drawn(family, seeds, steps=15, wide=True):
     """Everything drawn for as many seeds, a few of each object, as one dictionary of pictures [N,·,H,W], and the objects' names."""
-    layered = blend_attention(transparency_model.apply_to_foreground(family.model, family.adapter), Settings())
+    layered = blend_attention(transparency_model.apply_to_foreground(family.model, family.adapter), Settings(wide=wide))
     alone = transparency_model.apply(family.model, family.adapter, 1.0)
     negative = family.clip.encode_from_tokens_scheduled(family.clip.tokenize(""))
     each = -(-seeds // len(OBJECTS))
@@ -101,11 +103,26 @@ def drawn(family, seeds, steps=15):
     return {key: torch.cat(values) for key, values in found.items()}, names
 
 
+def overlap(alpha, blended, background):
+    """IoU of an object's alpha with where a picture differs from its background by more than a shadow does."""
+    return metrics.alpha_iou((alpha > 0.5).float(), (metrics.beyond_shadow(blended, background) > DIFFERS).float())
+
+
+@torch.inference_mode()
+def rendered_overlap(family, names):
+    """The same of rendered scenes, whose truth is known, after they went through the autoencoder: as much as can be asked for."""
+    kinds = [PLACES[OBJECTS.index(name)] for name in names]
+    shown = [scenes.render(scenes.Request(kind=kind, objects=(name,)), SIDE, SIDE, seed) for seed, (kind, name) in enumerate(zip(kinds, names, strict=True))]
+    picture, background = (pictures(family, {"samples": family.vae.encode(torch.from_numpy(np.stack(part)))})
+                           for part in ([scene.composite for scene in shown], [scene.background for scene in shown]))
+    alpha = torch.from_numpy(np.stack([scene.objects[0].rgba[..., 3] for scene in shown]))[:, None]
+    return overlap(alpha, picture.float(), background.float())
+
+
 def measured(shown, names, judge, grid):
     """The figures of the three claims, one per seed; writes the grid."""
     flat = flattened(shown["colour"], shown["alpha"], shown["background"])
     pasted = flattened(shown["independent colour"], shown["independent alpha"], shown["background"])
-    differs = ((shown["blended"] - shown["background"]).abs().amax(1, keepdim=True) > 0.1).float()
     plain = torch.from_numpy(scenes.render(scenes.Request(kind="tiles", objects=()), SIDE, SIDE, 5).background).permute(2, 0, 1).float()[None]
     seen = [judge.text_agreement(over(shown[f"{key}colour"], shown[f"{key}alpha"], plain), [None] * len(names), [[name] for name in names])[1]
             for key in ("", "other ")]
@@ -114,10 +131,11 @@ def measured(shown, names, judge, grid):
     columns = [gray[0], shown["background"], shown["blended"], flat, pasted, gray[1], shown["other blended"]]
     loop.save_grid(grid, torch.stack(columns, 1).flatten(0, 1), len(columns))
     return {
-        "iou": metrics.alpha_iou((shown["alpha"] > 0.5).float(), differs),
+        "iou": overlap(shown["alpha"], shown["blended"], shown["background"]),
         "layers to blended": (flat - shown["blended"]).abs().flatten(1).mean(1),
         "pasted to blended": (pasted - shown["blended"]).abs().flatten(1).mean(1),
         "class": seen[0], "class in another place": seen[1],
+        "class in the blended picture": judge.text_agreement(shown["blended"], [None] * len(names), [[name] for name in names])[1].float(),
         "change by the place": metrics.mask_error(gray[0], gray[1], torch.maximum(shown["alpha"], shown["other alpha"])),
     }
 
@@ -135,14 +153,17 @@ def test_all_is_measured_on_random_weights(family, tmp_path):
 
 
 @pytest.mark.skipif(not all(path.exists() for path in FILES), reason="the mini family is not trained: make mini")
-def test_layers_agree_with_the_blended_picture_and_objects_follow_their_place():
-    shown, names = drawn(family_of(FILES[0], *map(load_file, FILES[1:])), SEEDS)
-    figures = measured(shown, names, oracle.load(), PACK / "output" / "layerfusion_meaning.png")
+@pytest.mark.parametrize("wide", [True, False][:2 if "STRATA_SEEDS" in os.environ else 1])
+def test_layers_agree_with_the_blended_picture_and_objects_follow_their_place(wide):
+    family = family_of(FILES[0], *map(load_file, FILES[1:]))
+    shown, names = drawn(family, SEEDS, wide=wide)
+    figures = measured(shown, names, oracle.load(), PACK / "output" / f"layerfusion_meaning{'' if wide else '_published'}.png")
     for name, values in figures.items():
         print(f"{name}: mean {values.mean():.3f}, quartiles {np.round(np.quantile(values, [0.25, 0.5, 0.75]), 3)}")
     closer = (figures["layers to blended"] < figures["pasted to blended"]).float().mean().item()
-    print(f"layers closer than pasted in {closer:.2f} of the seeds")
-    assert len(names) == SEEDS and figures["iou"].mean() >= 0.65  # 0.8 was aimed at: the blended object is paler at its rim than the foreground
+    print(f"layers closer than pasted in {closer:.2f} of the seeds; iou of rendered scenes {rendered_overlap(family, names).mean():.3f}")
+    least = 0.7 if not wide else 0.8 if SEEDS >= 32 else 0.75  # the mean of eight seeds is less certain
+    assert len(names) == SEEDS and figures["iou"].mean() >= least
     assert figures["layers to blended"].mean() < figures["pasted to blended"].mean() and closer > 0.5
-    assert figures["change by the place"].mean() > 0.01  # two to three steps of 255
+    assert figures["change by the place"].mean() > 0.002  # docs/layerfusion.md: the soft mask changes the foreground four times as much
     assert figures["class"].mean() >= 0.9 and figures["class in another place"].mean() >= 0.9

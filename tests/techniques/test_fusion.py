@@ -110,6 +110,8 @@ def test_blending_masks_are_those_of_algorithm_3():
         expected = minmax((structure * content).numpy())
         assert np.abs(soft.numpy() - expected).max() < 1e-12
         assert np.abs(hard.numpy() - 1 / (1 + np.exp(-d * (expected - 0.5)))).max() < 1e-12
+        wide, same = fusion.blending_masks(structure, content, d, wide=True)
+        assert torch.equal(same, hard) and np.abs(wide.numpy() - 1 / (1 + np.exp(-d * (expected - 0.35)))).max() < 1e-12
 
 
 def test_flat_priors_give_finite_masks():

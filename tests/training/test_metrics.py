@@ -105,6 +105,30 @@ def test_shadow_error_grows_without_the_shadow_and_with_a_wrong_one(seed):
     assert error(none) > 0.02
 
 
+def test_beyond_shadow_is_the_least_difference_to_a_shadowed_background_and_its_median():
+    seen, empty = random(1, 3, 9, 8), random(1, 3, 9, 8, seed=1)
+    least = np.array([[min(np.abs(seen[0, :, y, x].numpy() - share * empty[0, :, y, x].numpy()).max() for share in np.linspace(0.5, 1, 2001))
+                       for x in range(8)] for y in range(9)])
+    padded = np.pad(least, 1, mode="edge")
+    medians = [[np.median(padded[y:y + 3, x:x + 3]) for x in range(8)] for y in range(9)]
+    assert np.allclose(metrics.beyond_shadow(seen, empty, window=1)[0, 0].numpy(), least, atol=1 / 64)  # it tries 33 shadows
+    assert np.allclose(metrics.beyond_shadow(seen, empty, window=3)[0, 0].numpy(), medians, atol=1 / 64)
+    assert metrics.beyond_shadow(empty * 0.6, empty).max() < 1 / 64 and metrics.beyond_shadow(empty * 0.3, empty).max() > 0.05
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_beyond_shadow_finds_the_object_and_not_its_shadow(seed):
+    scene = solid_scene(seed)
+    alpha = (torch.from_numpy(scene.objects[0].rgba[None, None, ..., 3]) > 0.5).float()
+    whole, empty = picture(scene.composite), picture(scene.background)
+    plain = (whole - empty).abs().amax(1, keepdim=True)
+    found, with_shadow = (metrics.alpha_iou(alpha, (values > 0.06).float()).item() for values in (metrics.beyond_shadow(whole, empty), plain))
+    assert found > 0.8 and found > with_shadow + 0.05, (found, with_shadow)
+    lines = whole.clone()
+    lines[..., 4::8, :] = 1 - lines[..., 4::8, :]  # as thin as outlines that moved
+    assert metrics.beyond_shadow(lines, whole).max() < 0.06
+
+
 def test_colour_ratio_and_lighting_error_are_ratios_of_mean_colours():
     a, b, mask = random(2, 3, 6, 5), random(2, 3, 6, 5, seed=1), random(2, 1, 6, 5, seed=2)
     means = [[np.average(channel, weights=m[0]) for channel in p] for p, m in zip(a.numpy(), mask.numpy(), strict=True)]

@@ -1,0 +1,32 @@
+"""What the trained pair of the mini family makes of objects that it never saw: their alpha comes back from the latent."""
+import comfy.sd
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from strata.patches import mini_family, transparency, transparent_latents
+from strata.training import metrics
+from strata.training.transparency import HELD_OUT, CutOuts
+
+from .test_layerfusion_meaning import FILES
+
+ENCODER = FILES[2].with_name("strata_mini_transparent_encoder.safetensors")
+
+
+@pytest.mark.skipif(not all(path.exists() for path in (*FILES, ENCODER)), reason="the mini family is not trained: make mini")
+@torch.inference_mode()
+def test_the_shipped_pair_finds_the_alpha_of_held_out_objects(tmp_path):
+    mini_family.register()
+    vae = comfy.sd.load_checkpoint_guess_config(str(FILES[0]), output_clip=False, output_model=False)[2]
+    encoder, decoder = (transparency.recognise(path.name, load_file(path)) for path in (ENCODER, FILES[2]))
+    pool = CutOuts(tmp_path, 1, 128, (0.45, 0.85))
+    truth = torch.from_numpy(np.stack([pool.render(number) for number in HELD_OUT])).permute(0, 3, 1, 2)
+    colour, alpha = truth[:, :3], truth[:, 3:]
+    latent = transparent_latents.encode(encoder, vae, colour, alpha)
+    picture = vae.decode(latent).movedim(-1, 1).clamp(0, 1)
+    for passes in (1, 8):
+        found_colour, found = transparent_latents.decode(decoder, picture, latent, passes)
+        iou, sad = metrics.alpha_iou(found, alpha).mean(), metrics.alpha_sad(found, alpha).mean()
+        error = metrics.mask_error(found_colour, colour, alpha).mean()
+        print(f"{passes} passes: alpha IoU {iou:.4f}, SAD {sad:.0f} of {128 * 128} pixels, colour {error:.4f}")
+        assert iou >= 0.95 and sad < 200 and error < 0.04
