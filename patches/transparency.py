@@ -14,6 +14,7 @@ import comfy.utils
 import folder_paths
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
+from safetensors import safe_open
 from torch import Tensor, channels_last, float16, nn
 
 from ..networks.attention_sharing import AttentionSharing, read_shape
@@ -79,7 +80,7 @@ def missing(name: str) -> str | None:
 
 def load(name: str) -> Transparency:
     """Raises ValueError with one sentence for a missing, damaged or unknown file."""
-    return recognise(name, read(name))
+    return recognise(name, read(name), of_this_pack(Path(folder_paths.get_full_path(KIND, name))))
 
 
 def read(name: str) -> dict[str, Tensor]:
@@ -95,15 +96,23 @@ def read(name: str) -> dict[str, Tensor]:
     return {key: value for key, value in weights.items() if isinstance(value, Tensor)}
 
 
-def recognise(name: str, weights: dict[str, Tensor]) -> Transparency:
-    """Tell a file's kind and family from its keys and shapes, and build its networks. Raises ValueError."""
+def of_this_pack(path: Path) -> bool:
+    """Whether the pack's own trainers wrote the file, which put their command into it: a pair for the mini family can have the published widths."""
+    if path.suffix != ".safetensors":
+        return False
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("command", "").startswith("python -m training ")
+
+
+def recognise(name: str, weights: dict[str, Tensor], own: bool = False) -> Transparency:
+    """Tell a file's kind and family from its keys and shapes, and build its networks; own: written by this pack's trainers. Raises ValueError."""
     if any("::" in key for key in weights):
         return _adapter(name, weights)
     if any(key.startswith("hookers.layers.0.to_q_lora.") for key in weights):
         return _sharing(name, weights)
     if "lora" in next(iter(weights), "") and any(FLUX_LAYER.search(key) for key in weights):
         return Transparency(name, tuple(family for family in FAMILIES if "unet" not in FAMILIES[family]), {"flux": weights})
-    return _pair(name, weights)
+    return _pair(name, weights, own)
 
 
 def _adapter(name: str, weights: dict[str, Tensor]) -> Transparency:
@@ -137,7 +146,7 @@ def _sharing(name: str, weights: dict[str, Tensor]) -> Transparency:
     return Transparency(name, families, {"sharing": ModelPatcher(network, device, offload)}, frames=shape["frames"])
 
 
-def _pair(name: str, weights: dict[str, Tensor]) -> Transparency:
+def _pair(name: str, weights: dict[str, Tensor], trained_here: bool) -> Transparency:
     """A decoder, an encoder, or one file with both below `decoder.` and `encoder.` (beside them may be the whole autoencoder)."""
     parts, found = {}, None
     for kind, probe, build, shape in (("decoder", "latent_conv_in.weight", TransparentDecoder, decoder_shape),
@@ -149,7 +158,7 @@ def _pair(name: str, weights: dict[str, Tensor]) -> Transparency:
             options = shape(own)
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(f"file: {name} is incomplete, {error} is missing; download it again.") from error
-        found = found or _latent(kind, options)
+        found = found or _latent(kind, options, trained_here)
         network = filled(name, build(**options, operations=comfy.ops.disable_weight_init), own)
         device = comfy.model_management.vae_device()
         network.to(dtype=comfy.model_management.vae_dtype(device, [float16]), memory_format=channels_last)
@@ -168,12 +177,12 @@ def filled(name: str, network: nn.Module, weights: dict[str, Tensor]) -> nn.Modu
     return network.eval().requires_grad_(False)
 
 
-def _latent(kind: str, options: dict) -> str:
-    """The entry of `latents` that a network of this shape belongs to; widths that are not published are this pack's own."""
+def _latent(kind: str, options: dict, trained_here: bool) -> str:
+    """The entry of `latents` that a network of this shape belongs to; widths that are not published are this pack's own as well."""
     same = [key for key, latent in LATENTS.items() if latent["channels"] == options["latent_channels"]]
     if not same:
         raise ValueError(f"file: it is for latents of {options['latent_channels']} channels, which no model of {', '.join(FAMILIES)} has.")
-    return next((key for key in same if LATENTS[key].get(f"{kind}_widths") == options["widths"]), same[-1])
+    return next((key for key in same if LATENTS[key].get(f"{kind}_widths") == options["widths"] and not trained_here), same[-1])
 
 
 def decoder_shape(weights: dict[str, Tensor]) -> dict:

@@ -4,6 +4,7 @@ import re
 import folder_paths
 import pytest
 import torch
+from safetensors.torch import save_file
 from strata.networks.transparency import OffsetEncoder, TransparentDecoder
 from strata.patches import mini_family, transparency
 
@@ -62,6 +63,12 @@ def test_decoders_are_built_from_their_shapes(widths, levels, channels, families
     network = found.part("decoder", "").model
     assert found.families == families and network.multiple == 2 ** (len(widths) - 1)
     assert {key: value.shape for key, value in network.state_dict().items()} == {key: value.shape for key, value in shapes.items()}
+
+
+def test_the_mini_familys_encoder_is_known_though_it_has_the_published_widths(folder):
+    for command, families in (("python -m training transparency", ("Strata mini",)), ("", ("SDXL", "SD1.5"))):
+        save_file(OffsetEncoder().state_dict(), folder / "encoder.safetensors", {"command": command})
+        assert transparency.load("encoder.safetensors").families == families
 
 
 def test_encoders_and_fluxs_pickle_of_both_are_known(folder):
