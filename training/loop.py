@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import errno
 import json
@@ -97,19 +98,24 @@ def fit(model: nn.Module, loss: Callable[[nn.Module, int, int], dict[str, Tensor
     plain, started = accelerator.unwrap_model(model), time.monotonic()
     saved, shown, sums = started, time.monotonic(), []
 
+    def averaged_model() -> nn.Module:
+        """In float32 on every machine."""
+        twin = accelerator.unwrap_model(copy.deepcopy(plain), keep_fp32_wrapper=False).eval()
+        twin.load_state_dict(averaged.state)
+        return twin
+
     def save() -> None:
         if not accelerator.is_main_process:
             return
         _save(accelerator, folder)
         save_file({key: value.contiguous() for key, value in averaged.state.items()}, folder / "model.safetensors")
-        _append(folder / "metrics.csv", {"step": progress.step, **validate(_with(plain, averaged), progress.step)})
+        _append(folder / "metrics.csv", {"step": progress.step, **validate(averaged_model(), progress.step)})
 
     with _stop_on_request() as asked:
         while progress.step < config["steps"]:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(progress.step, config)
-            with accelerator.autocast():
-                terms = loss(model, progress.step, accelerator.process_index)
+            terms = loss(model, progress.step, accelerator.process_index)  # bf16 inside the prepared model alone: frozen networks beside it stay exact
             if not torch.isfinite(terms["loss"]):
                 raise SystemExit(f"error: the loss is {terms['loss'].item()} at step {progress.step}; "
                                  "lower learning_rate and train again in a new --folder.")
@@ -137,7 +143,7 @@ def fit(model: nn.Module, loss: Callable[[nn.Module, int, int], dict[str, Tensor
         save()
     if asked:
         raise KeyboardInterrupt
-    return _with(plain, averaged)
+    return averaged_model()
 
 
 @contextlib.contextmanager
@@ -170,13 +176,6 @@ def _save(accelerator, folder: Path) -> None:
         (folder / "last").rename(folder / "old")
     (folder / "next").rename(folder / "last")
     shutil.rmtree(folder / "old", ignore_errors=True)
-
-
-def _with(model: nn.Module, averaged: Average) -> nn.Module:
-    import copy
-    twin = copy.deepcopy(model).eval()
-    twin.load_state_dict(averaged.state)
-    return twin
 
 
 def start_from(model: nn.Module, path: Path, only: set[str] | None = None) -> None:

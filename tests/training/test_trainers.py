@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from strata.networks.autoencoder import Autoencoder
 from strata.techniques import diffusion as formulas
@@ -236,6 +237,34 @@ def test_a_stopped_run_goes_on_to_the_same_losses(name, root, trained_autoencode
     for minutes in (0, 0, None):  # no time: one step, then a checkpoint
         module.train(settings(name, steps=4), root / f"{name}_parts", minutes, 1e9)
     assert len(seen) == 4 and seen == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """accelerate keeps the first precision of a process."""
+    yield AcceleratorState._reset_state
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_bf16_is_used_in_what_learns_and_nowhere_else(trained_autoencoder, tmp_path, monkeypatch, fresh_accelerator):
+    """As on a GPU; a processor without bf16 instructions emulates it."""
+    config, seen, kept = settings("diffusion", steps=2), [], []
+    monkeypatch.setattr(diffusion, "loss_of", lambda *given, plain=diffusion.loss_of: (terms := plain(*given), seen.append(terms["loss"].item()))[0])
+    for fast in (True, False):
+        fresh_accelerator(reset_partial_state=True)
+        monkeypatch.setattr(loop, "has_fast_bf16", lambda fast=fast: fast)
+        root = tmp_path / str(fast)
+        shutil.copytree(trained_autoencoder, root / "autoencoder")
+        model = diffusion.train(config, root / "diffusion", None, 1e9)
+        plain = diffusion.build(config).eval()
+        plain.load_state_dict(load_file(root / "diffusion" / "model.safetensors"))
+        given = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), text.rows(["a dog", ""])
+        with torch.no_grad():
+            assert torch.equal(model(*given), plain(*given))
+        kept.append({path.name: path.read_bytes() for path in (root / "scenes").glob("latents-*")})
+    assert kept[0] and kept[0] == kept[1]
+    half, exact = seen[:len(seen) // 2], seen[len(seen) // 2:]
+    assert half != exact and half == pytest.approx(exact, rel=0.02)
 
 
 def test_publishing_writes_what_is_trained_and_names_what_is_not(root, trained_diffusion, trained_decoder, tmp_path, monkeypatch, capsys):
