@@ -64,8 +64,8 @@ class AttentionBlend(io.ComfyNode):
                                "attention reads: the background's, as published (the object then comes from the foreground alone), or its own."),
                 Transparency.Input("transparency", optional=True, tooltip="Adapter for a transparent foreground, from Load transparency; it acts on the "
                                    "foreground only. Attention files add low-rank terms; convolution files are full differences, a second set of weights."),
-                io.Combo.Input("entry", options=list(ENTRY), default=ENTRY[0], optional=True, tooltip="The mask through which the object enters the blended "
-                               "picture: soft as published, or wide, which brings it in whole up to its rim (the mini family's objects agree better so)."),
+                io.Combo.Input("entry", options=list(ENTRY), default=ENTRY[0], optional=True, tooltip="How the object enters the blended picture: "
+                               "through the soft mask as published, or through a wide one, whole up to its rim (the mini family's objects agree better so)."),
             ],
             outputs=[io.Model.Output("model_out", display_name="model", tooltip="For the LayerFusion sampler, or any sampler with a latent batch of three: "
                                      "foreground, background, blended.")])

@@ -24,7 +24,10 @@ BLOCKS = {"all": ("input", "middle", "output"), "down": ("input",), "middle": ("
 
 @dataclass(frozen=True)
 class Settings:
-    """strength 0..1; boundary: the paper's d; percents of the sampling; reuse: structure of the step before instead of a prior pass."""
+    """strength 0..1; boundary: the paper's d; percents of the sampling; reuse: structure of the step before instead of a prior pass.
+
+    wide: after Eq. 2 the blended branch goes on with the foreground through the wide mask instead of the soft one.
+    """
     strength: float = 1.0
     boundary: float = 10.0
     start_percent: float = 0.0
@@ -219,7 +222,7 @@ def _remember(call: Call, name: str, q: Tensor, k: Tensor, options: dict) -> Non
     place, size = place_of(options), size_of(options)
     structure = fusion.resize_prior(*call.run.structure, size)
     content = fusion.content_prior(q, k, options["n_heads"], call.ends)
-    masks = fusion.blending_masks(structure, content, call.settings.boundary, call.settings.wide)
+    masks = fusion.blending_masks(structure, content, call.settings.boundary)
     call.run.masks[name, place] = masks
     if call.run.record is not None and name == "attn2" and place == call.structure_place:
         call.run.record.steps.append(torch.stack([structure, content, *masks], 1).unflatten(2, size).cpu())
@@ -230,6 +233,10 @@ def _blend(name: str, call: Call, hidden: Tensor, options: dict) -> Tensor:
     if masks is None or place_of(options)[0] not in call.settings.blocks:
         return hidden
     foreground, background, blended = split_branches(hidden)
-    soft, hard = (mask.repeat(len(background) // len(mask), 1) * call.settings.strength for mask in masks)
-    blended = fusion.blend_foreground_in(foreground, blended, soft)
-    return torch.stack([fusion.return_to_foreground(foreground, blended, hard), background, blended], 1).flatten(0, 1)
+    strength, boundary = call.settings.strength, call.settings.boundary
+    soft, hard = (mask.repeat(len(background) // len(mask), 1) for mask in masks)
+    entered = fusion.blend_foreground_in(foreground, blended, soft * strength)
+    returned = fusion.return_to_foreground(foreground, entered, hard * strength)
+    if call.settings.wide:
+        entered = fusion.blend_foreground_in(foreground, blended, fusion.wide_mask(soft, boundary) * strength)
+    return torch.stack([returned, background, entered], 1).flatten(0, 1)

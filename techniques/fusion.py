@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WIDE = 0.35  # of the soft mask's range
 MOST_PROBABILITIES = 2**22  # held at once, over all heads: 16 MB in float32
 
 
@@ -31,14 +30,27 @@ def content_prior(q: Tensor, k: Tensor, heads: int, ends: list[int]) -> Tensor:
     return over_rows(q, k, heads, lambda probabilities: probabilities[..., ends].sum(-1).mean(0))
 
 
-def blending_masks(structure: Tensor, content: Tensor, boundary: float = 10.0, wide: bool = False) -> tuple[Tensor, Tensor]:
+def blending_masks(structure: Tensor, content: Tensor, boundary: float = 10.0) -> tuple[Tensor, Tensor]:
     """(mask_soft, mask_hard), each [B,M] in 0..1, from the two priors [B,M]; boundary: the coefficient d, larger is sharper.
 
-    wide: instead of the soft mask one as sharp as the hard one, that begins at 0.35, so that the object comes in whole up to its rim.
-    Source: layerfusion, Alg. 3. Differs: wide is ours, the paper has the soft mask.
+    Source: layerfusion, Alg. 3
     """
     soft = stretched(structure * content)
-    return torch.sigmoid(boundary * (soft - WIDE)) if wide else soft, torch.sigmoid(boundary * (soft - 0.5))
+    return soft, torch.sigmoid(boundary * (soft - 0.5))
+
+
+def wide_mask(soft: Tensor, boundary: float = 10.0) -> Tensor:
+    """[B,M] in 0..1, as sharp as the hard mask but around the level that parts object and surroundings, so that an object comes in whole; soft: [B,M].
+
+    The level is halfway between the means of the two sides that differ most (Otsu's threshold); in a flat mask there is no object, as in the hard one.
+    Source: ours, in place of the soft mask of layerfusion, Eq. 1, for what the blended branch goes on with
+    """
+    count = soft.shape[1]
+    low, sums = torch.arange(count + 1, device=soft.device), F.pad(soft.sort(1).values.cumsum(1), (1, 0))  # of the 0 to M lowest
+    below, above = sums / low.clamp_min(1), (sums[:, -1:] - sums) / (count - low).clamp_min(1)
+    spread, best = (low * (count - low) * (above - below).square()).max(1, keepdim=True)
+    level = torch.where(spread > 0, (below + above).gather(1, best) / 2, 0.5)
+    return torch.sigmoid(boundary * (soft - level))
 
 
 def blend_foreground_in(foreground: Tensor, blended: Tensor, soft: Tensor) -> Tensor:

@@ -46,6 +46,16 @@ def minmax(values):
     return (values - values.amin(1, keepdim=True)) / (values.amax(1, keepdim=True) - values.amin(1, keepdim=True))
 
 
+def level_between(soft):
+    """[B,1]: for each row halfway between the means of the two parts, cut by a value, that vary least within themselves."""
+    found = []
+    for row in soft.numpy():
+        parts = [(row[row <= cut], row[row > cut]) for cut in np.sort(row)[:-1]]
+        low, high = min(parts, key=lambda pair: sum(part.var() * len(part) for part in pair))
+        found.append([(low.mean() + high.mean()) / 2])
+    return torch.tensor(np.array(found))
+
+
 def attention(module, x, context):
     """(output after the projection and, where there is one, `after`; probabilities [B,H,M,T])."""
     heads = module.heads
@@ -96,14 +106,14 @@ class Reference:
             factor = side // small
             prior = prior.view(-1, small, factor, small, factor).mean((2, 4)).flatten(1)
             soft = minmax(prior * content)
-            hard, wide = (1 / (1 + torch.exp(-self.boundary * (soft - middle))) for middle in (0.5, 0.35))
-            self.masks[key] = wide if self.wide else soft, hard
+            hard, wide = (1 / (1 + torch.exp(-self.boundary * (soft - middle))) for middle in (0.5, level_between(soft)))
+            self.masks[key] = soft, hard, wide
         return (mask[..., None] for mask in self.masks[key])
 
     def blend(self, block, x, context):
         twin = block.twins[0]
         for name, norm in (("attn1", block.norm1), ("attn2", block.norm2)):
-            soft, hard = self.masks_of(block, (name, block.number), x[::3], context)
+            soft, hard, wide = self.masks_of(block, (name, block.number), x[::3], context)
             fg, bg, bl = (norm(x)[i::3] for i in range(3))
             if name == "attn1":
                 joint = torch.cat([bg, bl], 1)
@@ -112,8 +122,8 @@ class Reference:
                 keys = context[0::3], context[1::3], context[2::3] if self.own_prompt else context[1::3]
             modules = getattr(twin, name), getattr(block, name), getattr(block, name)
             a_fg, a_bg, a_bl = (attention(module, h, key)[0] for module, h, key in zip(modules, (fg, bg, bl), keys, strict=True))
-            a_bl = a_fg * soft + a_bl * (1 - soft)
-            a_fg = a_bl * hard + a_fg * (1 - hard)
+            mixed, entered = (a_fg * mask + a_bl * (1 - mask) for mask in (soft, wide if self.wide else soft))
+            a_fg, a_bl = mixed * hard + a_fg * (1 - hard), entered
             x = x + torch.stack([a_fg, a_bg, a_bl], 1).flatten(0, 1)
         return x + block.ff(block.norm3(x))
 

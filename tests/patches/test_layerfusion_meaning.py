@@ -1,8 +1,8 @@
 """What LayerFusion makes of the trained mini family: layers that agree with the blended picture, and objects that follow their place and stay themselves.
 
-As in layerfusion_mini.json the object enters by the wide mask, at cfg 2. The pictures go to output/layerfusion_meaning.png, one row a seed: foreground,
-background, blended, layers flattened, an independent foreground pasted in, and foreground and blended picture for another background. docs/layerfusion.md has
-the figures of 32 seeds, and those of the paper's soft mask:
+As in layerfusion_mini.json the object enters by the wide mask, at boundary 15 and cfg 2. The pictures go to output/layerfusion_meaning.png, one row a seed:
+foreground, background, blended, layers flattened, an independent foreground pasted in, and foreground and blended picture for another background.
+docs/layerfusion.md has the figures of 32 seeds, and those of the paper's soft mask at boundary 10:
 
     STRATA_SEEDS=32 make test ARGS="tests/patches/test_layerfusion_meaning.py -s"
 """
@@ -77,7 +77,7 @@ def flattened(colour, alpha, background):
 @torch.inference_mode()
 def drawn(family, seeds, steps=15, wide=True):
     """Everything drawn for as many seeds, a few of each object, as one dictionary of pictures [N,·,H,W], and the objects' names."""
-    layered = blend_attention(transparency_model.apply_to_foreground(family.model, family.adapter), Settings(wide=wide))
+    layered = blend_attention(transparency_model.apply_to_foreground(family.model, family.adapter), Settings(boundary=15.0 if wide else 10.0, wide=wide))
     alone = transparency_model.apply(family.model, family.adapter, 1.0)
     negative = family.clip.encode_from_tokens_scheduled(family.clip.tokenize(""))
     each = -(-seeds // len(OBJECTS))
@@ -165,5 +165,5 @@ def test_layers_agree_with_the_blended_picture_and_objects_follow_their_place(wi
     least = 0.7 if not wide else 0.8 if SEEDS >= 32 else 0.75  # the mean of eight seeds is less certain
     assert len(names) == SEEDS and figures["iou"].mean() >= least
     assert figures["layers to blended"].mean() < figures["pasted to blended"].mean() and closer > 0.5
-    assert figures["change by the place"].mean() > 0.002  # docs/layerfusion.md: the soft mask changes the foreground four times as much
+    assert figures["change by the place"].mean() > 0.01
     assert figures["class"].mean() >= 0.9 and figures["class in another place"].mean() >= 0.9

@@ -110,13 +110,26 @@ def test_blending_masks_are_those_of_algorithm_3():
         expected = minmax((structure * content).numpy())
         assert np.abs(soft.numpy() - expected).max() < 1e-12
         assert np.abs(hard.numpy() - 1 / (1 + np.exp(-d * (expected - 0.5)))).max() < 1e-12
-        wide, same = fusion.blending_masks(structure, content, d, wide=True)
-        assert torch.equal(same, hard) and np.abs(wide.numpy() - 1 / (1 + np.exp(-d * (expected - 0.35)))).max() < 1e-12
+
+
+def test_wide_mask_is_around_the_level_that_parts_object_and_surroundings():
+    generator = torch.Generator().manual_seed(3)
+    soft = torch.rand(4, 200, generator=generator, dtype=torch.float64) * 0.2
+    soft[:, :60] += torch.tensor([[0.1], [0.3], [0.5], [0.8]])
+    for d in (1.0, 10.0):
+        levels = (soft - torch.logit(fusion.wide_mask(soft, d)) / d).numpy()
+        for row, level in zip(soft.numpy(), levels, strict=True):
+            sides = [(row[row <= cut], row[row > cut]) for cut in np.sort(row)[:-1]]
+            low, high = min(sides, key=lambda pair: sum(side.var() * len(side) for side in pair))
+            assert np.abs(level - (low.mean() + high.mean()) / 2).max() < 1e-9
+    assert abs(levels[3, 0] - 0.5) < 0.05
 
 
 def test_flat_priors_give_finite_masks():
     soft, hard = fusion.blending_masks(torch.ones(1, 6), torch.full((1, 6), 0.2))
     assert torch.equal(soft, torch.zeros(1, 6)) and torch.isfinite(hard).all()
+    for size in (1, 6):
+        assert fusion.wide_mask(torch.zeros(1, size)).max() < 0.01
     flat = fusion.structure_prior(torch.zeros(1, 6, HEADS * WIDTH), torch.zeros(1, 6, HEADS * WIDTH), HEADS)
     assert torch.equal(flat, torch.ones(1, 6))
 
