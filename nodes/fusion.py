@@ -59,7 +59,7 @@ class AttentionBlend(io.ComfyNode):
                 io.Combo.Input("blocks", options=list(BLOCKS), default="all", tooltip="Blocks of the model that blend: all as published; down is the "
                                "half that looks, up the half that draws."),
                 io.Combo.Input("structure", options=list(STRUCTURE), default=STRUCTURE[0], tooltip="Where the foreground's outline comes from. A prior "
-                               "pass, as published, costs a sixth of a step more (a third at cfg 1); reuse takes the outline that the step before has left."),
+                               "pass, as published, costs up to a quarter of a step more (more at cfg 1); reuse takes the outline of the step before."),
                 io.Combo.Input("blended_text", options=list(BLENDED_TEXT), default=BLENDED_TEXT[0], tooltip="The words that the blended picture's "
                                "attention reads: the background's, as published (the object then comes from the foreground alone), or its own."),
                 Transparency.Input("transparency", optional=True, tooltip="Adapter for a transparent foreground, from Load transparency; it acts on the "
