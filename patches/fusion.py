@@ -50,10 +50,10 @@ class Record:
 
 @dataclass
 class Run:
-    """One sampling run: the structure prior in use with its size, and the masks of the latest conditional estimate."""
+    """One sampling run: the structure prior in use with its size, and the masks of the latest conditional estimate: soft, hard and, where used, wide."""
     record: Record | None = None
     structure: tuple[Tensor, tuple[int, int]] | None = None
-    masks: dict[tuple[str, Place], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    masks: dict[tuple[str, Place], tuple[Tensor, ...]] = field(default_factory=dict)
 
 
 @dataclass
@@ -223,7 +223,8 @@ def _remember(call: Call, name: str, q: Tensor, k: Tensor, options: dict) -> Non
     structure = fusion.resize_prior(*call.run.structure, size)
     content = fusion.content_prior(q, k, options["n_heads"], call.ends)
     masks = fusion.blending_masks(structure, content, call.settings.boundary)
-    call.run.masks[name, place] = masks
+    wide = [fusion.wide_mask(masks[0], call.settings.boundary)] if call.settings.wide else []
+    call.run.masks[name, place] = *masks, *wide
     if call.run.record is not None and name == "attn2" and place == call.structure_place:
         call.run.record.steps.append(torch.stack([structure, content, *masks], 1).unflatten(2, size).cpu())
 
@@ -233,10 +234,9 @@ def _blend(name: str, call: Call, hidden: Tensor, options: dict) -> Tensor:
     if masks is None or place_of(options)[0] not in call.settings.blocks:
         return hidden
     foreground, background, blended = split_branches(hidden)
-    strength, boundary = call.settings.strength, call.settings.boundary
-    soft, hard = (mask.repeat(len(background) // len(mask), 1) for mask in masks)
-    entered = fusion.blend_foreground_in(foreground, blended, soft * strength)
-    returned = fusion.return_to_foreground(foreground, entered, hard * strength)
-    if call.settings.wide:
-        entered = fusion.blend_foreground_in(foreground, blended, fusion.wide_mask(soft, boundary) * strength)
+    soft, hard, *wide = (mask.repeat(len(background) // len(mask), 1) * call.settings.strength for mask in masks)
+    entered = fusion.blend_foreground_in(foreground, blended, soft)
+    returned = fusion.return_to_foreground(foreground, entered, hard)
+    if wide:
+        entered = fusion.blend_foreground_in(foreground, blended, *wide)
     return torch.stack([returned, background, entered], 1).flatten(0, 1)
