@@ -20,8 +20,8 @@ class Resnet(nn.Module):
         self.conv_shortcut = nn.Identity() if inputs == outputs else operations.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        return self.conv2(F.silu(self.norm2(h), inplace=True)).add_(self.conv_shortcut(x))
 
 
 class Attention(nn.Module):
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         h = self.group_norm(x).flatten(2).transpose(1, 2)
         q, k, v = (layer(h).unflatten(-1, (-1, HEAD)).transpose(1, 2) for layer in (self.to_q, self.to_k, self.to_v))
         h = self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
+        return h.transpose(1, 2).unflatten(2, x.shape[2:]).add_(x)
 
 
 class Resample(nn.Module):
@@ -144,7 +144,7 @@ class TransparentDecoder(nn.Module):
         x = self.mid_block(x)
         for block in self.up_blocks:
             x = block(x, kept)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
 
 
 class OffsetEncoder(nn.Module):

@@ -199,8 +199,8 @@ def _attend_self(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, 
             _remember(call, "attn1", block.attn2.to_q(block.norm2(hidden)), block.attn2.to_k(context), options)
     branches = [values.unflatten(0, (-1, BRANCHES)) for values in (q, k, v)]
     own = attend(q[::BRANCHES], k[::BRANCHES], v[::BRANCHES], options)
-    pair = attend(branches[0][:, 1:].flatten(0, 1), *map(fusion.shared_tokens, branches[1:]), options)
-    shared = torch.cat([own[:, None], pair.unflatten(0, (-1, 2))], 1).flatten(0, 1)
+    pair = attend(*map(fusion.shared_tokens, branches), options)
+    shared = torch.cat([own, pair], 1).unflatten(1, (BRANCHES, -1)).flatten(0, 1)
     return _mix(call, shared, lambda: attend(q, k, v, options))
 
 

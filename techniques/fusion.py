@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MOST_PROBABILITIES = 2**22  # held at once, over all heads: 16 MB in float32
+MOST_PROBABILITIES = 2**21  # held at once, over all heads: 8 MB in float32, which a processor's cache holds
 
 
 def structure_prior(q: Tensor, k: Tensor, heads: int) -> Tensor:
@@ -70,11 +70,11 @@ def return_to_foreground(foreground: Tensor, blended: Tensor, hard: Tensor) -> T
 
 
 def shared_tokens(values: Tensor) -> Tensor:
-    """Keys or values [B,3,T,C] of foreground, background and blended -> [2B,2T,C]: background's and blended's together, for each of the two.
+    """Queries, keys or values [B,3,T,C] of foreground, background and blended -> [B,2T,C]: background and blended as one picture of all their tokens.
 
     Source: layerfusion, Sec. 3.3, attention shared between the hidden states of background and blended
     """
-    return values[:, 1:].flatten(1, 2).repeat_interleave(2, 0)
+    return values[:, 1:].flatten(1, 2)
 
 
 def shared_prompt(values: Tensor) -> Tensor:

@@ -54,7 +54,6 @@ def build(config: dict) -> Joined:
 
 def losses(config: dict, latent: Tensor, decoded: Tensor, image: Tensor) -> dict[str, Tensor]:
     """What is minimised, and its parts: latent_weight pulls each channel's mean to 0 and deviation to 1."""
-    decoded, latent = decoded.float(), latent.float()
     l1 = (decoded - image).abs().mean()
     square = (decoded - image).square().mean()
     gradient = gradient_loss(decoded, image)

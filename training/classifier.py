@@ -91,8 +91,8 @@ def build(config: dict) -> Classifier:
 
 def losses(logits: tuple[Tensor, Tensor], places: Tensor, objects: Tensor) -> dict[str, Tensor]:
     """Cross-entropy over the places, and over the presence of each object."""
-    place = F.cross_entropy(logits[0].float(), places, ignore_index=PLAIN)
-    presence = F.binary_cross_entropy_with_logits(logits[1].float(), objects, reduction="none").sum(1).mean()
+    place = F.cross_entropy(logits[0], places, ignore_index=PLAIN)
+    presence = F.binary_cross_entropy_with_logits(logits[1], objects, reduction="none").sum(1).mean()
     return {"loss": place + presence, "place": place, "objects": presence}
 
 

@@ -62,7 +62,7 @@ def loss_of(model: nn.Module, batch: latents.Batch, config: dict, levels: Tensor
     if batch.condition is not None:
         given = torch.cat([given, batch.condition], 1)
     predicted = model(given.to(device), timesteps.to(device), rows.to(device))
-    error = (predicted.float() - noise.to(device)).square().mean((1, 2, 3))
+    error = (predicted - noise.to(device)).square().mean((1, 2, 3))
     weight = diffusion.noise_loss_weight(level, config["snr_gamma"]).float().to(device)
     return {"loss": (weight * error).mean(), "error": error.mean().detach()}
 

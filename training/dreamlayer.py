@@ -110,7 +110,7 @@ def loss_of(model: nn.Module, batch: Batch, config: dict, levels: Tensor, rng: n
     level, alphas = levels[timesteps], batch.alphas.to(device)
     given = formulas.add_noise(batch.latent, noise, level)
     predicted, maps, own = model(given.to(device), timesteps.to(device), rows.to(device), (timesteps >= EARLY).float().to(device), alphas)
-    error = (predicted.float() - noise.to(device)).square().mean((1, 2, 3, 4))
+    error = (predicted - noise.to(device)).square().mean((1, 2, 3, 4))
     weight = formulas.noise_loss_weight(level, config["snr_gamma"]) * ((1 - level) / level).clamp(1, config["early_weight"])
     weight = weight.float().to(device)
     told = torch.from_numpy(kept).float().to(device)

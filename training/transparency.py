@@ -62,14 +62,14 @@ class Pair(nn.Module):
         self.encoder = OffsetEncoder(config["encoder_widths"])
         self.decoder = TransparentDecoder(config["decoder_widths"], config["attention_levels"])
 
-    def forward(self, rgba: Tensor, autoencoder: Autoencoder, noise: Tensor | float = 0.0, kept: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
+    def forward(self, rgba: Tensor, autoencoder: Autoencoder, kept: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
         """rgba: [B,4,S,S], colours that run on, then alpha -> the latent, its offset, the decoded picture, and [B,4,S,S], alpha first.
 
         kept: the first three, where they are known.
         """
         if kept is None:
             clean, offset = hidden(rgba, autoencoder, self.encoder)
-            latent = clean + offset + noise
+            latent = clean + offset
             kept = latent, offset, autoencoder.decode(latent)
         latent, _, picture = kept
         return *kept, self.decoder(picture.clamp(0, 1).contiguous(memory_format=torch.channels_last), latent)  # a third faster on two cores
@@ -137,10 +137,7 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
         device = next(model.parameters()).device
         autoencoder.to(device)
         rgba = pool.batch(config["batch"], config["crop"], config["seed"], step, rank).to(device)
-        size = config["crop"] // latents.FACTOR
-        rng = np.random.default_rng((config["seed"], step, rank, 1))
-        noise = rng.standard_normal((len(rgba), 4, size, size), np.float32)
-        return losses(config, rgba, *model(rgba, autoencoder, config["noise"] * torch.from_numpy(noise).to(device))[1:])
+        return losses(config, rgba, *model(rgba, autoencoder)[1:])
 
     def loss_of_decoder(model, step, rank):
         rng = np.random.default_rng((config["seed"], step, rank))

@@ -150,9 +150,7 @@ def test_blend_foreground_in_and_return_to_foreground_are_equations_1_and_2(dtyp
 def test_shared_tokens_and_shared_prompt_by_hand():
     k = tokens(9, 2, 3, 4)
     joint = fusion.shared_tokens(k)
-    for b in range(2):
-        both = torch.cat([k[b, 1], k[b, 2]])
-        assert torch.equal(joint[2 * b], both) and torch.equal(joint[2 * b + 1], both)
+    assert torch.equal(joint, torch.stack([torch.cat([one[1], one[2]]) for one in k]))
     prompts = fusion.shared_prompt(k)
     expected = [k[0, 0], k[0, 1], k[0, 1], k[1, 0], k[1, 1], k[1, 1]]
     assert torch.equal(prompts, torch.stack(expected))
