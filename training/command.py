@@ -100,6 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
         return OTHERS[options.what](options)
     config = read_config(options.config, options.set)
     trainer = importlib.import_module(f".{MODULES.get(options.what, options.what)}", __package__)
+    least = getattr(trainer, "LEAST_SCENES", 0)
+    if config.get("scenes", least) < least:
+        raise SystemExit(f"error: scenes is {config['scenes']}, and {trainer.CHECK} of them are kept for validation; set it to {least} or more.")
     try:
         trainer.train(config, options.folder, options.minutes, options.save_every)
     except KeyboardInterrupt:

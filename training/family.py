@@ -58,7 +58,7 @@ FILES = {  # trainer, file, weights
 
 
 def publish(root: Path, models: Path = MODELS) -> None:
-    """Write every file whose trainers have run; name those that are missing. Also fits what previews need into models_config."""
+    """Write every file whose trainers have run; name those that are missing. For the pack's own models, previews in models_config are fitted to them."""
     for name, (what, weights) in FILES.items():
         if not (root / what / "metrics.csv").exists():  # what a trainer writes last
             print(f"{name}: not written, python -m training {what} has not run", flush=True)
@@ -67,7 +67,7 @@ def publish(root: Path, models: Path = MODELS) -> None:
         names = {"places": json.dumps(scenes.KINDS), "objects": json.dumps(list(scenes.catalogue()))} if what == "classifier" else {}
         export.save(models / name, weights(root), export.describe(what, root / what, config, SCENES) | names)
         print(f"{name}: {(models / name).stat().st_size / 2**20:.1f} MiB", flush=True)
-    if (root / "autoencoder" / "model.safetensors").exists():
+    if models.resolve() == MODELS and (root / "autoencoder" / "model.safetensors").exists():
         _fit_preview(latents.load_autoencoder(root), CONFIGS / "sd.json")
 
 

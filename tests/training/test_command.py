@@ -38,6 +38,8 @@ def test_help_names_every_trainer_and_option():
     (["autoencoder", "--config", "nowhere.json"], "cannot read the config nowhere.json"),
     (["autoencoder", "--set", "stepz=3"], "the config has no 'stepz'; it has start, channels"),
     (["autoencoder", "--set", "steps=many"], "'many' is not a number"),
+    (["diffusion", "--set", "scenes=64"], "scenes is 64, and 64 of them are kept for validation; set it to 128 or more"),
+    (["dreamlayer", "--set", "scenes=64"], "scenes is 64, and 63 of them are kept for validation; set it to 126 or more"),
     (["painter"], "invalid choice: 'painter'"),
 ])
 def test_wrong_arguments_are_named(arguments, expected):

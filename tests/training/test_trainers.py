@@ -115,6 +115,15 @@ def test_the_transparent_decoder_goes_on_alone(trained_decoder, trained_pair):
     assert not {key for key in same if key.startswith("decoder") and key.endswith(".weight")}
 
 
+def test_models_published_elsewhere_leave_the_packs_previews(root, trained_autoencoder, tmp_path):
+    before = (command.CONFIGS / "sd.json").read_text()
+    try:
+        family.publish(root, tmp_path)
+        assert (command.CONFIGS / "sd.json").read_text() == before
+    finally:
+        (command.CONFIGS / "sd.json").write_text(before)
+
+
 def test_the_adapter_trains_nothing_but_its_own_terms_and_publishes_them(root, trained_diffusion, trained_pair):
     adapter.train(settings("adapter"), root / "adapter", None, 1e9)
     before, after = (load_file(folder / "model.safetensors") for folder in (trained_diffusion, root / "adapter"))
