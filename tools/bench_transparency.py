@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import cpu_host
@@ -75,13 +76,13 @@ def plain_decode(network, image, latent):
 
 
 @torch.inference_mode()
-def decode_rows(side: int, **shape) -> Iterator[tuple]:
+def decode_rows(side: int, widths: Sequence[int] = (32, 32, 64, 128, 256, 512, 512), attention_levels: int = 3) -> Iterator[tuple]:
     from patches.test_networks import Reference
     from strata.networks.transparency import TransparentDecoder
     from strata.patches import transparency, transparent_latents
     torch.manual_seed(0)
-    weights = TransparentDecoder(**shape).state_dict()
-    published = Reference(**({"widths": (32, 32, 64, 128, 256, 512, 512), "attention_levels": 3} | shape))
+    weights = TransparentDecoder(widths, attention_levels).state_dict()
+    published = Reference(widths, attention_levels)
     published.load_state_dict(weights)
     files = {dtype: transparency.recognise("decoder", dict(weights)) for dtype in (torch.float32, torch.bfloat16)}
     for dtype, file in files.items():
@@ -89,18 +90,15 @@ def decode_rows(side: int, **shape) -> Iterator[tuple]:
     image, latent = torch.rand(1, 3, side, side), torch.randn(1, 4, side // 8, side // 8)
     alphas = {}
 
-    def metered(name, decode: Callable[[], torch.Tensor]) -> Callable[[], tuple[float, float]]:
-        def run():
-            meter = Meter()
-            alphas[name] = decode()
-            return meter.read()
-        return run
+    def metered(decoder) -> tuple[float, float]:
+        meter = Meter()
+        alphas[decoder] = plain_decode(decoder, image, latent)[:, :1] if decoder is published else transparent_latents.decode(files[decoder], image, latent)[1]
+        return meter.read()
 
     for file in files.values():  # warm up
         transparent_latents.decode(file, image, latent, 1)
-    plain, *ours = in_turns(metered("plain", lambda: plain_decode(published, image, latent)[:, :1]),
-                            *(metered(dtype, lambda file=file: transparent_latents.decode(file, image, latent)[1]) for dtype, file in files.items()))
-    assert (alphas[torch.float32] - alphas["plain"]).abs().max() < 1e-4
+    plain, *ours = in_turns(*(partial(metered, decoder) for decoder in (published, *files)))
+    assert (alphas[torch.float32] - alphas[published]).abs().max() < 1e-4
     for dtype, own in zip(files, ours, strict=True):
         yield from compared(f"decode in {str(dtype).removeprefix('torch.')}, 8 passes; plain in float32", own, plain)
 
@@ -142,8 +140,8 @@ def layerfusion_rows(side: int, rank: int, **changes) -> Iterator[tuple]:
     files = transparency.recognise("adapter", random_transparency.adapter(shapes, rank=rank, scale=0.02))
     alone, layered = transparency_model.apply(model, files, 1.0), transparency_model.apply_to_foreground(model, files)
     blends = {name: blend_attention(layered, Settings(reuse=reuse)) for name, reuse in (("with prior pass", False), ("reusing the step before", True))}
-    foreground, other, *ours = in_turns(*(lambda one=one: a_step(one, side, 1) for one in (alone, model)),
-                                        *(lambda one=one: a_step(one, side, 3, end=5) for one in blends.values()))
+    foreground, other, *ours = in_turns(*(partial(a_step, one, side, 1) for one in (alone, model)),
+                                        *(partial(a_step, one, side, 3, end=5) for one in blends.values()))
     plain = foreground[0] + 2 * other[0], max(foreground[1], other[1])
     for name, own in zip(blends, ours, strict=True):
         yield from compared(f"LayerFusion step {name}; plain: three runs' steps", own, plain)

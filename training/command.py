@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
         return OTHERS[options.what](options)
     config = read_config(options.config, options.set)
     trainer = importlib.import_module(f".{MODULES.get(options.what, options.what)}", __package__)
-    least = getattr(trainer, "LEAST_SCENES", 0)
+    least = 2 * getattr(trainer, "CHECK", 0)  # scenes kept for validation
     if config.get("scenes", least) < least:
         raise SystemExit(f"error: scenes is {config['scenes']}, and {trainer.CHECK} of them are kept for validation; set it to {least} or more.")
     try:

@@ -15,7 +15,6 @@ from . import latents, loop, scenes, text
 from .command import CONFIGS
 
 CHECK = 64  # the last scenes of the pool are kept for validation
-LEAST_SCENES = 2 * CHECK
 
 
 class TextToImage(nn.Module):

@@ -24,7 +24,6 @@ from .transparency import checkerboard, hidden
 
 MOST = 3  # objects of a scene
 CHECK = 63  # the last scenes of the pool are kept for validation
-LEAST_SCENES = 2 * CHECK
 EARLY = 850  # the published T_G: from there on objects take over the whole picture's layout
 GUIDANCE, SAMPLING_STEPS, SHOWN = 4.0, 20, 3
 
