@@ -1,4 +1,4 @@
-"""Finished weights: one fp16 safetensors file that says how it came to be."""
+"""Finished weights: one safetensors file, fp16 or smaller, that says how it came to be."""
 from __future__ import annotations
 
 import csv
@@ -11,9 +11,11 @@ from torch import Tensor
 LICENCE = "GPL-3.0, as the pack; trained on pictures of Microsoft's Fluent Emoji (MIT, training/objects/LICENSE)"
 
 
-def save(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def save(path: Path, state: dict[str, Tensor], metadata: dict[str, str], fp8: str | None = None) -> None:
     """Write a state, floating-point tensors as fp16; the file is complete or not there. metadata: describe(), and what loading needs.
 
+    fp8: matrices and kernels whose keys start with it are stored as float8 e4m3, which halves a file that they fill. ComfyUI's loaders
+    cast them as they cast any other fp8 model.
     A file that says the same already stays as it is, byte for byte: the format does not fix the metadata's order.
     """
     from safetensors.torch import save_file
@@ -22,6 +24,8 @@ def save(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None
     for key, value in half.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise SystemExit(f"error: {key} is too large for the fp16 of {path.name}; train again with a lower learning_rate in a new --folder.")
+        if fp8 is not None and key.startswith(fp8) and value.ndim > 1:
+            half[key] = value.to(torch.float8_e4m3fn)
     metadata = {"format": "pt", **metadata}
     if path.exists() and _holds(path, half, metadata):
         return
@@ -35,7 +39,10 @@ def save(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None
 def _holds(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> bool:
     from safetensors import safe_open
     with safe_open(path, "pt") as file:
-        return file.metadata() == metadata and set(file.keys()) == set(state) and all(torch.equal(file.get_tensor(key), state[key]) for key in state)
+        if file.metadata() != metadata or set(file.keys()) != set(state):
+            return False
+        stored = {key: file.get_tensor(key) for key in state}  # fp8 has no comparison of its own
+    return all(stored[key].dtype == value.dtype and torch.equal(stored[key].float(), value.float()) for key, value in state.items())
 
 
 def describe(what: str, folder: Path, config: dict, data: str) -> dict[str, str]:

@@ -46,6 +46,7 @@ def classifier(root: Path) -> dict[str, Tensor]:
     return {key: value for key, value in _trained(root / "classifier").items() if value.is_floating_point()}
 
 
+FP8 = {"checkpoints/strata_mini_sd.safetensors": UNET, "diffusion_models/strata_mini_inpaint.safetensors": ""}  # see export.save
 FILES = {  # trainer, file, weights
     "checkpoints/strata_mini_sd.safetensors": ("diffusion", checkpoint),
     "diffusion_models/strata_mini_inpaint.safetensors": ("inpaint", inpainting_unet),
@@ -65,7 +66,7 @@ def publish(root: Path, models: Path = MODELS) -> None:
             continue
         config = json.loads((root / what / "config.json").read_text())
         names = {"places": json.dumps(scenes.KINDS), "objects": json.dumps(list(scenes.catalogue()))} if what == "classifier" else {}
-        export.save(models / name, weights(root), export.describe(what, root / what, config, SCENES) | names)
+        export.save(models / name, weights(root), export.describe(what, root / what, config, SCENES) | names, FP8.get(name))
         print(f"{name}: {(models / name).stat().st_size / 2**20:.1f} MiB", flush=True)
     if models.resolve() == MODELS and (root / "autoencoder" / "model.safetensors").exists():
         _fit_preview(latents.load_autoencoder(root), CONFIGS / "sd.json")
