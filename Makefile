@@ -18,6 +18,9 @@ serve:  ## open ComfyUI with this pack for a person
 run:  ## make run W=workflows/layers_roundtrip.json ARGS="--out pictures"
 	$(EXEC) tools/run.py $(W) $(ARGS)
 
+figures:  ## measure every number of README and docs again, into docs/figures.json (about an hour)
+	$(EXEC) tools/figures.py $(ARGS)
+
 bench:  ## time and memory against plain ways of doing the same
 	$(EXEC) tools/bench.py $(ARGS)
 
@@ -26,4 +29,4 @@ mini:  ## train the mini family from nothing and write its files; goes on where 
 	$(EXEC) -m training publish
 	$(EXEC) -m training judge
 
-.PHONY: demo test check serve run bench mini
+.PHONY: demo test check serve run figures bench mini

@@ -1,13 +1,16 @@
 """DreamLayer: background, any number of objects and the whole picture sampled together, without training or with trained modules."""
+import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
+from comfy.utils import repeat_to_batch_size
 from comfy_api.latest import io, ui
 
 from ..patches import layer_modules, transparency_model, transparent_latents
 from ..patches.branches import sample_branches
+from ..patches.harmonize import remaining_sigmas
 from ..patches.inversion import Inversion, invert
 from ..patches.layer_prompts import LAYERS, encode_layers
 from ..patches.shared_layers import MAPS, PATH, RECORD, Maps, Record, Sharing, layer_count, map_context, object_rows, share_layers, without_layers
@@ -24,7 +27,6 @@ from .transparency import LayerModelFile
 
 ALIASES = ["dreamlayer", "multi-layer generation", "layered generation"]
 NOISE = {"same for all layers": 0.0, "one each": 1.0, "half the same": 0.5}  # how much is each layer's own
-HIDDEN = ("uni_pc", "uni_pc_bh2", "dpm_fast", "dpm_adaptive")  # samplers whose steps do not show the latent at the schedule's noise levels
 PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01}
 
 
@@ -155,29 +157,33 @@ class LayersSampler(io.ComfyNode):
                 io.Image.Output("whole", display_name="whole", tooltip="The whole picture that was sampled with the layers: what they are to add up to."),
                 maps_output(),
                 io.Latent.Output("LATENT", display_name="latent", tooltip="All rows: background, objects, whole picture, and again for the next latent."),
-                sockets.Inversion.Output("retained", display_name="retained", is_output_list=True, tooltip="For Harmonize layers: the way of each picture's "
-                                         "layers through the run. Empty with uni_pc, dpm_fast and dpm_adaptive, which do not show it."),
+                sockets.Inversion.Output("retained", display_name="retained", is_output_list=True, tooltip="For Harmonize layers: the trajectory of each "
+                                         "picture's layers through the run."),
             ])
 
     @classmethod
     def execute(cls, model, vae, positive, noise, harmonize, harmonize_start, harmonize_end, adapter=None, decoder=None, **sampling):
         names, record, seen = _layer_names(model, positive, decoder), Record(), {}
         count = layer_count(names)
+        if count > 1 and decoder is None and sampling["denoise"] == 0:
+            raise ValueError("denoise: at 0 nothing is sampled, so there are no maps to find the objects by; raise it, or connect a decoder.")
+        if count > 1 and harmonize:
+            levels = {key: sampling[key] for key in ("steps", "sampler_name", "scheduler")}
+            remaining_sigmas(model, **levels, start_percent=harmonize_start, socket="harmonize_start")
         layered = _prepared(model, adapter, count, record)
-        branches = sample_branches(layered, positive, count, **sampling, own_noise=NOISE[noise],
-                                   visit=lambda step, x: seen.setdefault(step, x.float().cpu().clone()))
+        branches = sample_branches(layered, positive, count, **sampling, own_noise=NOISE[noise], seen=seen)
         latents = [branch["samples"] for branch in branches]
         stacks = _stacks(vae, names, latents, decoder, record)
-        whole = vae.decode(latents[-1])
-        latent = {**branches[0], "samples": torch.stack(latents, 1).flatten(0, 1)}
-        paths = _paths(model, positive, seen, latent["samples"], names, sampling)
-        composite = whole
+        composite = whole = vae.decode(latents[-1])
+        latent = _all_rows(branches)
+        paths, notes = _paths(model, positive, seen, latent["samples"], names), []
         if count > 1:
             settings = {**{key: sampling[key] for key in ("seed", "steps", "cfg", "sampler_name", "scheduler")}, "start_percent": harmonize_start,
                         "end_percent": harmonize_end, "foregrounds": "keep", "feather": 2.0}
-            draw = _harmonizer(without_layers(model), positive, sampling["negative"], vae, settings) if harmonize else _stacked
+            draw = _harmonizer(without_layers(model), positive, sampling["negative"], vae, settings, notes) if harmonize else _stacked
             composite = torch.cat([draw(*layers) for layers in zip(stacks, paths, strict=True)])
-        return io.NodeOutput([write_layers(stack) for stack in stacks], composite, whole, map_strips(record.steps), latent, paths)
+        return io.NodeOutput([write_layers(stack) for stack in stacks], composite, whole, map_strips(record.steps), latent, paths,
+                             ui=ui.PreviewText("\n".join(notes)) if notes else None)
 
 
 class ImageToLayers(io.ComfyNode):
@@ -243,7 +249,7 @@ def _layer_names(model, positive: list, decoder) -> list[str]:
 def _prepared(model, adapter, count: int, record: Record):
     """A clone that keeps its maps in the record, and whose objects have hidden transparency when there is an adapter."""
     layered = model.clone() if adapter is None or count == 1 else transparency_model.apply_to_foreground(model, adapter, object_rows(count))
-    layered.model_options["transformer_options"][RECORD] = record  # last: a clone would have a copy of it
+    layered.model_options["transformer_options"][RECORD] = record
     return layered
 
 
@@ -273,16 +279,25 @@ def _with_alpha(objects: list[torch.Tensor], latents: list[torch.Tensor], decode
     return torch.cat(transparent_latents.decode(decoder, colour.movedim(-1, 1), latent), 1).movedim(1, -1)
 
 
-def _paths(model, positive: list, seen: dict[int, torch.Tensor], samples: torch.Tensor, names: list[str], sampling: dict) -> list[Inversion | None]:
-    """The way of each picture's background and objects, from all rows of each step; None where the sampler does not show every noise level."""
-    rows = layer_count(names)
-    sigmas = comfy.samplers.KSampler(model, sampling["steps"], model.load_device, sampling["sampler_name"], sampling["scheduler"], sampling["denoise"],
-                                     model_options=model.model_options).sigmas.cpu()
-    if sampling["sampler_name"] in HIDDEN or sorted(seen) != list(range(len(sigmas) - 1)) or not seen:
+def _all_rows(branches: list[dict]) -> dict:
+    """One LATENT of every branch of the first latent, then of the next. Numbers of the batch would name rows that are not there any more."""
+    latent = {key: value for key, value in branches[0].items() if key != "batch_index"}
+    if "noise_mask" in latent:
+        mask = repeat_to_batch_size(latent["noise_mask"], len(branches[0]["samples"]))
+        latent["noise_mask"] = mask.repeat_interleave(len(branches), 0)
+    return {**latent, "samples": torch.stack([branch["samples"] for branch in branches], 1).flatten(0, 1)}
+
+
+def _paths(model, positive: list, seen: dict[float, torch.Tensor], samples: torch.Tensor, names: list[str]) -> list[Inversion | None]:
+    """The trajectory of each picture's background and objects, from what the model was called with; None when it was not called."""
+    sigmas = sorted((sigma for sigma in seen if sigma > 0), reverse=True)
+    rows, flow = layer_count(names), isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
+    if not sigmas:
         return [None] * (len(samples) // rows)
     last = model.model.process_latent_in(samples).float().cpu()
-    path = torch.stack([*(seen[step] for step in range(len(seen))), last]).unflatten(1, (-1, rows))
-    return [Inversion(path[:, number, :len(names)], sigmas, positive, "run") for number in range(path.shape[1])]
+    path = torch.stack([*(seen[sigma] for sigma in sigmas), last]).unflatten(1, (-1, rows))
+    levels = torch.tensor([*sigmas, 0.0])
+    return [Inversion(path[:, number, :len(names)], levels, positive, "run", flow) for number in range(path.shape[1])]
 
 
 def _stack(names: list[str], background: torch.Tensor, objects: list[torch.Tensor]) -> LayerStack:
@@ -294,10 +309,17 @@ def _stacked(stack: LayerStack, path: Inversion | None) -> torch.Tensor:
     return flatten(stack)[0][None]
 
 
-def _harmonizer(model, positive: list, negative: list, vae, settings: dict):
-    """Harmonize layers with the whole picture's conditioning."""
+def _harmonizer(model, positive: list, negative: list, vae, settings: dict, notes: list[str]):
+    """Harmonize layers with the whole picture's conditioning; a stack that it refuses stays stacked, and a note says why."""
     whole = _whole(positive)
-    return lambda stack, path: HarmonizeLayers.execute(model, whole, negative, vae, write_layers(stack), **settings, retained=path).result[0]
+
+    def draw(stack: LayerStack, path: Inversion | None) -> torch.Tensor:
+        try:
+            return HarmonizeLayers.execute(model, whole, negative, vae, write_layers(stack), **settings, retained=path).result[0]
+        except ValueError as error:
+            notes.append(f"Not harmonised: {error}")
+            return _stacked(stack, path)
+    return draw
 
 
 NODES = [LayerPrompts, LoadLayerModules, SharedLayers, ContextMaps, LayersSampler, ImageToLayers]

@@ -26,7 +26,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
 def around(options: dict, name: str, places: list[Place], own: Callable) -> dict:
     """Replacing patches `own(there, q, k, v, options)` at the places, where `there` is the patch that another node has put there, or the attention."""
     there = options.get("patches_replace", {}).get(name, {})
-    return {**there, **{place: partial(own, there.get(place, there.get(place[:2], attend))) for place in places}}
+    return {**there, **{place: partial(_checked, own, there.get(place, there.get(place[:2], attend))) for place in places}}
+
+
+def _checked(own: Callable, there: Callable, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
+    check_tokens(q, options)
+    return own(there, q, k, v, options)
+
+
+def check_tokens(rows: Tensor, options: dict) -> None:
+    """Raises ValueError for queries [B,T,C] that are no longer one row a picture and one token a place: their layers could not be told apart."""
+    shape = options.get("activations_shape")
+    if shape is not None and rows.shape[:2] != (shape[0], shape[2] * shape[3]):
+        raise ValueError("model: another patch on it (HyperTile, Token merging or one like them) cuts or merges what the attention works on, so layers "
+                         "cannot be told apart any more; remove that patch.")
 
 
 def place_of(options: dict) -> Place:

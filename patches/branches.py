@@ -1,40 +1,51 @@
 """Several pictures of every latent, sampled as one batch in which they stand next to each other."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import comfy.sample
 import comfy.utils
 import latent_preview
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..techniques.shared_layers import share_noise
 
 
 def sample_branches(model: ModelPatcher, positive: list, count: int, negative: list, latent_image: dict, seed: int, steps: int, cfg: float,
-                    sampler_name: str, scheduler: str, denoise: float, own_noise: float = 1.0,
-                    visit: Callable[[int, Tensor], None] = lambda step, x: None) -> list[dict]:
+                    sampler_name: str, scheduler: str, denoise: float, own_noise: float = 1.0, seen: dict[float, Tensor] | None = None) -> list[dict]:
     """One LATENT per branch. positive: with a row per branch, which the host repeats over the batch. own_noise: how much of the noise's
     variance is a branch's own, 0..1; at 0 the branches of a latent have the same.
 
-    visit: is shown each step's batch, [B·count,C,h,w] in the model's scale, before the step changes it.
+    seen: gets, for each noise level that the model is called at, the batch [B·count,C,h,w] of the last such call, in the model's scale, on the CPU.
     """
     latents = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
     mask = latent_image.get("noise_mask")
     if mask is not None:
         mask = comfy.utils.repeat_to_batch_size(mask, len(latents)).repeat_interleave(count, 0)
-    start, preview = latents.repeat_interleave(count, 0), latent_preview.prepare_callback(model, steps)
+    start, callback = latents.repeat_interleave(count, 0), latent_preview.prepare_callback(model, steps)
     noise = _noise(start, seed, latent_image.get("batch_index"), count, own_noise)
 
-    def callback(step: int, denoised: Tensor, x: Tensor, total: int) -> None:
-        visit(step, x)
-        preview(step, denoised, x, total)
-
+    if seen is not None:
+        model = watched(model, seen)
     samples = comfy.sample.sample(
         model, noise, steps, cfg, sampler_name, scheduler, positive, negative, start, denoise=denoise, noise_mask=mask, callback=callback,
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
     return [{**latent_image, "samples": samples[branch::count]} for branch in range(count)]
+
+
+def watched(model: ModelPatcher, seen: dict[float, Tensor]) -> ModelPatcher:
+    """A clone that keeps what its sampler asks it for. What samplers hand to their callback is not always the latent of that step (DEIS)."""
+    def watch(executor, x: Tensor, timestep: Tensor, *args, **kwargs):
+        sigma = float(timestep.flatten()[0])
+        seen.pop(sigma, None)  # Heun's first call at a level is a guess, and its second one the step's latent
+        seen[sigma] = x.detach().float().cpu().clone()
+        return executor(x, timestep, *args, **kwargs)
+
+    clone = model.clone()
+    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "strata_watched", watch)
+    return clone
 
 
 def _noise(start: Tensor, seed: int, numbers: list[int] | None, count: int, own: float) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..techniques import fusion
 from .attention_blocks import Place, around, place_of, size_of, transformers
 from .foreground import BRANCHES, check_batch, foreground_rows, foregrounds_only, split_branches
+from .kept import Record
 from .layer_prompts import END_TOKENS
 
 STRUCTURE_LAYER = json.loads((Path(__file__).parent.parent / "models_config" / "fusion.json").read_text(encoding="utf-8"))["structure_layer"]
@@ -40,12 +41,6 @@ class Settings:
     def active(self, sampling, timestep: Tensor) -> bool:
         start, end = (sampling.percent_to_sigma(percent) for percent in (self.start_percent, self.end_percent))
         return self.strength > 0 and end <= float(timestep.max()) <= start
-
-
-@dataclass
-class Record:
-    """What the paper's Fig. 3 shows, one entry a step: s, c, mask_soft and mask_hard [N,4,H,W] at the structure layer."""
-    steps: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -104,6 +99,8 @@ def _calculate(settings: Settings, place: Place, executor, model, conds: list, x
     if not settings.active(model.model_sampling, timestep):
         return executor(model, conds, x, timestep, model_options)
     options = model_options.get("transformer_options", {})
+    if KEY in options:
+        raise ValueError("model: two Attention blend nodes act on it at the same time; remove one of them, or give them other start and end percents.")
     run = options.get(RUN) or Run()
     lead = next((i for i, entries in enumerate(conds) if entries and any(END_TOKENS in entry for entry in entries)), None)
     _check_conds(conds, lead, run)
@@ -226,7 +223,7 @@ def _remember(call: Call, name: str, q: Tensor, k: Tensor, options: dict) -> Non
     wide = [fusion.wide_mask(masks[0], call.settings.boundary)] if call.settings.wide else []
     call.run.masks[name, place] = *masks, *wide
     if call.run.record is not None and name == "attn2" and place == call.structure_place:
-        call.run.record.steps.append(torch.stack([structure, content, *masks], 1).unflatten(2, size).cpu())
+        call.run.record.add(torch.stack([structure, content, *masks], 1).unflatten(2, size), options)  # the paper's Fig. 3
 
 
 def _blend(name: str, call: Call, hidden: Tensor, options: dict) -> Tensor:

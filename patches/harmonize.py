@@ -59,6 +59,16 @@ class HarmonizingSampler(comfy.samplers.Sampler):
         return self.rest.sample(model_wrap, sigmas[fused:], extra_args, go_on, torch.zeros_like(noise), left, denoise_mask, disable_pbar)
 
 
+def remaining_sigmas(model: ModelPatcher, steps: int, sampler_name: str, scheduler: str, start_percent: float, socket: str = "start_percent") -> Tensor:
+    """The noise levels of a whole denoising that come after start_percent. Raises ValueError, naming the socket, when no step is left."""
+    start = float(model.get_model_object("model_sampling").percent_to_sigma(start_percent))
+    sigmas = comfy.samplers.KSampler(model, steps, model.load_device, sampler_name, scheduler, 1.0, model_options=model.model_options).sigmas
+    sigmas = sigmas[int((sigmas[:-1] > start * (1 + 1e-4)).sum()):]
+    if len(sigmas) < 2:
+        raise ValueError(f"{socket}: no step of {steps} is left after {start_percent}; start earlier or take more steps.")
+    return sigmas
+
+
 def harmonize(model: ModelPatcher, positive, negative, background: Tensor, foregrounds: Tensor, alphas: Tensor, seed: int, steps: int, cfg: float,
               sampler_name: str, scheduler: str, start_percent: float, end_percent: float, callback,
               retained: Callable[[float], Tensor] | None = None) -> Tensor:
@@ -68,12 +78,8 @@ def harmonize(model: ModelPatcher, positive, negative, background: Tensor, foreg
     of the sampling, and the layers are put back until end_percent. retained: see HarmonizingSampler.
     """
     background = comfy.sample.fix_empty_latent_channels(model, background)
-    sampling = model.get_model_object("model_sampling")
-    start, until = (float(sampling.percent_to_sigma(percent)) for percent in (start_percent, end_percent))
-    sigmas = comfy.samplers.KSampler(model, steps, model.load_device, sampler_name, scheduler, 1.0, model_options=model.model_options).sigmas
-    sigmas = sigmas[int((sigmas[:-1] > start * (1 + 1e-4)).sum()):]
-    if len(sigmas) < 2:
-        raise ValueError(f"start_percent: no step of {steps} is left after {start_percent}; start earlier or take more steps.")
+    sigmas = remaining_sigmas(model, steps, sampler_name, scheduler, start_percent)
+    until = float(model.get_model_object("model_sampling").percent_to_sigma(end_percent))
     alphas = masks_at_level(alphas[:, 0], background.shape[-2:])[:, None]
     sampler = HarmonizingSampler(comfy.samplers.sampler_object(sampler_name), foregrounds, alphas, until, retained)
     return comfy.sample.sample_custom(model, comfy.sample.prepare_noise(background, seed), cfg, sampler, sigmas, positive, negative, background,

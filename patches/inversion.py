@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ..techniques import inversion
 from .gradients import call_unet, differentiable
+from .kept import Kept
 
 METHODS = ("ddim", "null-text", "noise only")
 
 
 @dataclass(frozen=True, eq=False)
-class Inversion:
+class Inversion(Kept):
     """latents [N,B,C,H,W] at descending sigmas [N], in the model's scale, on the CPU; the last is the picture.
 
     positive: the CONDITIONING that the path was taken with. null: one unconditional embedding per step [N-1,B,T,D], of null-text.
@@ -34,7 +35,7 @@ class Inversion:
     reconstruction: Tensor | None = None
 
     def at(self, sigma: float) -> Tensor:
-        return inversion.trajectory_at(self.latents, self.sigmas, sigma)
+        return inversion.trajectory_at(self.latents, self.sigmas, sigma, self.flow)
 
 
 def is_flow(model: ModelPatcher) -> bool:

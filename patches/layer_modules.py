@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..networks.context_layers import ContextLayers
 from . import foreground, transparency, transparency_model
+from .kept import Kept
 
 EMBEDDING, CONTEXT = "layer_embedding", "context_layers."
 SHIPPED = "strata_mini_dreamlayer.safetensors"
@@ -48,7 +49,7 @@ class LayerModules:
 
 
 @dataclass(frozen=True)
-class Terms:
+class Terms(Kept):
     """A file's part for one model: by the name of the UNet's module, what goes to the output of keys and values."""
     embedding: Tensor
     shared: dict[str, nn.Module]

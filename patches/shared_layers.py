@@ -16,15 +16,16 @@ from torch import Tensor
 from ..networks.context_layers import ContextLayers
 from ..techniques import shared_layers as dreamlayer
 from . import foreground, layer_modules
-from .attention_blocks import Place, around, place_of, size_of, transformers
+from .attention_blocks import Place, around, check_tokens, place_of, size_of, transformers
 from .foreground import Rows
+from .kept import Kept, Record
 from .layer_prompts import LAYERS
 
 KEY, SHARING, MAPS, RUN, RECORD, PATH = (f"strata_layers{name}" for name in ("", "_sharing", "_maps", "_run", "_record", "_path"))
 
 
 @dataclass(frozen=True)
-class Sharing:
+class Sharing(Kept):
     """LSSA. strength 0..1 of the joint attention and of trained terms, between two percents of the sampling."""
     strength: float = 1.0
     start_percent: float = 0.0
@@ -33,17 +34,11 @@ class Sharing:
 
 
 @dataclass(frozen=True)
-class Maps:
+class Maps(Kept):
     """CACA. strength 0..1 of Eq. 9's mixing until that percent of the sampling; the published T_G of 850 is 0.15. refine: Eq. 5's layers."""
     strength: float = 1.0
     end_percent: float = 0.15
     refine: ContextLayers | None = None
-
-
-@dataclass
-class Record:
-    """The context maps [N,F,h,w], one entry a step."""
-    steps: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -255,7 +250,7 @@ def _look(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, options
             maps = call.refine(maps, torch.stack(call.hidden).sum(0).to(maps))
         call.run.maps = maps.unflatten(2, size_of(options))
         if call.run.record is not None:
-            call.run.record.steps.append(call.run.maps.cpu())
+            call.run.record.add(call.run.maps, options)
     return attend(q, k, v, options)
 
 
@@ -263,6 +258,7 @@ def _mix(call: Call, n: Tensor, context: Tensor, value: Tensor, options: dict) -
     """Eq. 9 on what goes into the self-attention: queries, keys and values. Tokens that another patch has added to the keys stay as they are."""
     if options["block"][0] != "output" or call.run.maps is None:
         return n, context, value
+    check_tokens(n, options)
     maps = (dreamlayer.resize_maps(call.run.maps, size_of(options)).flatten(2) * call.mixing).to(n)
 
     def mixed(rows: Tensor) -> Tensor:

@@ -29,19 +29,30 @@ def ode_step(latent: Tensor, seen: Tensor, denoised: Tensor, at: Tensor, sigma: 
     return latent + (next_sigma - sigma) * (seen - denoised) / at
 
 
-def trajectory_at(latents: Tensor, sigmas: Tensor, sigma: float) -> Tensor:
-    """The latent [B,C,H,W] at sigma from a trajectory [N,B,C,H,W] at descending sigmas [N]; the nearest end outside of them.
+def trajectory_at(latents: Tensor, sigmas: Tensor, sigma: float, flow: bool = False) -> Tensor:
+    """The latent [B,C,H,W] at noise level sigma, 0 or more, from a trajectory [N,B,C,H,W] at descending sigmas [N].
 
-    Exact on the path of Euler steps, which is straight between two of them.
+    Exact on the path of Euler steps, which is straight between two of them. Above the first noise level the noise that the trajectory's first
+    latent has beside its last one grows to sigma; below the last one nothing is left to take away, and that latent is given.
     Source: ours, any schedule of the sampler can follow one inversion
     """
-    if sigma >= sigmas[0]:
+    if sigma > sigmas[0]:
+        return _noisier(latents[0], latents[-1], float(sigmas[0]), sigma, flow)
+    if sigma == sigmas[0]:
         return latents[0]
     below = int((sigmas > sigma).sum())
     if below == len(sigmas):
         return latents[-1]
     share = (sigmas[below - 1] - sigma) / (sigmas[below - 1] - sigmas[below])
     return latents[below] if share == 1 else torch.lerp(latents[below - 1], latents[below], float(share))
+
+
+def _noisier(latent: Tensor, clean: Tensor, at: float, sigma: float, flow: bool) -> Tensor:
+    """clean with the noise that `latent` has at noise level `at`, at level sigma; a latent without any noise stays as it is."""
+    if at == 0:
+        return latent
+    noise = (latent - clean * (1 - at if flow else 1)) / at
+    return noised_trajectory(clean, noise, latent.new_tensor([sigma]), flow)[0]
 
 
 def noised_trajectory(clean: Tensor, noise: Tensor, sigmas: Tensor, flow: bool = False) -> Tensor:

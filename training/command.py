@@ -45,10 +45,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     verb.add_argument("--models", type=Path, default=CONFIGS.parent.parent / "models", help="where the files go")
     verb = verbs.add_parser("judge", help="Ask the classifier whether generated pictures show what their prompts say.", description=judge.__doc__,
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    verb.add_argument("--folder", type=Path, default=host.cache_dir() / "training", help="where the trainers' folders are; judge.png goes there")
+    verb.add_argument("--folder", type=Path, default=host.cache_dir() / "training", help="judge.png goes there")
+    verb.add_argument("--models", type=Path, default=CONFIGS.parent.parent / "models", help="where the checkpoint to judge is")
     verb.add_argument("--cfg", type=float, default=4.0, help="strength of the classifier-free guidance")
     verb.add_argument("--steps", type=int, default=20, help="sampling steps")
     verb.add_argument("--side", type=int, default=128, help="pixels of the pictures")
+    verb.add_argument("--seed", type=int, default=1000, help="first seed; the settings were chosen on seeds below 1000")
     return parser.parse_args(arguments)
 
 
@@ -62,8 +64,9 @@ def publish(options: argparse.Namespace) -> int:
 def judge(options: argparse.Namespace) -> int:
     """Generate one picture of every object in every place and print in how many the classifier sees what the prompt says."""
     from . import family
-    for key, value in family.agreement(options.folder, options.cfg, options.steps, options.side, options.folder / "judge.png").items():
-        print(f"{key}: {value:.1%}")
+    found = family.agreement(options.models, options.cfg, options.steps, options.side, options.folder / "judge.png", options.seed)
+    for key, value in found.items():
+        print(f"{key}: {value.mean():.1%} ± {value.std(correction=1) / len(value) ** 0.5:.1%} ({len(value)} pictures)")
     return 0
 
 

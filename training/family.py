@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..networks.autoencoder import Autoencoder
 from . import adapter, data, diffusion, export, latents, layered, loop, oracle, scenes, text
 from .command import CONFIGS
 
@@ -94,24 +96,39 @@ def _trained(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def agreement(root: Path, guidance: float, steps: int, side: int, report: Path) -> dict[str, float]:
-    """Shares of generated pictures in which the classifier sees the place and the object of the prompt, over every pair of the two."""
+def published(models: Path) -> tuple[diffusion.TextToImage, Autoencoder]:
+    """Denoiser with text encoder, and autoencoder, of the checkpoint that users load. Raises SystemExit when there is none."""
+    path = models / "checkpoints" / "strata_mini_sd.safetensors"
+    if not path.exists():
+        raise SystemExit(f"error: {path} is missing; write it first: python -m training publish.")
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    state = {key: value.float() for key, value in load_file(path).items()}
+    model, autoencoder = diffusion.build(config), Autoencoder()
+    model.load_state_dict({key: state[key] for key in model.state_dict()})
+    autoencoder.load_state_dict({key: state[f"first_stage_model.{key}"] for key in autoencoder.state_dict()})
+    return model.eval(), autoencoder.eval()
+
+
+def agreement(models: Path, guidance: float, steps: int, side: int, report: Path, seed: int) -> dict[str, Tensor]:
+    """Per generated picture, 1 where the classifier sees the place and the object of the prompt, over every pair of the two.
+
+    Asks the checkpoint in models, as it is shipped. Picture i of the pairs is drawn from noise of seed + i // 50.
+    """
     judge = oracle.load()
-    autoencoder = latents.load_autoencoder(root)
-    model = diffusion.build(json.loads((root / "diffusion" / "config.json").read_text()))
-    loop.start_from(model, root / "diffusion" / "model.safetensors")
-    model.eval()
+    model, autoencoder = published(models)
     known = [entry for entry in scenes.catalogue().values() if not entry.held_out]
     pairs = [(entry, kind) for entry in known for kind in scenes.KINDS]
     pictures = []
     for start in range(0, len(pairs), 50):
         prompts = [f"{entry.prompts[0]} {scenes.PLACE_WORDS[kind][0]}" for entry, kind in pairs[start:start + 50]]
-        latent = diffusion.sample(model, prompts, side, steps=steps, guidance=guidance, seed=start)
-        pictures.append(autoencoder.decode(latent).clamp(0, 1))
+        latent = diffusion.sample(model, prompts, side, steps=steps, guidance=guidance, seed=seed + start // 50)
+        with torch.no_grad():
+            pictures.append(autoencoder.decode(latent).clamp(0, 1))
         print(f"{start + len(prompts)} of {len(pairs)} pictures", flush=True)
     pictures = torch.cat(pictures)
     place, shown = judge.text_agreement(pictures, [kind for _, kind in pairs], [[entry.name] for entry, _ in pairs])
     unseen = torch.tensor([scenes.is_held_out(entry.name, kind) for entry, kind in pairs])
+    report.parent.mkdir(parents=True, exist_ok=True)
     loop.save_grid(report, torch.nn.functional.interpolate(pictures, size=96, mode="area"), len(scenes.KINDS))
-    return {"place": place.mean().item(), "object": shown.mean().item(), "place of pairs not trained": place[unseen].mean().item(),
-            "object of pairs not trained": shown[unseen].mean().item()}
+    return {"place": place, "object": shown, "place of pairs not trained": place[unseen], "object of pairs not trained": shown[unseen]}

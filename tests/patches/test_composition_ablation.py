@@ -1,100 +1,11 @@
-"""FeatGLaC against its ablations on the trained mini family, over pairs of rendered scenes whose true composite the renderer knows.
-
-Each object is photographed in one place and put into another, where the truth has it at the same spot in the new place's light. The pictures go to
-output/composition_ablation.png, one row a pair: photo, new place, the methods in their order, truth. docs/composition.md has the figures of 24 pairs:
-
-    STRATA_PAIRS=24 make test ARGS="tests/patches/test_composition_ablation.py -s"
-"""
-import os
-
-import comfy.samplers
+"""FeatGLaC's figures: a sample of the shipped family's against the table of docs/figures.json."""
+import figures
+import figures_composition
 import pytest
-import torch
-from strata.patches.feature_guidance import Plane, Planes, Settings, guider
-from strata.patches.inversion import invert
-from strata.techniques.feature_guidance import composite_latent, masks_at_level
-from strata.training import loop, metrics, oracle, scenes
+from mini_models import CHECKPOINT
 
-from .test_trained_composition import CHECKPOINT, Family, picture
-
-PACK = CHECKPOINT.parents[2]
 pytestmark = pytest.mark.skipif(not CHECKPOINT.exists(), reason="no trained weights: make mini")
 
-PAIRS, STEPS, CFG = int(os.environ.get("STRATA_PAIRS", 6)), 25, 4.0
-EARLY, LATE = 5, 20  # steps of 25 that the paper's tau of 40 and 10, of 50, leave behind
-METHODS = ("image pasting", "latent pasting, tau 10", "latent pasting, tau 40", "FeatGLaC")
-KNOWN = [entry for entry in scenes.catalogue().values() if not entry.held_out and entry.material == "solid"]
 
-
-def photographs(number):
-    """An object in two lights: (photo's prompt, photo), (the new place's prompt, the new place), true scene."""
-    entry = KNOWN[(7 * number) % len(KNOWN)]
-    here, there = scenes.KINDS[number % len(scenes.KINDS)], scenes.KINDS[(number + 3) % len(scenes.KINDS)]
-    empty = scenes.render(scenes.Request(here, ()), 128, 128, number + 100)
-    truth = scenes.render(scenes.Request(there, (entry.name,)), 128, 128, number)
-    other = scenes.render(scenes.Request(there, (entry.name,)), 128, 128, number, empty.light).objects[0]
-    photo = scenes.over(other.rgba_with_shadow, empty.background)
-    return (f"{other.prompt} {scenes.PLACE_WORDS[here][0]}", picture(photo)), (truth.background_prompt, picture(truth.background)), truth
-
-
-def composed(family, number):
-    """What each method makes of a pair, [4,3,H,W], and photo, new place, truth, alpha and shadow, [1,·,H,W] each."""
-    (words, photo), (place, background), truth = photographs(number)
-    sigmas = family.sigmas(STEPS)
-    alpha = torch.from_numpy(truth.objects[0].rgba[..., 3])
-    mask = (alpha > 0.5).float()
-    euler = comfy.samplers.sampler_object("euler")
-    inversions = [invert(family.model, family.vae.encode(shown.movedim(1, -1)), family.text(prompt), None, sigmas)
-                  for shown, prompt in ((background, place), (photo, words))]
-    positive, nothing = family.text(truth.prompt), torch.zeros_like(inversions[0].latents[0])
-    latents = [family.vae.encode((mask * photo + (1 - mask) * background).movedim(1, -1))]
-    for start in (LATE, EARLY):
-        plain = comfy.samplers.CFGGuider(family.model)
-        plain.set_conds(positive, family.negative)
-        plain.set_cfg(CFG)
-        back, front = (inversion.at(float(sigmas[start])) for inversion in inversions)
-        pasted = composite_latent(front, back, masks_at_level(mask[None], back.shape[2:])[:, None])
-        latents.append(plain.sample(pasted / sigmas[start], nothing, euler, sigmas[start:], disable_pbar=True))
-    found = guider(family.model, positive, family.negative, CFG, Planes((Plane(inversions[0]), Plane(inversions[1], mask))), Settings())
-    latents.append(found.sample(nothing, nothing, euler, sigmas, disable_pbar=True))
-    made = torch.cat([family.vae.decode(latent) for latent in latents]).movedim(-1, 1)[:, :3].clamp(0, 1)
-    return {"made": made, "photo": photo, "place": background, "truth": picture(truth.composite), "alpha": alpha[None, None],
-            "shadow": torch.from_numpy(truth.objects[0].shadow[..., 3])[None, None]}
-
-
-@pytest.fixture(scope="module")
-def figures():
-    """{figure: [methods, pairs]}: less is better for all but features, the likeness of the cut-out to the photo's for the classifier."""
-    judge, found = oracle.load(), {}
-    with torch.inference_mode():
-        family = Family()
-        pairs = [composed(family, number) for number in range(PAIRS)]
-    for pair in pairs:
-        made, count = pair["made"], len(METHODS)
-        truth, photo, alpha, shadow = (pair[key].expand(count, -1, -1, -1) for key in ("truth", "photo", "alpha", "shadow"))
-        mask = (alpha > 0.5).float()
-        for name, values in (("features", judge.similarity(oracle.cut_out(made, mask), oracle.cut_out(photo, mask))),
-                             ("object", metrics.mask_error(made, truth, mask)), ("lighting", metrics.lighting_error(made, truth, mask)),
-                             ("shadow band", metrics.mask_error(made, truth, metrics.shadow_band(shadow, alpha, 4))),
-                             ("seam", metrics.seam_error(made, truth, mask)), ("background", metrics.mask_error(made, truth, 1 - mask))):
-            found.setdefault(name, []).append(values)
-    rows = [torch.cat([pair["photo"], pair["place"], pair["made"], pair["truth"]]) for pair in pairs]
-    (PACK / "output").mkdir(exist_ok=True)
-    loop.save_grid(PACK / "output" / "composition_ablation.png", torch.cat(rows), len(rows[0]))
-    found = {name: torch.stack(values, 1) for name, values in found.items()}
-    for name, values in found.items():
-        print(f"{name}: " + ", ".join(f"{method} {value:.3f}" for method, value in zip(METHODS, values.nanmean(1).tolist(), strict=True)))
-    return found
-
-
-def test_guidance_keeps_the_object_better_than_early_latent_pasting(figures):
-    _image, _late, early, guided = figures["features"].mean(1)
-    assert guided > early
-    _image, _late, early, guided = figures["object"].mean(1)
-    assert guided < early
-
-
-def test_guidance_harmonises_better_than_image_pasting(figures):
-    for name in ("lighting", "shadow band"):  # the seam of a pasted object is its own outline, which the truth has too
-        image, _late, _early, guided = figures[name].nanmean(1)
-        assert guided < image, name
+def test_a_sample_agrees_with_the_table():
+    figures.check("composition", figures_composition.measure(figures.sample(figures_composition)))

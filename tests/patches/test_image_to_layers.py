@@ -4,13 +4,12 @@ from functools import partial
 import comfy.samplers
 import pytest
 import torch
+from mini_models import CHECKPOINT, Family
 from strata.patches.layer_prompts import encode_layers
 from strata.patches.shared_layers import PATH, Maps, Sharing, map_context, share_layers, without_layers
 from strata.techniques.layers import read_layers
 from strata.techniques.shared_layers import joint_attention
 from strata.training import oracle, scenes
-
-from .test_trained_composition import CHECKPOINT, Family
 
 trained = pytest.mark.skipif(not CHECKPOINT.exists(), reason="no trained weights: make mini")
 

@@ -40,8 +40,8 @@ def node(kind, **inputs):
 
 def sampled(model, vae, positive, count=1, **changed):
     negative = conditioning(model, 2, rows=1)
-    latent = {"samples": torch.zeros(count, 4, HEIGHT // 8, WIDTH // 8)}
-    return node(LayersSampler, model=model, vae=vae, positive=positive, negative=negative, latent_image=latent,
+    changed = {"latent_image": {"samples": torch.zeros(count, 4, HEIGHT // 8, WIDTH // 8)}, **changed}
+    return node(LayersSampler, model=model, vae=vae, positive=positive, negative=negative,
                 **{**SETTINGS, **HARMONY, "noise": next(iter(NOISE)), **changed})
 
 
@@ -106,19 +106,23 @@ def test_a_background_alone_is_the_stock_samplers(loaded):
     assert torch.equal(write_layers(read_layers(documents[1]))["layers"][0]["image"][0], whole[1])
 
 
-@pytest.mark.parametrize("sampler", ["uni_pc", "heun", "dpmpp_2s_ancestral", "dpm_adaptive"])
-def test_the_way_of_the_layers_is_at_the_schedules_levels_or_not_given(loaded, sampler):
-    """Near the end the latent on the way is the result; a wrong level or scale would be far from it."""
+def test_the_latent_has_a_mask_for_each_of_its_rows_and_no_numbers_of_rows_that_are_gone(loaded):
     model, clip, vae = loaded
     positive, = node(LayerPrompts, clip=clip, background="the beach", objects="a dog")
-    *_, latent, (path,) = sampled(shared(model), vae, positive, sampler_name=sampler, steps=12, harmonize=False)
-    if sampler in ("uni_pc", "dpm_adaptive"):
-        assert path is None
-    else:
-        assert (path.sigmas.diff() < 0).all() and path.sigmas[-1] == 0 and len(path.latents) == 13
-        final = model.model.latent_format.process_in(latent["samples"][:2].cpu())
-        assert torch.allclose(path.latents[-1], final) and (path.latents[-2] - final).std() < 3 * path.sigmas[-2]
-        assert abs(path.latents[0].std() / path.sigmas[0] - 1) < 0.2
+    mask = torch.zeros(2, 1, HEIGHT, WIDTH)
+    mask[1] = 1
+    given = {"samples": torch.zeros(2, 4, HEIGHT // 8, WIDTH // 8), "noise_mask": mask, "batch_index": [4, 5]}
+    latent = sampled(shared(model), vae, positive, latent_image=given, harmonize=False)[4]
+    assert "batch_index" not in latent and torch.equal(latent["noise_mask"].amax((1, 2, 3)), torch.tensor([0.0, 0, 0, 1, 1, 1]))
+
+
+def test_what_harmonising_refuses_is_said_and_the_layers_are_given_all_the_same(loaded):
+    model, clip, vae = loaded
+    positive, = node(LayerPrompts, clip=clip, background="the beach", objects="a dog")
+    with pytest.raises(ValueError, match="harmonize_start: no step of 1 is left"):
+        sampled(shared(model), vae, positive, steps=1)
+    with pytest.raises(ValueError, match="denoise: at 0 nothing is sampled"):
+        sampled(shared(model), vae, positive, denoise=0.0, harmonize=False)
 
 
 def test_what_is_missing_is_said(loaded):

@@ -1,41 +1,13 @@
 """What inversion and guidance do on the trained mini family; skipped until its weights are there."""
-from pathlib import Path
-
 import comfy.samplers
-import comfy.sd
 import pytest
 import torch
-from strata.patches import mini_family
+from mini_models import CHECKPOINT, Family
 from strata.patches.feature_guidance import Plane, Planes, Settings, guider
 from strata.patches.inversion import invert
 from strata.techniques.losses import psnr
-from strata.training.scenes import Request, render
 
-CHECKPOINT = Path(mini_family.PACK) / "models" / "checkpoints" / "strata_mini_sd.safetensors"
 pytestmark = pytest.mark.skipif(not CHECKPOINT.exists(), reason="no trained weights: make mini")
-
-
-def picture(array):
-    """[1,C,H,W] of the renderer's [H,W,C]."""
-    return torch.from_numpy(array.copy()).movedim(-1, 0)[None].float()
-
-
-class Family:
-    def __init__(self):
-        mini_family.register()
-        self.model, self.clip, self.vae, _ = comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT))
-        self.negative = self.text("")
-
-    def text(self, words):
-        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(words))
-
-    def scene(self, kind, objects, seed):
-        """(rendered scene, its latent, its conditioning)."""
-        scene = render(Request(kind, objects, len(objects)), 128, 128, seed)
-        return scene, self.vae.encode(torch.from_numpy(scene.composite)[None]), self.text(scene.prompt)
-
-    def sigmas(self, steps):
-        return comfy.samplers.calculate_sigmas(self.model.get_model_object("model_sampling"), "ddim_uniform", steps)
 
 
 @pytest.fixture(scope="module")

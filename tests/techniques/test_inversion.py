@@ -73,7 +73,11 @@ def test_the_trajectory_is_exact_at_its_levels_straight_between_and_ends_where_i
     latents = latent(4, 4, 2, 4, 3, 3)
     assert all(torch.equal(inversion.trajectory_at(latents, sigmas, float(sigma)), one) for sigma, one in zip(sigmas, latents, strict=True))
     assert torch.allclose(inversion.trajectory_at(latents, sigmas, 4.0), 0.75 * latents[1] + 0.25 * latents[2])
-    assert torch.equal(inversion.trajectory_at(latents, sigmas, 20.0), latents[0])
+    noisier = inversion.trajectory_at(latents, sigmas, 18.0)
+    assert torch.allclose(noisier - latents[3], 2 * (latents[0] - latents[3]), atol=1e-6)
+    flow = inversion.trajectory_at(latents, sigmas / 18, 1.0, flow=True)  # from half noise to all of it
+    assert torch.allclose(latents[0], 0.5 * latents[3] + 0.5 * flow, atol=1e-6)
+    assert torch.equal(inversion.trajectory_at(latents[3:], sigmas[3:], 5.0), latents[3])
     assert torch.equal(inversion.trajectory_at(latents[:3], sigmas[:3], 0.5), latents[2])
 
 
