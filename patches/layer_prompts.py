@@ -1,8 +1,6 @@
 """Several prompts as the rows of one conditioning, which knows where in it the words of a layer are."""
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,7 @@ def encode_prompts(clip, prompts: tuple[str, str, str]) -> list:
     ends = end_tokens(tokens[0], clip.tokenizer)
     found = []
     for entries in zip(*encoded, strict=True):
-        cond, values = _join(entries)
+        cond, values = _join(entries, clip)
         found.append([cond, {**values, END_TOKENS: _repeated(ends, entries[0][0].shape[1], cond.shape[1])}])
     return found
 
@@ -41,7 +39,7 @@ def encode_layers(clip, background: str, objects: list[str]) -> list:
     found = []
     for *entries, whole in zip(*encoded, together, strict=True):
         embedding, words = global_embedding([cond[0] for cond, _ in entries], ends, chunk)
-        cond, values = _join([*entries, [embedding[None], whole[1]]])
+        cond, values = _join([*entries, [embedding[None], whole[1]]], clip)
         words = [_repeated(own, len(embedding), cond.shape[1]) for own in words]
         found.append([cond, {**values, LAYERS: list(zip(prompts, words, strict=True))}])
     return found
@@ -67,17 +65,22 @@ def _chunk_ends(ends: list[int], chunk: int) -> list[int]:
     return list({end // chunk: end for end in ends}.values())
 
 
-def _join(entries: list[list]) -> tuple[Tensor, dict]:
-    """Prompts of different length are repeated to the same one, which changes no attention's result."""
+def _join(entries: list[list], clip) -> tuple[Tensor, dict]:
+    """Prompts brought to the length of the longest: repeated where that comes out even, which changes no attention's result, and otherwise filled
+    up with chunks of the empty prompt. The least common multiple of lengths would be tens of thousands of tokens for long prompts."""
     conds, extras = [entry[0] for entry in entries], [entry[1] for entry in entries]
-    length = math.lcm(*(cond.shape[1] for cond in conds))
+    length = max(cond.shape[1] for cond in conds)
     values = {**extras[0]}
     pooled = [extra.get("pooled_output") for extra in extras]
     if all(one is not None for one in pooled):
         values["pooled_output"] = torch.cat(pooled)
+    if any(length % cond.shape[1] for cond in conds):
+        empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))[0][0]
+        conds = [torch.cat([cond, empty.repeat(1, (length - cond.shape[1]) // empty.shape[1], 1)], 1) if length % cond.shape[1] else cond
+                 for cond in conds]
     return torch.cat([cond.repeat(1, length // cond.shape[1], 1) for cond in conds]), values
 
 
 def _repeated(places: list[int], own: int, length: int) -> list[int]:
-    """Positions in the first `own` tokens, in all repetitions up to `length`."""
-    return [start + place for start in range(0, length, own) for place in places if place < own]
+    """Positions in the first `own` tokens, in all repetitions up to `length`; those alone when it is no multiple of `own`."""
+    return [start + place for start in range(0, own if length % own else length, own) for place in places if place < own]

@@ -107,7 +107,16 @@ def over_rows(q: Tensor, k: Tensor, heads: int, reduce: Callable[[Tensor], Tenso
 
     Source: ours, the extra memory does not grow with the picture
     """
-    return torch.stack([torch.cat([reduce(part) for part in _probabilities(one, keys, heads)]) for one, keys in zip(q, k, strict=True)])
+    found = None
+    for row, (one, keys) in enumerate(zip(q, k, strict=True)):
+        start = 0
+        for part in _probabilities(one, keys, heads):
+            values = reduce(part)
+            if found is None:  # made before the large parts come and go: small results kept between them would keep the heap from shrinking
+                found = values.new_empty(len(q), q.shape[1], *values.shape[1:])
+            found[row, start:start + len(values)] = values
+            start += len(values)
+    return found
 
 
 def _probabilities(q: Tensor, k: Tensor, heads: int) -> Iterator[Tensor]:

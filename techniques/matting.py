@@ -1,6 +1,7 @@
 """Cuts whose edges are partly transparent and carry no colour of the other side: matting along the edge of each slice."""
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -67,6 +68,19 @@ def matte(image: Tensor, mask: Tensor, width: int) -> Tensor:
     return refined
 
 
+def _keeping_threads(call: Callable) -> Callable:
+    """numba's OpenMP layer sets the number of threads of the calling thread, torch's too, and leaves it there."""
+    @functools.wraps(call)
+    def kept(*args):
+        threads = torch.get_num_threads()
+        try:
+            return call(*args)
+        finally:
+            torch.set_num_threads(threads)
+    return kept
+
+
+@_keeping_threads
 def _closed_form(image: np.ndarray, mask: np.ndarray, known: np.ndarray) -> np.ndarray:
     """argmin of aᵀLa + Σ c (a − mask)², L the matting Laplacian, c strong where the mask is known and weak elsewhere."""
     pymatting = _pymatting()
@@ -77,6 +91,7 @@ def _closed_form(image: np.ndarray, mask: np.ndarray, known: np.ndarray) -> np.n
     return pymatting.cg(system, trust * mask.ravel(), M=pymatting.ichol(system), rtol=1e-5).reshape(mask.shape)
 
 
+@_keeping_threads
 def separate_colours(image: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     """Foreground and background colours [H,W,3] of an image [H,W,3] with alpha [H,W], such that alpha·F + (1 − alpha)·B is the image.
 

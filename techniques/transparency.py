@@ -21,12 +21,23 @@ def extend_colours(colour: Tensor, alpha: Tensor) -> Tensor:
     levels = [(colour * alpha, alpha)]
     while min(levels[-1][1].shape[-2:]) > 1:
         size = [max(1, int(side / FACTOR)) for side in levels[-1][1].shape[-2:]]
-        levels.append(tuple(F.interpolate(part, size=size, mode="area") for part in levels[-1]))
+        levels.append(tuple(_area_mean(_area_mean(part, size[0], 2), size[1], 3) for part in levels[-1]))
     premultiplied, opacity = levels[-1]
     filled = premultiplied.sum((2, 3), keepdim=True) / opacity.sum((2, 3), keepdim=True).clamp_min(1e-6)
     for premultiplied, opacity in reversed(levels):
         filled = F.interpolate(filled, size=opacity.shape[-2:], mode="bilinear") * (1 - opacity) + premultiplied
     return filled
+
+
+def _area_mean(values: Tensor, size: int, dim: int) -> Tensor:
+    """Means over `size` equal parts of an axis, pixels at their borders counted by the share that lies inside: differences of the integral."""
+    old = values.shape[dim]
+    edges = torch.arange(size + 1, dtype=torch.float64, device=values.device) * old / size
+    whole = edges.floor().long().clamp_max(old - 1)
+    shape = [-1 if axis == dim else 1 for axis in range(values.ndim)]
+    before = (values.double().cumsum(dim) - values).index_select(dim, whole)
+    integral = before + values.index_select(dim, whole) * (edges - whole).view(shape)
+    return (integral.diff(dim=dim) * (size / old)).to(values)
 
 
 def over_gray(colour: Tensor, alpha: Tensor) -> Tensor:

@@ -436,11 +436,15 @@ def test_prompts_are_encoded_row_by_row_with_the_end_of_the_first(clip):
     assert encode_prompts(clip, ("", "a", "b"))[0][1][END_TOKENS] == [1]
 
 
-def test_long_prompts_have_one_end_a_chunk_and_are_repeated_to_one_length(clip):
+def test_long_prompts_have_one_end_a_chunk_and_are_brought_to_the_longest(clip):
     words = " ".join(["dog"] * 100)
     cond, values = encode_prompts(clip, (words, "a beach", " ".join(["cat"] * 160)))[0]
-    assert cond.shape[:2] == (3, 462) and values[END_TOKENS] == [s + e for s in (0, 154, 308) for e in (76, 77 + 26)]
-    assert torch.equal(cond[1], clip.encode_from_tokens(clip.tokenize("a beach"))[0].repeat(6, 1))
+    assert cond.shape[:2] == (3, 231) and values[END_TOKENS] == [76, 77 + 26]
+    empty, own = (clip.encode_from_tokens(clip.tokenize(text))[0] for text in ("", words))
+    assert torch.equal(cond[0], torch.cat([own, empty])), "two chunks do not go into three"
+    assert torch.equal(cond[1], clip.encode_from_tokens(clip.tokenize("a beach"))[0].repeat(3, 1))
+    cond, values = encode_prompts(clip, (words, "a beach", " ".join(["cat"] * 260)))[0]
+    assert cond.shape[1] == 308 and values[END_TOKENS] == [76, 77 + 26, 154 + 76, 154 + 77 + 26], "two chunks go into four"
 
 
 def test_both_encoders_of_sdxl_and_its_padding_are_understood():

@@ -287,4 +287,6 @@ def test_long_prompts_go_into_chunks_and_rows_are_repeated_to_one_length(clip):
     alone = clip.encode_from_tokens(clip.tokenize(long))[0]
     assert torch.equal(cond[3][values[LAYERS][1][1]], torch.cat([alone[1:76], alone[78:103]]))
     cond, values = encode_layers(clip, long, [" ".join(["cat"] * 160)])[0]  # 2, 3 and 4 chunks
-    assert len(cond[0]) == 12 * 77 and [len(places) for _, places in values[LAYERS]] == [300, 480] and torch.equal(cond[2][:308], cond[2][308:616])
+    assert len(cond[0]) == 4 * 77 and [len(places) for _, places in values[LAYERS]] == [100, 160]
+    alone, empty = (clip.encode_from_tokens(clip.tokenize(text))[0] for text in (" ".join(["cat"] * 160), ""))
+    assert torch.equal(cond[0][:154], cond[0][154:]) and torch.equal(cond[1], torch.cat([alone, empty])), "two chunks go into four, three do not"

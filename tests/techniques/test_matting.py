@@ -94,3 +94,16 @@ def test_a_mask_without_an_edge_stays():
     for value in (0.0, 1.0):
         mask = torch.full(image.shape[:2], value)
         assert torch.equal(matte(image, mask, 8), mask)
+
+
+def test_matting_leaves_the_number_of_threads_as_it_was():
+    """numba sets it to the number of cores, for the whole server from then on."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        mask = torch.zeros(24, 24)
+        mask[6:18, 6:18] = 1
+        refine_slices(torch.rand(24, 24, 3, generator=torch.Generator().manual_seed(0)), torch.stack([1 - mask, mask]), 4)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

@@ -1,6 +1,7 @@
 import numpy as np
 import torch
-from strata.techniques.transparency import extend_colours, over_gray
+from skimage.transform import resize_local_mean
+from strata.techniques.transparency import FACTOR, extend_colours, over_gray
 
 
 def disc(side: int = 48) -> torch.Tensor:
@@ -42,3 +43,18 @@ def test_extend_colours_takes_each_sides_own_colour():
 def test_over_gray_is_what_layerdiffuse_shows_its_autoencoder():
     colour, alpha = torch.rand(2, 3, 5, 5, dtype=torch.float64), torch.rand(2, 1, 5, 5, dtype=torch.float64)
     assert torch.allclose(over_gray(colour, alpha) * 2 - 1, (2 * colour - 1) * alpha, atol=1e-12)
+
+
+def test_extend_colours_is_the_published_padding():
+    """Its pyramid of exact areas by scikit-image, in float64, and back up by bilinear interpolation."""
+    generator = torch.Generator().manual_seed(0)
+    colour, alpha = torch.rand(3, 45, 70, generator=generator, dtype=torch.float64), disc(70)[0, 0, 10:55].double()
+    levels = [torch.cat([colour * alpha, alpha[None]]).permute(1, 2, 0).numpy()]
+    while min(levels[-1].shape[:2]) > 1:
+        levels.append(resize_local_mean(levels[-1], tuple(max(1, int(side / FACTOR)) for side in levels[-1].shape[:2]), channel_axis=-1))
+    filled = (levels[-1][..., :3].sum((0, 1)) / levels[-1][..., 3].sum())[None, None]
+    for level in reversed(levels):
+        up = torch.nn.functional.interpolate(torch.from_numpy(filled).permute(2, 0, 1)[None], level.shape[:2], mode="bilinear")
+        filled = up[0].permute(1, 2, 0).numpy() * (1 - level[..., 3:]) + level[..., :3]
+    found = extend_colours(colour[None], alpha[None, None])[0].permute(1, 2, 0)
+    assert np.abs(found.numpy() - filled).max() < 1e-9
