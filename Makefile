@@ -16,7 +16,7 @@ serve:  ## open ComfyUI with this pack for a person
 	$(PYTHON) tools/host.py serve
 
 run:  ## make run W=workflows/layers_roundtrip.json ARGS="--out pictures"
-	$(EXEC) tools/run.py $(W) $(ARGS)
+	$(EXEC) tools/run.py "$(W)" $(ARGS)
 
 figures:  ## measure every number of README and docs again, into docs/figures.json (about an hour)
 	$(EXEC) tools/figures.py $(ARGS)

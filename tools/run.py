@@ -2,7 +2,8 @@
 
     python tools/host.py exec tools/run.py workflows/depth_slice_to_psd.json --set "Slice by depth.thresholds=0.3, 0.6" --out pictures
 
---set takes NODE.INPUT=VALUE; NODE is a node's id, its title or its type; a VALUE that is a file here is uploaded first.
+--set takes NODE.INPUT=VALUE; NODE is a node's id, its title or its type. VALUE is read as the input's type; for an input with choices, a file here
+is uploaded first, under another name where ComfyUI has a different file of that name. --list shows what can be set.
 Without --server a ComfyUI with this pack is started for the run.
 """
 from __future__ import annotations
@@ -20,6 +21,8 @@ import websocket
 from comfy_cli.workflow_to_api import WorkflowConversionError, convert_ui_to_api
 from tqdm import tqdm
 
+QUIET = 5  # seconds without a message, after which the queue is asked
+
 
 class RunError(RuntimeError):
     """A workflow that could not be read or run; the message is for the person who asked for it."""
@@ -29,7 +32,7 @@ class Client:
     """ComfyUI's HTTP and WebSocket API, as much of it as running a workflow takes."""
 
     def __init__(self, url: str):
-        self.url = url.rstrip("/")
+        self.url = (url if url.startswith(("http://", "https://")) else f"http://{url}").rstrip("/")
         self.id = uuid.uuid4().hex
         self._object_info = None
 
@@ -38,6 +41,8 @@ class Client:
             answer = requests.get(self.url + path, params=query, timeout=60)
         except requests.ConnectionError as error:
             raise RunError(f"No ComfyUI answers at {self.url}; start it, or leave --server out to have one started.") from error
+        except requests.RequestException as error:
+            raise RunError(f"{self.url} cannot be asked ({error}); give --server as in http://127.0.0.1:8188.") from error
         answer.raise_for_status()
         return answer
 
@@ -49,7 +54,7 @@ class Client:
     def upload(self, path: Path) -> str:
         """Put a file into ComfyUI's input folder; returns the name that load nodes take."""
         with open(path, "rb") as handle:
-            answer = requests.post(self.url + "/upload/image", files={"image": (path.name, handle)}, data={"overwrite": "true"}, timeout=300)
+            answer = requests.post(self.url + "/upload/image", files={"image": (path.name, handle)}, timeout=300)
         answer.raise_for_status()
         return answer.json()["name"]
 
@@ -73,7 +78,10 @@ class Client:
             if answer.status_code != 200:
                 raise RunError(_node_errors(answer.json(), prompt))
             prompt_id = answer.json()["prompt_id"]
-            _follow(socket, prompt_id, prompt, progress)
+            if answer.json().get("node_errors"):  # ComfyUI would run the other outputs alone
+                requests.post(self.url + "/queue", json={"delete": [prompt_id]}, timeout=60)
+                raise RunError(_node_errors(answer.json(), prompt))
+            self._follow(socket, prompt_id, prompt, progress)
         finally:
             socket.close()
         while not (history := self.get(f"/history/{prompt_id}").json()):  # written a moment after the last message
@@ -86,6 +94,49 @@ class Client:
                 raise RunError("The run was interrupted.")
         return entry
 
+    def _follow(self, socket, prompt_id: str, prompt: dict, progress: bool) -> None:
+        """Read messages until the prompt has ended, whatever the end was. Raises RunError when it never will."""
+        bar = tqdm(total=len(prompt), disable=not progress, unit="node", leave=False)
+        finished: set[str] = set()
+        socket.settimeout(QUIET)
+        with bar:
+            while True:
+                try:
+                    message = socket.recv()
+                except websocket.WebSocketTimeoutException:
+                    if self._is_gone(prompt_id):
+                        raise RunError("The workflow was removed from ComfyUI's queue before it ran.") from None
+                    continue
+                except (websocket.WebSocketException, OSError) as error:
+                    raise RunError(f"The ComfyUI at {self.url} ended while the workflow ran; its log says why.") from error
+                if not message:
+                    raise RunError(f"The ComfyUI at {self.url} ended while the workflow ran; its log says why.")
+                if isinstance(message, bytes):  # a preview picture
+                    continue
+                message = json.loads(message)
+                data = message["data"]
+                if data.get("prompt_id") != prompt_id:
+                    continue
+                kind = message["type"]
+                if kind in ("execution_success", "execution_error", "execution_interrupted"):
+                    return
+                if kind == "execution_cached":
+                    finished |= set(data["nodes"])
+                elif kind == "executed":
+                    finished.add(data["node"])
+                elif kind == "executing" and data["node"]:
+                    bar.set_description(_label(prompt, data["node"]))
+                elif kind == "progress_state":
+                    finished |= {node for node, state in data["nodes"].items() if state["state"] == "finished"}
+                bar.n = min(len(finished), bar.total)
+                bar.refresh()
+
+    def _is_gone(self, prompt_id: str) -> bool:
+        """Neither waiting nor running nor done."""
+        queue = self.get("/queue").json()
+        waiting = {entry[1] for entries in (queue["queue_running"], queue["queue_pending"]) for entry in entries}
+        return prompt_id not in waiting and not self.get(f"/history/{prompt_id}").json()
+
     def files(self, entry: dict) -> list[dict]:
         """References {filename, subfolder, type} of every file that a run reports, previews in the temp folder left out."""
         found = []
@@ -96,34 +147,6 @@ class Client:
 
     def download(self, reference: dict) -> bytes:
         return self.get("/view", **reference).content
-
-
-def _follow(socket, prompt_id: str, prompt: dict, progress: bool) -> None:
-    """Read messages until the prompt has ended, whatever the end was."""
-    bar = tqdm(total=len(prompt), disable=not progress, unit="node", leave=False)
-    finished: set[str] = set()
-    with bar:
-        while True:
-            message = socket.recv()
-            if isinstance(message, bytes):  # a preview picture
-                continue
-            message = json.loads(message)
-            data = message["data"]
-            if data.get("prompt_id") != prompt_id:
-                continue
-            kind = message["type"]
-            if kind in ("execution_success", "execution_error", "execution_interrupted"):
-                return
-            if kind == "execution_cached":
-                finished |= set(data["nodes"])
-            elif kind == "executed":
-                finished.add(data["node"])
-            elif kind == "executing" and data["node"]:
-                bar.set_description(_label(prompt, data["node"]))
-            elif kind == "progress_state":
-                finished |= {node for node, state in data["nodes"].items() if state["state"] == "finished"}
-            bar.n = min(len(finished), bar.total)
-            bar.refresh()
 
 
 def _label(prompt: dict, node_id: str) -> str:
@@ -141,7 +164,7 @@ def _node_errors(answer: dict, prompt: dict) -> str:
 
 def read_workflow(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
@@ -161,15 +184,58 @@ def set_input(prompt: dict, assignment: str, client: Client) -> None:
     inputs = nodes[0]["inputs"]
     if name not in inputs:
         raise RunError(f"--set {assignment}: {node_key!r} has no input {name!r}; it has {', '.join(inputs)}.")
-    if Path(value).is_file():
-        inputs[name] = client.upload(Path(value))
-    elif isinstance(inputs[name], str):
-        inputs[name] = value
-    else:
+    inputs[name] = typed(value, spec_of(client, nodes[0]["class_type"], name), inputs[name], assignment, client)
+
+
+def spec_of(client: Client, kind: str, name: str) -> list:
+    """[type or choices, options] of an input, as ComfyUI describes it; of a dynamic input [None, {}]."""
+    groups = client.object_info()[kind]["input"]
+    spec = next((group[name] for group in groups.values() if isinstance(group, dict) and name in group), [None])
+    return [spec[0], spec[1] if len(spec) > 1 else {}]
+
+
+def typed(value: str, spec: list, old, assignment: str, client: Client):
+    """The value of the command line as its input's type. Raises RunError where it is none."""
+    kind, options = spec
+    choices = kind if isinstance(kind, list) else options.get("options", []) if kind == "COMBO" else None
+    if choices is not None:
+        chosen = next((choice for choice in choices if str(choice) == value), value)
+        return client.upload(Path(value)) if chosen is value and value not in choices and _is_file(value) else chosen
+    if kind in ("INT", "FLOAT"):
         try:
-            inputs[name] = json.loads(value)
+            return int(value) if kind == "INT" else float(value)
         except ValueError:
-            inputs[name] = value
+            raise RunError(f"--set {assignment}: {value!r} is not a number.") from None
+    if kind == "BOOLEAN":
+        words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+        if value.lower() not in words:
+            raise RunError(f"--set {assignment}: write true or false.")
+        return words[value.lower()]
+    if kind == "STRING" or isinstance(old, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _is_file(value: str) -> bool:
+    try:
+        return Path(value).is_file()
+    except (OSError, ValueError):  # a text that is too long for a name, or has a NUL in it
+        return False
+
+
+def listed(prompt: dict, client: Client) -> str:
+    """A line for each value that --set can change: NODE.INPUT=VALUE, with its type or choices."""
+    lines = []
+    for node_id, node in prompt.items():
+        for name, value in node["inputs"].items():
+            if not isinstance(value, list):  # a link
+                kind, _ = spec_of(client, node["class_type"], name)
+                about = ", ".join(map(str, kind)) if isinstance(kind, list) else kind or "any"
+                lines.append(f"{node_id}.{name}={value}    ({_label(prompt, node_id)}; {about[:160]})")
+    return "\n".join(lines)
 
 
 def run_file(client: Client, path: Path, settings: list[str], out: Path | None, progress: bool = True) -> list[Path | str]:
@@ -196,15 +262,26 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE")
     parser.add_argument("--out", type=Path, help="copy the files there (default: leave them in ComfyUI's output folder)")
     parser.add_argument("--server", help="URL of a running ComfyUI; started for the run when not given")
+    parser.add_argument("--list", action="store_true", help="show what --set can change, and run nothing")
     options = parser.parse_args()
     try:
-        if options.server:
+        if options.out and options.out.exists() and not options.out.is_dir():
+            raise RunError(f"--out {options.out}: this is a file; give a folder.")
+        read_workflow(options.workflow)
+        if options.server and options.list:
+            client = Client(options.server)
+            made = [listed(client.to_api(read_workflow(options.workflow)), client)]
+        elif options.server:
             made = run_file(Client(options.server), options.workflow, options.set, options.out)
         else:
             base = host.PACK / "output" / "comfyui"
             found = host.find_or_install()
             host.copy_inputs(found, base)
             with host.Server(found, base) as server:
+                if options.list:
+                    client = Client(server.url)
+                    print(listed(client.to_api(read_workflow(options.workflow)), client))
+                    return 0
                 made = run_file(Client(server.url), options.workflow, options.set, options.out)
                 made = made if options.out else [base / "output" / name for name in made]
         print("\n".join(str(name) for name in made))

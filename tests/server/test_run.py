@@ -31,6 +31,59 @@ def test_a_file_given_as_value_is_uploaded(comfy, tmp_path):
         assert picture.size == (7, 5)
 
 
+def test_a_file_of_the_user_is_never_overwritten(comfy, tmp_path):
+    kept = comfy.server.base / "input" / "mine.png"
+    Image.new("RGB", (3, 3), "blue").save(kept)
+    before = kept.read_bytes()
+    Image.new("RGB", (7, 5), "red").save(tmp_path / "mine.png")
+    prompt = {"1": {"class_type": "LoadImage", "inputs": {"image": "mine.png"}},
+              "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "run/mine"}}}
+    made = run.run_file(comfy, workflow(tmp_path, prompt), [f"1.image={tmp_path / 'mine.png'}"], tmp_path / "out", False)
+    with Image.open(made[0]) as picture:
+        assert picture.size == (7, 5)
+    assert kept.read_bytes() == before
+
+
+def test_values_are_read_as_their_inputs_types(comfy, tmp_path):
+    known = comfy.object_info()["Strata_TransformLayer"]["input"]
+    flip = next(name for group in known.values() for name, spec in group.items() if spec[0] == "BOOLEAN")
+    prompt = {"1": {"class_type": "Strata_TransformLayer", "inputs": {flip: True, "name": "x"}},
+              "2": API["2"] | {"inputs": {**API["2"]["inputs"]}}, "3": {"class_type": "KSampler", "inputs": {"cfg": 1, "seed": 2}}}
+    (tmp_path / "here.txt").write_text("a file")
+    for setting in (f"1.{flip}=False", f"2.filename_prefix={tmp_path / 'here.txt'}", "3.cfg=2", "3.seed=18446744073709551615"):
+        run.set_input(prompt, setting, comfy)
+    assert prompt["1"]["inputs"][flip] is False and prompt["2"]["inputs"]["filename_prefix"] == str(tmp_path / "here.txt")
+    assert prompt["3"]["inputs"] == {"cfg": 2.0, "seed": 18446744073709551615}
+    run.set_input(prompt, "2.filename_prefix=" + "long " * 200, comfy)
+    for setting, words in (("3.cfg=much", "is not a number"), (f"1.{flip}=perhaps", "true or false")):
+        with pytest.raises(run.RunError, match=words):
+            run.set_input(prompt, setting, comfy)
+    assert f"1.{flip}=False    (Strata_TransformLayer; BOOLEAN)" in run.listed(prompt, comfy)
+
+
+def test_a_prompt_that_is_accepted_in_part_fails(comfy, tmp_path):
+    bad = {"3": {"class_type": "EmptyImage", "inputs": {"width": -4, "height": 32, "batch_size": 1, "color": 255}},
+           "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "run/bad"}}}
+    with pytest.raises(run.RunError, match="EmptyImage: .*smaller than min"):
+        run.run_file(comfy, workflow(tmp_path, API | bad), [], None, False)
+
+
+def test_a_prompt_that_is_removed_from_the_queue_is_not_waited_for(comfy, monkeypatch):
+    monkeypatch.setattr(run, "QUIET", 0.2)
+    socket = run.websocket.create_connection(f"ws{comfy.url[4:]}/ws?clientId=gone", timeout=5)
+    try:
+        with pytest.raises(run.RunError, match="removed from ComfyUI's queue"):
+            comfy._follow(socket, "no-such-prompt", API, False)
+    finally:
+        socket.close()
+
+
+def test_a_byte_order_mark_and_an_address_without_http_are_understood(comfy, tmp_path):
+    (tmp_path / "marked.json").write_text("\ufeff" + json.dumps(API), encoding="utf-8")
+    assert run.read_workflow(tmp_path / "marked.json") == API
+    assert run.Client(comfy.url.removeprefix("http://")).object_info().keys() == comfy.object_info().keys()
+
+
 @pytest.mark.parametrize(("content", "settings", "words"), [
     ("no json", [], "is not JSON"),
     ({"a": 1}, [], "not a ComfyUI workflow"),
