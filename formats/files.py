@@ -5,6 +5,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,10 +52,9 @@ def load(path: Path) -> LayerStack:
         head = file.read(4)
     if not head:
         raise ValueError(f"{path.name} is empty; save or upload it again.")
-    if head == b"8BPS":
-        return psd.read(path)
-    if head[:2] == b"PK":
-        return openraster.read(path)
+    if head == b"8BPS" or head[:2] == b"PK":
+        stack = psd.read(path) if head == b"8BPS" else openraster.read(path)
+        return stack.with_layers(replace(layer, name=plain_name(layer.name.rstrip("\0")) or "Layer") for layer in stack.layers)  # Krita's end in NUL
     raise ValueError(f"{path.name} is neither a PSD nor an OpenRaster file; save it as one of these in your paint program.")
 
 

@@ -5,6 +5,7 @@ import io
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from xml.etree import ElementTree
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..techniques.layers import Layer, LayerStack
 from .png import read_metadata as read_png_metadata
 from .png import write_png
-from .raster import check_sides, check_total, from_bytes, in_parallel, in_place, log, plain_name, to_bytes
+from .raster import check_sides, check_total, eight_bits, from_bytes, in_parallel, in_place, log, plain_name, to_bytes
 from .xml import parse_xml
 
 MODES = {
@@ -41,7 +42,7 @@ def write(file: BinaryIO, stack: LayerStack, merged: Tensor, metadata: dict[str,
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("mimetype", MIMETYPE)
         places = []
-        for name, (encoded, x, y) in zip(names, in_parallel(_encoded, stack.layers), strict=True):
+        for name, (encoded, x, y) in zip(names, in_parallel(partial(_encoded, stack.canvas), stack.layers), strict=True):
             archive.writestr(name, encoded)
             places.append((x, y))
             progress(len(places))
@@ -87,8 +88,8 @@ def _stack_xml(stack: LayerStack) -> ElementTree.Element:
     return root
 
 
-def _encoded(layer: Layer) -> tuple[bytes, int, int]:
-    layer = in_place(layer)
+def _encoded(canvas: tuple[int, int], layer: Layer) -> tuple[bytes, int, int]:
+    layer = in_place(layer, canvas)
     return _png(to_bytes(layer.image if layer.mask is None else layer.rgba()), {}), layer.x, layer.y
 
 
@@ -130,8 +131,8 @@ def _leaves(stack: ElementTree.Element, opacity: float, visible: bool, name: str
 
 def _png_size(archive: zipfile.ZipFile, sizes: dict[str, int], element: ElementTree.Element, name: str) -> tuple[int, int]:
     """The size that a layer's PNG declares, with its unpacked bytes checked against it; nothing but its head is unpacked here."""
-    source, label = element.get("src"), f"{name}: layer {element.get('name', '')!r}"
-    if PurePosixPath(source).is_absolute() or ".." in PurePosixPath(source.replace("\\", "/")).parts:
+    source, label = _source(element), f"{name}: layer {element.get('name', '')!r}"
+    if PurePosixPath(source).is_absolute() or ".." in PurePosixPath(source).parts:
         raise ValueError(f"{label} points outside the file, to {source!r}; the file is not loaded.")
     if source not in sizes:
         raise ValueError(f"{label} names {source!r}, which is not in the file; save it again in your paint program.")
@@ -146,11 +147,16 @@ def _png_size(archive: zipfile.ZipFile, sizes: dict[str, int], element: ElementT
     return width, height
 
 
+def _source(element: ElementTree.Element) -> str:
+    """The name in the archive: some programs write ./data/a.png, or data\\a.png."""
+    return str(PurePosixPath(element.get("src").replace("\\", "/")))
+
+
 def _layer(archive: zipfile.ZipFile, element: ElementTree.Element, opacity: float, visible: bool, name: str) -> Layer:
     label = element.get("name") or "Layer"
     try:
-        with Image.open(io.BytesIO(archive.read(element.get("src"))), formats=["PNG"]) as image:
-            pixels = np.array(image if image.mode in ("RGB", "RGBA") and "transparency" not in image.info else image.convert("RGBA"))
+        with Image.open(io.BytesIO(archive.read(_source(element))), formats=["PNG"]) as image:
+            pixels = eight_bits(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: the PNG of layer {label!r} cannot be read ({error}); save the file again in your paint program.") from error
     operator = element.get("composite-op", "svg:src-over")

@@ -44,7 +44,7 @@ def write(file: BinaryIO, stack: LayerStack, merged: Tensor, metadata: dict[str,
     header = FileHeader(channels=pixels.shape[-1], width=width, height=height, color_mode=ColorMode.RGB)
     records, channels, size = LayerRecords(), ChannelImageData(), 0
     for done, layer in enumerate(stack.layers, 1):
-        record, planes = _record(layer)
+        record, planes = _record(layer, stack.canvas)
         records.append(record)
         channels.append(planes)
         size += sum(len(plane.data) for plane in planes)
@@ -101,12 +101,12 @@ def _psd_mode(mode: str):
     return BlendMode[mode.replace("-", "_").upper()]
 
 
-def _record(layer: Layer):
+def _record(layer: Layer, canvas: tuple[int, int]):
     """A layer's record and its compressed channels."""
     from psd_tools.constants import Tag
     from psd_tools.psd.layer_and_mask import ChannelDataList, ChannelInfo, LayerFlags, LayerRecord, MaskData
 
-    layer = in_place(layer)
+    layer = in_place(layer, canvas)
     planes = dict(zip((0, 1, 2, -1), to_bytes(layer.image.movedim(-1, 0)), strict=False))
     height, width = layer.image.shape[:2]
     box = {"top": layer.y, "left": layer.x, "bottom": layer.y + height, "right": layer.x + width}

@@ -10,12 +10,14 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..techniques.compositing import W3C_MODES, flatten
 from ..techniques.geometry import place
 from ..techniques.layers import MAX_LAYERS, MAX_SIDE, Layer, LayerStack
 
+MAX_DRAWN = 2**26  # pixels of one layer that are drawn though they lie outside the canvas: 1 GB
 MAX_PIXELS = 2**29  # of all layers of a file together: 8 GB as ComfyUI holds them
 
 log = logging.getLogger(__name__)
@@ -31,17 +33,37 @@ def from_bytes(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels.astype(np.float32)).div_(255)
 
 
-def in_place(layer: Layer) -> Layer:
-    """The layer with its flips, display size and rotation drawn into its pixels, what lies outside the canvas included."""
+def eight_bits(image: Image.Image) -> np.ndarray:
+    """[H,W,3 or 4] 8-bit pixels of a Pillow picture of any mode; modes of more than 8 bits are scaled, where Pillow's own conversion clips."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.array(image, np.int64).clip(0, 65535) / 257).round().astype(np.uint8))
+    elif image.mode == "F":
+        image = Image.fromarray((np.array(image).clip(0, 1) * 255).round().astype(np.uint8))
+    direct = image.mode in ("RGB", "RGBA") and "transparency" not in image.info
+    return np.array(image if direct else image.convert("RGBA"))
+
+
+def in_place(layer: Layer, canvas: tuple[int, int]) -> Layer:
+    """The layer with its flips, display size and rotation drawn into its pixels, what lies outside the canvas included.
+
+    Of a layer that is shown larger than any that a file may have, only the canvas's part is drawn.
+    """
     height, width = layer.image.shape[:2]
     if layer.size == (width, height) and not (layer.rotation or layer.flip_h or layer.flip_v):
         return layer
     # On a canvas with enough room on every side nothing of the turned layer is cut off.
     room = math.ceil(math.hypot(*layer.size))
-    placed = place(replace(layer, x=room, y=room), (layer.size[0] + 2 * room, layer.size[1] + 2 * room))
+    if room**2 > MAX_DRAWN:
+        placed, room = place(layer, canvas), None
+        if not placed:
+            return Layer(layer.image.new_zeros(1, 1, 4), layer.name, None, layer.x, layer.y, opacity=layer.opacity, blend_mode=layer.blend_mode,
+                         visible=layer.visible, extra=layer.extra)
+    else:
+        placed = place(replace(layer, x=room, y=room), (layer.size[0] + 2 * room, layer.size[1] + 2 * room))
+    x, y = (placed.left, placed.top) if room is None else (layer.x + placed.left - room, layer.y + placed.top - room)
     colour, alpha = placed.rows(placed.top, placed.bottom)
-    return Layer(torch.cat([colour, alpha[None]]).permute(1, 2, 0), layer.name, None, layer.x + placed.left - room, layer.y + placed.top - room,
-                 opacity=layer.opacity, blend_mode=layer.blend_mode, visible=layer.visible, extra=layer.extra)
+    return Layer(torch.cat([colour, alpha[None]]).permute(1, 2, 0), layer.name, None, x, y, opacity=layer.opacity, blend_mode=layer.blend_mode,
+                 visible=layer.visible, extra=layer.extra)
 
 
 def picture(stack: LayerStack) -> Tensor:
@@ -56,7 +78,7 @@ def picture(stack: LayerStack) -> Tensor:
 
 def on_canvas(layer: Layer, canvas: tuple[int, int]) -> np.ndarray:
     """[H,W,4] 8-bit pixels of the canvas with the layer in its place, opacity and blend mode left out; what is outside is cut off."""
-    layer = in_place(layer)
+    layer = in_place(layer, canvas)
     width, height = canvas
     pixels = np.zeros((height, width, 4), np.uint8)
     source = to_bytes(layer.rgba())

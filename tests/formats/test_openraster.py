@@ -5,11 +5,12 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from strata.formats import files, openraster
-from strata.formats.raster import picture
+from strata.formats import files, openraster, psd
+from strata.formats.raster import eight_bits, picture
 from strata.techniques.layers import BLEND_MODES, Layer, LayerStack
 
 from .stacks import eight_bit, example, layers, pixels
@@ -164,3 +165,55 @@ def test_truncated(tmp_path, share):
     path.write_bytes(path.read_bytes()[:int(path.stat().st_size * share)])
     with pytest.raises(ValueError, match=r"^stack\.ora is not an OpenRaster file, or is damaged"):
         files.load(path)
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("1", 1), ("L", 200), ("LA", (200, 90)), ("P", 7), ("RGB", (1, 2, 3)), ("RGBA", (1, 2, 3, 4)), ("I;16", 51400)])
+def test_layers_of_every_kind_of_png_are_read(tmp_path, mode, colour):
+    """16-bit gray is scaled; Pillow's conversion would clip it to white."""
+    layer, = files.load(archive(tmp_path, **{"data/one.png": png(mode=mode, colour=colour)})).layers
+    reference = Image.new("L", (4, 3), 200).convert("RGBA") if mode == "I;16" else Image.new(mode, (4, 3), colour).convert("RGBA")
+    assert np.array_equal(eight_bit(layer.rgba()), np.array(reference))
+
+
+def test_pictures_of_more_than_8_bits_are_scaled():
+    values = np.array([[0.0, 0.25], [0.5, 1.0]], np.float32)
+    for image in (Image.fromarray((values * 65535).astype(np.uint16)), Image.fromarray((values * 65535).astype(np.int32)), Image.fromarray(values)):
+        assert np.abs(eight_bits(image)[..., 0].astype(int) - values * 255).max() <= 1, image.mode
+
+
+@pytest.mark.parametrize("source", ["./data/one.png", "data\\one.png", "data//one.png"])
+def test_a_layers_path_may_be_written_in_another_way(tmp_path, source):
+    stack = ONE.replace("data/one.png", source)
+    assert len(files.load(archive(tmp_path, stack)).layers) == 1
+
+
+def test_turned_flipped_and_resized_layers_are_drawn_in_their_place(tmp_path):
+    """A quarter turn by NumPy, and resizing by Pillow's nearest pixel of a picture in blocks."""
+    image = pixels(7, 4, 6, 4)
+    turned = Layer(image, "turned", None, 10, 5, rotation=np.pi / 2, flip_h=True)
+    large = Layer(torch.kron(pixels(8, 2, 2, 4), torch.ones(8, 8, 1)), "large", None, 3, 2, w=8, h=8)
+    first, second = openraster.read(save(tmp_path, LayerStack((40, 30), (turned, large)))).layers
+    expected = np.rot90(eight_bit(image)[:, ::-1], -1)
+    top, left = 5 + 2 - 3 - first.y, 10 + 3 - 2 - first.x
+    found = eight_bit(first.image)[top:top + 6, left:left + 4]
+    assert np.abs((found - expected)[expected[..., 3] > 8]).max() <= 8
+    assert second.image.shape[:2] == (8, 8) or second.image.shape[0] < 12
+    inside = eight_bit(second.image)[2 - second.y:10 - second.y, 3 - second.x:11 - second.x]
+    assert np.abs(inside[1, 1] - eight_bit(large.image)[2, 2]).max() <= 1
+
+
+def test_a_layer_that_is_shown_much_larger_than_the_canvas_is_drawn_where_it_is_seen(tmp_path):
+    huge = Layer(pixels(9, 4, 4, 3), "huge", None, -8000, -8000, w=16384, h=16384)
+    outside = replace(huge, name="outside", x=20000, y=0)
+    seen, unseen = openraster.read(save(tmp_path, LayerStack((32, 24), (huge, outside)))).layers
+    assert seen.image.shape[:2] == (24, 32) and (seen.x, seen.y) == (0, 0)
+    assert np.array_equal(eight_bit(seen.image)[..., :3], eight_bit(picture(LayerStack((32, 24), (huge,))))[..., :3])
+    assert unseen.image.shape[:2] == (1, 1) and unseen.rgba()[..., 3].max() == 0
+
+
+def test_names_that_end_in_nul_are_cleaned_when_read(tmp_path):
+    path = tmp_path / "krita.psd"
+    with open(path, "wb") as file:
+        psd.write(file, LayerStack((4, 3), (Layer(pixels(1, 3, 4, 4), "ink~"),)), pixels(1, 3, 4, 4), {})
+    path.write_bytes(path.read_bytes().replace("ink~".encode("utf-16-be"), "ink\0".encode("utf-16-be")))
+    assert [layer.name for layer in files.load(path).layers] == ["ink"]
