@@ -255,20 +255,45 @@ class LoadDepth(io.ComfyNode):
 def read_depth_file(path: Path) -> np.ndarray:
     """float32 [H,W]: integers of 8 or 16 bits scaled to 0..1, floats as they are. Raises ValueError naming the file."""
     try:
-        if path.suffix.lower() in (".npy", ".npz"):
-            values = np.load(path, allow_pickle=False)
-            values = values[values.files[0]] if path.suffix.lower() == ".npz" else values
-        else:
-            with Image.open(path) as picture:
-                values = np.array(picture if picture.mode in ("L", "F") or picture.mode.startswith("I") else picture.convert("L"))
-    except (OSError, ValueError, SyntaxError) as error:
+        values = _stored(path)
+    except Exception as error:  # damaged files make NumPy, zipfile, zlib, Pillow and PyAV raise nearly anything
         raise ValueError(f"file: {path.name} cannot be read as depth ({error}); save it as PNG, TIFF or NPY.") from error
-    values = values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values
-    if values.ndim != 2 or values.dtype.kind not in "uif":
+    if isinstance(values, dict):
+        found = {name: array for name, array in values.items() if _plane(array).ndim == 2 and array.dtype.kind in "uif"}
+        named = {name: array for name, array in found.items() if "depth" in name.lower() or "disp" in name.lower()}
+        chosen = named if len(named) == 1 else found
+        if len(chosen) != 1:
+            raise ValueError(f"file: {path.name} holds {', '.join(values) or 'no array'}, and it is not clear which one is the depth; save that array alone.")
+        values, = chosen.values()
+    values = _plane(values)
+    if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "uif":
         raise ValueError(f"file: {path.name} holds {values.dtype} values of shape {values.shape}; depth is one number per pixel, [height, width].")
     if values.dtype.kind == "f":
         return values.astype(np.float32)
     return values.astype(np.float32) / (255 if values.dtype.itemsize == 1 else 65535)
+
+
+def _plane(values: np.ndarray) -> np.ndarray:
+    """Without leading axes of length one, and without a last one when there are three."""
+    while values.ndim > 2 and values.shape[0] == 1:
+        values = values[0]
+    return values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values
+
+
+def _stored(path: Path) -> np.ndarray | dict[str, np.ndarray]:
+    """What the file holds; of an archive every array by its name."""
+    if path.suffix.lower() in (".npy", ".npz"):
+        values = np.load(path, allow_pickle=False)
+        return values if isinstance(values, np.ndarray) else {name: values[name] for name in values.files}
+    with open(path, "rb") as file:
+        head = file.read(26)
+    if head[:4] == b"\x89PNG" and head[24] == 16 and head[25] in (2, 6):  # Pillow would keep 8 of the 16 bits of colour
+        import av
+        with av.open(str(path)) as container:
+            colours = next(container.decode(video=0)).to_ndarray(format="rgb48le")
+        return (colours @ np.array([0.299, 0.587, 0.114])).round().astype(np.uint16)
+    with Image.open(path) as picture:
+        return np.array(picture if picture.mode in ("L", "F") or picture.mode.startswith("I") else picture.convert("L"))
 
 
 class EstimateDepth(io.ComfyNode):
