@@ -264,7 +264,7 @@ def _whole(positive: list) -> list:
     """The whole picture's conditioning alone."""
     cond, values = positive[0]
     values = {key: value for key, value in values.items() if key != LAYERS}
-    if "pooled_output" in values:
+    if values.get("pooled_output") is not None:
         values["pooled_output"] = values["pooled_output"][-1:]
     return [[cond[-1:], values]]
 

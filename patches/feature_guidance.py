@@ -138,6 +138,7 @@ class FeatureGuider(comfy.samplers.CFGGuider):
         highest, lowest = (sampling.percent_to_sigma(percent) for percent in (settings.start_percent, settings.end_percent))
         paste = None if settings.paste_percent is None else sampling.percent_to_sigma(settings.paste_percent)
         self.level_masks = self.masks.to(x.device)
+        self._forget_other_levels(sigmas)
         for number in trange(len(sigmas) - 1, disable=disable):
             sigma = sigmas[number]
             if paste is not None and float(sigma) <= paste:
@@ -185,6 +186,12 @@ class FeatureGuider(comfy.samplers.CFGGuider):
             half = torch.bfloat16 if self.inner_model.get_dtype() == torch.bfloat16 else torch.float16
             recorded[key] = {level: values.to("cpu", half) for level, values in self._record(used, x, sigma, options).items()}
         return {level: values.to(x.device) for level, values in recorded[key].items()}
+
+    def _forget_other_levels(self, sigmas: Tensor) -> None:
+        """The cache holds one schedule: with SDXL at 1024 pixels, every other one would take 2.4 GB more, for as long as the planes live."""
+        recorded, levels = self.planes.recorded.get(self.model_patcher, {}), set(sigmas.tolist())
+        for key in [key for key in recorded if key[1] not in levels]:
+            del recorded[key]
 
     def _record(self, used: list[int], x: Tensor, sigma: Tensor, options: dict) -> dict[int, Tensor]:
         """In one batch where the scenes' conditionings allow it, else one scene after the other."""

@@ -206,6 +206,17 @@ def test_the_cache_saves_the_scenes_pass_of_later_runs_and_changes_next_to_nothi
     assert all(values.dtype == torch.float16 and values.device.type == "cpu" for features in kept.values() for values in features.values())
 
 
+def test_the_cache_holds_one_schedule(case):
+    planes, sizes = Planes(case.planes.planes), []
+    for _ in range(2):
+        for factor in (1.0, 0.98, 0.96):
+            noise = picture(9)
+            case.guider(planes, cache=True).sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), case.sigmas * factor,
+                                                   disable_pbar=True, seed=1)
+            sizes.append(len(next(iter(planes.recorded.values()))))
+    assert len(set(sizes)) == 1 and sizes[0] > 0
+
+
 def with_adapter(model):
     """As IPAdapter does it: more attention in chosen blocks, which are known by transformer_options."""
     generator = torch.Generator().manual_seed(1)
