@@ -163,7 +163,7 @@ class LayersSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, vae, positive, noise, harmonize, harmonize_start, harmonize_end, adapter=None, decoder=None, **sampling):
-        names, record, seen = _layer_names(model, positive, decoder), Record(), {}
+        names, record, seen = _layer_names(model, positive, sampling["negative"], decoder), Record(), {}
         count = layer_count(names)
         if count > 1 and decoder is None and sampling["denoise"] == 0:
             raise ValueError("denoise: at 0 nothing is sampled, so there are no maps to find the objects by; raise it, or connect a decoder.")
@@ -214,7 +214,7 @@ class ImageToLayers(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, vae, image, positive, negative, steps, cfg, scheduler, adapter=None, decoder=None):
-        names = _layer_names(model, positive, decoder)
+        names = _layer_names(model, positive, negative, decoder)
         if len(names) < 2:
             raise ValueError("positive: there is no object to take out of the picture; name at least one in Layer prompts.")
         count, image = layer_count(names), check_image(image, "image")[:1, ..., :3]
@@ -226,8 +226,11 @@ class ImageToLayers(io.ComfyNode):
         layered = _prepared(model, adapter, count, record)
         layered.model_options["transformer_options"][PATH] = found.at
         start = found.latents[0].repeat(count, 1, 1, 1)
+        nothing = torch.zeros_like(start)
+        # ComfyUI scales noise at the highest level by sqrt(1 + sigma²), 1.0023 times as loud as the trajectory; a latent it leaves alone
+        noise, latent = (start / sigmas[0], nothing) if found.flow else (nothing, model.model.process_latent_out(start))
         made = comfy.sample.sample_custom(
-            layered, start / sigmas[0], cfg, comfy.samplers.sampler_object("euler"), sigmas, positive, negative, torch.zeros_like(start),
+            layered, noise, cfg, comfy.samplers.sampler_object("euler"), sigmas, positive, negative, latent,
             callback=lambda step, denoised, x, total: callback(2 * steps + step, denoised, x, 3 * steps), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED)
         stack, = _stacks(vae, names, list(made.split(1)), decoder, record)
         recomposed = flatten(stack)[0][None]
@@ -235,10 +238,12 @@ class ImageToLayers(io.ComfyNode):
         return io.NodeOutput(write_layers(stack), recomposed, map_strips(record.steps), error, ui=ui.PreviewText(f"recomposition error {error:.3f}"))
 
 
-def _layer_names(model, positive: list, decoder) -> list[str]:
+def _layer_names(model, positive: list, negative: list, decoder) -> list[str]:
     """The layers' prompts, back to front. Raises ValueError for other conditionings, and where nothing would tell what is transparent."""
     if len(positive) != 1 or LAYERS not in positive[0][1]:
         raise ValueError("positive: this is not one conditioning with the words of every layer; connect Layer prompts directly.")
+    if any(LAYERS in values for _, values in negative):
+        raise ValueError("negative: this is a conditioning of Layer prompts, which has a row for every layer; connect an ordinary text encoding.")
     names = [prompt for prompt, _ in positive[0][1][LAYERS]]
     if len(names) > 1 and decoder is None and MAPS not in model.model_options["transformer_options"]:
         raise ValueError("decoder: nothing tells where the objects are transparent; connect a transparent decoder from Load transparency, or put "

@@ -5,6 +5,8 @@ import comfy.samplers
 import pytest
 import torch
 from mini_models import CHECKPOINT, Family
+from strata.patches.branches import watched
+from strata.patches.inversion import invert
 from strata.patches.layer_prompts import encode_layers
 from strata.patches.shared_layers import PATH, Maps, Sharing, map_context, share_layers, without_layers
 from strata.techniques.layers import read_layers
@@ -93,6 +95,20 @@ def test_a_picture_comes_apart_into_the_place_and_the_thing(mini, split, kind, n
 
 @trained
 @torch.inference_mode()
+@pytest.mark.parametrize("scheduler", ["ddim_uniform", "normal", "karras"])
+def test_the_layers_start_from_the_trajectory_as_it_is(mini, split, scheduler):
+    scene = scenes.render(scenes.Request("meadow", ("car",)), 128, 128, 3)
+    picture, seen = torch.from_numpy(scene.composite)[None], {}
+    positive = encode_layers(mini.clip, scene.background_prompt, [scene.objects[0].prompt])
+    model = map_context(share_layers(mini.model, Sharing()), Maps())
+    split(watched(model, seen), mini.vae, picture, positive, mini.negative, 3, 1.0, scheduler)
+    sigmas = comfy.samplers.calculate_sigmas(mini.model.get_model_object("model_sampling"), scheduler, 3)
+    path = invert(mini.model, mini.vae.encode(picture), [[positive[0][0][-1:], {}]], None, sigmas)
+    assert torch.allclose(seen[float(sigmas[0])][:1], path.latents[0], atol=1e-3)
+
+
+@trained
+@torch.inference_mode()
 def test_what_cannot_be_taken_apart_is_said(mini, split):
     picture, model = torch.zeros(1, 64, 64, 3), share_layers(mini.model, Sharing())
     run = partial(split, model, mini.vae, picture, negative=mini.negative, steps=2, cfg=1.0, scheduler="simple")
@@ -100,5 +116,7 @@ def test_what_cannot_be_taken_apart_is_said(mini, split):
         run(positive=encode_layers(mini.clip, "on a beach", []))
     with pytest.raises(ValueError, match="positive: .* connect Layer prompts"):
         run(positive=mini.text("a dog"))
+    with pytest.raises(ValueError, match="negative: this is a conditioning of Layer prompts"):
+        run(positive=encode_layers(mini.clip, "on a beach", ["a dog"]), negative=encode_layers(mini.clip, "on a beach", ["a dog"]))
     with pytest.raises(ValueError, match="decoder: nothing tells"):
         run(positive=encode_layers(mini.clip, "on a beach", ["a dog"]))
