@@ -13,7 +13,7 @@ check:  ## style, and files that are generated
 	$(EXEC) tools/papers.py --check
 
 serve:  ## open ComfyUI with this pack for a person
-	$(PYTHON) tools/host.py serve
+	$(PYTHON) tools/host.py serve $(if $(PORT),--port $(PORT))
 
 run:  ## make run W=workflows/layers_roundtrip.json ARGS="--out pictures"
 	$(EXEC) tools/run.py "$(W)" $(ARGS)

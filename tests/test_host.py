@@ -1,6 +1,7 @@
 """The installer's words when it cannot go on, and the server when it cannot start: each a sentence with what to do."""
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections import namedtuple
@@ -84,3 +85,36 @@ def test_comfyui_ends_with_the_process_that_started_it(tmp_path):
         assert starter.wait(30) == 143
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_a_port_in_use_is_refused_before_anything_is_prepared(capsys, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(sys, "argv", ["host.py", "serve", "--port", str(port)])
+        assert host.main() == 2
+    assert f"Port {port} is in use" in capsys.readouterr().err
+
+
+def test_two_servers_of_one_folder_have_a_temp_folder_and_a_log_each(tmp_path):
+    found = host.Host(tmp_path, tmp_path / "python", ours=True)
+    first, second = host.Server(found, tmp_path, 9001), host.Server(found, tmp_path, 9002)
+    assert first.log != second.log and first.temp != second.temp and str(first.temp) in first.command()
+
+
+def test_serve_takes_the_users_own_python_and_device(tmp_path, monkeypatch):
+    monkeypatch.delenv("COMFYUI_PYTHON", raising=False)
+    monkeypatch.delenv("STRATA_DEVICE", raising=False)
+    (tmp_path / "main.py").touch()
+    (tmp_path / "models").mkdir()
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    monkeypatch.setenv("COMFYUI_DIR", str(tmp_path))
+    found = host.for_serving()
+    assert found.python == python and not found.ours
+    assert "--cpu" not in host.Server(found, tmp_path, 9001, device="as ComfyUI chooses").command()
+    assert "--cpu" in host.Server(found, tmp_path, 9001).command()
+    monkeypatch.setenv("STRATA_DEVICE", "cpu")
+    assert "--cpu" in host.Server(found, tmp_path, 9001, device="as ComfyUI chooses").command()

@@ -1,12 +1,13 @@
 """Find or install a ComfyUI, start it with this pack in it, stop it again. Standard library only: it runs before anything is installed.
 
     python tools/host.py install            # prepare, print where things are
-    python tools/host.py serve              # open ComfyUI for a person
+    python tools/host.py serve [--port 8188]  # open ComfyUI for a person
     python tools/host.py exec SCRIPT ...    # run a script (or `-m module`) with the prepared Python
     python tools/host.py link               # link this pack into COMFYUI_DIR/custom_nodes
 
-Environment: COMFYUI_DIR (an existing ComfyUI), COMFYUI_PYTHON (its Python, otherwise one is built for it in the cache),
-STRATA_CACHE (default: the user's cache folder), STRATA_FRONTEND (a comfyui-frontend-package version to try).
+Environment: COMFYUI_DIR (an existing ComfyUI), COMFYUI_PYTHON (its Python; serve finds venv, .venv and the portable build's by itself, all else
+builds one in the cache), STRATA_CACHE (default: the user's cache folder), STRATA_FRONTEND (a comfyui-frontend-package version to try),
+STRATA_DEVICE (cpu: ComfyUI computes on the processor, which is the default but for serve with COMFYUI_DIR; anything else: as ComfyUI chooses).
 """
 from __future__ import annotations
 
@@ -180,6 +181,30 @@ def find_or_install() -> Host:
         return Host(root, Path(own) if own else install_python(cache, root), ours=not given)
 
 
+def python_of(root: Path) -> Path | None:
+    """The Python that a user's ComfyUI has beside it: COMFYUI_PYTHON, a virtual environment in it, or the portable build's."""
+    if os.environ.get("COMFYUI_PYTHON"):
+        return Path(os.environ["COMFYUI_PYTHON"])
+    places = [root / folder / name for folder in ("venv", ".venv") for name in ("bin/python", "Scripts/python.exe")]
+    return next((place for place in [*places, root.parent / "python_embeded" / "python.exe"] if place.exists()), None)
+
+
+def for_serving() -> Host:
+    """The user's ComfyUI with its own Python where COMFYUI_DIR names one that has it; otherwise as find_or_install."""
+    given = given_host()
+    own = python_of(given) if given else None
+    return Host(given, own, ours=False) if own else find_or_install()
+
+
+def check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise HostError(f"Port {port} is in use, perhaps by another ComfyUI; stop that, or choose another one: make serve PORT={port + 1}.") from error
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -203,28 +228,29 @@ def link_pack(custom_nodes: Path) -> Path:
 class Server:
     """A ComfyUI process with this pack in it; use as a context manager. All that it writes goes below `base`."""
 
-    def __init__(self, host: Host, base: Path, port: int | None = None, args: tuple[str, ...] = (), pack: bool = True):
+    def __init__(self, host: Host, base: Path, port: int | None = None, args: tuple[str, ...] = (), pack: bool = True,
+                 device: str = "cpu"):
         self.host, self.base, self.port = host, Path(base).resolve(), port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.log = self.base / "comfyui.log"
-        self.args, self.pack, self.process = args, pack, None
+        self.log, self.temp = self.base / f"comfyui-{self.port}.log", self.base / f"temp-{self.port}"  # a second server empties neither
+        self.args, self.pack, self.process, self.device = args, pack, None, os.environ.get("STRATA_DEVICE", device)
 
     def command(self) -> list[str]:
         command = [str(self.host.python), str(PACK / "tools" / "cpu_host.py"), str(self.host.root),
                    "--disable-auto-launch", "--disable-api-nodes", "--base-directory", str(self.base), "--port", str(self.port),
-                   "--database-url", "sqlite:///:memory:", *self.args]
+                   "--temp-directory", str(self.temp), "--database-url", "sqlite:///:memory:", *self.args]
         if not self.host.ours:
             # the user's own models stay where they are; only what we write goes elsewhere
             paths = self.base / "extra_model_paths.yaml"
             folders = sorted(p.name for p in (self.host.root / "models").iterdir() if p.is_dir())
             paths.write_text(f"comfyui:\n  base_path: {self.host.root / 'models'}\n" + "".join(f"  {n}: {n}\n" for n in folders))
             command += ["--extra-model-paths-config", str(paths)]
-        if os.environ.get("STRATA_DEVICE", "cpu") == "cpu":
+        if self.device == "cpu":
             command.append("--cpu")
         return command
 
     def start(self, timeout: float = 180) -> Server:
-        for name in ("custom_nodes", "input", "output", "user", "temp", "models"):
+        for name in ("custom_nodes", "input", "output", "user", "models", self.temp.name):
             (self.base / name).mkdir(parents=True, exist_ok=True)
         if self.pack:
             link_pack(self.base / "custom_nodes")
@@ -257,6 +283,7 @@ class Server:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+        shutil.rmtree(self.temp, ignore_errors=True)
 
     __enter__ = start
 
@@ -266,7 +293,7 @@ class Server:
 
 def serve(host: Host, port: int) -> None:
     base = PACK / "output" / "comfyui"
-    server = Server(host, base, port)
+    server = Server(host, base, port, device="cpu" if host.ours else "as ComfyUI chooses")
     base.mkdir(parents=True, exist_ok=True)
     copy_inputs(host, base)
     with server:
@@ -288,7 +315,6 @@ def copy_inputs(host: Host, base: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=("install", "serve", "exec", "link"))
-    parser.add_argument("--port", type=int, default=8188)
     parser.add_argument("rest", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     try:
@@ -298,11 +324,16 @@ def main() -> int:
                 raise HostError("Set COMFYUI_DIR to the folder of your ComfyUI, so that the pack can be linked into its custom_nodes.")
             print(link_pack(root / "custom_nodes"))
             return 0
+        if options.verb == "serve":
+            served = argparse.ArgumentParser(prog="host.py serve")
+            served.add_argument("--port", type=int, default=8188)
+            port = served.parse_args(options.rest).port
+            check_port(port)
+            serve(for_serving(), port)
+            return 0
         host = find_or_install()
         if options.verb == "install":
             print(f"ComfyUI {host.version} in {host.root}\nPython: {host.python}")
-        elif options.verb == "serve":
-            serve(host, options.port)
         else:
             return subprocess.call([str(host.python), *options.rest], env={**os.environ, "COMFYUI_PYTHON": str(host.python)})
     except HostError as error:
