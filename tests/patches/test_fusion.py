@@ -410,6 +410,9 @@ def test_wrong_inputs_are_named(models, positive, negative, count, words):
         estimates(blend_attention(model, Settings()), cond, conditioning(model, 2, rows=1, **negative), noise(count))
     with pytest.raises(ValueError, match="several conditionings"):
         estimates(blend_attention(model, Settings()), layered(model) * 2, conditioning(model, 2, rows=1), noise())
+    twice = blend_attention(blend_attention(model, Settings()), Settings())
+    with pytest.raises(ValueError, match="model: two Attention blend nodes"):
+        estimates(twice, layered(model), conditioning(model, 2, rows=1), noise())
 
 
 def test_an_unknown_family_is_refused(models, monkeypatch):

@@ -125,6 +125,19 @@ def test_what_harmonising_refuses_is_said_and_the_layers_are_given_all_the_same(
         sampled(shared(model), vae, positive, denoise=0.0, harmonize=False)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_patches_that_cut_or_merge_the_attention_are_refused_in_one_sentence(loaded, first):
+    """HyperTile puts tiles where the layers are counted."""
+    from comfy_extras.nodes_hypertile import HyperTile
+    model, clip, vae = loaded
+
+    def tiled(model):
+        return HyperTile.execute(model, tile_size=32, swap_size=2, max_depth=1, scale_depth=False)[0]
+    positive, = node(LayerPrompts, clip=clip, background="the beach", objects="a dog")
+    with pytest.raises(ValueError, match="model: another patch on it .HyperTile"):
+        sampled(shared(tiled(model)) if first else tiled(shared(model)), vae, positive, harmonize=False)
+
+
 def test_what_is_missing_is_said(loaded):
     model, clip, vae = loaded
     positive, = node(LayerPrompts, clip=clip, background="the beach", objects="a dog")
