@@ -2,48 +2,68 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import comfy.samplers
 import torch
-from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.attention import SpatialTransformer, attention_pytorch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 KEY = "strata_gradients"
+OVERRIDE = "optimized_attention_override"
+BLOCK_PATCHES = ("emb_patch", "input_block_patch", "input_block_patch_after_skip", "middle_block_patch", "output_block_patch")
+MISSING = object()
 
 
 @contextmanager
 def differentiable(unet: nn.Module, checkpointing: bool = False) -> Iterator[None]:
-    """While open, autograd accepts the parameters: each is a view of the same memory, made outside of inference mode, so nothing is copied.
+    """While open, autograd accepts the parameters, wherever the host keeps them.
 
+    Parameters that layers use as they lie are views of the same memory, made outside of inference mode, so nothing is copied. Layers that cast
+    or fetch theirs (manual cast, fp8, offloading, dynamic VRAM) get them as copies, because the host may use that memory again.
     checkpointing: blocks compute their activations again in the backward pass in place of keeping them.
     Afterwards, also after an exception, the module holds the very objects that it held before.
     """
-    parameters, forwards = [], []
-    try:
+    with ExitStack() as undo:
         with torch.inference_mode(False):
             for module in unet.modules():
+                if _casts(module):
+                    for name in ("weight_function", "bias_function"):
+                        _swap(undo, module.__dict__, name, [*getattr(module, name), _copied])
+                    _swap(undo, module.__dict__, "training", True)  # fp8 layers multiply without autograd otherwise
+                    continue
                 for table in (module._parameters, module._buffers):
                     for name, value in table.items():
                         if type(value) in (Tensor, nn.Parameter) and (value.is_inference() or value.requires_grad):
-                            parameters.append((table, name, value))
-                            table[name] = nn.Parameter(_view(value), requires_grad=False) if isinstance(value, nn.Parameter) else _view(value)
-        for module in unet.modules() if checkpointing else ():
-            if isinstance(module, ResBlock | SpatialTransformer):
-                forwards.append((module, module.__dict__.get("forward")))
-                module.forward = _checkpointed(module.forward)
+                            view = _view(value)
+                            own = nn.Parameter(view, requires_grad=False) if isinstance(value, nn.Parameter) else view
+                            _swap(undo, table, name, own)
+        if checkpointing:
+            for table, name, block in [(parent._modules, name, block) for parent in unet.modules() for name, block in parent._modules.items()
+                                       if isinstance(block, ResBlock | SpatialTransformer)]:
+                _swap(undo, table, name, _checkpointed(block))
         yield
-    finally:
-        for module, forward in forwards:
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
-        for table, name, value in parameters:
-            table[name] = value
+
+
+def _swap(undo: ExitStack, table: dict, name: str, value) -> None:
+    before = table.get(name, MISSING)
+    table[name] = value
+    undo.callback(*((table.pop, name) if before is MISSING else (table.__setitem__, name, before)))
+
+
+def _casts(module: nn.Module) -> bool:
+    """Whether a layer asks the host for its parameters at each call, in place of using them as they are."""
+    return hasattr(module, "weight_function") and bool(
+        getattr(module, "comfy_cast_weights", False) or module.weight_function or module.bias_function
+        or any(type(value) not in (Tensor, nn.Parameter, type(None)) for value in module._parameters.values()))
+
+
+def _copied(value: Tensor) -> Tensor:
+    return value.detach().clone()
 
 
 def _view(value: Tensor) -> Tensor:
@@ -51,26 +71,97 @@ def _view(value: Tensor) -> Tensor:
     return empty.set_(value.untyped_storage(), value.storage_offset(), value.shape, value.stride())
 
 
-def _checkpointed(forward: Callable) -> Callable:
-    """transformer_options say which block runs, and say something else by the time of the backward pass: each block gets its own copy."""
-    def kept(value):
-        if isinstance(value, Tensor) and value.is_inference():  # the checkpoint keeps its inputs as autograd does
-            return value.clone()
-        return dict(value) if isinstance(value, dict) else value
+def _checkpointed(block: nn.Module) -> nn.Module:
+    """The same block, hooks and all, under another forward. The host's own object is not touched."""
+    kind = type(block)
+    alias = object.__new__(type(f"Checkpointed{kind.__name__}", (kind,), {"forward": _recomputing}))
+    object.__setattr__(alias, "__dict__", block.__dict__)
+    return alias
 
-    def run(*args, **kwargs):
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *map(kept, args), use_reentrant=False, **{name: kept(value) for name, value in kwargs.items()})
-    return run
+
+def _recomputing(self, *args, **kwargs):
+    forward = super(type(self), self).forward
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *map(_kept, args), use_reentrant=False, **{name: _kept(value) for name, value in kwargs.items()})
+
+
+def _kept(value):
+    """What can wait for the backward pass: autograd keeps no inference tensors, and transformer_options name another block by then."""
+    if isinstance(value, Tensor) and value.is_inference():
+        return value.clone()
+    return dict(value) if isinstance(value, dict) else value
 
 
 def call_unet(around: Callable, model, conds: list[dict], x: Tensor, sigma: Tensor, model_options: dict) -> Tensor:
-    """The denoised latent for conditionings, as ComfyUI computes it, with `around(executor, x, timesteps, context, …)` closest to the UNet."""
+    """The denoised latent for conditionings, as ComfyUI computes it, with `around(executor, x, timesteps, context, …)` closest to the UNet.
+
+    Attention is torch's own: the faster ones that ComfyUI and other packs put in its place (Sage, Flash) have no gradient.
+    """
     options = model_options.get("transformer_options", {})
     wrappers = options.get("wrappers", {})
     unet_wrappers = {**wrappers.get(WrappersMP.DIFFUSION_MODEL, {}), KEY: [around]}
-    options = {**options, "wrappers": {**wrappers, WrappersMP.DIFFUSION_MODEL: unet_wrappers}}
+    replaced = {name: {place: partial(_checked, patch) for place, patch in patches.items()} if name.startswith("attn") else patches
+                for name, patches in options.get("patches_replace", {}).items()}
+    patches = {name: [partial(_OnCopies.run, patch) for patch in there] if name in BLOCK_PATCHES else there
+               for name, there in options.get("patches", {}).items()}
+    options = {**options, "wrappers": {**wrappers, WrappersMP.DIFFUSION_MODEL: unet_wrappers}, "patches": patches, "patches_replace": replaced,
+               OVERRIDE: partial(_attention, options.get(OVERRIDE))}
     with torch.inference_mode():  # a ControlNet changes tensors that it made in it, so autograd is switched on within `around` alone
         timestep = sigma.expand(len(x)).contiguous()
         return comfy.samplers.calc_cond_batch(model, [conds], x, timestep, {**model_options, "transformer_options": options})[0]
+
+
+def _attention(override: Callable | None, own: Callable, q: Tensor, *args, **kwargs) -> Tensor:
+    """What another pack put in the place of ComfyUI's attention stays, as long as it lets the gradient through."""
+    if override is None:
+        return attention_pytorch(q, *args, **kwargs)
+    found = override(attention_pytorch, q, *args, **kwargs)
+    return attention_pytorch(q, *args, **kwargs) if _cut(found, q, *args) else found
+
+
+def _cut(found: Tensor, *inputs) -> bool:
+    """Whether a result has lost the gradient that its inputs carry."""
+    return not found.requires_grad and any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+
+
+def _checked(patch: Callable, *args, **kwargs) -> Tensor:
+    found = patch(*args, **kwargs)
+    if _cut(found, *args):
+        raise ValueError("model: a patch on it replaces an attention block by one without gradients, which guidance and null-text need; "
+                         "remove that patch, or start ComfyUI with --use-pytorch-cross-attention.")
+    return found
+
+
+class _OnCopies(torch.autograd.Function):
+    """A patch between blocks, which may write into what it is given, as FreeU does: called with copies, and once more for the backward pass."""
+
+    @classmethod
+    def run(cls, patch: Callable, *args):
+        if not any(isinstance(value, Tensor) and value.requires_grad for value in args):
+            return patch(*args)
+        return cls.apply(patch, *(value.clone() if isinstance(value, Tensor) and value.is_inference() else value for value in args))
+
+    @staticmethod
+    def forward(ctx, patch: Callable, *args):
+        ctx.call = partial(_with_tensors, patch, [MISSING if isinstance(value, Tensor) else _kept(value) for value in args])
+        ctx.save_for_backward(*(value for value in args if isinstance(value, Tensor)))
+        ctx.tensors = [isinstance(value, Tensor) for value in args]
+        return ctx.call([value.clone() for value in args if isinstance(value, Tensor)])
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        with torch.enable_grad(), torch.autograd.graph.allow_mutation_on_saved_tensors():
+            leaves = [value.detach().clone().requires_grad_(value.is_floating_point()) for value in ctx.saved_tensors]
+            found = ctx.call([value.clone() for value in leaves])
+            pairs = [(value, gradient) for value, gradient in zip(found if isinstance(found, tuple) else (found,), gradients, strict=True)
+                     if isinstance(value, Tensor) and value.requires_grad]
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            by = iter(torch.autograd.grad([value for value, _ in pairs], wanted, [gradient for _, gradient in pairs], allow_unused=True))
+        own = iter([next(by) if leaf.requires_grad else None for leaf in leaves])
+        return None, *(next(own) if tensor else None for tensor in ctx.tensors)
+
+
+def _with_tensors(patch: Callable, args: list, tensors: list[Tensor]):
+    tensors = iter(tensors)
+    return patch(*(next(tensors) if value is MISSING else value for value in args))

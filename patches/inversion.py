@@ -49,8 +49,11 @@ def is_flow(model: ModelPatcher) -> bool:
 
 
 def invert(model: ModelPatcher, latent: Tensor, positive: list, negative: list | None, sigmas: Tensor, method: str = "ddim", cfg: float = 7.5,
-           inner_steps: int = 5, seed: int = 0, callback: Callable | None = None) -> Inversion:
-    """The path of a latent [B,C,H,W] from the VAE. negative, cfg and inner_steps are of use to null-text, seed to noise only."""
+           inner_steps: int = 5, seed: int = 0, callback: Callable | None = None, checkpointing: bool = False) -> Inversion:
+    """The path of a latent [B,C,H,W] from the VAE. negative, cfg and inner_steps are of use to null-text, seed to noise only.
+
+    checkpointing: of null-text, as patches.gradients.differentiable takes it.
+    """
     flow = is_flow(model)
     if len(sigmas) < 2 or sigmas[-1] != 0 or (sigmas.diff() >= 0).any():
         raise ValueError("steps: the noise levels must fall to 0 in at least one step; take another scheduler.")
@@ -62,7 +65,7 @@ def invert(model: ModelPatcher, latent: Tensor, positive: list, negative: list |
         _check_null_text(model, negative, cfg)
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative if method == "null-text" else positive)
-    walk = _Walk(flow, cfg if method == "null-text" else None, inner_steps)
+    walk = _Walk(flow, cfg if method == "null-text" else None, inner_steps, checkpointing)
     found = guider.sample(torch.zeros_like(latent), latent, walk, sigmas, callback=callback, disable_pbar=True, seed=seed)
     null = torch.stack(walk.null) if walk.null else None
     return Inversion(torch.stack(walk.path[::-1]), sigmas.cpu(), positive, method, flow, null, found.cpu())
@@ -83,6 +86,7 @@ class _Walk(comfy.samplers.Sampler):
     flow: bool
     cfg: float | None
     inner_steps: int
+    checkpointing: bool = False
     path: list[Tensor] = field(default_factory=list)  # from the picture to noise
     null: list[Tensor] = field(default_factory=list)  # from noise to the picture
 
@@ -130,7 +134,7 @@ class _Walk(comfy.samplers.Sampler):
             x, conditional, target, sigma, below = (value.detach().clone() for value in (x, conditional, target, sigma, below))
             leaf = embedding.detach().to(x.device).clone().requires_grad_()
             adam = torch.optim.Adam([leaf], inversion.null_text_learning_rate(step, steps))
-            with differentiable(self.model.diffusion_model):
+            with differentiable(self.model.diffusion_model, self.checkpointing):
                 for _ in range(self.inner_steps):
                     unconditional = self.predict_from(leaf, x, sigma)
                     found = inversion.ode_step(x, x, unconditional + (conditional - unconditional) * self.cfg, sigma, sigma, below)
