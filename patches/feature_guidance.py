@@ -22,6 +22,7 @@ from .inversion import Inversion, is_flow
 
 STARTS = ("background inversion", "given latent")
 SAMPLERS = ("euler", "ddim")
+INPAINTING = ("concat_latent_image", "concat_mask")  # what InpaintModelConditioning leaves in a conditioning
 APART = {"area", "mask", "control", "gligen", "hooks", "default", "timestep_start", "timestep_end"}  # keys of a conditioning that no batch can share
 
 
@@ -104,12 +105,18 @@ class FeatureGuider(comfy.samplers.CFGGuider):
         settings = self.settings
         return bool(settings.iterations and settings.step_size and self.level_weights and any(self.weights[1:] or self.weights))
 
-    def inner_sample(self, noise, latent_image, device, *args, **kwargs):
-        """The scenes' conditionings are prepared apart: ComfyUI would hand them the composite's ControlNets."""
+    def inner_sample(self, noise, latent_image, device, sampler, sigmas, denoise_mask, *args, **kwargs):
+        """The scenes' conditionings are prepared apart: ComfyUI would hand them the composite's ControlNets.
+
+        An inpainting model sees the same mask and picture with all of them, so that a scene's own latent has the scene's own features.
+        """
         keys = [key for key in self.conds if key.startswith("plane ")]
-        scenes = [self.conds.pop(key) for key in keys]
-        self.plane_conds = [comfy.samplers.process_conds(self.inner_model, noise, {"positive": conds}, device, latent_image)["positive"] for conds in scenes]
-        return super().inner_sample(noise, latent_image, device, *args, **kwargs)
+        shown = {name: value for name, value in self.conds["positive"][0].items() if name in INPAINTING}
+        scenes = [[{**entry, **shown} for entry in self.conds.pop(key)] for key in keys]
+        latent = self.inner_model.process_latent_in(latent_image) if latent_image.any() else latent_image
+        self.plane_conds = [comfy.samplers.process_conds(self.inner_model, noise, {"positive": conds}, device, latent, denoise_mask)["positive"]
+                            for conds in scenes]
+        return super().inner_sample(noise, latent_image, device, sampler, sigmas, denoise_mask, *args, **kwargs)
 
     def _check_planes(self, latent: Tensor) -> Tensor:
         for plane in self.planes.planes:

@@ -352,6 +352,23 @@ def test_the_composites_control_stays_its_own(case):
     assert all(energies[-1] < energies[0] for energies in guider.energies)
 
 
+@pytest.mark.parametrize("how", ["InpaintModelConditioning", "the sampler's own mask"])
+def test_on_an_inpainting_model_a_scenes_own_latent_has_the_scenes_features(how):
+    """The composite's box and picture are channels of the model's input: the scenes are seen with the same ones."""
+    case = Case("mini inpaint")
+    picture_in = picture(6)
+    mask = torch.zeros(1, 1, SIDE, SIDE)
+    mask[..., 2:6, 2:6] = 1
+    shown = {"concat_latent_image": picture_in, "concat_mask": mask} if how == "InpaintModelConditioning" else {}
+    positive = [[text, {**more, **shown}] for text, more in case.inversions[0].positive]
+    noise = case.inversions[0].latents[0] / case.sigmas[0]
+    planes = Planes((Plane(case.inversions[0]), Plane(case.inversions[0], half_mask())))
+    for number, start in enumerate((noise, picture(9))):
+        guider = case.guider(planes, positive=positive, iterations=1, start="given latent" if number else "background inversion")
+        case.sample(guider, noise=start, latent=picture_in, mask=mask)
+        assert (guider.energies[0][0] < 1e-6) == (number == 0)
+
+
 def test_what_does_not_fit_is_refused_in_words(case):
     with pytest.raises(ValueError, match="planes: an inversion is of 64×64 pixels .* the latent of 128×64"):
         case.sample(case.guider(), noise=torch.zeros(1, 4, 8, 16))
