@@ -11,14 +11,14 @@ from PIL import Image, ImageDraw
 import nodes as comfyui_nodes
 
 from ..patches import feature_guidance, inversion_cache
-from ..patches.feature_guidance import STARTS, Plane, Settings
+from ..patches.feature_guidance import STARTS, UNCONDITIONAL, Plane, Settings
 from ..patches.inversion import METHODS, Inversion, invert
 from ..techniques.depth import amodal_mask
 from ..techniques.feature_guidance import NORMS
 from ..techniques.losses import psnr
 from . import sockets
 from .depth import MISSING, NEAR, THRESHOLD, box_or_region, depth_input, read_depth, save_temporary
-from .inputs import check_image, check_mask
+from .inputs import centred, check_image, check_mask, seen_by_latent
 from .sockets import schema
 
 SOURCES = ("recompute", "cache")
@@ -49,6 +49,8 @@ class InvertImage(io.ComfyNode):
                 io.Combo.Input("disk_cache", options=["on", "off"], default="on", tooltip="on: keeps the result in ComfyUI's user folder, at most 1 GB "
                                "of them, and finds it again by the content of picture, texts, settings and model."),
                 io.Conditioning.Input("negative", optional=True, tooltip="Of null-text: the embedding to start from, the encoding of an empty text."),
+                io.Boolean.Input("checkpointing", default=False, optional=True, tooltip="Of null-text: computes activations twice in place of keeping "
+                                 "them: a fraction of the memory, about a third more time."),
             ],
             outputs=[
                 sockets.Inversion.Output("INVERSION", display_name="inversion", tooltip="For Guidance plane or Insert at a depth."),
@@ -60,7 +62,8 @@ class InvertImage(io.ComfyNode):
             ])
 
     @classmethod
-    def execute(cls, model, vae, image, positive, method, steps, scheduler, cfg, inner_steps, seed, disk_cache, negative=None):
+    def execute(cls, model, vae, image, positive, method, steps, scheduler, cfg, inner_steps, seed, disk_cache, negative=None,
+                checkpointing=False):
         image = check_image(image, "image")[..., :3]
         sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
         latent = vae.encode(image)
@@ -69,7 +72,8 @@ class InvertImage(io.ComfyNode):
         found = _from_disk(inversion_cache.load(name) if name else None, positive, method)
         if found is None:
             callback = latent_preview.prepare_callback(model, 2 * (len(sigmas) - 1))
-            found = invert(model, latent, positive, negative, sigmas, method, cfg, inner_steps, seed, callback)
+            found = invert(model, latent, positive, negative, sigmas, method, cfg, inner_steps, seed, callback,
+                           checkpointing)
             if name:
                 inversion_cache.store(name, {key: value for key, value in vars(found).items() if isinstance(value, torch.Tensor)}
                                       | {"flow": torch.tensor(found.flow)})
@@ -85,13 +89,13 @@ def _from_disk(tensors: dict | None, positive: list, method: str) -> Inversion |
 def _report(found: Inversion, latent: torch.Tensor, image: torch.Tensor, after: torch.Tensor) -> str:
     if found.reconstruction is None:
         return "noise only: noised, not inverted; the picture would not come back"
-    before = image[:, :after.shape[1], :after.shape[2]].to(after)
+    before = centred(image, *after.shape[1:3]).to(after)
     return f"{found.method}: latent {psnr(found.reconstruction, latent.cpu(), None).min():.1f} dB, picture {psnr(after, before).min():.1f} dB"
 
 
 def _before_after(before: torch.Tensor, after: torch.Tensor, text: str) -> dict:
     """One picture for the node: before, after, and the report above them."""
-    pair = torch.cat([before[:after.shape[0], :after.shape[1]], after], 1)
+    pair = torch.cat([centred(before[None], *after.shape[:2])[0], after], 1)
     pixels = Image.fromarray((pair.clamp(0, 1) * 255).round().byte().numpy())
     sheet = Image.new("RGB", (max(pixels.width, 12 + 6 * len(text)), pixels.height + CAPTION), "#202024")
     sheet.paste(pixels, (0, CAPTION))
@@ -123,7 +127,7 @@ class GuidancePlane(io.ComfyNode):
             mask = check_mask(mask, "mask")
             if not -len(mask) <= mask_index < len(mask):
                 raise ValueError(f"mask_index: there are {len(mask)} masks and no number {mask_index}; the last one is -1.")
-            mask = mask[mask_index].clamp(0, 1).cpu()
+            mask = seen_by_latent(mask, inversion.latents)[mask_index].clamp(0, 1).cpu()
         before = behind.planes if behind is not None else ()
         return io.NodeOutput(feature_guidance.Planes((*before, Plane(inversion, mask, weight))))
 
@@ -169,6 +173,9 @@ class FeatureGuidance(io.ComfyNode):
                                "the same planes and model saves that call."),
                 io.Boolean.Input("checkpointing", default=False, tooltip="Computes activations twice in place of keeping them: a fraction of the memory, "
                                  "about a third more time."),
+                io.Combo.Input("unconditional", options=list(UNCONDITIONAL), default=UNCONDITIONAL[0], optional=True, tooltip="What cfg leads away "
+                               "from. negative: the negative prompt, as in the paper. null-text of the background: at each step the embedding "
+                               "that Invert image found with the method null-text; take its cfg, too."),
             ],
             outputs=[io.Guider.Output("GUIDER", display_name="guider", tooltip="For SamplerCustomAdvanced.")])
 
@@ -227,9 +234,9 @@ class InsertAtDepth(io.ComfyNode):
         positive, negative, latent = comfyui_nodes.InpaintModelConditioning().encode(positive, negative, image, vae, visible, noise_mask=False)
         nearer = region - visible
         settings = Settings(start_percent=0.62, end_percent=0.96, paste_percent=0.6, start=STARTS[1], **settings)
-        planes = feature_guidance.Planes((Plane(inversion, nearer[0]),))
+        planes = feature_guidance.Planes((Plane(inversion, seen_by_latent(nearer, latent["samples"])[0]),))
         found = feature_guidance.guider(model, positive, negative, cfg, planes, settings)
-        return io.NodeOutput(found, {**latent, "noise_mask": region}, visible, nearer)
+        return io.NodeOutput(found, {**latent, "noise_mask": seen_by_latent(region, latent["samples"])}, visible, nearer)
 
 
 NODES = [InvertImage, GuidancePlane, FeatureGuidance, InsertAtDepth]

@@ -32,6 +32,19 @@ def _what(value) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
 
 
+def centred(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The middle of pictures or masks [B,H,W,…], where ComfyUI cuts what a VAE cannot encode whole; what is smaller stays as it is."""
+    top, left = (max(0, (have - want) // 2) for have, want in zip(pixels.shape[1:3], (height, width), strict=True))
+    return pixels[:, top:top + height, left:left + width]
+
+
+def seen_by_latent(mask: torch.Tensor, latent: torch.Tensor, side: int = 8) -> torch.Tensor:
+    """A mask [B,H,W] of a picture that latents [..., h, w] were encoded from, without the rim that encoding has cut; others as they are."""
+    height, width = latent.shape[-2:]
+    of_the_picture = (mask.shape[1] // side, mask.shape[2] // side) == (height, width)
+    return centred(mask, height * side, width * side) if of_the_picture else mask
+
+
 def input_names(suffixes: tuple[str, ...]) -> list[str]:
     """The files of the input folder with these endings: the choices of a load node."""
     entries = os.scandir(folder_paths.get_input_directory())

@@ -20,7 +20,7 @@ from ..techniques.shared_layers import map_alphas
 from . import sockets
 from .fusion import map_strips
 from .harmonize import HarmonizeLayers
-from .inputs import check_image
+from .inputs import centred, check_image
 from .sampling import sampling_inputs
 from .sockets import LayerModules, Layers, Transparency, schema
 from .transparency import LayerModelFile
@@ -234,7 +234,7 @@ class ImageToLayers(io.ComfyNode):
             callback=lambda step, denoised, x, total: callback(2 * steps + step, denoised, x, 3 * steps), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED)
         stack, = _stacks(vae, names, list(made.split(1)), decoder, record)
         recomposed = flatten(stack)[0][None]
-        error = (recomposed - image[:, :recomposed.shape[1], :recomposed.shape[2]].to(recomposed)).abs().mean().item()
+        error = (recomposed - centred(image, *recomposed.shape[1:3]).to(recomposed)).abs().mean().item()
         return io.NodeOutput(write_layers(stack), recomposed, map_strips(record.steps), error, ui=ui.PreviewText(f"recomposition error {error:.3f}"))
 
 

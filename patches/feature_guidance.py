@@ -18,10 +18,11 @@ from tqdm.auto import trange
 
 from ..techniques import feature_guidance as featglac
 from .gradients import call_unet, differentiable
-from .inversion import Inversion, is_flow
+from .inversion import Inversion, is_flow, with_embedding
 
 STARTS = ("background inversion", "given latent")
 SAMPLERS = ("euler", "ddim")
+UNCONDITIONAL = ("negative", "null-text of the background")
 INPAINTING = ("concat_latent_image", "concat_mask")  # what InpaintModelConditioning leaves in a conditioning
 APART = {"area", "mask", "control", "gligen", "hooks", "default", "timestep_start", "timestep_end"}  # keys of a conditioning that no batch can share
 
@@ -54,6 +55,7 @@ class Settings:
     start: str = STARTS[0]
     cache: bool = False
     checkpointing: bool = False
+    unconditional: str = UNCONDITIONAL[0]
     paste_percent: float | None = None  # from here on the first plane's latent lies in the composite, once
 
 
@@ -67,6 +69,13 @@ def guider(model: ModelPatcher, positive: list, negative: list, cfg: float, plan
     """Raises ValueError for a model that has no decoder of this kind, and for level weights that do not fit it."""
     if not isinstance(model.model.diffusion_model, UNetModel) or is_flow(model):
         raise ValueError("model: feature guidance works with SD1.5, SD2, SDXL and the Strata mini family; load a checkpoint of one of them.")
+    if settings.unconditional == UNCONDITIONAL[1]:
+        if planes.planes[0].inversion.null is None:
+            raise ValueError("unconditional: the first plane's inversion has no embeddings; invert the background with the method null-text, or "
+                             f"choose {UNCONDITIONAL[0]}.")
+        if len(negative) != 1:
+            raise ValueError("negative: it combines several conditionings, and the embeddings of null-text can replace only one; connect one "
+                             "text encoding.")
     found = FeatureGuider(model)
     found.set_conds(positive, negative)
     found.set_cfg(cfg)
@@ -91,7 +100,7 @@ class FeatureGuider(comfy.samplers.CFGGuider):
         if self.guides():
             self.original_conds = {**conds, **{f"plane {i}": comfy.sampler_helpers.convert_cond(plane.inversion.positive)
                                                for i, plane in enumerate(self.planes.planes)}}
-        elif self.settings.start == STARTS[1] and self.settings.paste_percent is None:
+        elif self.settings.start == STARTS[1] and self.settings.paste_percent is None and self.settings.unconditional == UNCONDITIONAL[0]:
             return super().sample(noise, latent_image, plain, sigmas, *args, **kwargs)
         sampler = comfy.samplers.KSAMPLER(partial(self._walk, plain.sampler_function), plain.extra_options, plain.inpaint_options)
         try:
@@ -152,12 +161,19 @@ class FeatureGuider(comfy.samplers.CFGGuider):
                 x, paste = featglac.composite_latent(self._scene(0, sigma, x), x, self.level_masks[0]), None
             if self.guides() and lowest <= float(sigma) <= highest:
                 x = self._guide(x, sigma, extra_args["model_options"])
+            if settings.unconditional == UNCONDITIONAL[1]:
+                embedding = self.planes.planes[0].inversion.null_at(float(sigma)).to(x)
+                self.conds["negative"] = [with_embedding(self.conds["negative"][0], embedding.repeat(len(x) // len(embedding), 1, 1))]
             numbered = None if callback is None else lambda values, number=number: callback({**values, "i": number})
             x = step(model, x, sigmas[number:number + 2], extra_args=extra_args, callback=numbered, disable=True, **options)
         return x
 
     def _scene(self, number: int, sigma: Tensor, like: Tensor) -> Tensor:
-        latent = self.planes.planes[number].inversion.at(float(sigma)).to(like)
+        return self._repeated(self.planes.planes[number].inversion.at(float(sigma)), like)
+
+    @staticmethod
+    def _repeated(latent: Tensor, like: Tensor) -> Tensor:
+        latent = latent.to(like)
         return latent.repeat(len(like) // len(latent), 1, 1, 1)
 
     def _guide(self, x: Tensor, sigma: Tensor, options: dict) -> Tensor:
@@ -202,7 +218,7 @@ class FeatureGuider(comfy.samplers.CFGGuider):
 
     def _record(self, used: list[int], x: Tensor, sigma: Tensor, options: dict) -> dict[int, Tensor]:
         """In one batch where the scenes' conditionings allow it, else one scene after the other."""
-        latents = [self._scene(number, sigma, x) for number in used]
+        latents = [self._repeated(self.planes.planes[number].inversion.followed_at(float(sigma)), x) for number in used]
         joined = _join([self.plane_conds[number] for number in used], len(x))
         calls = [(torch.cat(latents), joined)] if joined else [(one, self.plane_conds[number]) for one, number in zip(latents, used, strict=True)]
         found = []

@@ -4,6 +4,8 @@ import io
 import numpy as np
 import pytest
 import run
+import torch
+from mini_models import CHECKPOINT, Family
 from PIL import Image
 
 from .test_fusion_nodes import SIDE, latents, node, server  # noqa: F401  server is a fixture
@@ -104,3 +106,29 @@ def test_what_is_wrong_is_said_in_words(server):  # noqa: F811
     prompt["show"] = node("SaveLatent", samples=["sample", 0], filename_prefix="compose")
     with pytest.raises(run.RunError, match="mask_index: there are 2 masks and no number 7"):
         server.run(prompt)
+
+
+@pytest.mark.skipif(not CHECKPOINT.exists(), reason="no trained weights: make mini")
+def test_sides_that_no_latent_divides_are_cut_in_one_way():
+    """ComfyUI's VAE cuts the rim all round: picture, report, planes' masks and the noise mask follow it."""
+    from strata.nodes.compositing import GuidancePlane, InsertAtDepth, InvertImage
+    from strata.nodes.shared_layers import centred
+    with torch.inference_mode():
+        mini = Family()
+        image = torch.from_numpy(mini.scene("beach", ("apple",), 1)[0].composite)[None]
+        image = torch.nn.functional.interpolate(image.movedim(-1, 1), (134, 132), mode="bilinear").movedim(1, -1)
+        found, _, latent, after, report = InvertImage.execute(mini.model, mini.vae, image, mini.negative, "ddim", 3, "ddim_uniform", 1.0, 1, 0, "off").args
+        assert after.shape[1:3] == (128, 128) and torch.equal(centred(image, 128, 128), image[:, 3:131, 2:130])
+        decibels = -10 * float((after - image[:, 3:131, 2:130]).square().mean().log10())
+        assert f"picture {decibels:.1f} dB" in report
+        mask = torch.zeros(1, 134, 132)
+        mask[:, 3:67, 2:66] = 1
+        plane = GuidancePlane.execute(found, -1, 1.0, mask).args[0].planes[0]
+        assert plane.mask.shape == (128, 128) and plane.mask[:64, :64].all() and plane.mask.sum() == 64 * 64
+        near = torch.zeros(1, 134, 132, 3)
+        near[:, 3:67] = 1  # white = near
+        guider, made, visible, nearer = InsertAtDepth.execute(mini.model, mini.negative, mini.negative, mini.vae, image, found, near, 0.5, 2, 3, 128, 128,
+                                                              "white", "auto", cfg=1.0, level_weights="1", foreground=1.0, iterations=1, step_size=0.1,
+                                                              norm="l2").args
+        assert made["noise_mask"].shape[1:] == (128, 128) and made["noise_mask"].all() and visible.shape[1:] == (134, 132)
+        assert torch.equal(guider.planes.planes[0].mask, nearer[0, 3:131, 2:130]) and guider.planes.planes[0].mask.sum() == 64 * 128

@@ -1,12 +1,13 @@
 """FeatGLaC in ComfyUI's sampling: gradients against finite differences, and all that must stay as it was."""
 import copy
+from dataclasses import replace
 
 import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
 from strata.patches import feature_guidance
-from strata.patches.feature_guidance import Plane, Planes, Settings, decoder_levels
+from strata.patches.feature_guidance import UNCONDITIONAL, Plane, Planes, Settings, decoder_levels
 from strata.patches.inversion import invert
 
 from . import fusion_reference
@@ -367,6 +368,30 @@ def test_on_an_inpainting_model_a_scenes_own_latent_has_the_scenes_features(how)
         guider = case.guider(planes, positive=positive, iterations=1, start="given latent" if number else "background inversion")
         case.sample(guider, noise=start, latent=picture_in, mask=mask)
         assert (guider.energies[0][0] < 1e-6) == (number == 0)
+
+
+def test_null_texts_embeddings_stand_in_the_place_of_the_negative():
+    """Without any guidance the background comes back along its own path at the inversion's cfg."""
+    case = Case()
+    found = invert(case.model, picture(3), case.positive, case.negative, case.sigmas, "null-text", 3.0, 3)
+    planes = Planes((Plane(found), Plane(case.inversions[1], half_mask())))
+    unguided = {"planes": planes, "iterations": 0, "unconditional": UNCONDITIONAL[1]}
+    back = case.sample(case.guider(**unguided))
+    assert torch.allclose(back, case.model.model.process_latent_out(found.followed[-1]), atol=1e-3)
+    assert not torch.allclose(back, case.sample(case.guider(planes, iterations=0)), atol=1e-3)
+    two = case.sample(case.guider(**unguided), noise=torch.zeros(2, 4, SIDE, SIDE))
+    assert torch.allclose(two, back.repeat(2, 1, 1, 1), atol=1e-3)
+    given = case.guider(**unguided, start="given latent")
+    assert not torch.allclose(case.sample(given), case.plain(), atol=1e-3)
+    seen = case.guider(planes, iterations=1)
+    case.sample(seen)
+    other = case.guider(Planes((Plane(replace(found, followed=None)), planes.planes[1])), iterations=1)
+    case.sample(other)
+    assert seen.energies[-1] != other.energies[-1], "the scene is seen on the way that sampling takes"
+    with pytest.raises(ValueError, match="unconditional: the first plane's inversion has no embeddings"):
+        case.guider(unconditional=UNCONDITIONAL[1])
+    with pytest.raises(ValueError, match="negative: it combines several"):
+        feature_guidance.guider(case.model, case.positive, case.negative * 2, 3.0, planes, Settings(unconditional=UNCONDITIONAL[1]))
 
 
 def test_what_does_not_fit_is_refused_in_words(case):

@@ -56,8 +56,9 @@ def sharper(func, q, k, v, heads, **kwargs):
     return func(q * 1.1, k, v, heads, **kwargs)
 
 
-PATCHES = {"none": lambda model: model, "FreeU": free_u("FreeU"), "FreeU V2": free_u("FreeU_V2"), "writing patches": writing_patches, "attention without autograd":
-           overridden(sage_like), "attention of another pack": overridden(sharper), "IPAdapter-like": with_adapter}
+PATCHES = {
+    "none": lambda model: model, "FreeU": free_u("FreeU"), "FreeU V2": free_u("FreeU_V2"), "writing patches": writing_patches,
+    "attention without autograd": overridden(sage_like), "attention of another pack": overridden(sharper), "IPAdapter-like": with_adapter}
 
 
 def gradient_and_differences(case, model, **settings):
