@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from turns import compared
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -60,12 +61,7 @@ def rows():
     cases = (("hard edges", False, 0.0), ("hard edges, 2 % of the depth missing", True, 0.0), ("soft edges of 4 pixels", False, 4.0))
     for name, missing, soft_edge in cases:
         image, depth = scene(missing)
-        seconds = {}
-        for run in (ours, plain, ours, plain):  # the first of each warms up
-            start = time.perf_counter()
-            run(image, depth, soft_edge)
-            seconds[run] = time.perf_counter() - start
-        yield name, seconds[ours], seconds[plain], seconds[ours] / seconds[plain]
+        yield from compared(name, partial(ours, image, depth, soft_edge), partial(plain, image, depth, soft_edge))
 
 
 if __name__ == "__main__":

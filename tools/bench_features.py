@@ -1,18 +1,18 @@
-"""One guided step of feature guidance (5 iterations, two scenes, and the step itself) against the plain loop; SD1.5's structure, 32×32 latents, fp32.
+"""One guided step of feature guidance (5 iterations, two scenes, and the step itself) against the released loop; SD1.5's structure, 32×32 latents, fp32.
 
-The plain loop runs the whole UNet forward and backward for every iteration, and both scenes again each time. Memory is the peak above what was there
-before; the rows for it are in GB, not seconds.
+The released loop records the features of both scenes once a step, one scene after the other, and runs the whole UNet forward and backward for every
+iteration.
 """
 from __future__ import annotations
 
-import multiprocessing
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import cpu_host
 import host
 import torch
+from turns import in_turns, rows_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -70,13 +70,12 @@ class Bench:
         features: dict[int, torch.Tensor] = {}
         hooks = [unet.output_blocks[number][-1].register_forward_hook(lambda module, args, out, level=level: features.__setitem__(level, out))
                  for level, number in ((2, 8), (3, 11))]
-        z, energies = self.x.to(self.device) / scale, []
+        z, energies, sources = self.x.to(self.device) / scale, [], []
+        for scene, text in zip(scenes, texts[:2], strict=True):
+            with torch.no_grad():
+                unet(scene, time_, context=text)
+            sources.append(dict(features))
         for _ in range(ITERATIONS):
-            sources = []
-            for scene, text in zip(scenes, texts[:2], strict=True):
-                with torch.no_grad():
-                    unet(scene, time_, context=text)
-                sources.append(dict(features))
             z = z.detach().requires_grad_()
             unet(z, time_, context=texts[2])
             energy = 0
@@ -93,48 +92,14 @@ class Bench:
         return energies
 
 
-def _memory(field: str) -> float:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field)) / 2**20
-
-
-def measure(name: str, settings: dict) -> tuple[float, float, list[float]]:
-    """(seconds, GB, energies) of one step, after one that warms up. Memory counts from before the first: allocators keep what they had."""
-    step = getattr(_bench, name)
-    if torch.cuda.is_available():
-        step(**settings)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**30
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        before = _memory("VmRSS")
-        step(**settings)
-    start = time.perf_counter()
-    energies = step(**settings)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else _memory("VmHWM")
-    return seconds, peak - before, energies
-
-
 def rows():
-    global _bench  # which the forked processes find as it is
-    _bench = Bench()
-
-    def run(name: str, **settings):
-        if torch.cuda.is_available():
-            return measure(name, settings)
-        with multiprocessing.get_context("fork").Pool(1) as pool:  # memory of its own for each way
-            return pool.apply(measure, (name, settings))
-    seconds, memory, energies = run("plain")
-    for title, settings in (("", {}), (" with checkpointing", {"checkpointing": True}), (", level 2 alone", {"level_weights": "0.2, 0"})):
-        own_seconds, own_memory, found = run("ours", **settings)
-        if "level_weights" not in settings:
-            assert max(abs(one / other - 1) for one, other in zip(found, energies, strict=True)) < 1e-3, (found, energies)
-        yield f"a guided step{title}", own_seconds, seconds, own_seconds / seconds
-        yield f"its memory{title}, GB", own_memory, memory, own_memory / memory
+    bench = Bench()
+    ways = {"": {}, " with checkpointing": {"checkpointing": True}, ", level 2 alone": {"level_weights": "0.2, 0"}}
+    plain, *ours = in_turns(bench.plain, *(partial(bench.ours, **settings) for settings in ways.values()), results=True)
+    for title, own in zip(ways, ours, strict=True):
+        if "level" not in title:
+            assert max(abs(one / other - 1) for one, other in zip(own.result, plain.result, strict=True)) < 1e-3, (own, plain)
+        yield from rows_of(f"a guided step{title}", own, plain)
 
 
 if __name__ == "__main__":

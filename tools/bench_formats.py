@@ -2,17 +2,17 @@
 from __future__ import annotations
 
 import io
-import resource
 import sys
 import tempfile
-import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import host
 import numpy as np
 import torch
 from PIL import Image
+from turns import compared, in_turns, rows_of
 
 sys.path.insert(0, str(host.PACK / "tests"))
 import conftest  # noqa: E402, F401  registers the pack as `strata`
@@ -78,34 +78,33 @@ PLAIN = {
 }
 
 
-def seconds(work) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def rows(formats=files.FORMATS):
-    """(name, ours, plain, ratio); ours includes the flattened picture and the workflow, as the node does it."""
+    """As tools/turns.py gives them; ours includes the flattened picture and the workflow, as the node does it."""
     stack = scene()
     picture(stack.with_layers(stack.layers[:1]))  # imports and first use are not part of it
-    for format in formats:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            ours = seconds(lambda folder=folder, format=format: files.save(folder, "ours_", stack, picture(stack), format, {"prompt": {}}))
-            plain = seconds(lambda folder=folder, format=format: PLAIN[format](stack, folder))
-            megabytes = [sum(path.stat().st_size for path in folder.glob(f"{who}*")) / 1e6 for who in ("ours", "plain")]
-        sizes = f"{megabytes[0]:.0f} MB, plain {megabytes[1]:.0f} MB"
-        yield f"{LAYERS} layers {WIDTH}×{HEIGHT} flattened and saved as {format} ({sizes})", ours, plain, ours / plain
-    if "PSD" in formats:
-        merged = picture(stack)
-        with tempfile.TemporaryDirectory() as name:
-            ours = seconds(lambda: files.save(Path(name), "ours_", stack, merged, "PSD", {}))
-            plain = seconds(lambda: plain_psd(stack, Path(name)))
-        yield "the PSD alone, the flattened picture being there", ours, plain, ours / plain
-        with tempfile.TemporaryDirectory() as name:
-            (path,) = files.save(Path(name), "ours_", stack, picture(stack), "PSD", {})
-            ours, plain = seconds(lambda: files.load(path)), seconds(lambda: plain_load(path))
-        yield "the PSD loaded again", ours, plain, ours / plain
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for format in formats:
+            own, other = folder / f"own {format}", folder / f"plain {format}"
+            own.mkdir()
+            other.mkdir()
+            ours, plain = in_turns(partial(saved, own, stack, format), partial(PLAIN[format], stack, other))
+            megabytes = [sum(path.stat().st_size for path in made.glob("*")) / 1e6 for made in (own, other)]
+            sizes = f"{megabytes[0]:.0f} MB, plain {megabytes[1]:.0f} MB"
+            yield from rows_of(f"{LAYERS} layers {WIDTH}×{HEIGHT} flattened and saved as {format} ({sizes})", ours, plain)
+        if "PSD" in formats:
+            merged = picture(stack)
+            yield from compared("the PSD alone, the flattened picture being there", partial(saved, own, stack, "PSD", merged),
+                                partial(plain_psd, stack, folder))
+            (path,) = saved(folder, stack, "PSD", merged)
+            yield from compared("the PSD loaded again", partial(files.load, path), partial(plain_load, path))
+
+
+def saved(folder: Path, stack: LayerStack, format: str, merged: Image.Image | None = None) -> list[Path]:
+    """In place of what the turn before has saved."""
+    for path in folder.glob("ours_*"):
+        path.unlink()
+    return files.save(folder, "ours_", stack, picture(stack) if merged is None else merged, format, {"prompt": {}})
 
 
 def plain_load(path: Path) -> list[np.ndarray]:
@@ -114,6 +113,5 @@ def plain_load(path: Path) -> list[np.ndarray]:
 
 
 if __name__ == "__main__":
-    for name, ours, plain, ratio in rows(sys.argv[1:] or files.FORMATS):
-        print(f"{name:70} ours {ours:6.2f} s  plain {plain:6.2f} s  ratio {ratio:.2f}", flush=True)
-    print(f"Peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB")
+    for row in rows(sys.argv[1:] or files.FORMATS):
+        print(*row, flush=True)

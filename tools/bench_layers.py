@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import math
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from turns import compared
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -39,16 +40,8 @@ def plain_turned(pictures: list[np.ndarray], degrees: float) -> Image.Image:
     return result
 
 
-def seconds(work, *values) -> float:
-    def once():
-        start = time.perf_counter()
-        work(*values)
-        return time.perf_counter() - start
-    return min(once() for _ in range(3))
-
-
 def rows():
-    """(what, seconds of ours, seconds of the plain way, ratio)."""
+    """As tools/turns.py gives them."""
     pictures = torch.rand((8, 2160, 3840, 4), generator=torch.Generator().manual_seed(1))
     arrays = [picture.numpy() for picture in pictures]
     for name, fields, linear, plain in (
@@ -56,10 +49,9 @@ def rows():
             ("8 layers of 4K in linear light, NumPy", {}, True, lambda: plain_flatten(arrays, True)),
             ("8 layers of 4K turned by 10°, Pillow in 8 bits", {"rotation": math.radians(10)}, False, lambda: plain_turned(arrays, 10))):
         stack = LayerStack((3840, 2160), tuple(Layer(picture, **fields) for picture in pictures))
-        ours, theirs = seconds(flatten_image, stack, (0, 0, 0, 0), linear), seconds(plain)
-        yield name, ours, theirs, ours / theirs
+        yield from compared(name, partial(flatten_image, stack, (0, 0, 0, 0), linear), plain)
 
 
 if __name__ == "__main__":
     for row in rows():
-        print("{}: {:.2f} s, plain {:.2f} s, ratio {:.2f}".format(*row))
+        print(*row)
