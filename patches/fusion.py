@@ -13,6 +13,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ..techniques import fusion
+from . import attention_blocks
 from .attention_blocks import Place, around, place_of, size_of, transformers
 from .foreground import BRANCHES, check_batch, foreground_rows, foregrounds_only, split_branches
 from .kept import Record
@@ -198,6 +199,8 @@ def _attend_self(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, 
     own = attend(q[::BRANCHES], k[::BRANCHES], v[::BRANCHES], options)
     pair = attend(*map(fusion.shared_tokens, branches), options)
     shared = torch.cat([own, pair], 1).unflatten(1, (BRANCHES, -1)).flatten(0, 1)
+    if attend is not attention_blocks.attend and call.settings.strength == 1:
+        attend(q, k, v, options)  # patches that record what they see, as Self-Attention Guidance does, see all rows last
     return _mix(call, shared, lambda: attend(q, k, v, options))
 
 
