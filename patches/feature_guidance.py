@@ -169,11 +169,7 @@ class FeatureGuider(comfy.samplers.CFGGuider):
         return x
 
     def _scene(self, number: int, sigma: Tensor, like: Tensor) -> Tensor:
-        return self._repeated(self.planes.planes[number].inversion.at(float(sigma)), like)
-
-    @staticmethod
-    def _repeated(latent: Tensor, like: Tensor) -> Tensor:
-        latent = latent.to(like)
+        latent = self.planes.planes[number].inversion.at(float(sigma)).to(like)
         return latent.repeat(len(like) // len(latent), 1, 1, 1)
 
     def _guide(self, x: Tensor, sigma: Tensor, options: dict) -> Tensor:
@@ -218,7 +214,7 @@ class FeatureGuider(comfy.samplers.CFGGuider):
 
     def _record(self, used: list[int], x: Tensor, sigma: Tensor, options: dict) -> dict[int, Tensor]:
         """In one batch where the scenes' conditionings allow it, else one scene after the other."""
-        latents = [self._repeated(self.planes.planes[number].inversion.followed_at(float(sigma)), x) for number in used]
+        latents = [self._scene(number, sigma, x) for number in used]
         joined = _join([self.plane_conds[number] for number in used], len(x))
         calls = [(torch.cat(latents), joined)] if joined else [(one, self.plane_conds[number]) for one, number in zip(latents, used, strict=True)]
         found = []

@@ -24,7 +24,6 @@ class Inversion(Kept):
     """latents [N,B,C,H,W] at descending sigmas [N], in the model's scale, on the CPU; the last is the picture.
 
     positive: the CONDITIONING that the path was taken with. null: one unconditional embedding per step [N-1,B,T,D], of null-text.
-    followed [N,B,C,H,W]: what sampling with those embeddings passes through, of null-text; at full guidance it is not quite the trajectory.
     reconstruction: the latent, in the VAE's scale, that sampling from latents[0] gives back; None for noise only.
     """
     latents: Tensor
@@ -34,16 +33,9 @@ class Inversion(Kept):
     flow: bool = False
     null: Tensor | None = None
     reconstruction: Tensor | None = None
-    followed: Tensor | None = None
 
     def at(self, sigma: float) -> Tensor:
-        """[B,C,H,W] of the inversion, whose last latent is the picture itself."""
         return inversion.trajectory_at(self.latents, self.sigmas, sigma, self.flow)
-
-    def followed_at(self, sigma: float) -> Tensor:
-        """[B,C,H,W] that sampling the picture again passes through; for all methods but null-text as `at`."""
-        path = self.latents if self.followed is None else self.followed
-        return inversion.trajectory_at(path, self.sigmas, sigma, self.flow)
 
     def null_at(self, sigma: float) -> Tensor:
         """[B,T,D]: the unconditional embedding of the step that sigma lies in."""
@@ -80,8 +72,7 @@ def invert(model: ModelPatcher, latent: Tensor, positive: list, negative: list |
     walk = _Walk(flow, cfg if method == "null-text" else None, inner_steps, checkpointing)
     found = guider.sample(torch.zeros_like(latent), latent, walk, sigmas, callback=callback, disable_pbar=True, seed=seed)
     null = torch.stack(walk.null) if walk.null else None
-    followed = torch.stack(walk.followed) if walk.followed else None
-    return Inversion(torch.stack(walk.path[::-1]), sigmas.cpu(), positive, method, flow, null, found.cpu(), followed)
+    return Inversion(torch.stack(walk.path[::-1]), sigmas.cpu(), positive, method, flow, null, found.cpu())
 
 
 def _check_null_text(model: ModelPatcher, negative: list | None, cfg: float) -> None:
@@ -102,7 +93,6 @@ class _Walk(comfy.samplers.Sampler):
     checkpointing: bool = False
     path: list[Tensor] = field(default_factory=list)  # from the picture to noise
     null: list[Tensor] = field(default_factory=list)  # from noise to the picture
-    followed: list[Tensor] = field(default_factory=list)  # the same way
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False) -> Tensor:
         self.model, self.conds, self.options = model_wrap.inner_model, model_wrap.conds, extra_args["model_options"]
@@ -122,8 +112,6 @@ class _Walk(comfy.samplers.Sampler):
             self.path.append(x.cpu())
             report(step, denoised, x)
         embedding = None
-        if self.cfg is not None:
-            self.followed.append(x.cpu())
         for step, (sigma, below) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
             denoised = self.predict(self.conds["positive"], x, sigma)
             if self.cfg is not None:
@@ -132,8 +120,6 @@ class _Walk(comfy.samplers.Sampler):
                 unconditional = self.predict([self.unconditional(embedding)], x, sigma)
                 denoised = unconditional + (denoised - unconditional) * self.cfg
             x = inversion.ode_step(x, x, denoised, sigma, sigma, below)
-            if self.cfg is not None:
-                self.followed.append(x.cpu())
             report(steps + step, denoised, x)
         return x
 

@@ -27,7 +27,7 @@ def folder() -> Path:
 
 def key(model: ModelPatcher, *parts) -> str | None:
     """A name for the result of these; None when something takes part that has no content to compare, such as another pack's patch of the model."""
-    digest = hashlib.sha256(b"2")
+    digest = hashlib.sha256(b"1")
     try:
         for part in (*_model(model), *parts):
             _add(digest, part)

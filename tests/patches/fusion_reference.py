@@ -16,7 +16,6 @@ V_PREDICTION = {"output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tens
 SHARED = {"image_size": 32, "in_channels": 4, "out_channels": 4, "use_spatial_transformer": True, "legacy": False, "dtype": torch.float32}
 UNETS = {
     "mini": (mini_family.StrataMini, {**mini_family.UNET, "num_head_channels": -1}),
-    "mini inpaint": (mini_family.StrataMini, {**mini_family.UNET, "num_head_channels": -1, "in_channels": 9}),
     "SD1.5": (comfy.supported_models.SD15, {
         "model_channels": 32, "channel_mult": [1, 2, 4, 4], "num_res_blocks": [2, 2, 2, 2], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
         "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1, "context_dim": 48, "num_heads": 8}),
@@ -31,10 +30,10 @@ UNETS = {
 }
 
 
-def patcher(kind: str):
+def patcher(kind: str, **changes):
     """A small random model of that family's structure in a ModelPatcher, as a loader node returns it."""
     family, shape = UNETS[kind]
-    config = family({**SHARED, **shape})
+    config = family({**SHARED, **shape, **changes})
     config.unet_config["dtype"] = torch.float32
     config.manual_cast_dtype = None
     torch.manual_seed(7)

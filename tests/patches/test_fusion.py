@@ -238,7 +238,7 @@ def test_the_reused_structure_is_that_of_the_step_before(models):
         return attend(q, k, v, extra)
     patched.set_model_attn1_replace(keep, *fusion.structure_place(model))
     sample(patched, layered(model), conditioning(model, 2, rows=1))
-    own = [pair for pair in options["conditional"] if len(pair[0]) == 1][::2]  # the foreground's own call, then the pair's
+    own = [pair for pair in options["conditional"] if len(pair[0]) == 1][::3]  # the foreground's own call, then the pair's and all three's
     expected = [fusion.fusion.structure_prior(*pair, 4) for pair in [options["prior"][0], *own[:2]]]
     assert len(record.steps) == 3
     for step, prior in zip(record.steps, expected, strict=True):
