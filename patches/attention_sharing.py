@@ -19,6 +19,7 @@ from .foreground import FUSION, Rows
 
 NAME = re.compile(r"(input_blocks|output_blocks|middle_block)\..*\.attn[12]")
 KEY = "strata_sharing_"
+MOST_REPEATED = 4  # as ComfyUI puts conditionings of several lengths into one batch
 CONTROL = "strata_sharing_picture"  # the picture's features by number of pixels, in the transformer options of one evaluation
 
 
@@ -138,6 +139,21 @@ def together(prompts: list[tuple[str, list]]) -> list:
     for name, prompt in prompts:
         if len(prompt) != 1:
             raise ValueError(f"{name}: it is {len(prompt)} conditionings in one (combined, or of areas), and each frame takes one; connect a plain one.")
-    tokens = [prompt[0][0] for _, prompt in prompts]
+    others = [{key: value for key, value in prompt[0][1].items() if key != "pooled_output"} for _, prompt in prompts]
+    for (name, _), other in zip(prompts, others, strict=True):
+        for key in sorted({key for one in others for key in one}):
+            if key not in other or not all(key in one and _same(other[key], one[key]) for one in others):
+                holder = next(name for (name, _), one in zip(prompts, others, strict=True) if key in one)
+                raise ValueError(f"{holder}: it carries {key!r}, which the other prompts lack or have otherwise, and the frames are sampled as one; "
+                                 "connect plain prompts here, and put what shall act on all of them on the model or on negative.")
+    tokens = [prompt[0][0][:1] for _, prompt in prompts]
     longest = lcm(*(one.shape[1] for one in tokens))  # repeated tokens change nothing in attention
-    return [[torch.cat([one[:1].repeat(1, longest // one.shape[1], 1) for one in tokens]), prompts[-1][1][0][1]]]
+    if longest > MOST_REPEATED * max(one.shape[1] for one in tokens):
+        raise ValueError(f"{', '.join(name for name, _ in prompts)}: their {', '.join(str(one.shape[1]) for one in tokens)} tokens have no common length "
+                         "that is not many times as long; shorten the longer prompts.")
+    return [[torch.cat([one.repeat(1, longest // one.shape[1], 1) for one in tokens]), prompts[-1][1][0][1]]]
+
+
+def _same(one, other) -> bool:
+    return one is other or (torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else type(one) is type(other)
+                            and isinstance(one, str | int | float | tuple) and one == other)

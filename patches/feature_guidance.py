@@ -96,6 +96,8 @@ class FeatureGuider(comfy.samplers.CFGGuider):
         self.energies = []
         self.masks = self._check_planes(latent_image)
         self.weights = self._plane_weights()
+        # a run that goes on where another one ended (SplitSigmas, DisableNoise) has its latent already
+        self.goes_on = not noise.any() and float(sigmas[0]) < (1 - 1e-4) * float(self.planes.planes[0].inversion.sigmas[0])
         plain, conds = sampler, self.original_conds
         if self.guides():
             self.original_conds = {**conds, **{f"plane {i}": comfy.sampler_helpers.convert_cond(plane.inversion.positive)
@@ -149,7 +151,7 @@ class FeatureGuider(comfy.samplers.CFGGuider):
     def _walk(self, step: Callable, model, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, disable=None, **options) -> Tensor:
         """The sampler, one step of it at a time: it has no memory of its own."""
         settings, sampling = self.settings, self.inner_model.model_sampling
-        if settings.start == STARTS[0]:
+        if settings.start == STARTS[0] and not self.goes_on:
             x = self._scene(0, sigmas[0], x)
         highest, lowest = (sampling.percent_to_sigma(percent) for percent in (settings.start_percent, settings.end_percent))
         paste = None if settings.paste_percent is None else sampling.percent_to_sigma(settings.paste_percent)

@@ -147,6 +147,26 @@ def test_every_frame_has_its_own_prompt_whatever_the_lengths():
         attention_sharing.together([prompts[0], ("background", prompts[1][1] * 2)])
 
 
+def test_what_only_one_prompt_carries_is_refused_and_what_all_carry_is_kept():
+    """ControlNets, time ranges and the like of a single frame cannot be kept in one batch; they were dropped silently, but for the last frame's."""
+    text, control = torch.randn(1, 77, 24), object()
+    for key, value in (("control", control), ("start_percent", 0.5), ("gligen", ("position", control, [])), ("strength", 0.7)):
+        for frame in range(3):
+            prompts = [(name, [[text, {"pooled_output": torch.randn(1, 4), **({key: value} if number == frame else {})}]])
+                       for number, name in enumerate(("foreground", "background", "blended"))]
+            with pytest.raises(ValueError, match=f"^{prompts[frame][0]}: it carries '{key}', which the other prompts lack"):
+                attention_sharing.together(prompts)
+        joined = attention_sharing.together([(name, [[text, {key: value}]]) for name in ("foreground", "background", "blended")])
+        assert joined[0][1][key] is value and joined[0][0].shape == (3, 77, 24)
+
+
+def test_prompts_do_not_grow_without_bound():
+    long = [(name, [[torch.zeros(1, 77 * chunks, 24), {}]]) for name, chunks in (("foreground", 3), ("background", 5), ("blended", 7))]
+    with pytest.raises(ValueError, match="foreground, background, blended: their 231, 385, 539 tokens have no common length"):
+        attention_sharing.together(long)
+    assert attention_sharing.together(long[:1] + [("background", [[torch.zeros(1, 154, 24), {}]])])[0][0].shape == (2, 462, 24)
+
+
 def alone(unet, weights):
     """The UNet with a file of one frame in it: low-rank terms merged, and what comes behind an attention's output as its `after`."""
     unet = copy.deepcopy(unet)

@@ -152,6 +152,18 @@ def test_ddim_is_allowed_and_other_samplers_are_refused_with_the_list(case):
             case.guider().sample(picture(9), torch.zeros(1, 4, SIDE, SIDE), sampler, case.sigmas, disable_pbar=True)
 
 
+def test_a_run_in_two_parts_is_the_run_in_one(case):
+    """SplitSigmas: the second part goes on from the first one's latent, without noise."""
+    whole = case.sample(case.guider())
+    euler, nothing = comfy.samplers.sampler_object("euler"), torch.zeros(1, 4, SIDE, SIDE)
+    half = case.guider().sample(picture(9), nothing, euler, case.sigmas[:3], disable_pbar=True, seed=1)
+    rest = case.guider()
+    found = rest.sample(nothing, half, euler, case.sigmas[2:], disable_pbar=True, seed=1)
+    assert torch.allclose(found, whole, atol=1e-4) and len(rest.energies) == 1
+    late = case.guider().sample(picture(9), nothing, euler, case.sigmas[2:], disable_pbar=True, seed=1)  # with noise: a run of its own
+    assert not torch.allclose(late, whole, atol=1e-3)
+
+
 def test_three_planes_and_any_other_schedule(case):
     left = torch.zeros(SIDE, SIDE)
     left[:, :2] = 1
