@@ -9,17 +9,21 @@ from comfy.ldm.modules.distributions.distributions import DiagonalGaussianDistri
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..techniques.transparency import clean_colours, extend_colours, median_of_passes, over_gray
+from ..techniques.transparency import clean_alpha, clean_colours, extend_colours, median_of_passes, over_gray
 from .transparency import Transparency
 
+MINI = "Strata mini"
+CLEAN = ("auto", "on", "off")
 STRIDE = 8  # pixels per latent pixel
 OVERLAP = 8  # latent pixels over which tiles fade into each other
 
 
-def decode(transparency: Transparency, image: Tensor, latent: Tensor, passes: int = 8, tile: int = 0) -> tuple[Tensor, Tensor]:
+def decode(transparency: Transparency, image: Tensor, latent: Tensor, passes: int = 8, tile: int = 0,
+           clean: str = CLEAN[0]) -> tuple[Tensor, Tensor]:
     """image: [B,3,8h,8w] in 0..1; latent: [B,C,h,w] in the autoencoder's own space, as LATENT has it -> straight colours [B,3,·,·], alpha [B,1,·,·].
 
     tile: sides in pixels of the parts that are decoded alone, 0 for the whole picture.
+    clean: whether veil and specks go (techniques.transparency.clean_alpha); auto is on for the mini family, whose small decoder leaves some.
     """
     patcher = transparency.part("decoder", "a decoder such as vae_transparent_decoder.safetensors")
     device, dtype = _load(patcher, min(image[0, 0].numel(), tile**2 or image[0, 0].numel()), 800)
@@ -46,6 +50,8 @@ def decode(transparency: Transparency, image: Tensor, latent: Tensor, passes: in
     joined = torch.cat([latent.float(), F.pixel_unshuffle(image, STRIDE).to(latent.device)], 1)
     found = comfy.utils.tiled_scale(joined, part, side, side, OVERLAP, STRIDE, 4, comfy.model_management.intermediate_device())
     alpha, colour = (found[:, :1], found[:, 1:]) if transparency.latent["alpha_first"] else (found[:, 3:], found[:, :3])
+    if clean == "on" or clean == "auto" and transparency.families == (MINI,):
+        alpha = clean_alpha(alpha)
     return torch.cat([clean_colours(*one) for one in zip(colour.split(1), alpha.split(1), strict=True)]), alpha
 
 

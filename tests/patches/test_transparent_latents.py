@@ -1,4 +1,6 @@
 """Decoding and encoding transparency against the published pipeline, written out plainly from diffusers' blocks."""
+from dataclasses import replace
+
 import comfy.model_management
 import comfy.sd
 import comfy.utils
@@ -6,7 +8,7 @@ import pytest
 import torch
 from strata.networks.transparency import OffsetEncoder, TransparentDecoder
 from strata.patches import transparency, transparent_latents
-from strata.techniques.transparency import clean_colours, extend_colours, median_of_passes
+from strata.techniques.transparency import clean_alpha, clean_colours, extend_colours, median_of_passes
 
 from . import random_family
 from . import random_transparency as random_files
@@ -50,7 +52,7 @@ def inputs(height, width, batch=1, channels=4):
 def test_eight_passes_are_the_published_ones():
     files, weights = decoder()
     image, latent = inputs(48, 80, batch=2)
-    colour, alpha = transparent_latents.decode(files, image, latent)
+    colour, alpha = transparent_latents.decode(files, image, latent, clean="off")
     for one in range(2):
         expected = published(weights, image[one:one + 1], latent[one:one + 1])
         seen = expected[:, :1] > 0
@@ -62,10 +64,20 @@ def test_eight_passes_are_the_published_ones():
 def test_other_sizes_are_padded_and_cropped_back():
     files, weights = decoder()
     image, latent = inputs(40, 72)
-    colour, alpha = transparent_latents.decode(files, image, latent)
+    colour, alpha = transparent_latents.decode(files, image, latent, clean="off")
     wide = torch.nn.functional.pad(image, (0, 8, 0, 8), mode="replicate"), torch.nn.functional.pad(latent, (0, 1, 0, 1), mode="replicate")
     expected = published(weights, *wide)[..., :40, :72]
     assert colour.shape == (1, 3, 40, 72) and (alpha - expected[:, :1]).abs().max() < 1e-4
+
+
+def test_clean_is_on_for_the_mini_family_alone():
+    files, weights = decoder()
+    image, latent = inputs(48, 80)
+    raw, on = (transparent_latents.decode(files, image, latent, clean=clean)[1] for clean in ("off", "on"))
+    auto = transparent_latents.decode(files, image, latent)[1]
+    assert files.families == ("Strata mini",) and torch.equal(on, auto) and torch.equal(on, clean_alpha(raw)) and not torch.equal(on, raw)
+    other = replace(files, families=("SD1.5",))
+    assert torch.equal(transparent_latents.decode(other, image, latent)[1], raw)
 
 
 def test_fluxs_channels_come_the_other_way_round():

@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 from skimage.transform import resize_local_mean
-from strata.techniques.transparency import FACTOR, extend_colours, over_gray
+from strata.techniques.transparency import FACTOR, clean_alpha, extend_colours, over_gray
 
 
 def disc(side: int = 48) -> torch.Tensor:
@@ -58,3 +58,23 @@ def test_extend_colours_is_the_published_padding():
         filled = up[0].permute(1, 2, 0).numpy() * (1 - level[..., 3:]) + level[..., :3]
     found = extend_colours(colour[None], alpha[None, None])[0].permute(1, 2, 0)
     assert np.abs(found.numpy() - filled).max() < 1e-9
+
+
+def test_veil_and_specks_go_and_the_object_with_its_edge_stays():
+    alpha = torch.zeros(3, 1, 40, 60)
+    ramp = torch.linspace(0, 1, 12)
+    alpha[0, 0, 10:30, 10:22] = ramp  # an object with a soft left edge, 20 × 12
+    alpha[0, 0, 5:9, 40:44] = 0.9  # another part, 13 % of it: a second object
+    expected = alpha.clone()
+    alpha[0, 0, 35, 55] = 1.0  # a speck
+    alpha[0] = torch.where(alpha[0] == 0, 8 / 255, alpha[0])  # a veil over all
+    alpha[1] = 9 / 255  # nothing but a veil: smoke, perhaps
+    alpha[2, 0, 3:6, 3:6] = 0.5
+    expected[1:] = alpha[1:]
+    found = clean_alpha(alpha)
+    assert torch.equal(found[1:], expected[1:])
+    away = torch.nn.functional.max_pool2d((expected[:1] > 0).float(), 5, 1, 2) == 0
+    assert found[0, 0][away[0, 0]].max() == 0, "veil and speck are gone"
+    assert torch.equal(found[0][expected[0] > 10 / 255], expected[0][expected[0] > 10 / 255])
+    ring = torch.nn.functional.max_pool2d((expected[:1] > 10 / 255).float(), 3, 1, 1).bool() & (expected[:1] <= 10 / 255)
+    assert torch.equal(found[:1][ring], alpha[:1][ring]), "one pixel of the edge stays"
