@@ -18,14 +18,14 @@ from ..techniques.feature_guidance import NORMS
 from ..techniques.losses import psnr
 from . import sockets
 from .depth import MISSING, NEAR, THRESHOLD, box_or_region, depth_input, read_depth, save_temporary
-from .inputs import centred, check_image, check_mask, seen_by_latent
-from .sockets import schema
+from .inputs import centred, seen_by_latent
+from .sockets import Node, schema
 
 SOURCES = ("recompute", "cache")
 CAPTION = 18
 
 
-class InvertImage(io.ComfyNode):
+class InvertImage(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -64,7 +64,7 @@ class InvertImage(io.ComfyNode):
     @classmethod
     def execute(cls, model, vae, image, positive, method, steps, scheduler, cfg, inner_steps, seed, disk_cache, negative=None,
                 checkpointing=False):
-        image = check_image(image, "image")[..., :3]
+        image = image[..., :3]
         sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
         latent = vae.encode(image)
         settings = {"ddim": (), "null-text": (negative, cfg, inner_steps), "noise only": (seed,)}[method]
@@ -103,7 +103,7 @@ def _before_after(before: torch.Tensor, after: torch.Tensor, text: str) -> dict:
     return save_temporary(np.asarray(sheet))
 
 
-class GuidancePlane(io.ComfyNode):
+class GuidancePlane(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -124,10 +124,9 @@ class GuidancePlane(io.ComfyNode):
     @classmethod
     def execute(cls, inversion, mask_index, weight, mask=None, behind=None):
         if mask is not None:
-            mask = check_mask(mask, "mask")
             if not -len(mask) <= mask_index < len(mask):
                 raise ValueError(f"mask_index: there are {len(mask)} masks and no number {mask_index}; the last one is -1.")
-            mask = seen_by_latent(mask, inversion.latents)[mask_index].clamp(0, 1).cpu()
+            mask = seen_by_latent(mask, inversion.latents)[mask_index].cpu()
         before = behind.planes if behind is not None else ()
         return io.NodeOutput(feature_guidance.Planes((*before, Plane(inversion, mask, weight))))
 
@@ -142,7 +141,7 @@ def norm_input():
                           "difference of the released code, with its factors per iteration.")
 
 
-class FeatureGuidance(io.ComfyNode):
+class FeatureGuidance(Node):
     @classmethod
     def define_schema(cls):
         percent = {"min": 0.0, "max": 1.0, "step": 0.01}
@@ -185,7 +184,7 @@ class FeatureGuidance(io.ComfyNode):
         return io.NodeOutput(feature_guidance.guider(model, positive, negative, cfg, planes, settings))
 
 
-class InsertAtDepth(io.ComfyNode):
+class InsertAtDepth(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -225,7 +224,7 @@ class InsertAtDepth(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, vae, image, inversion, depth, threshold, x, y, width, height, near_is, missing_depth, cfg,
                 region=None, **settings):
-        image = check_image(image, "image")[:1, ..., :3]
+        image = image[:1, ..., :3]
         depth = read_depth(depth, image, near_is, missing_depth)
         region = box_or_region(depth, x, y, width, height, region)
         visible = amodal_mask(region, depth, threshold)

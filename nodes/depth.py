@@ -15,8 +15,8 @@ from ..patches import depth_model
 from ..techniques import depth as deglad
 from ..techniques.layers import write_layers
 from ..techniques.matting import refine_slices
-from .inputs import check_image, check_mask, input_file, input_names, input_state
-from .sockets import Layers, schema
+from .inputs import input_file, input_names, input_state
+from .sockets import Layers, Node, schema
 
 NEAR = io.Combo.Input("near_is", ["white", "black"], default="white", tooltip=(
     "What near pixels are in the depth picture: white for Depth Anything, MiDaS and disparity, black for depth cameras and metric depth."))
@@ -69,7 +69,7 @@ def save_temporary(pixels: np.ndarray) -> dict:
     return {"filename": name, "subfolder": "", "type": "temp"}
 
 
-class SliceByDepth(io.ComfyNode):
+class SliceByDepth(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -103,7 +103,6 @@ class SliceByDepth(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, depth, thresholds, points, near_is, missing_depth, soft_edge, refine_edges, refine_width, fill_holes):
-        image = check_image(image, "image")
         image, opacity = image[..., :3], image[..., 3] if image.shape[-1] == 4 else None
         depth = read_depth(depth, image, near_is, missing_depth)
         given, clicked = deglad.parse_thresholds(thresholds), deglad.parse_points(points)
@@ -128,7 +127,7 @@ class SliceByDepth(io.ComfyNode):
                              ui={"strata_slice": [picker_files(image[0], depth[0], cuts[0])]})
 
 
-class DepthTopView(io.ComfyNode):
+class DepthTopView(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -143,7 +142,6 @@ class DepthTopView(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, depth, near_is, missing_depth, height):
-        image = check_image(image, "image")
         return io.NodeOutput(deglad.top_view(image, read_depth(depth, image, near_is, missing_depth), height))
 
 
@@ -154,14 +152,13 @@ def box_or_region(depth: torch.Tensor, x: int, y: int, width: int, height: int, 
         region[:, max(0, y):max(0, y + height), max(0, x):max(0, x + width)] = 1
         if not region.any():
             raise ValueError(f"x, y, width, height: the box lies outside of the picture of {depth.shape[2]}×{depth.shape[1]}; move it inside.")
-    region = check_mask(region, "region")
     if region.shape[1:] != depth.shape[1:] or len(region) not in (1, len(depth)):
         raise ValueError(f"region: the mask is {region.shape[2]}×{region.shape[1]} ({len(region)}) and the picture is "
                          f"{depth.shape[2]}×{depth.shape[1]} ({len(depth)}); make them the same size.")
     return region
 
 
-class AmodalMask(io.ComfyNode):
+class AmodalMask(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -181,13 +178,12 @@ class AmodalMask(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, depth, threshold, x, y, width, height, near_is, missing_depth, region=None):
-        image = check_image(image, "image")
         depth = read_depth(depth, image, near_is, missing_depth)
         region = box_or_region(depth, x, y, width, height, region)
         return io.NodeOutput(deglad.amodal_mask(region, depth, threshold))
 
 
-class ComposeByDepth(io.ComfyNode):
+class ComposeByDepth(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -211,7 +207,7 @@ class ComposeByDepth(io.ComfyNode):
 
     @classmethod
     def execute(cls, foreground, foreground_depth, background, background_depth, threshold, near_is, missing_depth, soft_edge):
-        front, back = check_image(foreground, "foreground")[..., :3], check_image(background, "background")[..., :3]
+        front, back = foreground[..., :3], background[..., :3]
         if len(back) not in (1, len(front)):
             raise ValueError(f"background: there are {len(back)} images for {len(front)} foregrounds; connect one, or one for each.")
         front_depth = read_depth(foreground_depth, front, near_is, missing_depth, "foreground_depth")
@@ -226,7 +222,7 @@ class ComposeByDepth(io.ComfyNode):
         return io.NodeOutput(image, weights[:, 1], depth[..., None].expand(-1, -1, -1, 3), stacks)
 
 
-class LoadDepth(io.ComfyNode):
+class LoadDepth(Node):
     @classmethod
     def define_schema(cls):
         names = input_names((".png", ".tif", ".tiff", ".npy", ".npz"))
@@ -296,7 +292,7 @@ def _stored(path: Path) -> np.ndarray | dict[str, np.ndarray]:
         return np.array(picture if picture.mode in ("L", "F") or picture.mode.startswith("I") else picture.convert("L"))
 
 
-class EstimateDepth(io.ComfyNode):
+class EstimateDepth(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -311,7 +307,7 @@ class EstimateDepth(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, model):
-        return io.NodeOutput(depth_model.estimate(check_image(image, "image")[..., :3], model))
+        return io.NodeOutput(depth_model.estimate(image[..., :3], model))
 
 
 NODES = [SliceByDepth, DepthTopView, EstimateDepth, LoadDepth, AmodalMask, ComposeByDepth]

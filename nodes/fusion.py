@@ -8,7 +8,7 @@ from ..patches.foreground import BRANCHES
 from ..patches.fusion import BLOCKS, RECORD, Record, Settings, blend_attention
 from ..patches.layer_prompts import encode_prompts
 from .sampling import sampling_inputs
-from .sockets import Transparency, schema
+from .sockets import Node, Transparency, schema
 
 STRUCTURE = ("prior pass at each step", "reuse previous step")
 BLENDED_TEXT = ("background prompt", "own prompt")
@@ -16,7 +16,7 @@ ENTRY = ("soft", "wide")
 NOISE = {"same for the three": 0.0, "one each": 1.0}  # how much is each one's own
 
 
-class EncodeLayerPrompts(io.ComfyNode):
+class EncodeLayerPrompts(Node):
     @classmethod
     def define_schema(cls):
         prompt = {"multiline": True, "dynamic_prompts": True, "default": ""}
@@ -35,13 +35,11 @@ class EncodeLayerPrompts(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, foreground, background, blended):
-        if clip is None:
-            raise ValueError("clip: the checkpoint has no text encoder in it; connect one from Load CLIP.")
         blended = blended.strip() or ", ".join(part for part in (foreground.strip(), background.strip()) if part)
         return io.NodeOutput(encode_prompts(clip, (foreground, background, blended)))
 
 
-class AttentionBlend(io.ComfyNode):
+class AttentionBlend(Node):
     @classmethod
     def define_schema(cls):
         percent = {"min": 0.0, "max": 1.0, "step": 0.01}
@@ -79,7 +77,7 @@ class AttentionBlend(io.ComfyNode):
         return io.NodeOutput(blend_attention(model, settings))
 
 
-class LayerFusionSampler(io.ComfyNode):
+class LayerFusionSampler(Node):
     @classmethod
     def define_schema(cls):
         return schema(

@@ -4,10 +4,10 @@ from comfy_api.latest import io
 
 from ..techniques.layers import Layer, LayerStack, write_layers
 from ..training.scenes import KINDS, MOST_OBJECTS, Request, SceneObject, catalogue, render
-from .sockets import Layers, schema
+from .sockets import Layers, Node, schema
 
 
-class RenderScene(io.ComfyNode):
+class RenderScene(Node):
     @classmethod
     def define_schema(cls):
         return schema(

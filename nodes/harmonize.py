@@ -15,12 +15,12 @@ from ..techniques.harmonization import feathered, keep_detail, on_canvas, visibl
 from ..techniques.layers import Layer, LayerStack, read_layers, write_layers
 from ..techniques.transparency import clean_colours
 from . import sockets
-from .sockets import Layers, schema
+from .sockets import Layers, Node, schema
 
 FOREGROUNDS = ("keep", "relight")
 
 
-class HarmonizeLayers(io.ComfyNode):
+class HarmonizeLayers(Node):
     @classmethod
     def define_schema(cls):
         percent = {"min": 0.0, "max": 1.0, "step": 0.01}

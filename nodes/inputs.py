@@ -1,6 +1,7 @@
-"""What arrives on IMAGE and MASK sockets, checked with one sentence each, and the files of ComfyUI's input folder."""
+"""What arrives on sockets, one check for each type and one sentence for each fault, and the files of ComfyUI's input folder."""
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -8,18 +9,137 @@ import folder_paths
 import torch
 
 
+def check(declared, value, files: bool = False):
+    """A value for an input of a schema as the node is to have it. Raises ValueError with one sentence that names the input.
+
+    files: the node looks itself whether a chosen file is there; the list of the schema is of an earlier time.
+    """
+    name, kind = declared.id, declared.get_io_type()
+    if value is None:
+        if declared.optional:
+            return None
+        raise ValueError(f"{name}: {MISSING.get(kind, 'what is connected gave nothing; connect another output')}.")
+    if kind in ("INT", "FLOAT"):
+        return _number(declared, value, kind)
+    if kind == "BOOLEAN":
+        return _typed(name, value, (bool, int), "true or false") != 0
+    if kind == "STRING":
+        return _typed(name, value, str, "a text")
+    if kind == "COMBO":
+        _typed(name, value, str, "one of the choices")
+        if not files and value not in declared.options:
+            raise ValueError(f"{name}: {value[:80]!r} is no choice; take one of {', '.join(declared.options)[:400]}.")
+        return value
+    return CHECKS[kind](value, name) if kind in CHECKS else value
+
+
+def _number(declared, value, kind: str):
+    name, low, high = declared.id, declared.min, declared.max
+    _typed(name, value, (int, float), "a number")
+    if isinstance(value, float) and (not math.isfinite(value) or kind == "INT" and value != int(value)):
+        raise ValueError(f"{name}: {value} is no {'whole ' * (kind == 'INT')}number; connect one from {low:g} to {high:g}.")
+    if low is not None and value < low or high is not None and value > high:
+        raise ValueError(f"{name}: {value:g} is outside of {low:g} to {high:g}; connect a number between them.")
+    return int(value) if kind == "INT" else value
+
+
+def _typed(name: str, value, kinds, wanted: str):
+    if not isinstance(value, kinds):
+        raise ValueError(f"{name}: {_what(value)} is not {wanted}; connect another output.")
+    return value
+
+
 def check_image(image: torch.Tensor, socket: str) -> torch.Tensor:
-    """[B,H,W,3|4], finite; returned as float32. Raises ValueError."""
+    """[B,H,W,3|4], finite, about 0..1; returned as float32. Raises ValueError."""
     if not isinstance(image, torch.Tensor) or image.ndim != 4 or image.shape[-1] not in (3, 4) or 0 in image.shape:
         raise ValueError(f"{socket}: {_what(image)} is not a picture of 3 or 4 channels; connect an IMAGE output.")
-    return _finite(image, socket)
+    return _in_range(image, socket, "a picture", IMAGE_RANGE)
 
 
 def check_mask(mask: torch.Tensor, socket: str) -> torch.Tensor:
-    """[B,H,W], or [H,W] which becomes [1,H,W]; finite; returned as float32. Raises ValueError."""
+    """[B,H,W], or [H,W] which becomes [1,H,W]; finite, 0..1; returned as float32. Raises ValueError."""
     if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 3) or 0 in mask.shape:
         raise ValueError(f"{socket}: {_what(mask)} is not a mask; connect a MASK output.")
-    return _finite(mask if mask.ndim == 3 else mask[None], socket)
+    return _in_range(mask if mask.ndim == 3 else mask[None], socket, "a mask", MASK_RANGE).clamp(0, 1)
+
+
+def _in_range(tensor: torch.Tensor, socket: str, what: str, allowed: tuple[float, float]) -> torch.Tensor:
+    if tensor.dtype != torch.bool and not tensor.is_floating_point():
+        raise ValueError(f"{socket}: it has whole numbers ({str(tensor.dtype).removeprefix('torch.')}) and {what} has values of 0 to 1; divide it by 255.")
+    tensor = _finite(tensor, socket)
+    low, high = tensor.aminmax()
+    if low < allowed[0] or high > allowed[1]:
+        raise ValueError(f"{socket}: its values go from {low:g} to {high:g} and {what} has values of 0 to 1; scale it first.")
+    return tensor
+
+
+def check_latent(latent: dict, socket: str) -> dict:
+    """A LATENT whose samples [B,C,H,W] or [B,C,T,H,W] are finite and whose other fields go with them. Raises ValueError."""
+    samples = latent.get("samples") if isinstance(latent, dict) else None
+    if samples is None or getattr(samples, "is_nested", False) or not isinstance(samples, torch.Tensor) or samples.ndim not in (4, 5) or 0 in samples.shape:
+        raise ValueError(f"{socket}: {_what(latent if samples is None else samples)} is not the latent of a picture; connect a LATENT output.")
+    _finite(samples, socket)
+    mask, numbers = latent.get("noise_mask"), latent.get("batch_index")
+    if mask is not None:
+        if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 3, 4, 5) or 0 in mask.shape:
+            raise ValueError(f"{socket}: its noise mask, {_what(mask)}, is not a mask; make it with Set Latent Noise Mask.")
+        _finite(mask, socket)
+    if numbers is not None and len(numbers) != len(samples):
+        raise ValueError(f"{socket}: it has {len(samples)} latents and numbers for {len(numbers)}; make it again, or take its rows with Latent From Batch.")
+    return latent
+
+
+def check_inversion(inversion, socket: str):
+    """An INVERSION with a finite trajectory [N,B,C,H,W]. Raises ValueError."""
+    from ..patches.inversion import Inversion
+    if not isinstance(inversion, Inversion):
+        raise ValueError(f"{socket}: {_what(inversion)} is not an inversion; connect Invert image, or retained of Layers sampler.")
+    path = inversion.latents
+    if path.ndim < 5 or 0 in path.shape or len(path) != len(inversion.sigmas):
+        raise ValueError(f"{socket}: its trajectory, {_what(path)}, does not go with {len(inversion.sigmas)} noise levels; invert the picture again.")
+    _finite(path, socket)
+    return inversion
+
+
+def check_planes(planes, socket: str):
+    """PLANES, at least one. Raises ValueError."""
+    from ..patches.feature_guidance import Planes
+    if not isinstance(planes, Planes) or not planes.planes:
+        raise ValueError(f"{socket}: {_what(planes)} has no planes; connect Guidance plane.")
+    return planes
+
+
+def check_conditioning(conditioning: list, socket: str) -> list:
+    """CONDITIONING with at least one entry of finite embeddings [B,T,D] and a dictionary. Raises ValueError."""
+    entries = conditioning if isinstance(conditioning, list | tuple) else None
+    if not entries or any(not isinstance(entry, list | tuple) or len(entry) != 2 or not isinstance(entry[1], dict) for entry in entries):
+        raise ValueError(f"{socket}: {_what(conditioning)} is not a conditioning; connect a text encoding.")
+    for text, _ in entries:
+        if not isinstance(text, torch.Tensor) or text.ndim != 3 or 0 in text.shape:
+            raise ValueError(f"{socket}: {_what(text)} is not the embedding of a text; connect a text encoding.")
+        _finite(text, socket)
+    return conditioning
+
+
+def _of_kind(methods: tuple[str, ...], what: str):
+    def check_kind(value, socket: str):
+        if not all(hasattr(value, method) for method in methods):
+            raise ValueError(f"{socket}: {_what(value)} is not {what}; connect the output of a loader.")
+        return value
+    return check_kind
+
+
+MISSING = {
+    "CLIP": "the checkpoint has no text encoder in it; connect one from Load CLIP", "VAE": "the checkpoint has no VAE in it; connect Load VAE",
+    "MODEL": "connect a checkpoint's model"}
+IMAGE_RANGE, MASK_RANGE = (-1.0, 4.0), (-0.01, 1.01)  # sharpening and upscaling overshoot, and pictures of high range go beyond 1
+CHECKS = {
+    "IMAGE": check_image, "MASK": check_mask, "LATENT": check_latent, "INVERSION": check_inversion, "STRATA_PLANES": check_planes,
+    "CONDITIONING": check_conditioning, "MODEL": _of_kind(("model", "clone", "model_options"), "a model"),
+    "CLIP": _of_kind(("tokenize", "encode_from_tokens_scheduled"), "a text encoder"),
+    "VAE": _of_kind(("encode", "decode", "first_stage_model"), "a VAE"),
+    "STRATA_TRANSPARENCY": _of_kind(("part", "families"), "a file of Load transparency"),
+    "STRATA_LAYER_MODULES": _of_kind(("describe", "family"), "a file of Load layer modules")}
 
 
 def _finite(tensor: torch.Tensor, socket: str) -> torch.Tensor:

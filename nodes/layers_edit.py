@@ -7,8 +7,7 @@ from PIL import ImageColor
 from ..techniques import arrange, geometry
 from ..techniques.compositing import flatten_image, preview
 from ..techniques.layers import BLEND_MODES, MAX_SIDE, read_layers, write_layers
-from .inputs import check_image, check_mask
-from .sockets import Layers, schema
+from .sockets import Layers, Node, schema
 
 SELECT = ('Which layers: numbers from 1 at the back, ranges and names, as in: 1, 3-5, Sky. A name with a comma, or one that is a number, goes in '
           'double quotes. Empty means all.')
@@ -22,7 +21,7 @@ def layers_input(tooltip: str = "A LAYERS document, from any node that makes lay
     return Layers.Input("layers", optional=optional, tooltip=tooltip)
 
 
-class LayersFromImages(io.ComfyNode):
+class LayersFromImages(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -41,12 +40,11 @@ class LayersFromImages(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, names, masks=None, layers=None):
-        masks = None if masks is None else check_mask(masks, "masks")
         below = None if layers is None else read_layers(layers)
-        return io.NodeOutput(write_layers(arrange.from_images(check_image(images, "images"), masks, names, below)))
+        return io.NodeOutput(write_layers(arrange.from_images(images, masks, names, below)))
 
 
-class SetLayer(io.ComfyNode):
+class SetLayer(Node):
     @classmethod
     def define_schema(cls):
         place = {"min": -MAX_SIDE, "max": MAX_SIDE}
@@ -83,8 +81,6 @@ class SetLayer(io.ComfyNode):
     @classmethod
     def execute(cls, action, layer, fields, rotation, layers=None, image=None, mask=None, **values):
         stack = None if layers is None else read_layers(layers)
-        image = None if image is None else check_image(image, "image")
-        mask = None if mask is None else check_mask(mask, "mask")
         values["rotation"] = math.radians(rotation)
         if action == "change":
             _need(stack, "layers: connect the layers to change, or use the action append.")
@@ -94,7 +90,7 @@ class SetLayer(io.ComfyNode):
         return io.NodeOutput(write_layers(arrange.insert(stack, image, mask, below, arrange.chosen_fields(values, ""))))
 
 
-class TransformLayer(io.ComfyNode):
+class TransformLayer(Node):
     @classmethod
     def define_schema(cls):
         reach = {"min": -MAX_SIDE, "max": MAX_SIDE, "step": 1.0, "round": 0.0001}
@@ -130,7 +126,7 @@ class TransformLayer(io.ComfyNode):
         return io.NodeOutput(write_layers(arrange.transform_layers(stack, select, fit, **changes)))
 
 
-class OrderLayers(io.ComfyNode):
+class OrderLayers(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -154,7 +150,7 @@ class OrderLayers(io.ComfyNode):
         return io.NodeOutput(write_layers(arrange.arrange(read_layers(layers), action, select, names)))
 
 
-class FlattenLayers(io.ComfyNode):
+class FlattenLayers(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -179,7 +175,7 @@ class FlattenLayers(io.ComfyNode):
         return io.NodeOutput(image[None], 1 - alpha[None])
 
 
-class LayersToBatch(io.ComfyNode):
+class LayersToBatch(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -205,7 +201,7 @@ class LayersToBatch(io.ComfyNode):
         return io.NodeOutput(images, 1 - images[..., 3], "\n".join(layer.name for layer in stack.layers))
 
 
-class PreviewLayers(io.ComfyNode):
+class PreviewLayers(Node):
     @classmethod
     def define_schema(cls):
         return schema(

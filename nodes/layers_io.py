@@ -13,10 +13,10 @@ from ..formats import files
 from ..formats.raster import picture
 from ..techniques.layers import read_layers, write_layers
 from .inputs import input_file, input_names, input_state
-from .sockets import Layers, schema
+from .sockets import Layers, Node, schema
 
 
-class SaveLayers(io.ComfyNode):
+class SaveLayers(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -50,7 +50,7 @@ class SaveLayers(io.ComfyNode):
         return io.NodeOutput(layers, "\n".join(map(str, paths)), ui=shown)
 
 
-class LoadLayers(io.ComfyNode):
+class LoadLayers(Node):
     @classmethod
     def define_schema(cls):
         return schema(

@@ -20,9 +20,9 @@ from ..techniques.shared_layers import map_alphas
 from . import sockets
 from .fusion import map_strips
 from .harmonize import HarmonizeLayers
-from .inputs import centred, check_image
+from .inputs import centred
 from .sampling import sampling_inputs
-from .sockets import LayerModules, Layers, Transparency, schema
+from .sockets import LayerModules, Layers, Node, Transparency, schema
 from .transparency import LayerModelFile
 
 ALIASES = ["dreamlayer", "multi-layer generation", "layered generation"]
@@ -44,7 +44,7 @@ def maps_output() -> io.Output:
                            "without Context maps.")
 
 
-class LayerPrompts(io.ComfyNode):
+class LayerPrompts(Node):
     @classmethod
     def define_schema(cls):
         prompt = {"multiline": True, "dynamic_prompts": True, "default": ""}
@@ -61,8 +61,6 @@ class LayerPrompts(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, background, objects):
-        if clip is None:
-            raise ValueError("clip: the checkpoint has no text encoder in it; connect one from Load CLIP.")
         return io.NodeOutput(encode_layers(clip, background.strip(), [line.strip() for line in objects.splitlines() if line.strip()]))
 
 
@@ -86,7 +84,7 @@ class LoadLayerModules(LayerModelFile):
         return io.NodeOutput(loaded, f"{loaded.name}: {loaded.describe()}")
 
 
-class SharedLayers(io.ComfyNode):
+class SharedLayers(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -108,7 +106,7 @@ class SharedLayers(io.ComfyNode):
         return io.NodeOutput(share_layers(model, Sharing(strength, start_percent, end_percent), modules))
 
 
-class ContextMaps(io.ComfyNode):
+class ContextMaps(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -130,7 +128,7 @@ class ContextMaps(io.ComfyNode):
         return io.NodeOutput(map_context(model, Maps(strength, end_percent), modules))
 
 
-class LayersSampler(io.ComfyNode):
+class LayersSampler(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -186,7 +184,7 @@ class LayersSampler(io.ComfyNode):
                              ui=ui.PreviewText("\n".join(notes)) if notes else None)
 
 
-class ImageToLayers(io.ComfyNode):
+class ImageToLayers(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -217,7 +215,7 @@ class ImageToLayers(io.ComfyNode):
         names = _layer_names(model, positive, negative, decoder)
         if len(names) < 2:
             raise ValueError("positive: there is no object to take out of the picture; name at least one in Layer prompts.")
-        count, image = layer_count(names), check_image(image, "image")[:1, ..., :3]
+        count, image = layer_count(names), image[:1, ..., :3]
         sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
         callback = latent_preview.prepare_callback(model, 3 * steps)
         found = invert(without_layers(model), vae.encode(image), _whole(positive), None, sigmas,

@@ -1,7 +1,11 @@
-"""Every custom socket of the pack, and the one way to build a node's schema."""
+"""Every custom socket of the pack, the one way to build a node's schema, and what every node does before its work: look at what has arrived."""
+import functools
+import inspect
 from dataclasses import fields
 
 from comfy_api.latest import io
+
+from . import inputs
 
 Layers = io.Custom("LAYERS")  # ComfyUI's own layer document, see techniques/layers.py
 Transparency = io.Custom("STRATA_TRANSPARENCY")  # one weight file of LayerDiffuse, see patches/transparency.py
@@ -15,3 +19,30 @@ _KNOWN = {field.name for field in fields(io.Schema)}
 def schema(**values) -> io.Schema:
     """io.Schema without the fields that this ComfyUI does not know yet: an unknown one would cost the user the whole pack."""
     return io.Schema(**{name: value for name, value in values.items() if name in _KNOWN})
+
+
+class Node(io.ComfyNode):
+    """A node whose execute sees checked values alone: ComfyUI checks constants of a graph, and nothing that comes over a link."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        own = cls.__dict__.get("execute")
+        if own is not None and not hasattr(own.__func__, "__wrapped__"):  # ComfyUI runs copies of the class, locked and checked already
+            cls.execute = classmethod(_checked(own.__func__))
+
+
+def _checked(execute):
+    signature, declared = inspect.signature(execute), []
+
+    @functools.wraps(execute)
+    def run(cls, *args, **kwargs):
+        given = signature.bind(cls, *args, **kwargs).arguments
+        rest = next((name for name, one in signature.parameters.items() if one.kind is one.VAR_KEYWORD), None)
+        named = {name: value for name, value in given.items() if name != rest} | given.get(rest, {})
+        if not declared or any(one.get_io_type() == "COMBO" and named.get(one.id, one.default) not in (one.options or ()) for one in declared):
+            declared[:] = cls.define_schema().inputs  # which lists folders; a node that looks for its own file checks that itself
+        for one in declared:
+            if one.id in named:
+                named[one.id] = inputs.check(one, named[one.id], files="validate_inputs" in cls.__dict__)
+        return execute(**named)
+    return run

@@ -8,9 +8,8 @@ from ..patches.attention_sharing import together
 from ..patches.branches import sample_branches
 from ..techniques.layers import Layer, LayerStack, write_layers
 from ..techniques.transparency import over_gray
-from .inputs import check_image, check_mask
 from .sampling import sampling_inputs
-from .sockets import Layers, Transparency, schema
+from .sockets import Layers, Node, Transparency, schema
 
 NAMES = ["LayerDiffuse", "layerdiffusion", "transparent", "RGBA", "alpha"]
 
@@ -19,7 +18,7 @@ def weights_input(tooltip: str):
     return Transparency.Input("transparency", tooltip=tooltip)
 
 
-class LayerModelFile(io.ComfyNode):
+class LayerModelFile(Node):
     """What loaders of the folder layer_model have in common: the choice is checked before the run, and a changed file is loaded again."""
 
     @classmethod
@@ -52,7 +51,7 @@ class LoadTransparency(LayerModelFile):
         return io.NodeOutput(loaded, f"{loaded.name}: {loaded.describe()}")
 
 
-class ApplyTransparency(io.ComfyNode):
+class ApplyTransparency(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -77,7 +76,7 @@ class ApplyTransparency(io.ComfyNode):
         return io.NodeOutput(transparency_model.apply(model, transparency, strength, *given))
 
 
-class DecodeTransparency(io.ComfyNode):
+class DecodeTransparency(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -115,12 +114,11 @@ class DecodeTransparency(io.ComfyNode):
         latent = transparent_latents.check_latent(samples, transparency)
         if image is None and vae is None:
             raise ValueError("image: connect the decoded picture, or connect the model's VAE to vae.")
-        image = check_image(vae.decode(latent) if image is None else image, "image")[..., :3]
+        image = (vae.decode(latent) if image is None else image)[..., :3]
         if image.shape[:3] != (len(latent), latent.shape[2] * 8, latent.shape[3] * 8):
             raise ValueError(f"image: {_sizes(image, 'picture')} and {len(latent)} of {latent.shape[3] * 8}×{latent.shape[2] * 8} in the latent do not go "
                              "together; connect the decoded picture of these samples, unchanged.")
         if background is not None:
-            background = check_image(background, "background")
             if background.shape[1:3] != image.shape[1:3] or len(background) not in (1, len(image)):
                 raise ValueError(f"background: {_sizes(background, 'background')} and {_sizes(image, 'picture')} do not go together; connect one "
                                  "background of that size, or one for each.")
@@ -134,7 +132,7 @@ class DecodeTransparency(io.ComfyNode):
         return io.NodeOutput(rgba, 1 - alpha[:, 0], stacks)
 
 
-class EncodeTransparency(io.ComfyNode):
+class EncodeTransparency(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -151,10 +149,9 @@ class EncodeTransparency(io.ComfyNode):
 
     @classmethod
     def execute(cls, transparency, image, vae, mask=None):
-        image = check_image(image, "image").movedim(-1, 1)
+        image = image.movedim(-1, 1)
         alpha = image[:, 3:] if image.shape[1] == 4 else torch.ones_like(image[:, :1])
         if mask is not None:
-            mask = check_mask(mask, "mask")
             if mask.shape[1:] != image.shape[2:] or len(mask) not in (1, len(image)):
                 raise ValueError(f"mask: {_sizes(mask, 'mask')} and {_sizes(image.movedim(1, -1), 'picture')} do not go together; make them the same size, "
                                  "or disconnect a mask that is not the picture's.")
@@ -162,7 +159,7 @@ class EncodeTransparency(io.ComfyNode):
         return io.NodeOutput({"samples": transparent_latents.encode(transparency, vae, image[:, :3], alpha)})
 
 
-class SampleJointLayers(io.ComfyNode):
+class SampleJointLayers(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -190,7 +187,7 @@ class SampleJointLayers(io.ComfyNode):
         return io.NodeOutput(*sample_branches(shared, together(prompts), 3, **sampling))
 
 
-class SampleAroundLayer(io.ComfyNode):
+class SampleAroundLayer(Node):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -212,7 +209,7 @@ class SampleAroundLayer(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, transparency, image, layer, blended, **sampling):
-        image = check_image(image, "image").movedim(-1, 1)
+        image = image.movedim(-1, 1)
         picture = over_gray(image[:, :3], image[:, 3:]) if image.shape[1] == 4 else image
         shared = transparency_model.share(model, transparency, 2, picture=picture * 2 - 1)
         return io.NodeOutput(*sample_branches(shared, together([("layer", layer), ("blended", blended)]), 2, **sampling))
