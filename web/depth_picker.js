@@ -14,11 +14,11 @@ const GONE = "The pictures of the last run are gone (ComfyUI clears them when it
 const lastRun = new Map();
 const keyOf = (node) => node.graph?.id && `${node.graph.id} ${node.id}`;
 
-/** Widgets and links that the views depend on, in short: these widgets, and all nodes behind the picture and the depth. */
+/** What the views depend on, as one number: these widgets, and all nodes behind the picture and the depth. */
 function sourceOf(node) {
     const seen = new Set();
-    const parts = (widgets) => (widgets ?? []).filter(({ name, value }) => !name.startsWith("$$") && typeof value !== "object") // previews, elements
-        .map(({ name, value }) => [name, value]);
+    const plain = ({ name, value }) => !name.startsWith("$$") && typeof value !== "object"; // no previews, no elements
+    const parts = (widgets) => (widgets ?? []).filter(plain).map(({ name, value }) => [name, value]);
     const behind = (other) => {
         if (!other || seen.has(other)) return [];
         seen.add(other);
@@ -27,7 +27,7 @@ function sourceOf(node) {
     };
     const inputs = ["image", "depth"].map((name) => {
         const slot = node.findInputSlot(name);
-        return [node.inputs?.[slot]?.link != null && node.getInputLink(slot)?.origin_slot, behind(node.getInputNode(slot))];
+        return [node.getInputLink(slot)?.origin_slot, behind(node.getInputNode(slot))];
     });
     const text = JSON.stringify([parts(node.widgets?.filter(({ name }) => SEEN.includes(name))), inputs]);
     return [...text].reduce((sum, letter) => (Math.imul(sum, 31) + letter.codePointAt(0)) | 0, text.length);

@@ -66,7 +66,7 @@ class Picker:
         }""", arg=[SLICE, list(expected), within], timeout=5000)
 
     def wait_shown(self, value: float, within: float = 0.011) -> None:
-        """Until the one line is there: after undo the node was made anew, and its own picker must be the one on the page."""
+        """Until the one line is there: after undo the node was made anew, and its own picker must be on the page."""
         self.page.wait_for_function("""([value, within]) => {
             const own = document.querySelector('.strata-depth-picker:not([data-gone])');
             return own?.isConnected && Math.abs(own.shadowRoot.querySelector('.line')?.ariaValueNow - value) <= within;
@@ -163,8 +163,10 @@ def test_each_drag_is_one_step_of_undo(picker, no_run):
         picker.page.keyboard.press("Control+z")
         picker.wait_shown(value)
         # the frontend takes the next one when it has finished this one
-        picker.page.wait_for_function("""(value) => app.extensionManager.workflow.activeWorkflow.changeTracker.activeState.nodes
-            .some((node) => node.type === 'Strata_SliceByDepth' && Math.abs(node.widgets_values[0] - value) < 0.011)""", arg=value)
+        picker.page.wait_for_function("""([type, value]) => {
+            const { activeState } = app.extensionManager.workflow.activeWorkflow.changeTracker;
+            return activeState.nodes.some((node) => node.type === type && Math.abs(node.widgets_values[0] - value) < 0.011);
+        }""", arg=[SLICE, value])
     assert picker.value() == "0.3"
     assert picker.editor.errors == []
 
@@ -278,16 +280,21 @@ def test_it_says_when_the_views_are_of_another_run(picker):
 def test_a_side_panel_does_not_change_its_width(picker):
     """Newer frontends show the widgets of the selected node in a panel too."""
     width = picker.root.evaluate("(host) => host.getBoundingClientRect().width")
-    set_open = "async (open) => { try { await app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', open); } catch { /* older ones have none */ } }"
+    set_open = """async (open) => {
+        try { await app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', open); } catch { /* older ones have none */ }
+    }"""
     picker.page.evaluate("(type) => app.canvas.selectNode(app.graph.nodes.find((n) => n.type === type))", SLICE)
     picker.page.evaluate(set_open, True)
     try:
         picker.drag(0.3, 0.5)
-        picker.page.evaluate("(type) => { app.graph.nodes.find((n) => n.type === type).widgets.find((w) => w.name === 'depth_picker').width = 120; }", SLICE)
+        picker.page.evaluate("""(type) => {
+            app.graph.nodes.find((n) => n.type === type).widgets.find((w) => w.name === 'depth_picker').width = 120;
+        }""", SLICE)
         picker.drag(0.5, 0.6)
         picker.page.evaluate("() => new Promise((done) => setTimeout(done, 500))")
         picker.editor.picture(f"picker_panel_{picker.editor.mode}")
-        assert picker.page.evaluate("() => document.querySelector('.strata-depth-picker').getBoundingClientRect().width") == pytest.approx(width, abs=1)
+        found = "() => document.querySelector('.strata-depth-picker').getBoundingClientRect().width"  # not the panel's
+        assert picker.page.evaluate(found) == pytest.approx(width, abs=1)
         picker.wait_value(0.6)
     finally:
         picker.page.evaluate(set_open, False)

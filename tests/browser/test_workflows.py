@@ -38,7 +38,8 @@ def test_model_files_are_named_with_their_place_for_people_and_for_the_frontend(
 def without_file(prompt: dict, comfy) -> set[str]:
     """Types of the nodes that name a model file which this ComfyUI does not have."""
     there = {name for folder in ("checkpoints", "diffusion_models", "layer_model") for name in comfy.get(f"/models/{folder}").json()}
-    return {node["class_type"] for node in prompt.values() if any(str(value).endswith(MODELS) and value not in there for value in node["inputs"].values())}
+    return {node["class_type"] for node in prompt.values()
+            if any(str(value).endswith(MODELS) and value not in there for value in node["inputs"].values())}
 
 
 @pytest.fixture(params=WORKFLOWS, ids=lambda path: path.stem)
@@ -55,13 +56,14 @@ def test_opens_and_runs(editor, workflow, comfy):
     page, saved = editor.page, json.loads(workflow.read_text())
     prompt = comfy.to_api(saved)
     lacking = without_file(prompt, comfy)
-    assert page.evaluate("() => app.graph.nodes.filter((n) => !LiteGraph.registered_node_types[n.type]).map((n) => n.type)") == []
+    unknown = "() => app.graph.nodes.filter((n) => !LiteGraph.registered_node_types[n.type]).map((n) => n.type)"
+    assert page.evaluate(unknown) == []
     marked = page.evaluate("() => app.graph.nodes.filter((n) => n.has_errors).map((n) => n.type)")
     assert set(marked) <= lacking  # newer frontends mark them, older ones none
     assert len(page.evaluate("() => app.graph.nodes.map((n) => n.id)")) == len(saved["nodes"])
     assert plain(editor.prompt()) == plain(prompt)
     if lacking:
-        if any("models" in node["properties"] for node in saved["nodes"]):  # the frontend says so: a dialog, in newer ones a notice
+        if any("models" in node["properties"] for node in saved["nodes"]):  # the frontend says so: dialog or notice
             told = page.locator(".p-dialog, [data-testid=error-overlay]")
             told.wait_for()
             if notice := page.locator("[data-testid=error-overlay-dismiss]").all():

@@ -1,4 +1,4 @@
-"""Graphs saved with the first version mean the same today, and give the same pictures. tools/old_graphs.py made what they are compared with."""
+"""Graphs saved with the first version mean the same today, and give the same pictures (made by tools/old_graphs.py)."""
 import hashlib
 import json
 
@@ -11,7 +11,7 @@ from old_graphs import EXACT, MINI, NAMES
 from PIL import Image
 
 # Where today's pictures are not the first version's: "graph node id": why. Weights are no reason, both are today's.
-PADDING = "colours under transparent pixels are padded by exact areas, as published; they shine through at the layers' soft edges"
+PADDING = "colours under transparent pixels are padded by exact areas, as published; they show at the layers' soft edges"
 CHANGED = {
     "edit_and_harmonize_mini 9": PADDING,
     "edit_and_harmonize_mini 10": PADDING,
@@ -41,12 +41,13 @@ def test_a_saved_graph_has_the_values_that_it_was_saved_with(comfy, name):
         assert {key: values.get(key) for key in node["inputs"]} == node["inputs"], node["class_type"]
         known = comfy.object_info()[node["class_type"]]["input"]
         specs = known.get("required", {}) | known.get("optional", {})
-        assert [key for key in values.keys() - node["inputs"].keys() if values[key] != default(specs[key])] == [], node["class_type"]
+        new = values.keys() - node["inputs"].keys()
+        assert [key for key in new if values[key] != default(specs[key])] == [], node["class_type"]
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in EXACT])
 def test_a_saved_prompt_is_accepted(comfy, name):
-    """But for its model files, which get a name that no ComfyUI has: all nodes are checked, and only what needs no model is run."""
+    """But for its model files, which get a name that no ComfyUI has: all is checked, and only what needs no model is run."""
     prompt, models = old_graphs.read_prompt(name), set()
     for node_id, node in prompt.items():
         for key, value in node["inputs"].items():
@@ -54,7 +55,8 @@ def test_a_saved_prompt_is_accepted(comfy, name):
                 node["inputs"][key] = "absent.safetensors"
                 models.add((node_id, key))
     answer = requests.post(comfy.url + "/prompt", json={"prompt": prompt}, timeout=60).json()
-    errors = [(node_id, error["extra_info"].get("input_name"), error) for node_id, node in answer["node_errors"].items() for error in node["errors"]]
+    errors = [(node_id, error["extra_info"].get("input_name"), error)
+              for node_id, node in answer["node_errors"].items() for error in node["errors"]]
     assert {(node_id, key) for node_id, key, _ in errors} == models, errors
     assert all("absent.safetensors" in error["details"] for _, _, error in errors), errors
 
