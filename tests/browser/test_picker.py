@@ -251,22 +251,22 @@ STALE = "The picture or its depth has changed: run the graph again to see it her
 
 def test_it_says_when_the_views_are_of_another_run(picker):
     hint, stale = picker.root.locator(".hint"), picker.root.locator(".hint", has_text=STALE)
-    change = picker.editor.set_widget
+    put = picker.editor.set_widget
     for node_type, name, value in ((SLICE, "near_is", "black"), ("LoadImage", "image", "picker_depth.png")):
         before = picker.editor.widget(node_type, name)
         assert hint.inner_text() != STALE
-        change(node_type, name, value)
+        put(node_type, name, value)
         picker.page.mouse.click(1500, 1000)  # on the canvas: as after every change, the frontend looks for one
         stale.wait_for()
         picker.editor.picture(f"picker_stale_{name}_{picker.editor.mode}")
-        change(node_type, name, before)
+        put(node_type, name, before)
         picker.page.mouse.click(1500, 1000)
         stale.wait_for(state="hidden")
-    change(SLICE, "near_is", "black")
+    put(SLICE, "near_is", "black")
     stale.wait_for()
     picker.editor.queue()
     stale.wait_for(state="hidden")
-    change(SLICE, "thresholds", "0.6")  # the views show it without a run
+    put(SLICE, "thresholds", "0.6")  # the views show it without a run
     picker.wait_shown(0.6)
     assert hint.inner_text() != STALE
     saved = picker.page.evaluate("() => app.graph.serialize()")
