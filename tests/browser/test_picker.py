@@ -256,7 +256,7 @@ def test_it_says_when_the_views_are_of_another_run(picker):
         before = picker.editor.widget(node_type, name)
         assert hint.inner_text() != STALE
         put(node_type, name, value)
-        picker.page.mouse.click(1500, 1000)  # on the canvas: as after every change, the frontend looks for one
+        picker.page.mouse.click(1500, 1000)  # on the canvas: the frontend looks for what is new
         stale.wait_for()
         picker.editor.picture(f"picker_stale_{name}_{picker.editor.mode}")
         put(node_type, name, before)
@@ -277,7 +277,7 @@ def test_it_says_when_the_views_are_of_another_run(picker):
     assert picker.editor.errors == []
 
 
-def test_a_side_panel_does_not_change_its_width(picker):
+def test_a_side_panel_leaves_its_width_alone(picker):
     """Newer frontends show the widgets of the selected node in a panel too."""
     width = picker.root.evaluate("(host) => host.getBoundingClientRect().width")
     set_open = """async (open) => {
