@@ -4,9 +4,12 @@ EXEC = $(PYTHON) tools/host.py exec
 demo:  ## set everything up, run the bundled workflows, leave pictures under output/demo
 	$(EXEC) tools/demo.py $(if $(IMAGE),--image "$(IMAGE)") $(if $(DEPTH),--depth "$(DEPTH)") $(if $(DEPTH_IS),--depth-is $(DEPTH_IS))
 
-test:  ## every test, the browser's included
+test:  ## every test but the slow ones, the browser's included
 	$(EXEC) tools/chromium.py
 	$(EXEC) -m pytest $(ARGS)
+
+test-full:  ## the slow ones too
+	$(MAKE) test ARGS='-m "slow or not slow" $(ARGS)'
 
 check:  ## style, and files that are generated
 	$(EXEC) -m ruff check .
@@ -29,4 +32,4 @@ mini:  ## train the mini family from nothing and write its files; goes on where 
 	$(EXEC) -m training publish
 	$(EXEC) -m training judge
 
-.PHONY: demo test check serve run figures bench mini
+.PHONY: demo test test-full check serve run figures bench mini

@@ -6,12 +6,32 @@ import { DepthPicker } from "./picker_widget.js";
 
 const NODE = "Strata_SliceByDepth";
 const PROPERTY = "strata_slice"; // where the last run's pictures are: saved with the workflow, so that they are found after a reload
+const SEEN = ["near_is", "missing_depth"]; // widgets that change what the views show
 const RUN_FIRST = "Run the graph once to see the depth here.";
 const GONE = "The pictures of the last run are gone (ComfyUI clears them when it restarts).\nRun the graph again to see the depth here.";
 
 // Undo goes back to a node from before its run; the pictures are still those of this node
 const lastRun = new Map();
 const keyOf = (node) => node.graph?.id && `${node.graph.id} ${node.id}`;
+
+/** What the views depend on, as one number: these widgets, and all nodes behind the picture and the depth. */
+function sourceOf(node) {
+    const seen = new Set();
+    const plain = ({ name, value }) => !name.startsWith("$$") && typeof value !== "object"; // no previews, no elements
+    const parts = (widgets) => (widgets ?? []).filter(plain).map(({ name, value }) => [name, value]);
+    const behind = (other) => {
+        if (!other || seen.has(other)) return [];
+        seen.add(other);
+        const before = (other.inputs ?? []).map((_, slot) => behind(other.getInputNode(slot)));
+        return [other.id, other.type, other.mode, parts(other.widgets), before];
+    };
+    const inputs = ["image", "depth"].map((name) => {
+        const slot = node.findInputSlot(name);
+        return [node.getInputLink(slot)?.origin_slot, behind(node.getInputNode(slot))];
+    });
+    const text = JSON.stringify([parts(node.widgets?.filter(({ name }) => SEEN.includes(name))), inputs]);
+    return [...text].reduce((sum, letter) => (Math.imul(sum, 31) + letter.codePointAt(0)) | 0, text.length);
+}
 
 /** Chain a handler behind one that may be there already. */
 function after(object, name, handler) {
@@ -64,12 +84,12 @@ function attach(node) {
     const picker = new DepthPicker((values, finished) => {
         const text = formatThresholds(values);
         const thresholds = widget("thresholds");
-        if (finished) node.graph?.beforeChange?.();
+        if (finished) app.canvas.emitBeforeChange?.(); // the graph's own beforeChange is heard by nobody
         if (thresholds.value !== text) {
             thresholds.value = text;
             thresholds.callback?.(text, app.canvas, node);
         }
-        if (finished) node.graph?.afterChange?.(); // one step for undo
+        if (finished) app.canvas.emitAfterChange?.(); // one step for undo
         node.setDirtyCanvas(true, true);
     });
 
@@ -78,7 +98,8 @@ function attach(node) {
         const linked = node.inputs?.some((input) => input.name === "thresholds" && input.link != null);
         const fixed = picker.scene ? pointThresholds(picker.scene, widget("points")?.value ?? "") : [];
         const values = linked ? slice?.thresholds ?? [] : parseThresholds(widget("thresholds")?.value ?? "");
-        picker.setThresholds(values, { fixed: linked ? [] : fixed, locked: linked });
+        const stale = slice?.source !== undefined && slice.source !== sourceOf(node);
+        picker.setThresholds(values, { fixed: linked ? [] : fixed, locked: linked, stale });
     };
 
     const load = async () => {
@@ -103,12 +124,14 @@ function attach(node) {
     const options = { serialize: false, getMinHeight: () => 340, hideOnZoom: true };
     const view = node.addDOMWidget("depth_picker", "strata_depth_picker", picker.element, options);
     view.serialize = false;
+    // A side panel that shows the widget too would set its own width on it
+    Object.defineProperty(view, "width", { get: () => undefined, set: () => {}, configurable: true });
     view.computeLayoutSize = () => ({ minHeight: 340, minWidth: 300 });
 
-    for (const name of ["thresholds", "points"]) if (widget(name)) after(widget(name), "callback", follow);
+    for (const name of ["thresholds", "points", ...SEEN]) if (widget(name)) after(widget(name), "callback", follow);
     after(node, "onExecuted", (output) => {
-        const slice = output?.[PROPERTY]?.[0];
-        if (!slice) return;
+        if (!output?.[PROPERTY]?.[0]) return;
+        const slice = { ...output[PROPERTY][0], source: sourceOf(node) };
         node.properties[PROPERTY] = slice;
         if (keyOf(node)) lastRun.set(keyOf(node), slice);
         load();
@@ -116,8 +139,10 @@ function attach(node) {
     after(node, "onConfigure", () => { load(); follow(); });
     after(node, "onConnectionsChange", follow);
     after(node, "onAdded", () => takePlace(node, picker.element));
-    after(node, "onRemoved", () => { newest++; picker.dispose(); });
-    node.setSize([Math.max(node.size[0], 400), Math.max(node.size[1], node.computeSize()[1] + 120)]);
+    api.addEventListener("graphChanged", follow);
+    after(node, "onRemoved", () => { newest++; picker.dispose(); api.removeEventListener("graphChanged", follow); });
+    const least = node.computeSize(); // the frontend widens a loaded node to it: undo would find another graph
+    node.setSize([Math.max(node.size[0], least[0], 400), Math.max(node.size[1], least[1] + 120)]);
     load();
     follow();
 }

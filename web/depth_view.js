@@ -43,10 +43,10 @@ export function moveThreshold(thresholds, index, value) {
     return moved;
 }
 
-/** A click replaces the selected threshold (the only one, or the nearest one when none is selected); `add` keeps all. */
-export function placeThreshold(thresholds, selected, value, add) {
+/** A click moves the threshold that is nearest to it; `add` keeps all. */
+export function placeThreshold(thresholds, value, add) {
     if (add || thresholds.length === 0) return tidy([...thresholds, value]);
-    const index = selected >= 0 && selected < thresholds.length ? selected : nearest(thresholds, value);
+    const index = nearest(thresholds, value);
     return tidy(thresholds.map((old, i) => (i === index ? value : old)));
 }
 

@@ -128,11 +128,12 @@ export class DepthPicker {
     }
 
     /** thresholds: numbers, or null when the text is not a list of them. */
-    setThresholds(thresholds, { fixed = [], locked = false } = {}) {
+    setThresholds(thresholds, { fixed = [], locked = false, stale = false } = {}) {
         this.wrong = thresholds === null;
         this.thresholds = thresholds ?? [];
         this.fixed = fixed;
         this.locked = locked;
+        this.stale = stale;
         this.selected = Math.min(Math.max(this.selected, 0), this.thresholds.length - 1);
         this.redraw();
     }
@@ -167,7 +168,7 @@ export class DepthPicker {
         if (event.button !== 0 || this.locked) return;
         event.preventDefault(); // the line gets the focus
         const value = this.behind(event);
-        if (value !== null) this.change(placeThreshold(this.thresholds, this.selected, value, event.shiftKey), value, true);
+        if (value !== null) this.change(placeThreshold(this.thresholds, value, event.shiftKey), value, true);
     }
 
     hoverFront(event) {
@@ -204,7 +205,7 @@ export class DepthPicker {
             this.lines()[line].focus({ preventScroll: true });
             this.grip = this.thresholds[line] - value;
         } else {
-            this.change(placeThreshold(this.thresholds, this.selected, value, event.shiftKey), value, false);
+            this.change(placeThreshold(this.thresholds, value, event.shiftKey), value, false);
             this.grip = 0;
         }
         this.dragging = true;
@@ -246,7 +247,7 @@ export class DepthPicker {
             this.remove();
         } else if (event.key === "Insert" || event.key === "+") {
             const value = (this.thresholds[this.selected] + (this.thresholds[this.selected + 1] ?? 1)) / 2;
-            this.change(placeThreshold(this.thresholds, -1, value, true), value, true);
+            this.change(placeThreshold(this.thresholds, value, true), value, true);
         } else if (number >= 1 && number <= this.thresholds.length) {
             this.lines()[number - 1].focus({ preventScroll: true });
         } else {
@@ -276,9 +277,10 @@ export class DepthPicker {
         paint(this.topCanvas, this.topEl, this.topImage, x, 0, w, this.topEl.clientHeight);
         this.frontEl.setAttribute("aria-label", `The picture in ${this.all().length + 1} layers. A click puts the threshold just behind the object under it.`);
         this.hintEl.textContent = this.wrong ? "thresholds: write ascending numbers between 0 and 1, separated by commas."
+            : this.stale ? "The picture or its depth has changed: run the graph again to see it here."
             : this.locked ? "thresholds comes from another node; the lines show the last run." : HINT;
         this.hintEl.title = this.hintEl.textContent;
-        this.hintEl.classList.toggle("wrong", this.wrong);
+        this.hintEl.classList.toggle("wrong", this.wrong || this.stale);
         this.drawBands();
         this.drawLines();
     }

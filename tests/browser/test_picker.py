@@ -65,6 +65,14 @@ class Picker:
             return found.length === expected.length && found.every((part, i) => /^[01]\\.\\d{3}$/.test(part) && Math.abs(part - expected[i]) <= within);
         }""", arg=[SLICE, list(expected), within], timeout=5000)
 
+    def wait_shown(self, value: float, within: float = 0.011) -> None:
+        """Until the one line is there: after undo the node was made anew, and its own picker must be on the page."""
+        self.page.wait_for_function("""([value, within]) => {
+            const own = document.querySelector('.strata-depth-picker:not([data-gone])');
+            return own?.isConnected && Math.abs(own.shadowRoot.querySelector('.line')?.ariaValueNow - value) <= within;
+        }""", arg=[value, within])
+        self.root.wait_for()
+
     def shown(self) -> list[float]:
         return [float(line.get_attribute("aria-valuenow")) for line in self.lines.all()]
 
@@ -141,14 +149,25 @@ def test_drag_changes_widget_and_tint_without_a_run(picker, no_run):
     picker.editor.picture(f"picker_dragged_{picker.editor.mode}")
     picker.page.keyboard.press("Control+z")
     picker.page.wait_for_function("() => app.graph.nodes.find((n) => n.type === 'Strata_SliceByDepth').widgets[0].value === '0.3'")
-    # the node was made anew: its own picker must be the one on the page
-    picker.page.wait_for_function("""() => {
-        const own = document.querySelector('.strata-depth-picker:not([data-gone])');
-        return own?.shadowRoot.querySelector('.line')?.ariaValueNow === '0.300';
-    }""")
-    picker.root.wait_for()
+    picker.wait_shown(0.3)
     picker.drag(0.3, 0.45)
     picker.wait_value(0.45)
+    assert picker.editor.errors == []
+
+
+def test_each_drag_is_one_step_of_undo(picker, no_run):
+    for start, end in ((0.3, 0.5), (0.5, 0.7), (0.7, 0.9)):
+        picker.drag(start, end)
+        picker.wait_value(end)
+    for value in (0.7, 0.5, 0.3):
+        picker.page.keyboard.press("Control+z")
+        picker.wait_shown(value)
+        # the frontend takes the next one when it has finished this one
+        picker.page.wait_for_function("""([type, value]) => {
+            const { activeState } = app.extensionManager.workflow.activeWorkflow.changeTracker;
+            return activeState.nodes.some((node) => node.type === type && Math.abs(node.widgets_values[0] - value) < 0.011);
+        }""", arg=[SLICE, value])
+    assert picker.value() == "0.3"
     assert picker.editor.errors == []
 
 
@@ -161,11 +180,11 @@ def test_clicks_set_add_and_remove(picker, no_run):
     picker.page.keyboard.up("Shift")
     picker.wait_value(0.2, 0.6, 0.85)
     picker.lines.nth(0).focus()
-    picker.page.mouse.click(*picker.at(0.4))
-    picker.wait_value(0.4, 0.6, 0.85)
+    picker.page.mouse.click(*picker.at(0.7))  # moves the nearest, not the one that has the focus
+    picker.wait_value(0.2, 0.7, 0.85)
     picker.editor.picture(f"picker_lines_{picker.editor.mode}")
     picker.page.mouse.dblclick(*picker.at(picker.shown()[1]))
-    picker.wait_value(0.4, 0.85)
+    picker.wait_value(0.2, 0.85)
     picker.drag(picker.shown()[0], 0.99)  # lines never cross
     picker.wait_value(picker.shown()[1] - 0.001, picker.shown()[1], within=0.0001)
     assert picker.editor.errors == []
@@ -225,6 +244,60 @@ def test_it_follows_the_typed_value(picker):
     picker.editor.set_widget(SLICE, "points", "0.5, 0.5")
     picker.root.locator(".line.fixed").wait_for(state="attached")
     assert picker.value() == picker.lines.first.get_attribute("aria-valuenow")
+
+
+STALE = "The picture or its depth has changed: run the graph again to see it here."
+
+
+def test_it_says_when_the_views_are_of_another_run(picker):
+    hint, stale = picker.root.locator(".hint"), picker.root.locator(".hint", has_text=STALE)
+    put = picker.editor.set_widget
+    for node_type, name, value in ((SLICE, "near_is", "black"), ("LoadImage", "image", "picker_depth.png")):
+        before = picker.editor.widget(node_type, name)
+        assert hint.inner_text() != STALE
+        put(node_type, name, value)
+        picker.page.mouse.click(1500, 1000)  # on the canvas: the frontend looks for what is new
+        stale.wait_for()
+        picker.editor.picture(f"picker_stale_{name}_{picker.editor.mode}")
+        put(node_type, name, before)
+        picker.page.mouse.click(1500, 1000)
+        stale.wait_for(state="hidden")
+    put(SLICE, "near_is", "black")
+    stale.wait_for()
+    picker.editor.queue()
+    stale.wait_for(state="hidden")
+    put(SLICE, "thresholds", "0.6")  # the views show it without a run
+    picker.wait_shown(0.6)
+    assert hint.inner_text() != STALE
+    saved = picker.page.evaluate("() => app.graph.serialize()")
+    picker.editor.load(saved)
+    picker.editor.show(SLICE)
+    picker.wait_shown(0.6)
+    assert hint.inner_text() != STALE
+    assert picker.editor.errors == []
+
+
+def test_a_side_panel_leaves_its_width_alone(picker):
+    """Newer frontends show the widgets of the selected node in a panel too."""
+    width = picker.root.evaluate("(host) => host.getBoundingClientRect().width")
+    set_open = """async (open) => {
+        try { await app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', open); } catch { /* older ones have none */ }
+    }"""
+    picker.page.evaluate("(type) => app.canvas.selectNode(app.graph.nodes.find((n) => n.type === type))", SLICE)
+    picker.page.evaluate(set_open, True)
+    try:
+        picker.drag(0.3, 0.5)
+        picker.page.evaluate("""(type) => {
+            app.graph.nodes.find((n) => n.type === type).widgets.find((w) => w.name === 'depth_picker').width = 120;
+        }""", SLICE)
+        picker.drag(0.5, 0.6)
+        picker.page.evaluate("() => new Promise((done) => setTimeout(done, 500))")
+        picker.editor.picture(f"picker_panel_{picker.editor.mode}")
+        found = "() => document.querySelector('.strata-depth-picker').getBoundingClientRect().width"  # not the panel's
+        assert picker.page.evaluate(found) == pytest.approx(width, abs=1)
+        picker.wait_value(0.6)
+    finally:
+        picker.page.evaluate(set_open, False)
 
 
 def test_run_then_reload_keeps_the_views(picker):

@@ -1,6 +1,7 @@
 """LayerFusion in ComfyUI's sampling, against the same algorithm written out block by block in float64."""
 import copy
 
+import comfy.controlnet
 import comfy.model_base
 import comfy.model_management
 import comfy.sample
@@ -279,31 +280,16 @@ def test_other_patches_are_chained_whatever_the_order(models, ours_first):
     assert close(found["cond"], cond) and close(found["uncond"], uncond)
 
 
-class Hints:
+class Hints(comfy.controlnet.ControlBase):
     """Stands in a conditioning as a ControlNet does: a hint for each row of the batch, kept in the size that was asked for last."""
-    previous_controlnet = extra_hooks = None
 
     def __init__(self, hints):
+        super().__init__()
         self.hints = hints
 
     def get_control(self, x, timestep, cond, chunks, options):
         self.hints = comfy.utils.repeat_to_batch_size(self.hints, len(x))
         return {"output": [], "input": [], "middle": [self.hints.clone()]}
-
-    def get_models(self):
-        return []
-
-    def inference_memory_requirements(self, dtype):
-        return 0
-
-    def get_extra_hooks(self):
-        return []
-
-    def pre_run(self, model, percent_to_timestep):
-        pass
-
-    def cleanup(self):
-        pass
 
 
 @pytest.mark.parametrize("size", [1, 3])
