@@ -20,7 +20,7 @@ ALLOWED_MODULES = {("nodes/generate.py", "training.scenes")}
 SEES_HOST = {"nodes", "patches"}
 # techniques/ is mathematics: torch and numpy, and the one library that mattes, imported where it is used.
 TECHNIQUE_PACKAGES = {"torch", "numpy"}
-LATE_PACKAGES = {"techniques/matting.py": {"pymatting", "scipy"}}
+LATE_PACKAGES = {"techniques/matting.py": {"pymatting", "scipy"}, "techniques/transparency.py": {"scipy"}}
 STANDARD = __import__("sys").stdlib_module_names
 
 
