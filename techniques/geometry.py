@@ -123,24 +123,50 @@ def transform(layer: Layer, pivot: tuple[float, float] | None = None, move: tupl
               rotation: float = 0.0, flip_h: bool = False, flip_v: bool = False) -> Layer:
     """The layer flipped as it is seen, scaled and turned (radians, clockwise) about the pivot, then moved; canvas pixels throughout.
 
-    pivot: a point of the canvas, or None for the layer's own centre. Positions and sizes are whole pixels in the document, so the
-    result is off by less than one. Raises ValueError when scale is not positive.
+    pivot: a point of the canvas, or None for the layer's own centre. Positions and sizes are whole pixels in the document; their fractions go along
+    under extra["strata"]["exact"], so that a chain of transforms is off by less than one pixel altogether. Raises ValueError when scale is not positive.
     Source: ours, similarity transform of ComfyUI's layer fields.
     """
     if scale <= 0:
         raise ValueError(f"scale: {scale} is not a size; use a number above 0 (1 keeps the size, flip_h and flip_v mirror).")
-    width, height = layer.size
-    centre = layer.x + width / 2, layer.y + height / 2
+    *centre, width, height = _exact(layer)
     pivot = pivot or centre
     dx, dy = (centre[0] - pivot[0]) * scale, (centre[1] - pivot[1]) * scale
     dx, dy = (-dx if flip_h else dx), (-dy if flip_v else dy)
     cos, sin = math.cos(rotation), math.sin(rotation)
-    x, y = pivot[0] + dx * cos - dy * sin + move[0], pivot[1] + dx * sin + dy * cos + move[1]
-    if scale != 1:
-        width, height = _side(width * scale), _side(height * scale)
+    exact = (pivot[0] + dx * cos - dy * sin + move[0], pivot[1] + dx * sin + dy * cos + move[1], width * scale, height * scale)
+    x, y, width, height = _whole(exact)
     angle = -layer.rotation if flip_h != flip_v else layer.rotation
-    return replace(layer, x=math.floor(x - width / 2 + 0.5), y=math.floor(y - height / 2 + 0.5), w=width if scale != 1 else layer.w,
-                   h=height if scale != 1 else layer.h, rotation=angle + rotation, flip_h=layer.flip_h != flip_h, flip_v=layer.flip_v != flip_v)
+    sides = (layer.w, layer.h) if scale == 1 else (width, height)
+    moved = replace(layer, x=x, y=y, w=sides[0], h=sides[1], rotation=angle + rotation, flip_h=layer.flip_h != flip_h, flip_v=layer.flip_v != flip_v)
+    return _with_exact(moved, None if exact == (x + width / 2, y + height / 2, width, height) else exact)
+
+
+def _exact(layer: Layer) -> tuple[float, ...]:
+    """Centre and size with their fractions, as long as they are those of the layer's whole numbers: another node may have moved it."""
+    whole = layer.x, layer.y, *layer.size
+    ours = layer.extra.get("strata")
+    exact = ours.get("exact") if isinstance(ours, dict) else None
+    if isinstance(exact, list | tuple) and len(exact) == 4 and all(isinstance(value, int | float) and math.isfinite(value) for value in exact) \
+            and _whole(exact) == whole:
+        return tuple(exact)
+    return layer.x + layer.size[0] / 2, layer.y + layer.size[1] / 2, *layer.size
+
+
+def _whole(exact) -> tuple[int, int, int, int]:
+    """x, y, w, h of the document."""
+    width, height = _side(exact[2]), _side(exact[3])
+    return math.floor(exact[0] - width / 2 + 0.5), math.floor(exact[1] - height / 2 + 0.5), width, height
+
+
+def _with_exact(layer: Layer, exact: tuple[float, ...] | None) -> Layer:
+    ours = layer.extra.get("strata")
+    if exact is None and not (isinstance(ours, dict) and "exact" in ours):
+        return layer
+    ours = {key: value for key, value in ours.items() if key != "exact"} if isinstance(ours, dict) else {}
+    ours |= {} if exact is None else {"exact": list(exact)}
+    extra = {key: value for key, value in layer.extra.items() if key != "strata"}
+    return replace(layer, extra=extra | ({"strata": ours} if ours else {}))
 
 
 def pivot(about: str, canvas: tuple[int, int]) -> tuple[float, float] | None:

@@ -1,5 +1,6 @@
 """Placed layers against direct indexing, Pillow's resampling and an inverse mapping written out point by point."""
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from strata.techniques import geometry
-from strata.techniques.layers import Layer
+from strata.techniques.layers import Layer, LayerStack, read_layers, write_layers
 
 
 def picture(height, width, channels=4, seed=0):
@@ -187,3 +188,32 @@ def test_pivot_and_in_pixels():
     assert geometry.pivot("canvas top left", (100, 50)) == (0, 0)
     assert geometry.in_pixels((0.5, -0.1), "fractions", (100, 50)) == (50, -5)
     assert geometry.in_pixels((0.5, -0.1), "pixels", (100, 50)) == (0.5, -0.1)
+
+
+def test_chains_of_transforms_do_not_drift():
+    """Through the document each time, as nodes hand it on."""
+    def through(layer, **changes):
+        return read_layers(write_layers(LayerStack((200, 200), (geometry.transform(layer, **changes),)))).layers[0]
+
+    layer = start = Layer(torch.zeros(37, 51, 3), x=20, y=31, extra={"strata": {"prompt": "a dog"}})
+    for _ in range(20):
+        layer = through(layer, pivot=(0.0, 0.0), scale=1.1)
+    for _ in range(20):
+        layer = through(layer, pivot=(0.0, 0.0), scale=1 / 1.1)
+    assert (layer.x, layer.y, layer.size) == (20, 31, (51, 37)) and layer.extra["strata"]["prompt"] == "a dog"
+    layer = start
+    for _ in range(10):
+        layer = through(layer, move=(0.4, -0.3))
+    assert (layer.x, layer.y) == (24, 28) and layer.image is not None and layer.w == 0
+    for _ in range(36):
+        layer = through(layer, pivot=(100.0, 100.0), rotation=math.radians(10), scale=1.01)
+    expected = geometry.transform(geometry.transform(start, move=(4.0, -3.0)), (100.0, 100.0), scale=1.01**36, rotation=math.radians(360))
+    assert max(abs(layer.x - expected.x), abs(layer.y - expected.y), abs(layer.w - expected.w), abs(layer.h - expected.h)) <= 1
+
+
+def test_fractions_count_only_for_the_place_they_belong_to():
+    layer = geometry.transform(Layer(torch.zeros(10, 10, 3)), move=(0.4, 0.0))
+    assert geometry.transform(layer, move=(0.2, 0.0)).x == 1
+    assert geometry.transform(replace(layer, x=5), move=(0.2, 0.0)).x == 5, "moved by another node"
+    for odd in ({"exact": "far"}, {"exact": [float("nan")] * 4}, [], None):
+        assert geometry.transform(replace(layer, extra={"strata": odd}), move=(0.2, 0.0)).x == 0
