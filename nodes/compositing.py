@@ -13,11 +13,11 @@ import nodes as comfyui_nodes
 from ..patches import feature_guidance, inversion_cache
 from ..patches.feature_guidance import STARTS, UNCONDITIONAL, Plane, Settings
 from ..patches.inversion import METHODS, Inversion, invert
-from ..techniques.depth import amodal_mask
+from ..techniques.depth import RANGES, amodal_mask
 from ..techniques.feature_guidance import NORMS
 from ..techniques.losses import psnr
 from . import sockets
-from .depth import MISSING, NEAR, THRESHOLD, box_or_region, depth_input, read_depth, save_temporary
+from .depth import MISSING, NEAR, THRESHOLD, box_or_region, depth_input, range_inputs, read_depth, save_temporary
 from .inputs import centred, seen_by_latent
 from .sockets import Node, schema
 
@@ -212,6 +212,7 @@ class InsertAtDepth(Node):
                 io.Float.Input("step_size", default=2 * Settings.step_size, min=0.0, max=100.0, step=0.001, round=0.0001, tooltip="Size of an update."),
                 norm_input(),
                 io.Mask.Input("region", optional=True, tooltip="A mask to use in place of the box, 1 = in it."),
+                *range_inputs(),
             ],
             outputs=[
                 io.Guider.Output("GUIDER", display_name="guider", tooltip="For SamplerCustomAdvanced, with random noise."),
@@ -223,9 +224,9 @@ class InsertAtDepth(Node):
 
     @classmethod
     def execute(cls, model, positive, negative, vae, image, inversion, depth, threshold, x, y, width, height, near_is, missing_depth, cfg,
-                region=None, **settings):
+                region=None, range=RANGES[0], range_low=0.0, range_high=1.0, **settings):
         image = image[:1, ..., :3]
-        depth = read_depth(depth, image, near_is, missing_depth)
+        depth = read_depth(depth, image, near_is, missing_depth, "depth", range, range_low, range_high)
         region = box_or_region(depth, x, y, width, height, region)
         visible = amodal_mask(region, depth, threshold)
         if not visible.any():

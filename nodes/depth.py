@@ -27,11 +27,23 @@ THRESHOLD = io.Float.Input("threshold", default=0.5, min=0.0, max=1.0, step=0.00
                            tooltip="Depth of the cut: 0 is the nearest depth of the picture, 1 the farthest.")
 
 
+def range_inputs() -> list:
+    limit = {"min": -1e9, "max": 1e9, "step": 0.01, "optional": True}
+    return [
+        io.Combo.Input("range", options=list(deglad.RANGES), default=deglad.RANGES[0], optional=True, tooltip=(
+            "What 0 to 1 means: each image's own nearest and farthest depth, those of the whole batch (for the frames of a video, whose cuts would jump "
+            "otherwise), or fixed values.")),
+        io.Float.Input("range_low", default=0.0, **limit, tooltip="For a fixed range: the lowest value of the depth, as it comes in."),
+        io.Float.Input("range_high", default=1.0, **limit, tooltip="For a fixed range: the highest value of the depth, as it comes in."),
+    ]
+
+
 def depth_input(name: str = "depth"):
     return io.MultiType.Input(name, [io.Image, io.Mask], tooltip="Depth of the picture from any depth node; another size is resized.")
 
 
-def read_depth(value: torch.Tensor, image: torch.Tensor, near_is: str, missing: str, socket: str = "depth") -> torch.Tensor:
+def read_depth(value: torch.Tensor, image: torch.Tensor, near_is: str, missing: str, socket: str = "depth",
+               range: str = deglad.RANGES[0], range_low: float = 0.0, range_high: float = 1.0) -> torch.Tensor:
     """[B,H,W] in 0..1, 0 = nearest, at the size and batch of the image. NaN is allowed here: it means missing."""
     if not isinstance(value, torch.Tensor) or value.ndim not in (2, 3, 4) or 0 in value.shape:
         raise ValueError(f"{socket}: this is not a depth picture; connect the IMAGE or MASK of a depth node.")
@@ -41,7 +53,7 @@ def read_depth(value: torch.Tensor, image: torch.Tensor, near_is: str, missing: 
         raise ValueError(f"{socket}: there are {len(value)} depth pictures for {len(image)} images; connect one, or one for each image.")
     zero = missing == "zero and NaN" or (missing == "auto" and near_is == "black")
     try:
-        depth = deglad.normalise_depth(value, near_is == "white", zero)
+        depth = deglad.normalise_depth(value, near_is == "white", zero, range, (range_low, range_high))
     except ValueError as error:
         raise ValueError(str(error).replace("depth:", f"{socket}:", 1)) from error
     return deglad.resize_depth(depth, *image.shape[1:3]).expand(len(image), -1, -1)
@@ -92,6 +104,7 @@ class SliceByDepth(Node):
                 io.Int.Input("refine_width", default=16, min=2, max=256, tooltip="Pixels around each cut that matting may change."),
                 io.Combo.Input("fill_holes", ["none", "blurred"], default="none", tooltip=(
                     "blurred: continues each layer smoothly behind nearer ones. none: leaves holes; inpaint them with the holes output.")),
+                *range_inputs(),
             ],
             outputs=[
                 Layers.Output("layers", display_name="layers", is_output_list=True, tooltip="One LAYERS document per image, layers back to front."),
@@ -102,9 +115,10 @@ class SliceByDepth(Node):
             ])
 
     @classmethod
-    def execute(cls, image, depth, thresholds, points, near_is, missing_depth, soft_edge, refine_edges, refine_width, fill_holes):
+    def execute(cls, image, depth, thresholds, points, near_is, missing_depth, soft_edge, refine_edges, refine_width, fill_holes,
+                **depth_range):
         image, opacity = image[..., :3], image[..., 3] if image.shape[-1] == 4 else None
-        depth = read_depth(depth, image, near_is, missing_depth)
+        depth = read_depth(depth, image, near_is, missing_depth, **depth_range)
         given, clicked = deglad.parse_thresholds(thresholds), deglad.parse_points(points)
         cuts = [deglad.all_thresholds(one, given, clicked) for one in depth]
         progress = ProgressBar(sum(len(used) + 1 for used in cuts))
@@ -116,7 +130,8 @@ class SliceByDepth(Node):
                 weights, colours = (value[None] for value in refined)
             else:
                 weights = deglad.soften(weights, soft_edge)
-            stack = deglad.cut_layers(colours, weights, used, fill_holes == "blurred", None if opacity is None else opacity[index:index + 1])
+            stack = deglad.cut_layers(colours, weights, used, fill_holes == "blurred", None if opacity is None else opacity[index:index + 1],
+                                      rim=0 if refine_edges == "matting" else 2)
             stacks.append(write_layers(stack))
             masks.append(weights[0])
             holes.append(deglad.hidden_parts(weights)[0])
@@ -137,12 +152,13 @@ class DepthTopView(Node):
             inputs=[
                 io.Image.Input("image", tooltip="The picture; its colours are shown."), depth_input(), NEAR, MISSING,
                 io.Int.Input("height", default=512, min=16, max=4096, tooltip="Height of the view in pixels, for depth 0 to 1."),
+                *range_inputs(),
             ],
             outputs=[io.Image.Output("view", display_name="view", tooltip="The view from above, as wide as the picture.")])
 
     @classmethod
-    def execute(cls, image, depth, near_is, missing_depth, height):
-        return io.NodeOutput(deglad.top_view(image, read_depth(depth, image, near_is, missing_depth), height))
+    def execute(cls, image, depth, near_is, missing_depth, height, **depth_range):
+        return io.NodeOutput(deglad.top_view(image, read_depth(depth, image, near_is, missing_depth, **depth_range), height))
 
 
 def box_or_region(depth: torch.Tensor, x: int, y: int, width: int, height: int, region: torch.Tensor | None) -> torch.Tensor:
@@ -173,12 +189,13 @@ class AmodalMask(Node):
                 io.Int.Input("height", default=256, min=1, max=16384, tooltip="Height of the box in pixels."),
                 NEAR, MISSING,
                 io.Mask.Input("region", optional=True, tooltip="A mask to use in place of the box, 1 = in the region."),
+                *range_inputs(),
             ],
             outputs=[io.Mask.Output("mask", display_name="mask", tooltip="1 where the object can be seen.")])
 
     @classmethod
-    def execute(cls, image, depth, threshold, x, y, width, height, near_is, missing_depth, region=None):
-        depth = read_depth(depth, image, near_is, missing_depth)
+    def execute(cls, image, depth, threshold, x, y, width, height, near_is, missing_depth, region=None, **depth_range):
+        depth = read_depth(depth, image, near_is, missing_depth, **depth_range)
         region = box_or_region(depth, x, y, width, height, region)
         return io.NodeOutput(deglad.amodal_mask(region, depth, threshold))
 
@@ -196,6 +213,7 @@ class ComposeByDepth(Node):
                 io.Image.Input("background", tooltip="The scene behind; scaled and centred to fill the foreground's frame."),
                 depth_input("background_depth"), THRESHOLD, NEAR, MISSING,
                 io.Float.Input("soft_edge", default=2.0, min=0.0, max=256.0, step=0.5, tooltip="Pixels over which the cut fades; 0 cuts hard."),
+                *range_inputs(),
             ],
             outputs=[
                 io.Image.Output("image", display_name="image", tooltip="The composite."),
@@ -206,12 +224,13 @@ class ComposeByDepth(Node):
             ])
 
     @classmethod
-    def execute(cls, foreground, foreground_depth, background, background_depth, threshold, near_is, missing_depth, soft_edge):
+    def execute(cls, foreground, foreground_depth, background, background_depth, threshold, near_is, missing_depth, soft_edge,
+                **depth_range):
         front, back = foreground[..., :3], background[..., :3]
         if len(back) not in (1, len(front)):
             raise ValueError(f"background: there are {len(back)} images for {len(front)} foregrounds; connect one, or one for each.")
-        front_depth = read_depth(foreground_depth, front, near_is, missing_depth, "foreground_depth")
-        back_depth = read_depth(background_depth, back, near_is, missing_depth, "background_depth")
+        front_depth = read_depth(foreground_depth, front, near_is, missing_depth, "foreground_depth", **depth_range)
+        back_depth = read_depth(background_depth, back, near_is, missing_depth, "background_depth", **depth_range)
         height, width = front.shape[1:3]
         back = common_upscale(back.movedim(-1, 1), width, height, "lanczos", "center").movedim(1, -1)
         back_depth = common_upscale(back_depth[:, None], width, height, "nearest-exact", "center")[:, 0]

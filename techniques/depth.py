@@ -18,18 +18,30 @@ BINS = 256
 RIM = 8  # pixels
 
 
-def normalise_depth(depth: Tensor, near_is_white: bool, zero_is_missing: bool) -> Tensor:
-    """Raw depth or disparity [B,H,W] -> 0..1, 0 = nearest, each image stretched to its own range; missing values filled.
+RANGES = ("each image", "whole batch", "fixed")
 
-    NaN and infinite values are missing, zeros too when asked. Raises ValueError when a whole image is missing.
+
+def normalise_depth(depth: Tensor, near_is_white: bool, zero_is_missing: bool, spread: str = RANGES[0],
+                    limits: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+    """Raw depth or disparity [B,H,W] -> 0..1, 0 = nearest; missing values filled.
+
+    spread: each image is stretched to its own range, or all to that of the whole batch (a video, whose cuts would jump otherwise), or the values
+    from limits[0] to limits[1] are. NaN and infinite values are missing, zeros too when asked. Raises ValueError when a whole image is missing, and
+    for limits that do not rise.
     Source: deglad, Sec. 3.2 (the depth map D that a threshold d is compared with).
     Differs: the paper takes the predictor's values as they are; a range of 0..1 makes thresholds comparable between sources.
     """
     valid = depth.isfinite() & ((depth != 0) | (not zero_is_missing))
     if not valid.flatten(1).any(1).all():
         raise ValueError("depth: there is no valid value in it (all are missing, NaN or infinite); connect the depth of this picture.")
-    low = torch.where(valid, depth, math.inf).amin((1, 2), keepdim=True)
-    high = torch.where(valid, depth, -math.inf).amax((1, 2), keepdim=True)
+    if spread == "fixed":
+        if not limits[0] < limits[1]:
+            raise ValueError(f"range_low, range_high: {limits[0]:g} is not below {limits[1]:g}; enter the lowest and the highest value of the depth.")
+        low, high = (depth.new_tensor(limit) for limit in limits)
+    else:
+        over = (1, 2) if spread == RANGES[0] else (0, 1, 2)
+        low = torch.where(valid, depth, math.inf).amin(over, keepdim=True)
+        high = torch.where(valid, depth, -math.inf).amax(over, keepdim=True)
     scaled = ((depth - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
     scaled = 1 - scaled if near_is_white else scaled
     return fill_missing(torch.where(valid, scaled, 0.0), valid)
@@ -214,6 +226,16 @@ def hidden_parts(weights: Tensor) -> Tensor:
     return (1 - weights.cumsum(1)).clamp(0, 1)
 
 
+def grow_nearer(weights: Tensor, pixels: int) -> Tensor:
+    """Weights [B,N,H,W], back to front, with each layer and all that is nearer grown by so many pixels; their sum stays.
+
+    Source: ours, the rim of a hard cut is mixed of both sides, and belongs to the nearer one when the farther one is made whole.
+    """
+    nearer = weights.flip(1).cumsum(1).flip(1)
+    grown = torch.cat([nearer[:, :1], F.max_pool2d(nearer[:, 1:], 2 * pixels + 1, 1, pixels)], 1) if weights.shape[1] > 1 else nearer
+    return grown - torch.cat([grown[:, 1:], torch.zeros_like(grown[:, :1])], 1)
+
+
 def fill_behind(colours: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Colours [B,N,H,W,3] and extra alpha [B,N,H,W] (0 or 1) that make layers whole where nearer ones hide them completely.
 
@@ -314,12 +336,14 @@ def all_thresholds(depth: Tensor, given: list[float], points: list[tuple[float, 
     return used
 
 
-def cut_layers(colours: Tensor, weights: Tensor, thresholds: list[float], fill: bool, opacity: Tensor | None = None) -> LayerStack:
+def cut_layers(colours: Tensor, weights: Tensor, thresholds: list[float], fill: bool, opacity: Tensor | None = None, rim: int = 2) -> LayerStack:
     """The layers of one picture from colours [1,N,H,W,3] and weights [1,N,H,W], back to front, made whole behind nearer ones if asked.
 
+    rim: by how many pixels nearer layers grow then, for colours that are the picture's for every layer; 0 for colours that are cleaned already.
     opacity: [1,H,W] in 0..1, the alpha of a picture that is itself transparent in places.
     Source: deglad, Sec. 3.2 (the layers that the masks of Eq. 2 give).
     """
+    weights = grow_nearer(weights, rim) if fill and rim else weights
     alphas = over_alphas(weights, opacity)
     if fill:
         colours, extra = fill_behind(colours, weights)

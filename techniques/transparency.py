@@ -69,7 +69,7 @@ def clean_alpha(alpha: Tensor, veil: float = 10 / 255, speck: float = 0.02) -> T
 
     A part is what holds together above `veil`; parts with less than the share `speck` of the largest one's sum go. What stays keeps its own values and
     one pixel of its fading edge. A picture that is nowhere above the veil stays as it is.
-    Source: ours
+    Source: ours, what a small decoder is unsure of is no part of the object.
     """
     from scipy import ndimage
     cleaned = []

@@ -13,6 +13,7 @@ from PIL import Image
 # Where today's pictures are not the first version's: "graph node id": why. Weights are no reason, both are today's.
 PADDING = "colours under transparent pixels are padded by exact areas, as published; they show at the layers' soft edges"
 CHANGED = {
+    "depth_slice_to_psd 4": "a layer that is filled behind nearer ones has no outline of them any more",
     "edit_and_harmonize_mini 9": PADDING,
     "edit_and_harmonize_mini 10": PADDING,
     "harmonize_layers_mini 9": PADDING,

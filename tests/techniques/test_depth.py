@@ -111,6 +111,67 @@ def test_push_pull_keeps_known_values_and_stays_within_their_range():
     assert filled.min() >= values[weights > 0].min() - 1e-9 and filled.max() <= values[weights > 0].max() + 1e-9
 
 
+def test_a_filled_layer_has_no_outline_of_what_was_in_front_of_it():
+    """An antialiased red disc before blue: its rim is mixed of both, and the blue layer is blue all over. The flattened picture is the picture."""
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(80.0), indexing="ij")
+    distance = ((x - 40) ** 2 + (y - 30) ** 2).sqrt()
+    share = (20.5 - distance).clamp(0, 1)[..., None].double()
+    blue, red = torch.tensor([0, 0.25, 1.0]).double(), torch.tensor([1.0, 0, 0]).double()
+    image, depth = share * red + (1 - share) * blue, torch.where(distance < 19.5, 0.1, 1.0)[None].double()  # the depth's edge is a pixel inside
+    weights = deglad.slice_masks(depth, [0.5])
+    stack = deglad.cut_layers(image.expand(1, 2, -1, -1, -1), weights, [0.5], True)
+    back, front = (layer.image.double() for layer in stack.layers)
+    assert (back[..., :3] - blue).abs().max() < 1e-6 and back[..., 3].min() == 1
+    flat = front[..., :3] * front[..., 3:] + back[..., :3] * (1 - front[..., 3:])
+    assert (flat - image).abs().max() < 1e-6
+    plain = deglad.cut_layers(image.expand(1, 2, -1, -1, -1), weights, [0.5], True, rim=0).layers[0].image
+    assert (plain[..., :3] - blue).abs().max() > 0.2, "without a rim the outline stays"
+    open_ = deglad.cut_layers(image.expand(1, 2, -1, -1, -1), weights, [0.5], False)
+    assert torch.equal(open_.layers[1].image[..., 3].double(), weights[0, 1]), "without filling the cut is where the depth says"
+
+
+def test_hidden_pixels_go_to_the_layer_that_surrounds_them():
+    """Three layers: a near disc over the middle of a box, which stands before a wall. The box is made whole under the disc, the wall under both."""
+    depth = torch.ones(1, 60, 60).double()
+    depth[:, 15:45, 15:45] = 0.5
+    depth[:, 26:34, 26:34] = 0.1
+    depth[:, 2:8, 2:8] = 0.1  # before the wall alone
+    weights = deglad.slice_masks(depth, [0.3, 0.7])
+    colours = torch.stack([torch.full((60, 60, 3), value).double() for value in (0.2, 0.6, 0.9)])[None]
+    filled, extra = deglad.fill_behind(colours, weights)
+    assert torch.equal(extra[0, 0], (depth[0] < 0.7).double()), "the farthest is whole"
+    assert torch.equal(extra[0, 1, 20:40, 20:40], (depth[0, 20:40, 20:40] == 0.1).double()), "the box under the disc"
+    assert not extra[0, 1, :12, :12].any(), "no box behind what stands before the wall"
+    assert not extra[0, 2].any() and torch.allclose(filled[0, 1][26:34, 26:34], torch.tensor(0.6).double())
+
+
+def test_growing_keeps_the_sum_and_hands_the_rim_to_the_nearer():
+    weights = deglad.slice_masks(torch.tensor([[[0.9] * 6 + [0.5] * 5 + [0.1] * 5]]).double(), [0.3, 0.7])
+    grown = deglad.grow_nearer(weights, 2)
+    assert torch.equal(grown.sum(1), torch.ones(1, 1, 16).double())
+    assert grown[0].argmax(0)[0].tolist() == [0] * 4 + [1] * 5 + [2] * 7
+    assert torch.equal(deglad.grow_nearer(weights[:, :1], 2), weights[:, :1])
+
+
+def test_the_range_of_a_batch_or_fixed_values_keeps_a_cut_in_its_place():
+    frames = torch.stack([torch.linspace(1, 4, 12).view(3, 4), torch.linspace(1, 8, 12).view(3, 4)])
+    each, batch, fixed = (deglad.normalise_depth(frames, False, True, how, (0.0, 10.0)) for how in deglad.RANGES)
+    assert each.amin((1, 2)).tolist() == [0, 0] and each.amax((1, 2)).tolist() == [1, 1]
+    assert torch.allclose(batch, (frames - 1) / 7) and torch.allclose(fixed, frames / 10)
+    assert torch.allclose(deglad.normalise_depth(frames, True, False, "fixed", (2.0, 5.0)), 1 - ((frames - 2) / 3).clamp(0, 1))
+    for limits in ((1.0, 1.0), (2.0, 1.0), (math.nan, 1.0)):
+        with pytest.raises(ValueError, match="range_low, range_high: .* is not below"):
+            deglad.normalise_depth(frames, False, True, "fixed", limits)
+
+
+def test_a_smooth_depth_is_resized_as_a_picture_along_both_axes():
+    y, x = torch.meshgrid(torch.arange(8.0), torch.arange(10.0), indexing="ij")
+    ramp = (x**2 + 10 * y + x * y)[None] / 2000
+    found = deglad.resize_depth(ramp, 15, 19, edge=1.0)
+    assert torch.allclose(found, torch.nn.functional.interpolate(ramp[None], (15, 19), mode="bilinear")[0], atol=1e-5)
+    assert found[0, -1, 0] - found[0, 0, 0] > 0.03
+
+
 @pytest.mark.parametrize("white", [True, False])
 def test_normalise_depth_puts_the_nearest_at_0_and_fills_what_is_missing(white):
     raw = torch.tensor([[[2.0, 4.0, 6.0], [math.nan, math.inf, 6.0]]])
