@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..patches.harmonize import harmonize
 from ..patches.inversion import Inversion
+from ..techniques.depth import push_pull
 from ..techniques.geometry import rasterise
 from ..techniques.harmonization import feathered, keep_detail, on_canvas, visible_shares
 from ..techniques.layers import Layer, LayerStack, read_layers, write_layers
@@ -18,6 +19,7 @@ from . import sockets
 from .sockets import Layers, Node, schema
 
 FOREGROUNDS = ("keep", "relight")
+RIM = 8  # pixels, one of the latent
 
 
 class HarmonizeLayers(Node):
@@ -57,8 +59,8 @@ class HarmonizeLayers(Node):
             outputs=[
                 io.Image.Output("IMAGE", display_name="image", tooltip="The picture, of the canvas's size."),
                 io.Latent.Output("LATENT", display_name="latent", tooltip="The harmonised latent, to go on from."),
-                Layers.Output("LAYERS", display_name="layers", tooltip="The layers with the harmonised background, shadows included. Behind the things it is "
-                              "as it was, so that they can be moved away."),
+                Layers.Output("LAYERS", display_name="layers", tooltip="The layers with the harmonised background, shadows included. Behind the things it "
+                              "is as it was, in the light around them, so that they can be moved away."),
             ])
 
     @classmethod
@@ -76,12 +78,17 @@ class HarmonizeLayers(Node):
         drawn, (free, _) = _decoded(vae, latent, stack.canvas), visible_shares(alphas)
         if detail:
             drawn = torch.lerp(drawn, keep_detail(colours[0], drawn, _decoded(vae, latents[0], stack.canvas), free[None], detail), free)
-        found = _with_harmonised_background(stack, colours[0], drawn, free)
+        clear = 1 - F.max_pool2d(1 - free, 2 * RIM + 1, 1, RIM)  # the model draws a thing's rim a little beside it
+        seen = feathered(clear[None], RIM)[0] if foregrounds == FOREGROUNDS[0] else free
+        found = _with_harmonised_background(stack, colours[0], drawn, clear, seen, background[:, 3:])
         if foregrounds == FOREGROUNDS[0]:
             free, shares = visible_shares(feathered(alphas, feather))
             image = drawn * free + sum(colour * share for colour, share in zip(colours[1:], shares, strict=True))
         else:
             image, found = drawn, _relit(found, drawn, colours[1:], alphas)
+        if (background[:, 3:] < 1).any():  # nothing was asked for behind a transparent canvas
+            covered = 1 - (1 - background[:, 3:]) * visible_shares(alphas)[0]
+            image = torch.cat([image, covered], 1)
         return io.NodeOutput(image.permute(0, 2, 3, 1).clamp(0, 1), {"samples": latent}, write_layers(found))
 
 
@@ -128,9 +135,17 @@ def _decoded(vae, latent: torch.Tensor, canvas: tuple[int, int]) -> torch.Tensor
     return pixels.reshape(-1, *pixels.shape[-3:])[:1, :canvas[1], :canvas[0]].permute(0, 3, 1, 2)
 
 
-def _with_harmonised_background(stack: LayerStack, before: torch.Tensor, drawn: torch.Tensor, free: torch.Tensor) -> LayerStack:
-    """The model's background where it is seen, and what was there before where a thing covers it."""
-    image = (drawn * free + before * (1 - free))[0].permute(1, 2, 0).clamp(0, 1)
+def _with_harmonised_background(stack: LayerStack, before: torch.Tensor, drawn: torch.Tensor, clear: torch.Tensor, seen: torch.Tensor,
+                                alpha: torch.Tensor) -> LayerStack:
+    """The model's background where it is seen, and behind the things what was there before, in the light that goes on from around them.
+
+    So no silhouette shows when a thing is moved away. clear, seen [1,H,W]: where that light is taken from, and where the background is the model's.
+    alpha [1,1,H,W] of the background stays.
+    """
+    before, drawn = before.movedim(1, -1), drawn.movedim(1, -1)
+    light = push_pull((drawn - before)[:, None], clear.clamp(0, 1)[None])[:, 0]
+    image = torch.lerp(before + light, drawn, seen[..., None]).clamp(0, 1)[0]
+    image = image if (alpha == 1).all() else torch.cat([image, alpha[0].movedim(0, -1)], -1)
     back = stack.layers[0]
     return stack.with_layers([Layer(image, back.name, extra=back.extra), *stack.layers[1:]])
 

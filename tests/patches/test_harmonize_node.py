@@ -49,14 +49,36 @@ def test_things_keep_their_pixels_and_the_rest_is_the_models(loaded):
     half = layers.layers[2].image[20:, 20:, :3] * 0.5 + drawn[0, 50:60, 60:80] * 0.5
     assert torch.allclose(image[0, 50:60, 60:80], half, atol=1e-5)
     assert [layer.name for layer in found.layers] == ["back", "first", "second"] and found.layers[1].x == 10 and found.layers[2].opacity == 0.5
-    assert torch.allclose(flatten(found)[0][:19], image[0, :19], atol=1e-6)
+    assert torch.allclose(flatten(found)[0][:3, :40], image[0, :3, :40], atol=1e-6)
 
 
-def test_behind_a_thing_the_background_is_as_it_was(loaded):
+def test_behind_a_thing_the_background_is_as_it_was_in_the_light_around_it(loaded):
+    """Its texture stays, and what the model has changed around the thing goes on smoothly behind it, so that no silhouette is left."""
     layers = stack()
-    found = run(loaded, layers)[2]
-    assert torch.allclose(found.layers[0].image[22:28, 12:38], layers.layers[0].image[22:28, 12:38], atol=1e-6)
-    assert not torch.allclose(found.layers[0].image[:19], layers.layers[0].image[:19], atol=0.05)
+    layers = layers.with_layers([replace(layers.layers[0], image=0.45 + 0.1 * layers.layers[0].image), *layers.layers[1:]])
+    before, found = layers.layers[0].image, run(loaded, layers)[2].layers[0].image
+    change = found - before
+    inside, around = change[23:27, 13:37], change[:4, :40]
+    assert inside.diff(dim=1).abs().mean() < 0.3 * around.diff(dim=1).abs().mean(), "no texture of the model behind the thing"
+    assert inside.abs().max() > 1e-3 and (inside.mean((0, 1)) - change[:12].mean((0, 1))).abs().max() < around.std()
+    assert torch.allclose(found[:3, :40], run(loaded, layers, "relight")[2].layers[0].image[:3, :40], atol=1e-6)
+
+
+def test_a_transparent_canvas_stays_transparent(loaded):
+    """Where nothing lies the picture and the background are as transparent as they were; an opaque one has three channels as ever."""
+    opaque = stack()
+    alpha = torch.ones(HEIGHT, WIDTH, 1)
+    alpha[:10] = 0
+    alpha[10:15] = 0.5
+    ground = replace(opaque.layers[0], image=torch.cat([opaque.layers[0].image, alpha], -1))
+    for foregrounds in ("keep", "relight"):
+        image, _, found = run(loaded, opaque.with_layers([ground, *opaque.layers[1:]]), foregrounds)
+        expected = flatten(opaque.with_layers([ground, *opaque.layers[1:]]))[1]
+        assert image.shape == (1, HEIGHT, WIDTH, 4) and torch.allclose(image[0, ..., 3], expected, atol=1e-6)
+        assert torch.equal(found.layers[0].image[..., 3], alpha[..., 0]) and image[0, :8, 60:, 3].max() == 0
+    full = replace(opaque.layers[0], image=torch.cat([opaque.layers[0].image, torch.ones_like(alpha)], -1))
+    image, _, found = run(loaded, opaque.with_layers([full, *opaque.layers[1:]]))
+    assert torch.equal(image, run(loaded, opaque)[0]) and found.layers[0].image.shape[-1] == 3
 
 
 def test_relit_things_have_the_models_colours_and_flatten_to_its_picture(loaded):

@@ -12,8 +12,10 @@ from PIL import Image
 
 # Where today's pictures are not the first version's: "graph node id": why. Weights are no reason, both are today's.
 PADDING = "colours under transparent pixels are padded by exact areas, as published; they show at the layers' soft edges"
+OUTLINE = "a layer that is filled behind nearer ones has no outline of them any more"
 CHANGED = {
-    "depth_slice_to_psd 4": "a layer that is filled behind nearer ones has no outline of them any more",
+    "depth_slice_to_psd 4": OUTLINE,
+    "depth_slice_to_psd 5": OUTLINE,
     "edit_and_harmonize_mini 9": PADDING,
     "edit_and_harmonize_mini 10": PADDING,
     "harmonize_layers_mini 9": PADDING,
