@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..techniques.layers import LayerStack
 from . import openraster, png, psd
+from .groups import GROUPS
 from .raster import in_parallel, on_canvas, plain_name, to_bytes
 
 FORMATS = ("PSD", "OpenRaster", "PNG layers", "WebP layers")
@@ -46,14 +47,18 @@ def save(folder: Path, stem: str, stack: LayerStack, merged: Tensor, format: str
     return paths
 
 
-def load(path: Path) -> LayerStack:
-    """Read a PSD, PSB or OpenRaster file, told apart by its first bytes. Raises ValueError with one sentence naming the file."""
+def load(path: Path, groups: str = GROUPS[0], notes: list[str] | None = None) -> LayerStack:
+    """Read a PSD, PSB or OpenRaster file, told apart by its first bytes. Raises ValueError with one sentence naming the file.
+
+    groups: one of formats.groups.GROUPS. notes: gets a sentence for everything that the layers cannot hold.
+    """
+    notes = [] if notes is None else notes
     with open(path, "rb") as file:
         head = file.read(4)
     if not head:
         raise ValueError(f"{path.name} is empty; save or upload it again.")
     if head == b"8BPS" or head[:2] == b"PK":
-        stack = psd.read(path) if head == b"8BPS" else openraster.read(path)
+        stack = psd.read(path, groups, notes) if head == b"8BPS" else openraster.read(path, groups, notes)
         return stack.with_layers(replace(layer, name=plain_name(layer.name.rstrip("\0")) or "Layer") for layer in stack.layers)  # Krita's end in NUL
     raise ValueError(f"{path.name} is neither a PSD nor an OpenRaster file; save it as one of these in your paint program.")
 

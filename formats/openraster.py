@@ -4,7 +4,8 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -15,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..techniques.layers import Layer, LayerStack
+from .groups import GROUPS, box_of, flattened, grouped, masked
 from .png import read_metadata as read_png_metadata
 from .png import write_png
-from .raster import check_sides, check_total, eight_bits, from_bytes, in_parallel, in_place, log, plain_name, to_bytes
+from .raster import check_sides, check_total, eight_bits, from_bytes, in_parallel, in_place, in_srgb, over, plain_name, to_bytes
 from .xml import parse_xml
 
 MODES = {
@@ -26,6 +28,7 @@ MODES = {
                                         "difference", "color", "luminosity", "hue", "saturation")},
 }
 DOCUMENT_MODES = {operator: mode for mode, operator in MODES.items()}
+CUTS = ("svg:src-atop", "svg:dst-in", "svg:dst-out")  # operators that only cut, which masks can do
 MIMETYPE = b"image/openraster"
 _XML_BYTES = 2**22
 _PNG_OVERHEAD = 2**26  # what a layer's PNG may hold beside its pixels
@@ -56,14 +59,15 @@ def write(file: BinaryIO, stack: LayerStack, merged: Tensor, metadata: dict[str,
         archive.writestr("Thumbnails/thumbnail.png", _png(np.array(thumbnail), {}))
 
 
-def read(path: Path) -> LayerStack:
-    """Layers of an OpenRaster file, back to front, as [H,W,4]; groups become their leaves, with the groups' opacity and visibility.
+def read(path: Path, groups: str = GROUPS[0], notes: list[str] | None = None) -> LayerStack:
+    """Layers of an OpenRaster file, back to front, as [H,W,4].
 
+    groups, notes: as psd.read takes them. Operators that cut (src-atop, dst-in, dst-out) become masks.
     Sizes are checked before anything is unpacked. Raises ValueError with one sentence naming the file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            return _read(archive, path.name)
+            return _read(archive, path.name, groups, [] if notes is None else notes)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError) as error:
         raise ValueError(f"{path.name} is not an OpenRaster file, or is damaged ({error}); save or upload it again.") from error
 
@@ -99,7 +103,7 @@ def _png(pixels: np.ndarray, metadata: dict[str, Any]) -> bytes:
     return file.getvalue()
 
 
-def _read(archive: zipfile.ZipFile, name: str) -> LayerStack:
+def _read(archive: zipfile.ZipFile, name: str, groups: str, notes: list[str]) -> LayerStack:
     sizes = {info.filename: info.file_size for info in archive.infolist()}
     if "stack.xml" not in sizes:
         raise ValueError(f"{name} has no stack.xml, so it is not an OpenRaster file.")
@@ -108,25 +112,62 @@ def _read(archive: zipfile.ZipFile, name: str) -> LayerStack:
     root = parse_xml(archive.read("stack.xml"), f"{name}: stack.xml")
     canvas = int(_number(root, "w", 0, name)), int(_number(root, "h", 0, name))
     check_sides(f"{name}: the canvas", *canvas)
-    leaves = [leaf for top in root.findall("stack") for leaf in _leaves(top, 1.0, True, name)]
-    check_total(name, [_png_size(archive, sizes, element, name) for element, *_ in leaves])
-    layers = [_layer(archive, *leaf, name) for leaf in reversed(leaves)]
-    return LayerStack(canvas, tuple(layers))
+    elements = [element for element in root.iter("layer") if _drawn(element)]
+    check_total(name, [_png_size(archive, sizes, element, name) for element in elements])
+    found = []
+    for top in reversed(root.findall("stack")):
+        found += _layers(archive, top, name, groups == GROUPS[1], notes)
+    return LayerStack(canvas, tuple(found))
 
 
-def _leaves(stack: ElementTree.Element, opacity: float, visible: bool, name: str) -> Iterator[tuple[ElementTree.Element, float, bool]]:
-    """(layer element, opacity, visible), topmost first."""
-    for element in stack:
-        label = element.get("name", "")
-        own, shown = opacity * _opacity(element, name), visible and element.get("visibility", "visible") != "hidden"
+def _drawn(element: ElementTree.Element) -> bool:
+    return element.get("src", "").lower().endswith(".png")
+
+
+def _layers(archive: zipfile.ZipFile, stack: ElementTree.Element, name: str, merge: bool, notes: list[str]) -> list[Layer]:
+    """Of a stack, back to front."""
+    found = []
+    for element in reversed(stack):
+        label, shown = plain_name(element.get("name", "")) or "Layer", element.get("visibility", "visible") != "hidden"
+        operator = element.get("composite-op", "svg:src-over")
         if element.tag == "stack":
-            if element.get("composite-op", "svg:src-over") != "svg:src-over":
-                log.warning("%s: the blend mode of group %r is not read; its layers keep their own.", name, label)
-            yield from _leaves(element, own, shown, name)
-        elif element.tag == "layer" and element.get("src", "").lower().endswith(".png"):
-            yield element, own, shown
+            opacity, own = _opacity(element, name), _layers(archive, element, name, False, notes)
+            mixes = opacity == 1 and operator == "svg:src-over" and element.get("isolation", "auto") == "auto"
+            found += grouped(own, label, "pass-through" if mixes else DOCUMENT_MODES.get(operator, "normal"), opacity, shown, lambda _: None, False, merge,
+                             notes)
+            known = operator in DOCUMENT_MODES
+        elif element.tag == "layer" and _drawn(element):
+            layer = _layer(archive, element, shown, name, notes)
+            known = operator in DOCUMENT_MODES or operator in CUTS and shown
+            if operator in CUTS and shown:
+                found = _cut(found, layer, operator, notes)
+            else:
+                found.append(layer)
         else:
-            log.warning("%s: %s %r has no PNG pixels and is left out.", name, element.tag, label)
+            notes.append(f"{element.tag} {label!r} has no PNG pixels and is left out.")
+            continue
+        if not known:
+            notes.append(f"{label!r} has the blend mode {operator}, which ComfyUI's layers do not have; it is read as normal.")
+    return found
+
+
+def _cut(below: list[Layer], layer: Layer, operator: str, notes: list[str]) -> list[Layer]:
+    """A layer that is kept inside of what lies below it in its stack (src-atop, Krita's "inherit alpha"), or cuts that (dst-in, dst-out)."""
+    shown = [one for one in below if one.visible]
+    if not shown:
+        return below
+    if operator == "svg:src-atop":
+        whole = flattened([replace(one, blend_mode="normal") for one in shown], layer.name)
+        alpha = whole.image[..., 3].numpy()
+        if ((alpha > 0.002) & (alpha < 0.998)).any():
+            notes.append(f"Layer {layer.name!r} is cut to what is below it; where that is half transparent, a little of it shows through.")
+        return [*below, masked(layer, over(box_of(layer), alpha, whole.x, whole.y, 0))]
+    own = (layer.rgba()[..., 3] * layer.opacity).numpy()
+    own = own if operator == "svg:dst-in" else 1 - own
+    if ((own > 0.002) & (own < 0.998)).any() and len(shown) > 1:
+        notes.append(f"Layer {layer.name!r} cuts each layer below it; where it is half transparent and those overlap, they show a little more.")
+    outside = 0 if operator == "svg:dst-in" else 1
+    return [masked(one, over(box_of(one), own, layer.x, layer.y, outside)) if one.visible else one for one in below]
 
 
 def _png_size(archive: zipfile.ZipFile, sizes: dict[str, int], element: ElementTree.Element, name: str) -> tuple[int, int]:
@@ -152,18 +193,15 @@ def _source(element: ElementTree.Element) -> str:
     return str(PurePosixPath(element.get("src").replace("\\", "/")))
 
 
-def _layer(archive: zipfile.ZipFile, element: ElementTree.Element, opacity: float, visible: bool, name: str) -> Layer:
+def _layer(archive: zipfile.ZipFile, element: ElementTree.Element, visible: bool, name: str, notes: list[str]) -> Layer:
     label = element.get("name") or "Layer"
     try:
         with Image.open(io.BytesIO(archive.read(_source(element))), formats=["PNG"]) as image:
-            pixels = eight_bits(image)
+            pixels = eight_bits(in_srgb(image, label, notes))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: the PNG of layer {label!r} cannot be read ({error}); save the file again in your paint program.") from error
-    operator = element.get("composite-op", "svg:src-over")
-    if operator not in DOCUMENT_MODES:
-        log.warning("%s: layer %r has the blend mode %s, which ComfyUI's layers do not have; it is read as normal.", name, label, operator)
-    return Layer(from_bytes(pixels), label, None, round(_number(element, "x", 0, name)), round(_number(element, "y", 0, name)), opacity=opacity,
-                 blend_mode=DOCUMENT_MODES.get(operator, "normal"), visible=visible)
+    return Layer(from_bytes(pixels), label, None, round(_number(element, "x", 0, name)), round(_number(element, "y", 0, name)),
+                 opacity=_opacity(element, name), blend_mode=DOCUMENT_MODES.get(element.get("composite-op", "svg:src-over"), "normal"), visible=visible)
 
 
 def _opacity(element: ElementTree.Element, name: str) -> float:

@@ -6,16 +6,19 @@ import json
 import struct
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 from xml.sax.saxutils import escape
 
 import numpy as np
 import torch
+from PIL import Image, ImageCms
 from torch import Tensor
 
 from ..techniques.layers import BLEND_MODES, Layer, LayerStack
-from .raster import check_sides, check_total, from_bytes, in_place, log, plain_name, to_bytes
+from .groups import GROUPS, box_of, flattened, grouped, masked
+from .raster import check_sides, check_total, eight_bits, from_bytes, in_place, over, picture, plain_name, to_bytes
 from .xml import parse_xml
 
 MISSING_MODES = ("grain-extract", "grain-merge")  # GIMP's; Photoshop has no such modes
@@ -60,18 +63,19 @@ def write(file: BinaryIO, stack: LayerStack, merged: Tensor, metadata: dict[str,
         image_data=ImageData(compressed.compression, compressed.data)).write(file)
 
 
-def read(path: Path) -> LayerStack:
+def read(path: Path, groups: str = GROUPS[0], notes: list[str] | None = None) -> LayerStack:
     """Layers of a PSD or PSB, back to front, as [H,W,3|4].
 
-    Groups become their leaves, with the groups' opacity, visibility and mask; clipped layers are cut to their base. What has no pixels
-    (adjustments, fills) and layer effects are left out with a warning in the log. Grayscale, CMYK and other documents, and those with a
-    colour profile, are converted to 8-bit sRGB. Raises ValueError with one sentence naming the file.
+    groups: leaves gives a group's layers where they show the same without it, with its opacity, visibility and mask, and otherwise the group as one
+    layer; "one layer each" gives every outermost group as one. Clipped layers are cut to their base, or one with it. notes: gets a sentence for
+    everything that is left out or changed (adjustments, fills, effects, modes). Grayscale, CMYK and other documents, and those with a colour
+    profile, are converted to 8-bit sRGB. Raises ValueError with one sentence naming the file.
     """
     psd = _open(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            return _read(psd, path.name)
+            return _read(psd, path.name, groups, [] if notes is None else notes)
     except _Refused as error:
         raise ValueError(str(error)) from error
     except Exception as error:  # a parser of strangers' files: whatever it stumbles over means the same to the user
@@ -167,96 +171,155 @@ def _open(path: Path):
         raise ValueError(f"{path.name} is damaged or cut short ({error}); save or upload it again.") from error
 
 
-def _read(psd, name: str) -> LayerStack:
-    leaves = list(_leaves(psd, 1.0, True, ())) if len(psd) else []
+def _read(psd, name: str, groups: str, notes: list[str]) -> LayerStack:
+    leaves = [item for item in psd.descendants() if not item.is_group() and _drawn(item)]
     try:
-        for leaf, *_ in leaves:
+        for leaf in leaves:
             check_sides(f"{name}: layer {leaf.name!r}", leaf.width, leaf.height)
-        check_total(name, [(leaf.width, leaf.height) for leaf, *_ in leaves] or [psd.size])
+        check_total(name, [(leaf.width, leaf.height) for leaf in leaves] or [psd.size])
     except ValueError as error:
         raise _Refused(str(error)) from error
-    layers = [_layer(*leaf, name) for leaf in leaves] or [Layer(from_bytes(np.array(psd.topil().convert("RGBA"))), "Background")]
-    return LayerStack(psd.size, tuple(layers))
+    layers = [replace(layer, opacity=_readable(layer.opacity)) for layer in _Layers(notes, groups == GROUPS[1]).of(psd)]
+    return LayerStack(psd.size, tuple(layers or [_flat(psd, notes)]))
 
 
-def _leaves(group, opacity: float, visible: bool, masks: tuple):
-    """(leaf, opacity, visible, groups with masks) of everything with pixels, back to front."""
-    for item in group:
-        own = opacity * (item.opacity / 255) * (item.fill_opacity / 255)
-        shown = visible and item.visible
+def _drawn(item) -> bool:
+    return bool(item.has_pixels() and item.width and item.height)
+
+
+@dataclass
+class _Layers:
+    """A document's items as layers. notes: what is lost; merged: whether groups become one layer each."""
+    notes: list[str]
+    merged: bool = False
+
+    def of(self, items) -> list[Layer]:
+        """Back to front; clipped items go with the item below them that is not."""
+        found, siblings = [], list(items)
+        while siblings:
+            item = siblings.pop(0)
+            clipped = []
+            while siblings and siblings[0].clipping:
+                clipped += self.pieces(siblings.pop(0))
+            own = self.pieces(item)
+            found += self.clipped(own, clipped, item.name) if clipped and own else own or clipped
+        return found
+
+    def pieces(self, item) -> list[Layer]:
         if item.is_group():
-            if item.blend_mode.name not in ("PASS_THROUGH", "NORMAL"):
-                log.warning("The blend mode of group %r is not read; its layers keep their own.", item.name)
-            yield from _leaves(item, own, shown, (*masks, item))
-        elif item.has_pixels() and item.width and item.height:
-            yield item, own, shown, masks
-        else:
-            log.warning("Layer %r (%s) has no pixels of its own and is left out.", item.name, item.kind)
+            return self.group(item)
+        if _drawn(item):
+            return [self.leaf(item)]
+        self.notes.append(f"Layer {_name(item)!r} ({item.kind}) has no pixels of its own and is left out.")
+        return []
+
+    def leaf(self, item) -> Layer:
+        if item.has_effects():
+            self.notes.append(f"The effects of layer {_name(item)!r} are not read.")
+        opacity = item.opacity / 255 * (item.fill_opacity / 255)
+        layer = Layer(_image(item, self.notes), _name(item), None, item.left, item.top, opacity=opacity,
+                      blend_mode=self.mode(item), visible=item.visible)
+        return masked(layer, self.mask(item, item.bbox))
+
+    def mode(self, item) -> str:
+        mode = item.blend_mode.name.lower().replace("_", "-")
+        if mode in BLEND_MODES or mode == "pass-through":
+            return mode
+        self.notes.append(f"Layer {_name(item)!r} has the blend mode {mode}, which ComfyUI's layers do not have; it is read as normal.")
+        return "normal"
+
+    def mask(self, item, box: tuple[int, int, int, int]) -> np.ndarray | None:
+        """[H,W], 1 = opaque, of a layer's or group's own mask over a box (left, top, right, bottom) of the canvas."""
+        if not item.has_mask() or item.mask.disabled:
+            return None
+        pixels, more = item.numpy("mask"), item.mask._data.parameters
+        found = over(box, None if pixels is None else pixels[..., 0], item.mask.left, item.mask.top, item.mask.background_color / 255)
+        density = next((value for value in (more.user_mask_density, more.vector_mask_density) if value is not None), 255) if more else 255
+        if more and (more.user_mask_feather or more.vector_mask_feather):
+            self.notes.append(f"The feather of the mask of {_name(item)!r} is not read.")
+        return 1 - density / 255 * (1 - found)
+
+    def group(self, item) -> list[Layer]:
+        outermost, self.merged = self.merged, False
+        own = self.of(item)
+        self.merged = outermost
+        return grouped(own, _name(item), self.mode(item), item.opacity / 255 * (item.fill_opacity / 255), item.visible,
+                       lambda layer: self.mask(item, box_of(layer)), item.has_mask() and not item.mask.disabled, outermost, self.notes)
+
+    def clipped(self, base: list[Layer], tops: list[Layer], name: str) -> list[Layer]:
+        """Layers cut to a base: what they all make has the base's alpha, opacity and blend mode."""
+        if not any(layer.visible for layer in base):
+            return base + [replace(top, visible=False) for top in tops]
+        if len(base) > 1:
+            base = [flattened([layer for layer in base if layer.visible], name)]
+            self.notes.append(f"Group {name!r} is one layer now, because other layers are clipped to it.")
+        ground, = base
+        alpha = ground.rgba()[..., 3].numpy()
+        if ground.opacity < 1 or ground.blend_mode != "normal":
+            self.notes.append(f"The layers that are clipped to {ground.name!r} are one with it now, because its opacity or blend mode acts on them too.")
+            under = replace(ground, image=ground.image[..., :3], mask=None, opacity=1.0, blend_mode="normal")
+            colour = _over_base(under, [top for top in tops if top.visible])
+            return [replace(ground, image=torch.cat([colour, torch.from_numpy(alpha)[..., None]], -1), mask=None)]
+        # Where the base is half transparent, over leaves more of it behind a clipped layer than clipping does: shares are taken off from the front.
+        free, cut = np.ones_like(alpha), []
+        for top in reversed(tops):
+            share, apart = alpha, top.visible and top.blend_mode == "normal"
+            if apart:
+                share = alpha * free / np.maximum(1 - alpha * (1 - free), 1e-6)
+                own = (top.rgba()[..., 3] * top.opacity).numpy()
+                free = free * (1 - over(box_of(ground), own, top.x, top.y, 0))
+            elif top.visible and ((alpha > 0) & (alpha < 1)).any():
+                self.notes.append(f"Layer {top.name!r} mixes by {top.blend_mode} with what is behind its base too, at the base's soft edges.")
+            cut.append(masked(top, over(box_of(top), share, ground.x, ground.y, 0)))
+        kept = np.where(alpha < 1, free / np.maximum(1 - alpha * (1 - free), 1e-6), 1).astype(np.float32)
+        return [masked(ground, None if (kept == 1).all() else kept), *reversed(cut)]
 
 
-def _layer(leaf, opacity: float, visible: bool, groups: tuple, name: str) -> Layer:
-    if leaf.has_effects():
-        log.warning("%s: the effects of layer %r are not read.", name, leaf.name)
-    factors = [factor for factor in (*(_mask(item, leaf.bbox) for item in (leaf, *groups)), _base(leaf)) if factor is not None]
-    mask = None if not factors else torch.from_numpy(1 - np.prod(factors, axis=0, dtype=np.float32))
-    return Layer(_image(leaf), leaf.name or "Layer", mask, leaf.left, leaf.top, opacity=_readable(opacity), blend_mode=_document_mode(leaf, name),
-                 visible=visible)
+def _name(item) -> str:
+    return plain_name(item.name.rstrip("\0")) or "Layer"
 
 
-def _image(leaf) -> Tensor:
+def _over_base(base: Layer, tops: list[Layer]) -> Tensor:
+    """[H,W,3] of layers over an opaque base, within its box."""
+    height, width = base.image.shape[:2]
+    return picture(LayerStack((width, height), tuple(replace(layer, x=layer.x - base.x, y=layer.y - base.y) for layer in (base, *tops))))[..., :3]
+
+
+def _flat(psd, notes: list[str]) -> Layer:
+    """The picture of a document without layers. Its further channels are saved selections, unless a negative number of layers says otherwise."""
+    info = psd._record.layer_and_mask_information.layer_info
+    pixels = _srgb(_pillow(psd, notes))
+    transparent = info is not None and info.layer_count < 0
+    return Layer(from_bytes(pixels if transparent else pixels[..., :3]), "Background")
+
+
+def _pillow(item, notes: list[str]) -> Image.Image:
+    try:
+        return item.topil()
+    except (ImageCms.PyCMSError, OSError):
+        note = "The colour profile cannot be read; the colours are taken as sRGB."
+        notes.extend([note] if note not in notes else [])
+        return item.topil(apply_icc=False)
+
+
+def _srgb(image: Image.Image) -> np.ndarray:
+    """[H,W,3|4] 8 bits of a Pillow picture of any mode."""
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    return eight_bits(image)
+
+
+def _image(leaf, notes: list[str]) -> Tensor:
     """[H,W,3|4]; RGB as it is stored, anything else through Pillow's conversion, which also applies a colour profile."""
     from psd_tools.constants import ColorMode, Resource
 
     psd = leaf._psd
     if psd.color_mode == ColorMode.RGB and psd.depth in (8, 16) and Resource.ICC_PROFILE not in psd.image_resources:
         return torch.from_numpy(np.ascontiguousarray(leaf.numpy(), dtype=np.float32))
-    colour = from_bytes(np.array(leaf.topil().convert("RGB")))
+    colour = from_bytes(_srgb(_pillow(leaf, notes))[..., :3])
     shape = leaf.numpy("shape")
     return colour if shape is None else torch.cat([colour, torch.from_numpy(np.ascontiguousarray(shape, dtype=np.float32))], dim=-1)
-
-
-def _mask(item, box: tuple[int, int, int, int]) -> np.ndarray | None:
-    """[H,W], 1 = opaque, of a layer's or group's own mask over a box (left, top, right, bottom) of the canvas."""
-    if not item.has_mask() or item.mask.disabled:
-        return None
-    pixels = item.numpy("mask")
-    return _over(box, None if pixels is None else pixels[..., 0], item.mask.left, item.mask.top, item.mask.background_color / 255)
-
-
-def _base(leaf) -> np.ndarray | None:
-    """[H,W], 1 = opaque: the base that a clipped layer is cut to, over the layer's box."""
-    siblings = list(leaf.parent)
-    below = [item for item in siblings[:siblings.index(leaf)] if not item.clipping]
-    if not leaf.clipping or not below:
-        return None
-    base = below[-1]
-    if base.is_group() or not base.has_pixels():
-        log.warning("Layer %r is clipped to %r, which has no pixels of its own; the clipping is not read.", leaf.name, base.name)
-        return None
-    shape = base.numpy("shape")
-    shape = np.ones((base.height, base.width), np.float32) if shape is None else shape[..., 0]
-    covered = _over(leaf.bbox, shape, base.left, base.top, 0)
-    masked = _mask(base, leaf.bbox)
-    return covered if masked is None else covered * masked
-
-
-def _over(box: tuple[int, int, int, int], pixels: np.ndarray | None, x: int, y: int, outside: float) -> np.ndarray:
-    """The part of pixels, whose top left corner is at x, y, that a box of the canvas shows; `outside` where they do not reach."""
-    left, top, right, bottom = box
-    shown = np.full((bottom - top, right - left), outside, np.float32)
-    if pixels is not None:
-        first, last = (max(left, x), max(top, y)), (min(right, x + pixels.shape[1]), min(bottom, y + pixels.shape[0]))
-        if first[0] < last[0] and first[1] < last[1]:
-            shown[first[1] - top:last[1] - top, first[0] - left:last[0] - left] = pixels[first[1] - y:last[1] - y, first[0] - x:last[0] - x]
-    return shown
-
-
-def _document_mode(leaf, name: str) -> str:
-    mode = leaf.blend_mode.name.lower().replace("_", "-")
-    if mode not in BLEND_MODES:
-        log.warning("%s: layer %r has the blend mode %s, which ComfyUI's layers do not have; it is read as normal.", name, leaf.name, mode)
-        return "normal"
-    return mode
 
 
 def _readable(opacity: float) -> float:

@@ -1,6 +1,7 @@
 """What every layer file shares: layers as 8-bit pixels in place, names that a file can hold, and how large a file may be."""
 from __future__ import annotations
 
+import io
 import logging
 import math
 import unicodedata
@@ -10,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from torch import Tensor
 
 from ..techniques.compositing import W3C_MODES, flatten
@@ -43,6 +44,32 @@ def eight_bits(image: Image.Image) -> np.ndarray:
     return np.array(image if direct else image.convert("RGBA"))
 
 
+def in_srgb(image: Image.Image, label: str, notes: list[str]) -> Image.Image:
+    """A Pillow picture with its colour profile applied; a profile that cannot be read is left alone, with a note."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "RGBA", "L"):
+        return image
+    try:
+        own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+        if "sRGB" in ImageCms.getProfileDescription(own):
+            return image
+        return ImageCms.profileToProfile(image, own, srgb, outputMode="RGB" if image.mode == "L" else image.mode)
+    except (ImageCms.PyCMSError, OSError):
+        notes.append(f"The colour profile of layer {label!r} cannot be read; its colours are taken as sRGB.")
+        return image
+
+
+def over(box: tuple[int, int, int, int], pixels: np.ndarray | None, x: int, y: int, outside: float) -> np.ndarray:
+    """The part of pixels [H,W], whose top left corner is at x, y, that a box of the canvas shows; `outside` where they do not reach."""
+    left, top, right, bottom = box
+    shown = np.full((bottom - top, right - left), outside, np.float32)
+    if pixels is not None:
+        first, last = (max(left, x), max(top, y)), (min(right, x + pixels.shape[1]), min(bottom, y + pixels.shape[0]))
+        if first[0] < last[0] and first[1] < last[1]:
+            shown[first[1] - top:last[1] - top, first[0] - left:last[0] - left] = pixels[first[1] - y:last[1] - y, first[0] - x:last[0] - x]
+    return shown
+
+
 def in_place(layer: Layer, canvas: tuple[int, int]) -> Layer:
     """The layer with its flips, display size and rotation drawn into its pixels, what lies outside the canvas included.
 
@@ -68,12 +95,15 @@ def in_place(layer: Layer, canvas: tuple[int, int]) -> Layer:
 
 def picture(stack: LayerStack) -> Tensor:
     """[H,W,4] flattened, for programs that read no layers; a blend mode that cannot be flattened is taken as normal there."""
-    odd = [layer.name for layer in stack.layers if layer.visible and layer.blend_mode not in W3C_MODES]
-    if odd:
-        log.warning("The flattened picture shows %s in blend mode normal; the layers themselves keep their modes.", ", ".join(odd))
     shown = [layer if layer.blend_mode in W3C_MODES else replace(layer, blend_mode="normal") for layer in stack.layers]
     colour, alpha = flatten(stack.with_layers(shown))
     return torch.cat([colour, alpha[..., None]], dim=-1)
+
+
+def modes_note(stack: LayerStack) -> list[str]:
+    """A sentence for the layers whose blend mode `picture` cannot show; none when there are none."""
+    odd = [f"{layer.name!r} ({layer.blend_mode})" for layer in stack.layers if layer.visible and layer.blend_mode not in W3C_MODES]
+    return [f"The flattened picture shows {', '.join(odd)} in blend mode normal; the layers themselves keep their modes."] if odd else []
 
 
 def on_canvas(layer: Layer, canvas: tuple[int, int]) -> np.ndarray:

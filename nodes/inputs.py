@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 
 import folder_paths
@@ -171,12 +172,30 @@ def input_names(suffixes: tuple[str, ...]) -> list[str]:
     return sorted(entry.name for entry in entries if entry.is_file() and entry.name.lower().endswith(suffixes))
 
 
+def inside(folder: str, path: str) -> bool:
+    """Whether a path lies in a folder as it is written, by ComfyUI's own rule: links in the folder may lead elsewhere."""
+    try:
+        return os.path.commonpath((os.path.abspath(folder), os.path.abspath(path))) == os.path.abspath(folder)
+    except ValueError:  # another drive
+        return False
+
+
+def holds_name(name: str, longest: int = 255) -> bool:
+    """Whether a file can have a name of these parts: no NUL, no half of a character, at most so many bytes each."""
+    try:
+        return "\0" not in name and all(len(part.encode()) <= longest for part in re.split(r"[\\/]", name))
+    except UnicodeEncodeError:
+        return False
+
+
 def input_file(name: str) -> Path | None:
     """The file of the input folder (or, with " [output]" behind its name, of that folder); None when it is not inside."""
+    if not holds_name(name):
+        return None
     name, folder = folder_paths.annotated_filepath(name)
-    root = os.path.realpath(folder or folder_paths.get_input_directory())
-    path = Path(os.path.realpath(os.path.join(root, name)))
-    return path if "\0" not in name and path.is_relative_to(root) else None
+    root = os.path.abspath(folder or folder_paths.get_input_directory())
+    path = os.path.abspath(os.path.join(root, name))
+    return Path(path) if inside(root, path) else None
 
 
 def input_state(name: str) -> str:

@@ -10,10 +10,13 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
 from ..formats import files
-from ..formats.raster import picture
+from ..formats.groups import GROUPS
+from ..formats.raster import modes_note, picture
 from ..techniques.layers import read_layers, write_layers
-from .inputs import input_file, input_names, input_state
+from .inputs import holds_name, input_file, input_names, input_state, inside
 from .sockets import Layers, Node, schema
+
+LONGEST = 160  # bytes of a prefix: number, layer's name and ending follow, and a file's name holds 255
 
 
 class SaveLayers(Node):
@@ -47,6 +50,8 @@ class SaveLayers(Node):
         paths = files.save(folder, stem, stack, merged, format, _metadata(cls.hidden), ProgressBar(len(stack.layers)).update_absolute)
         saved = [{"filename": path.name, "subfolder": subfolder, "type": "output"} for path in paths]
         shown = {"images": saved} if "layers" in format else {**ui.PreviewImage(merged[None]).as_dict(), "files": saved}
+        notes = modes_note(stack)
+        shown |= ui.PreviewText("\n".join(notes)).as_dict() if notes else {}
         return io.NodeOutput(layers, "\n".join(map(str, paths)), ui=shown)
 
 
@@ -56,36 +61,44 @@ class LoadLayers(Node):
         return schema(
             node_id="Strata_LoadLayers", display_name="Load layers", category="Strata/Layers",
             search_aliases=["psd", "ora", "openraster", "photoshop", "krita", "import layers"],
-            description="Loads the layers of a Photoshop (PSD, PSB) or OpenRaster (ORA) file. Groups become their layers.",
-            inputs=[io.Combo.Input("file", options=input_names(files.SUFFIXES),
-                                   tooltip="A PSD, PSB or ORA file in ComfyUI's input folder; the button below uploads one.")],
+            description="Loads the layers of a Photoshop (PSD, PSB) or OpenRaster (ORA) file. Groups become their layers where that shows the same.",
+            inputs=[
+                io.Combo.Input("file", options=input_names(files.SUFFIXES), tooltip=(
+                    "A PSD, PSB or ORA file in ComfyUI's input folder; the button below uploads one.")),
+                io.Combo.Input("groups", options=list(GROUPS), default=GROUPS[0], optional=True, tooltip=(
+                    "leaves: a group's layers one by one where they show the same without it, and otherwise the group as one layer. one layer each: every "
+                    "outermost group as one layer.")),
+            ],
             outputs=[
                 Layers.Output("layers", display_name="layers", tooltip="The layers, back to front, with all their fields."),
                 io.Image.Output("image", display_name="image", tooltip="The visible layers flattened."),
                 io.Mask.Output("mask", display_name="mask", tooltip="Transparency of the flattened picture, 1 = transparent."),
+                io.String.Output("notes", display_name="notes", tooltip="What layers cannot hold of the file, one sentence a line; also shown on the node."),
             ])
 
     @classmethod
-    def validate_inputs(cls, file):
+    def validate_inputs(cls, file, groups=GROUPS[0]):
         return True if (path := input_file(file)) and path.is_file() else f"{file!r} is not a file in ComfyUI's input folder; upload a PSD or ORA file."
 
     @classmethod
-    def fingerprint_inputs(cls, file):
+    def fingerprint_inputs(cls, file, groups=GROUPS[0]):
         return input_state(file)
 
     @classmethod
-    def execute(cls, file):
-        stack = files.load(input_file(file))
-        merged = picture(stack)[None]
-        return io.NodeOutput(write_layers(stack), merged[..., :3], 1 - merged[..., 3])
+    def execute(cls, file, groups=GROUPS[0]):
+        notes = []
+        stack = files.load(input_file(file), groups, notes)
+        merged, text = picture(stack)[None], "\n".join([*notes, *modes_note(stack)])
+        return io.NodeOutput(write_layers(stack), merged[..., :3], 1 - merged[..., 3], text, ui=ui.PreviewText(text) if text else None)
 
 
 def _target(prefix: str, canvas: tuple[int, int]) -> tuple[Path, str, str]:
     """(folder, start of the file names, subfolder) that are free in the output folder, by ComfyUI's own rules."""
     # Normalised first: with a / at its end ComfyUI would count from 1 again.
     root, prefix = folder_paths.get_output_directory(), os.path.normpath(re.sub(r"%date:(.*?)%", lambda found: _date(found[1]), prefix))
-    folder = Path(os.path.realpath(os.path.join(root, os.path.dirname(prefix))))
-    if "\0" in prefix or not folder.is_relative_to(os.path.realpath(root)):
+    if not holds_name(prefix, LONGEST):
+        raise ValueError(f"filename_prefix: {prefix[:60]!r} cannot be the start of a file name; use ordinary characters, at most {LONGEST} bytes a part.")
+    if not inside(root, os.path.join(root, os.path.dirname(prefix))):
         raise ValueError(f"filename_prefix: {prefix!r} leads outside ComfyUI's output folder; use a name, or subfolder/name.")
     if os.path.basename(prefix) in ("", ".", ".."):
         raise ValueError(f"filename_prefix: {prefix!r} has no file name; write one, for example layers/strata.")

@@ -67,6 +67,9 @@ class Client:
         missing = sorted({node["class_type"] for node in prompt.values()} - self.object_info().keys())
         if missing:
             raise RunError(f"This ComfyUI has no node {', '.join(missing)}; install the node pack that it belongs to.")
+        for node in prompt.values():  # buttons leave an empty value, which the converter gives to the input that has come after them
+            optional = self.object_info()[node["class_type"]]["input"].get("optional", {})
+            node["inputs"] = {name: value for name, value in node["inputs"].items() if value is not None or name not in optional}
         return prompt
 
     def run(self, prompt: dict, progress: bool = False) -> dict:

@@ -38,7 +38,15 @@ app.registerExtension({
             if (chooser.files.length) upload(node, chooser.files[0]);
             chooser.value = "";
         };
-        node.addWidget("button", "upload", null, () => chooser.click(), { serialize: false }).label = "choose file to upload";
+        const button = node.addWidget("button", "upload", null, () => chooser.click(), { serialize: false });
+        button.label = "choose file to upload";
+        button.serialize = false; // graphs saved before "groups" came hold the button's empty value in its place
+        const configured = node.onConfigure;
+        node.onConfigure = function (...args) {
+            const groups = node.widgets.find((item) => item.name === "groups");
+            if (groups) groups.value ??= groups.options.values[0];
+            return configured?.apply(this, args);
+        };
         node.onDragOver = (event) => [...(event.dataTransfer?.items ?? [])].some((item) => item.kind === "file");
         node.onDragDrop = (event) => {
             const file = [...event.dataTransfer.files].find(fits);

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 from strata.formats import files, openraster, psd
+from strata.formats.groups import GROUPS
 from strata.formats.raster import eight_bits, picture
 from strata.techniques.layers import BLEND_MODES, Layer, LayerStack
 
@@ -217,3 +218,86 @@ def test_names_that_end_in_nul_are_cleaned_when_read(tmp_path):
         psd.write(file, LayerStack((4, 3), (Layer(pixels(1, 3, 4, 4), "ink~"),)), pixels(1, 3, 4, 4), {})
     path.write_bytes(path.read_bytes().replace("ink~".encode("utf-16-be"), "ink\0".encode("utf-16-be")))
     assert [layer.name for layer in files.load(path).layers] == ["ink"]
+
+
+def ora(path, xml, **pictures):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("mimetype", "image/openraster")
+        archive.writestr("stack.xml", f"<image w='8' h='6'><stack>{xml}</stack></image>")
+        for name, image in pictures.items():
+            file = io.BytesIO()
+            image.save(file, "PNG", **image.info)
+            archive.writestr(f"{name}.png", file.getvalue())
+    return path
+
+
+def flat(colour, size=(8, 6)):
+    return Image.new("RGBA", size, colour)
+
+
+def half(colour):
+    """The left half."""
+    image = Image.new("RGBA", (8, 6))
+    image.paste(colour, (0, 0, 4, 6))
+    return image
+
+
+def test_operators_that_cut_become_masks(tmp_path):
+    """src-atop (Krita's "inherit alpha") stays inside of what is below it in its stack; dst-out and dst-in cut that."""
+    red, green, blue = (255, 0, 0, 255), (0, 255, 0, 255), (0, 0, 255, 255)
+    ground = "<layer src='ground.png' name='ground'/>"
+    for operator, left, right in (("src-atop", green, blue), ("dst-out", blue, red), ("dst-in", red, blue)):
+        top = half(green) if operator != "src-atop" else flat(green)
+        body = half(red) if operator == "src-atop" else flat(red)
+        xml = f"<stack name='g'><layer src='top.png' name='top' composite-op='svg:{operator}'/><layer src='body.png' name='body'/></stack>{ground}"
+        notes = []
+        found = eight_bit(picture(files.load(ora(tmp_path / f"{operator}.ora", xml, ground=flat(blue), body=body, top=top), notes=notes)))
+        assert found[2, 1].tolist() == list(left) and found[2, 6].tolist() == list(right), operator
+        assert not notes
+
+
+def test_what_layers_cannot_hold_is_noted(tmp_path):
+    xml = ("<layer src='a.png' name='odd' composite-op='svg:xor'/><layer src='b.svg' name='vector'/>"
+           "<stack name='veil' opacity='0.5'><layer src='a.png' name='one'/><layer src='a.png' name='two'/></stack><layer src='a.png' name='ground'/>")
+    notes = []
+    stack = files.load(ora(tmp_path / "odd.ora", xml, a=flat((200, 10, 30, 255))), notes=notes)
+    assert [layer.name for layer in stack.layers] == ["ground", "veil", "odd"] and stack.layers[1].opacity == 0.5
+    assert sorted(notes) == ["'odd' has the blend mode svg:xor, which ComfyUI's layers do not have; it is read as normal.",
+                             "Group 'veil' is one layer now, because its opacity or mask acts on all its layers together.",
+                             "layer 'vector' has no PNG pixels and is left out."]
+
+
+def test_a_groups_opacity_and_isolation_show_what_the_formula_gives(tmp_path):
+    xml = ("<stack name='g' opacity='0.5'><layer src='top.png' name='top'/><layer src='low.png' name='low'/></stack>"
+           "<layer src='ground.png' name='ground'/>")
+    path = ora(tmp_path / "g.ora", xml, ground=flat((0, 0, 0, 255)), low=flat((255, 0, 0, 255)), top=half((0, 0, 255, 255)))
+    for groups in GROUPS:
+        found = eight_bit(picture(files.load(path, groups)))
+        assert found[2, 1].tolist() == [0, 0, 128, 255] and found[2, 6].tolist() == [128, 0, 0, 255]
+
+
+def test_a_layers_colour_profile_is_applied(tmp_path):
+    """One whose red and blue primaries are swapped swaps them; a broken one is left alone with a note; sRGB's own changes nothing."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = srgb.replace(b"rXYZ", b"tXYZ").replace(b"bXYZ", b"rXYZ").replace(b"tXYZ", b"bXYZ").replace(b"\0s\0R\0G\0B", b"\0x\0R\0G\0B")
+    images = {}
+    for name, profile in (("srgb", srgb), ("broken", b"no profile at all"), ("swapped", swapped)):
+        images[name] = flat((200, 100, 50, 128))
+        images[name].info["icc_profile"] = profile
+    notes = []
+    xml = "".join(f"<layer src='{name}.png' name='{name}'/>" for name in images)
+    found = {layer.name: eight_bit(layer.image)[0, 0].tolist() for layer in files.load(ora(tmp_path / "icc.ora", xml, **images), notes=notes).layers}
+    assert found["srgb"] == found["broken"] == [200, 100, 50, 128]
+    assert np.abs(np.array(found["swapped"]) - [50, 100, 200, 128]).max() <= 2
+    assert notes == ["The colour profile of layer 'broken' cannot be read; its colours are taken as sRGB."]
+
+
+@pytest.mark.parametrize(("mode", "value", "expected"), [("L", 77, (77, 77, 77, 255)), ("LA", (77, 128), (77, 77, 77, 128)), ("1", 1, (255, 255, 255, 255)),
+                                                         ("I;16", 25700, (100, 100, 100, 255)), ("P", 3, (9, 80, 170, 255)),
+                                                         ("RGB", (1, 2, 3), (1, 2, 3, 255))])
+def test_pictures_of_every_mode(tmp_path, mode, value, expected):
+    image = Image.new(mode, (8, 6), value)
+    if mode == "P":
+        image.putpalette([0, 0, 0] * 3 + [9, 80, 170])
+    (layer,) = files.load(ora(tmp_path / "mode.ora", "<layer src='a.png' name='a' x='1.4' y='-1.6' opacity='1.5'/>", a=image)).layers
+    assert eight_bit(layer.rgba())[3, 3].tolist() == list(expected) and (layer.x, layer.y, layer.opacity) == (1, -2, 1.0)

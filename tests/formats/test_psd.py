@@ -4,6 +4,7 @@ import struct
 import subprocess
 from dataclasses import replace
 
+import host
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from psd_tools import PSDImage
 from psd_tools.constants import BlendMode
+from psd_tools.psd.layer_and_mask import MaskParameters
 from strata.formats import files, psd
+from strata.formats.groups import GROUPS
 from strata.formats.raster import picture
 from strata.techniques.layers import BLEND_MODES, Layer, LayerStack
 
@@ -138,7 +141,7 @@ def test_groups_become_their_leaves(tmp_path):
     base, inner, hidden, clipped = psd.read(path).layers
     assert [layer.name for layer in (base, inner, hidden, clipped)] == ["base", "inner", "in hidden", "clipped"]
     assert inner.opacity == pytest.approx((128 / 255) ** 2) and (inner.x, inner.y) == (2, 1)
-    assert [layer.visible for layer in (base, inner, hidden, clipped)] == [True, True, False, True]
+    assert [layer.visible for layer in (base, inner, hidden, clipped)] == [True, True, False, False], "clipped to a hidden group"
 
 
 def test_group_mask_and_clipping_cut_the_layers(tmp_path):
@@ -242,3 +245,103 @@ def test_two_gigabytes(monkeypatch):
     monkeypatch.setattr(psd, "MAX_BYTES", 20000)
     with pytest.raises(ValueError, match="more than the 2 GB of a PSD file"):
         psd.write(io.BytesIO(), LayerStack((99, 99), (Layer(pixels(1, 99, 99, 4)),)), pixels(2, 99, 99, 3), {})
+
+
+FAULTS = host.PACK.parent / "shared" / "faults" / "files"
+
+
+@pytest.mark.skipif(not FAULTS.exists(), reason="the files are not here")
+@pytest.mark.parametrize(("name", "pixel", "note"), [
+    ("clip_half_base", None, "are one with it now"), ("clip_hidden_base", (0, 0, 0, 0), ""),
+    ("group_half_overlap", (0, 0, 255, 128), "Group 'g' is one layer now"),
+    ("icc_broken", None, "The colour profile cannot be read"), ("mask_density", None, ""), ("flat_saved_selection", None, "")])
+def test_files_that_were_shown_wrong(name, pixel, note):
+    notes = []
+    found = eight_bit(picture(files.load(FAULTS / f"{name}.psd", notes=notes)))
+    if pixel is not None:
+        assert (found == pixel).all() if sum(pixel) else found[..., 3].max() == 0
+    if name == "flat_saved_selection":
+        assert found[..., 3].min() == 255
+    assert (note in " ".join(notes)) if note else not notes
+
+
+def random_document(seed):
+    """Pixel layers of random alpha, opacity, visibility and mode, some clipped, some in groups in groups: psd-tools' own compositor knows what it shows."""
+    random = np.random.default_rng(seed)
+    document = PSDImage.new("RGB", (16, 12))
+
+    def a_layer(opaque=False):
+        height, width = random.integers(4, 11, 2)
+        pixels = random.integers(0, 256, (height, width, 4), np.uint8)
+        pixels[..., 3] = 255 if opaque or random.random() < 0.4 else pixels[..., 3]
+        layer = document.create_pixel_layer(Image.fromarray(pixels), name=f"l{random.integers(99)}", top=int(random.integers(0, 6)),
+                                            left=int(random.integers(0, 8)), opacity=int(random.choice([255, 255, 128, 60])))
+        layer.visible = bool(random.random() < 0.85)
+        if random.random() < 0.3:
+            layer.blend_mode = BlendMode.MULTIPLY
+        return layer
+
+    document.create_pixel_layer(Image.fromarray(random.integers(0, 256, (12, 16, 3), np.uint8)), name="ground")
+    for _ in range(2):
+        group = document.create_group([a_layer() for _ in range(random.integers(1, 4))], name="group")
+        group.opacity = int(random.choice([255, 128]))
+        group.blend_mode = (BlendMode.NORMAL, BlendMode.PASS_THROUGH, BlendMode.SCREEN)[random.integers(3)]
+        group.visible = bool(random.random() < 0.9)
+        a_layer(opaque=True)
+        if random.random() < 0.7:
+            a_layer().clipping = True
+    return document
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("seed", range(40))
+def test_groups_and_clipping_show_what_another_reader_shows(tmp_path, seed, groups):
+    path = tmp_path / "random.psd"
+    random_document(seed).save(path)
+    expected = np.asarray(PSDImage.open(path).composite(force=True).convert("RGBA"), np.float32)
+    notes = []
+    stack = files.load(path, groups, notes)
+    found = eight_bit(picture(stack)).astype(np.float32)
+    loose = any("do not reach what is behind" in note or "soft edges" in note for note in notes)
+    assert loose or np.abs(found - expected).max() <= 2.5, notes
+    if groups == GROUPS[1]:
+        assert all("one layer" in note for note in notes if "Group" in note)
+
+
+def test_mask_density_and_feather(tmp_path):
+    document = PSDImage.new("RGB", (4, 2))
+    document.create_pixel_layer(Image.new("RGB", (4, 2), 200), name="masked")
+    path = tmp_path / "mask.psd"
+    document.save(path)
+    document = PSDImage.open(path)
+    document[0].create_mask(Image.fromarray(np.array([[0, 255], [0, 255]], np.uint8)), left=0)
+    document[0].mask.data.background_color = 0
+    document[0].mask.data.parameters = MaskParameters(user_mask_density=128, user_mask_feather=2.0)
+    document[0].mask.data.flags.parameters_applied = True
+    document.save(path)
+    notes = []
+    layer, = files.load(path, notes=notes).layers
+    assert np.allclose(layer.rgba()[..., 3].numpy(), [[1 - 128 / 255, 1, 1 - 128 / 255, 1 - 128 / 255]] * 2, atol=1e-6)
+    assert notes == ["The feather of the mask of 'masked' is not read."]
+
+
+def lab_of(colours):
+    """CIE Lab under D50 of 8-bit sRGB [N,3], by the standards' formulas: linear light, sRGB's matrix adapted to D50 by Bradford's transform, cube roots."""
+    values = np.asarray(colours) / 255
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4360747, 0.3850649, 0.1430804], [0.2225045, 0.7168786, 0.0606169], [0.0139322, 0.0971045, 0.7141733]])
+    ratio = linear @ to_xyz.T / [0.96422, 1, 0.82521]
+    x, y, z = np.where(ratio > (6 / 29) ** 3, np.cbrt(ratio), ratio * (29 / 6) ** 2 / 3 + 4 / 29).T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
+
+
+def test_a_flat_lab_document_has_its_colours(tmp_path):
+    path = tmp_path / "lab.psd"
+    colours = [(200, 120, 80), (100, 140, 110), (128, 128, 128), (90, 70, 160)]
+    lab = lab_of(colours)
+    planes = np.stack([lab[:, 0] * 2.55, lab[:, 1] + 128, lab[:, 2] + 128]).round().astype(np.uint8)  # a and b have 128 for 0
+    header = struct.pack(">4sH6xHIIHH", b"8BPS", 1, 3, 1, len(colours), 8, 9)
+    path.write_bytes(header + struct.pack(">III", 0, 0, 0) + struct.pack(">H", 0) + planes.tobytes())
+    (layer,) = files.load(path).layers
+    assert layer.image.shape == (1, len(colours), 3)
+    assert np.abs(eight_bit(layer.image)[0].astype(int) - colours).max() <= 3

@@ -8,6 +8,8 @@ import pytest
 import requests
 import run
 from PIL import Image
+from psd_tools import PSDImage
+from psd_tools.constants import BlendMode
 from strata.formats import files, openraster, png, psd
 from strata.formats.raster import picture
 from strata.techniques.layers import Layer, LayerStack
@@ -136,3 +138,46 @@ def test_the_upload_extension_is_served_and_new_files_are_listed(comfy, source):
     assert "Strata.LoadLayers" in comfy.get("/extensions/ComfyUI-Strata/load_layers.js").text
     options = requests.get(comfy.url + "/object_info/Strata_LoadLayers", timeout=60).json()["Strata_LoadLayers"]["input"]["required"]["file"]
     assert source in str(options)
+
+
+def test_links_in_the_folders_are_followed_as_comfyui_does(comfy, source, tmp_path):
+    """Many keep models and pictures on another disk and link them."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    inputs, outputs = comfy.server.base / "input", comfy.server.base / "output"
+    (elsewhere / "linked.psd").write_bytes((inputs / source).read_bytes())
+    for link, target in ((inputs / "linked.psd", elsewhere / "linked.psd"), (inputs / "disk", elsewhere), (outputs / "disk", elsewhere)):
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+    assert flattened(comfy, "linked.psd").shape == flattened(comfy, "disk/linked.psd").shape == (10, 12, 4)
+    (reference,) = comfy.files(save(comfy, source, "PSD", "disk/saved"))
+    assert (elsewhere / reference["filename"]).exists() and reference["subfolder"] == "disk"
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "\ud800", "ä" * 150])
+def test_names_that_no_file_can_have_are_one_sentence(comfy, source, name):
+    with pytest.raises(run.RunError, match="filename_prefix: .* cannot be the start of a file name") as caught:
+        save(comfy, source, "PSD", name)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(run.RunError, match="is not a file in ComfyUI's input folder"):
+        flattened(comfy, f"{name}.psd")
+
+
+def test_what_is_lost_is_told_on_the_node_and_groups_can_be_one_layer_each(comfy, tmp_path):
+    document = PSDImage.new("RGB", (8, 6))
+    document.create_pixel_layer(Image.new("RGB", (8, 6), 90), name="ground")
+    inner = [document.create_pixel_layer(Image.new("RGB", (8, 6), shade), name=f"inner {shade}") for shade in (10, 200)]
+    group = document.create_group(inner, name="veil")
+    group.opacity = 128
+    document.create_pixel_layer(Image.new("RGB", (2, 2), 9), name="odd").blend_mode = BlendMode.DISSOLVE
+    document.save(tmp_path / "told.psd")
+    name = comfy.upload(tmp_path / "told.psd")
+    for groups, count in ((None, 3), ("one layer each", 3)):
+        prompt = {"load": {"class_type": "Strata_LoadLayers", "inputs": {"file": name, **({"groups": groups} if groups else {})}},
+                  "batch": {"class_type": "Strata_LayersToBatch", "inputs": {"layers": ["load", 0], "at_canvas_size": True}},
+                  "show": {"class_type": "PreviewImage", "inputs": {"images": ["batch", 0]}},
+                  "text": {"class_type": "PreviewAny", "inputs": {"source": ["load", 3]}}}
+        outputs = comfy.run(prompt)["outputs"]
+        told = outputs["load"]["text"][0]
+        assert told == outputs["text"]["text"][0] and len(outputs["show"]["images"]) == count
+        assert "Group 'veil' is one layer now" in told and "'odd' has the blend mode dissolve" in told

@@ -1,0 +1,78 @@
+"""Groups of a layer file: taken apart into their layers where that shows the same, and otherwise made one layer."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ..techniques.layers import Layer, LayerStack
+from .raster import check_sides, picture
+
+GROUPS = ("leaves", "one layer each")  # what a reader may be asked for
+
+
+def grouped(own: list[Layer], name: str, mode: str, opacity: float, visible: bool, mask: Callable[[Layer], np.ndarray | None], has_mask: bool,
+            merge: bool, notes: list[str]) -> list[Layer]:
+    """The layers of a group, back to front, with its opacity, mask and blend mode; or one layer that shows the same, with a note why.
+
+    mode: "pass-through" when the group's layers mix with what is behind it, else that of the isolated group. mask(layer): the group's mask over the
+    layer's own pixels [H,W], 1 = opaque. merge: one layer whatever it is.
+    """
+    shown = [layer for layer in own if layer.visible]
+    if not visible or not shown:
+        return [replace(masked(layer, mask(layer)), opacity=layer.opacity * opacity, visible=False) for layer in own]
+    reason = None
+    if merge:
+        reason = "as asked for"
+    elif mode not in ("pass-through", "normal") and (len(shown) > 1 or shown[0].blend_mode != "normal"):
+        reason = f"because its blend mode {mode} acts on all its layers together"
+    elif mode == "normal" and any(layer.blend_mode != "normal" for layer in shown):
+        reason = "because the blend modes of its layers act inside of it alone"
+    elif (opacity < 1 or has_mask) and _overlap(shown):
+        reason = "because its opacity or mask acts on all its layers together"
+    if reason is None:
+        own = [replace(masked(layer, mask(layer)), opacity=layer.opacity * opacity) for layer in own]
+        return own if mode in ("pass-through", "normal") else [replace(layer, blend_mode=mode) for layer in own]
+    if mode == "pass-through" and any(layer.blend_mode != "normal" for layer in shown):
+        reason += "; the blend modes in it do not reach what is behind it any more"
+    if len(shown) < len(own):
+        reason += "; its hidden layers are left out"
+    notes.append(f"Group {name!r} is one layer now, {reason}.")
+    layer = replace(flattened(shown, name), opacity=opacity, blend_mode="normal" if mode == "pass-through" else mode)
+    return [masked(layer, mask(layer))]
+
+
+def box_of(layer: Layer) -> tuple[int, int, int, int]:
+    """left, top, right, bottom of a layer at its own size."""
+    height, width = layer.image.shape[:2]
+    return layer.x, layer.y, layer.x + width, layer.y + height
+
+
+def masked(layer: Layer, factor: np.ndarray | None) -> Layer:
+    """factor: [H,W], 1 = opaque, of the layer's own pixels."""
+    if factor is None:
+        return layer
+    factor = torch.from_numpy(np.ascontiguousarray(factor, np.float32))
+    return replace(layer, mask=1 - (factor if layer.mask is None else factor * (1 - layer.mask)))
+
+
+def _overlap(layers: list[Layer]) -> bool:
+    """Whether two of them draw into one pixel."""
+    left, top = min(layer.x for layer in layers), min(layer.y for layer in layers)
+    box = left, top, max(box_of(layer)[2] for layer in layers), max(box_of(layer)[3] for layer in layers)
+    seen = np.zeros((box[3] - box[1], box[2] - box[0]), np.int32)
+    for layer in layers:
+        drawn = (layer.rgba()[..., 3] > 0).numpy()
+        seen[layer.y - top:layer.y - top + drawn.shape[0], layer.x - left:layer.x - left + drawn.shape[1]] += drawn
+    return bool((seen > 1).any())
+
+
+def flattened(layers: list[Layer], name: str) -> Layer:
+    """One layer of several, isolated from what is behind them."""
+    left, top = min(layer.x for layer in layers), min(layer.y for layer in layers)
+    size = max(box_of(layer)[2] for layer in layers) - left, max(box_of(layer)[3] for layer in layers) - top
+    check_sides(f"group {name!r}", *size)
+    moved = tuple(replace(layer, x=layer.x - left, y=layer.y - top) for layer in layers)
+    return Layer(picture(LayerStack(size, moved)), name, None, left, top)
