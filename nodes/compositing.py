@@ -15,6 +15,7 @@ from ..patches.feature_guidance import STARTS, UNCONDITIONAL, Plane, Settings
 from ..patches.inversion import METHODS, Inversion, invert
 from ..techniques.depth import RANGES, amodal_mask
 from ..techniques.feature_guidance import NORMS
+from ..techniques.harmonization import feathered
 from ..techniques.losses import psnr
 from . import sockets
 from .depth import MISSING, NEAR, THRESHOLD, box_or_region, depth_input, range_inputs, read_depth, save_temporary
@@ -213,18 +214,21 @@ class InsertAtDepth(Node):
                 norm_input(),
                 io.Mask.Input("region", optional=True, tooltip="A mask to use in place of the box, 1 = in it."),
                 *range_inputs(),
+                io.Float.Input("feather", default=8.0, min=0.0, max=256.0, step=0.5, optional=True, tooltip="Pixels over which visible fades in from the "
+                               "box's sides, so that no rectangle is seen; what is nearer keeps its sharp edge. 0 is a hard box."),
             ],
             outputs=[
                 io.Guider.Output("GUIDER", display_name="guider", tooltip="For SamplerCustomAdvanced, with random noise."),
                 io.Latent.Output("LATENT", display_name="latent", tooltip="The picture with the box as noise mask, for SamplerCustomAdvanced."),
-                io.Mask.Output("VISIBLE", display_name="visible", tooltip="1 where the object can be seen: the box without what is nearer."),
+                io.Mask.Output("VISIBLE", display_name="visible", tooltip="Where the object can be seen: the box, fading in from its sides, without what is nearer. "
+                               "Paste the sampled picture by it (ImageCompositeMasked)."),
                 io.Mask.Output("NEARER", display_name="nearer", tooltip="1 where something in the box is nearer: paste the picture back there "
                                "(ImageCompositeMasked) for pixels that are exactly the old ones."),
             ])
 
     @classmethod
     def execute(cls, model, positive, negative, vae, image, inversion, depth, threshold, x, y, width, height, near_is, missing_depth, cfg,
-                region=None, range=RANGES[0], range_low=0.0, range_high=1.0, **settings):
+                region=None, range=RANGES[0], range_low=0.0, range_high=1.0, feather=8.0, **settings):
         image = image[:1, ..., :3]
         depth = read_depth(depth, image, near_is, missing_depth, "depth", range, range_low, range_high)
         region = box_or_region(depth, x, y, width, height, region)
@@ -236,7 +240,8 @@ class InsertAtDepth(Node):
         settings = Settings(start_percent=0.62, end_percent=0.96, paste_percent=0.6, start=STARTS[1], **settings)
         planes = feature_guidance.Planes((Plane(inversion, seen_by_latent(nearer, latent["samples"])[0]),))
         found = feature_guidance.guider(model, positive, negative, cfg, planes, settings)
-        return io.NodeOutput(found, {**latent, "noise_mask": seen_by_latent(region, latent["samples"])}, visible, nearer)
+        noise_mask = seen_by_latent(region, latent["samples"])
+        return io.NodeOutput(found, {**latent, "noise_mask": noise_mask}, visible * feathered(region[:, None], feather)[:, 0], nearer)
 
 
 NODES = [InvertImage, GuidancePlane, FeatureGuidance, InsertAtDepth]

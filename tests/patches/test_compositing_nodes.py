@@ -79,7 +79,7 @@ def test_an_object_is_inserted_into_its_box_and_the_rest_stays(server):  # noqa:
     prompt["guide"] = node("Strata_InsertAtDepth", model=["load", 0], positive=["positive", 0], negative=["negative", 0], vae=["load", 2],
                            image=["front", 0], inversion=["invert_front", 0], depth=["front", 3], threshold=0.33, x=16, y=16, width=32, height=32,
                            near_is="black", missing_depth="auto", cfg=3.0, level_weights="0.2, 8.5", foreground=1.0, iterations=2, step_size=0.001,
-                           norm="l2")
+                           norm="l2", feather=0.0)
     prompt["sample"]["inputs"]["latent_image"] = ["guide", 1]
     prompt["sum"] = node("MaskComposite", destination=["guide", 2], source=["guide", 3], x=0, y=0, operation="add")
     for name, link in (("sum", ["sum", 0]), ("visible", ["guide", 2])):
@@ -131,4 +131,5 @@ def test_sides_that_no_latent_divides_are_cut_in_one_way():
                                                               "white", "auto", cfg=1.0, level_weights="1", foreground=1.0, iterations=1, step_size=0.1,
                                                               norm="l2").args
         assert made["noise_mask"].shape[1:] == (128, 128) and made["noise_mask"].all() and visible.shape[1:] == (134, 132)
+        assert visible[0, 130, 60] < 0.2 and visible[0, 100, 60] > 0.99 and visible[0, :67].max() == 0 and visible[0, 67, 60] > 0.99  # soft box, sharp occluder
         assert torch.equal(guider.planes.planes[0].mask, nearer[0, 3:131, 2:130]) and guider.planes.planes[0].mask.sum() == 64 * 128
