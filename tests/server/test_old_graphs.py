@@ -14,6 +14,9 @@ from PIL import Image
 PADDING = "colours under transparent pixels are padded by exact areas, as published; they show at the layers' soft edges"
 OUTLINE = "a layer that is filled behind nearer ones has no outline of them any more"
 CHANGED = {
+    "mini_transparent_object 11": "the mini family's alpha has no veil and specks any more",
+    "object_insertion_mini 15": "the box fades in from its sides",
+    "object_insertion_mini 17": "the box fades in from its sides",
     "depth_slice_to_psd 4": OUTLINE,
     "depth_slice_to_psd 5": OUTLINE,
     "edit_and_harmonize_mini 9": PADDING,
