@@ -220,8 +220,8 @@ class InsertAtDepth(Node):
             outputs=[
                 io.Guider.Output("GUIDER", display_name="guider", tooltip="For SamplerCustomAdvanced, with random noise."),
                 io.Latent.Output("LATENT", display_name="latent", tooltip="The picture with the box as noise mask, for SamplerCustomAdvanced."),
-                io.Mask.Output("VISIBLE", display_name="visible", tooltip="Where the object can be seen: the box, fading in from its sides, without what is nearer."
-                               " Paste the sampled picture by it (ImageCompositeMasked)."),
+                io.Mask.Output("VISIBLE", display_name="visible", tooltip="Where the object can be seen: the box, fading in from its sides, without "
+                               "what is nearer. Paste the sampled picture by it (ImageCompositeMasked)."),
                 io.Mask.Output("NEARER", display_name="nearer", tooltip="1 where something in the box is nearer: paste the picture back there "
                                "(ImageCompositeMasked) for pixels that are exactly the old ones."),
             ])

@@ -47,7 +47,7 @@ def read_depth(value: torch.Tensor, image: torch.Tensor, near_is: str, missing: 
     """[B,H,W] in 0..1, 0 = nearest, at the size and batch of the image. NaN is allowed here: it means missing."""
     if not isinstance(value, torch.Tensor) or value.ndim not in (2, 3, 4) or 0 in value.shape:
         raise ValueError(f"{socket}: this is not a depth picture; connect the IMAGE or MASK of a depth node.")
-    value = value.float()
+    value = value.float().to(image.device)
     value = value[..., :3].mean(-1) if value.ndim == 4 else value.view(-1, *value.shape[-2:])
     if len(value) not in (1, len(image)):
         raise ValueError(f"{socket}: there are {len(value)} depth pictures for {len(image)} images; connect one, or one for each image.")

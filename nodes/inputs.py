@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+import comfy.model_management
 import folder_paths
 import torch
 
@@ -38,10 +39,14 @@ def _number(declared, value, kind: str):
     name, low, high = declared.id, declared.min, declared.max
     _typed(name, value, (int, float), "a number")
     if isinstance(value, float) and (not math.isfinite(value) or kind == "INT" and value != int(value)):
-        raise ValueError(f"{name}: {value} is no {'whole ' * (kind == 'INT')}number; connect one from {low:g} to {high:g}.")
+        raise ValueError(f"{name}: {value} is no {'whole ' * (kind == 'INT')}number; connect one from {_shown(low)} to {_shown(high)}.")
     if low is not None and value < low or high is not None and value > high:
-        raise ValueError(f"{name}: {value:g} is outside of {low:g} to {high:g}; connect a number between them.")
+        raise ValueError(f"{name}: {_shown(value)} is outside of {_shown(low)} to {_shown(high)}; connect a number between them.")
     return int(value) if kind == "INT" else value
+
+
+def _shown(number) -> str:
+    return f"{number:g}" if isinstance(number, float) else str(number) if abs(number) < 10**20 else "a number of more than twenty digits"
 
 
 def _typed(name: str, value, kinds, wanted: str):
@@ -64,6 +69,16 @@ def check_mask(mask: torch.Tensor, socket: str) -> torch.Tensor:
     return _in_range(mask if mask.ndim == 3 else mask[None], socket, "a mask", MASK_RANGE).clamp(0, 1)
 
 
+def check_layers(document, socket: str):
+    """A LAYERS document whose tensors lie where ComfyUI keeps pictures; what else is in it is techniques.layers.read_layers' business."""
+    if not isinstance(document, dict) or not isinstance(document.get("layers"), list | tuple):
+        return document
+    device = comfy.model_management.intermediate_device()
+    moved = [{**entry, **{key: value.to(device) for key, value in entry.items() if key in ("image", "mask") and isinstance(value, torch.Tensor)}}
+             if isinstance(entry, dict) else entry for entry in document["layers"]]
+    return {**document, "layers": moved}
+
+
 def _in_range(tensor: torch.Tensor, socket: str, what: str, allowed: tuple[float, float]) -> torch.Tensor:
     if tensor.dtype != torch.bool and not tensor.is_floating_point():
         raise ValueError(f"{socket}: it has whole numbers ({str(tensor.dtype).removeprefix('torch.')}) and {what} has values of 0 to 1; divide it by 255.")
@@ -71,7 +86,7 @@ def _in_range(tensor: torch.Tensor, socket: str, what: str, allowed: tuple[float
     low, high = tensor.aminmax()
     if low < allowed[0] or high > allowed[1]:
         raise ValueError(f"{socket}: its values go from {low:g} to {high:g} and {what} has values of 0 to 1; scale it first.")
-    return tensor
+    return tensor.to(comfy.model_management.intermediate_device())  # the one place for pictures: the card with --gpu-only
 
 
 def check_latent(latent: dict, socket: str) -> dict:
@@ -135,7 +150,7 @@ MISSING = {
     "MODEL": "connect a checkpoint's model"}
 IMAGE_RANGE, MASK_RANGE = (-1.0, 4.0), (-0.01, 1.01)  # sharpening and upscaling overshoot, and pictures of high range go beyond 1
 CHECKS = {
-    "IMAGE": check_image, "MASK": check_mask, "LATENT": check_latent, "INVERSION": check_inversion, "STRATA_PLANES": check_planes,
+    "LAYERS": check_layers, "IMAGE": check_image, "MASK": check_mask, "LATENT": check_latent, "INVERSION": check_inversion, "STRATA_PLANES": check_planes,
     "CONDITIONING": check_conditioning, "MODEL": _of_kind(("model", "clone", "model_options"), "a model"),
     "CLIP": _of_kind(("tokenize", "encode_from_tokens_scheduled"), "a text encoder"),
     "VAE": _of_kind(("encode", "decode", "first_stage_model"), "a VAE"),

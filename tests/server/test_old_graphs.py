@@ -14,6 +14,8 @@ from PIL import Image
 PADDING = "colours under transparent pixels are padded by exact areas, as published; they show at the layers' soft edges"
 OUTLINE = "a layer that is filled behind nearer ones has no outline of them any more"
 CHANGED = {
+    "mini_transparent_object 12": "the mini family's alpha has no veil and specks any more",
+    "mini_transparent_object 13": "the mini family's alpha has no veil and specks any more",
     "mini_transparent_object 11": "the mini family's alpha has no veil and specks any more",
     "object_insertion_mini 15": "the box fades in from its sides",
     "object_insertion_mini 17": "the box fades in from its sides",
@@ -27,6 +29,7 @@ CHANGED = {
 }
 # Diffusion differs a little between processors and numbers of threads: mean of the visible differences, 0..255
 SAME, NEAR = 0.1, 1.0
+WIDER = {"object_insertion_mini 17": 8.0}  # the mask itself
 SLOW = set(MINI) - {"edit_and_harmonize_mini", "harmonize_layers_mini", "mini_inpaint"}
 
 
@@ -92,4 +95,5 @@ def test_graphs_of_the_mini_family_give_the_same_pictures(comfy, name):
     for node, pictures in found.items():
         apart = np.abs(pictures - recorded[:, at:at + pictures.shape[1]]).mean()
         at += pictures.shape[1]
-        assert apart <= (NEAR if f"{name} {node}" in CHANGED else SAME), f"node {node}"
+        bound = WIDER.get(f"{name} {node}", NEAR if f"{name} {node}" in CHANGED else SAME)
+        assert apart <= bound, f"node {node}"
