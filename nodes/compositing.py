@@ -19,7 +19,7 @@ from ..techniques.harmonization import feathered
 from ..techniques.losses import psnr
 from . import sockets
 from .depth import MISSING, NEAR, THRESHOLD, box_or_region, depth_input, range_inputs, read_depth, save_temporary
-from .inputs import centred, seen_by_latent
+from .inputs import centred, encodable, seen_by_latent
 from .sockets import Node, schema
 
 SOURCES = ("recompute", "cache")
@@ -65,7 +65,7 @@ class InvertImage(Node):
     @classmethod
     def execute(cls, model, vae, image, positive, method, steps, scheduler, cfg, inner_steps, seed, disk_cache, negative=None,
                 checkpointing=False):
-        image = image[..., :3]
+        image = encodable(image, vae)[..., :3]
         sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
         latent = vae.encode(image)
         settings = {"ddim": (), "null-text": (negative, cfg, inner_steps), "noise only": (seed,)}[method]
@@ -229,7 +229,7 @@ class InsertAtDepth(Node):
     @classmethod
     def execute(cls, model, positive, negative, vae, image, inversion, depth, threshold, x, y, width, height, near_is, missing_depth, cfg,
                 region=None, range=RANGES[0], range_low=0.0, range_high=1.0, feather=8.0, **settings):
-        image = image[:1, ..., :3]
+        image = encodable(image, vae)[:1, ..., :3]
         depth = read_depth(depth, image, near_is, missing_depth, "depth", range, range_low, range_high)
         region = box_or_region(depth, x, y, width, height, region)
         visible = amodal_mask(region, depth, threshold)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import comfy.model_management
@@ -166,6 +167,25 @@ def _finite(tensor: torch.Tensor, socket: str) -> torch.Tensor:
 
 def _what(value) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+
+
+def encodable(image: torch.Tensor, vae, socket: str = "image") -> torch.Tensor:
+    """The picture [B,H,W,C]. Raises ValueError when it is smaller than one pixel of the latent."""
+    side, (height, width) = vae.spacial_compression_encode(), image.shape[1:3]
+    if min(height, width) < side:
+        raise ValueError(f"{socket}: it is {width}×{height} and the VAE takes pictures of at least {side}×{side} pixels; scale it up.")
+    return image
+
+
+@contextmanager
+def named(socket: str, instead: str = "transparency"):
+    """Sentences about a file that name one socket name another one in here."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith(f"{instead}:"):
+            raise ValueError(socket + str(error).removeprefix(instead)) from error
+        raise
 
 
 def centred(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:

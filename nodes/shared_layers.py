@@ -20,7 +20,7 @@ from ..techniques.shared_layers import map_alphas
 from . import sockets
 from .fusion import map_strips
 from .harmonize import HarmonizeLayers
-from .inputs import centred
+from .inputs import centred, encodable, named
 from .sampling import sampling_inputs
 from .sockets import LayerModules, Layers, Node, Transparency, schema
 from .transparency import LayerModelFile
@@ -215,7 +215,7 @@ class ImageToLayers(Node):
         names = _layer_names(model, positive, negative, decoder)
         if len(names) < 2:
             raise ValueError("positive: there is no object to take out of the picture; name at least one in Layer prompts.")
-        count, image = layer_count(names), image[:1, ..., :3]
+        count, image = layer_count(names), encodable(image, vae)[:1, ..., :3]
         sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
         callback = latent_preview.prepare_callback(model, 3 * steps)
         found = invert(without_layers(model), vae.encode(image), _whole(positive), None, sigmas,
@@ -243,6 +243,13 @@ def _layer_names(model, positive: list, negative: list, decoder) -> list[str]:
     if any(LAYERS in values for _, values in negative):
         raise ValueError("negative: this is a conditioning of Layer prompts, which has a row for every layer; connect an ordinary text encoding.")
     names = [prompt for prompt, _ in positive[0][1][LAYERS]]
+    if decoder is not None:  # before the sampling that it would come after
+        with named("decoder"):
+            decoder.part("decoder", transparent_latents.DECODER)
+            channels = model.get_model_object("latent_format").latent_channels
+            if decoder.latent["channels"] != channels:
+                raise ValueError(f"transparency: {decoder.name} is {decoder.describe()} and the model's latents have {channels} channels; load the decoder "
+                                 "of the model's family.")
     if len(names) > 1 and decoder is None and MAPS not in model.model_options["transformer_options"]:
         raise ValueError("decoder: nothing tells where the objects are transparent; connect a transparent decoder from Load transparency, or put "
                          "Context maps on the model.")
@@ -251,7 +258,8 @@ def _layer_names(model, positive: list, negative: list, decoder) -> list[str]:
 
 def _prepared(model, adapter, count: int, record: Record):
     """A clone that keeps its maps in the record, and whose objects have hidden transparency when there is an adapter."""
-    layered = model.clone() if adapter is None or count == 1 else transparency_model.apply_to_foreground(model, adapter, object_rows(count))
+    with named("adapter"):
+        layered = model.clone() if adapter is None or count == 1 else transparency_model.apply_to_foreground(model, adapter, object_rows(count))
     layered.model_options["transformer_options"][RECORD] = record
     return layered
 

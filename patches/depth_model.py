@@ -58,10 +58,10 @@ def estimate(image: Tensor, name: str) -> Tensor:
 
 
 def input_size(folder: Path, height: int, width: int) -> tuple[int, int]:
-    """The network's input: the shorter side as its preprocessor says (518 by default), both multiples of 14."""
+    """The network's input: the shorter side as its preprocessor says (518 by default), the longer one at most four times that; multiples of 14."""
     file = folder / "preprocessor_config.json"
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     side = settings.get("size", {}).get("height", 518)
     multiple = settings.get("ensure_multiple_of", 14)
-    scale = side / min(height, width)
+    scale = min(side / min(height, width), 4 * side / max(height, width))  # a picture of 1×4096 would be two million wide
     return tuple(max(multiple, round(length * scale / multiple) * multiple) for length in (height, width))

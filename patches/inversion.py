@@ -16,6 +16,7 @@ from ..techniques import inversion
 from .gradients import call_unet, differentiable
 from .kept import Kept
 
+LIMITS = {"start_percent", "end_percent", "area", "mask", "control", "gligen", "hooks"}  # keys of a conditioning that is not plain
 METHODS = ("ddim", "null-text", "noise only")
 
 
@@ -80,6 +81,10 @@ def _check_null_text(model: ModelPatcher, negative: list | None, cfg: float) -> 
         raise ValueError("model: null-text inversion works with SD1.5, SD2, SDXL and the Strata mini family; take the method ddim for this one.")
     if negative is None or len(negative) != 1:
         raise ValueError("negative: null-text starts from one plain conditioning; connect the text encoding of an empty prompt.")
+    limits = sorted(LIMITS & negative[0][1].keys())
+    if limits:
+        raise ValueError(f"negative: it carries {', '.join(limits)}, and null-text takes one plain conditioning for the whole picture and the whole way; "
+                         "connect the text encoding of an empty prompt.")
     if cfg == 1:
         raise ValueError("cfg: at 1 there is no unconditional embedding to optimise; raise it, or take the method ddim.")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..techniques.transparency import clean_alpha, clean_colours, extend_colours, median_of_passes, over_gray
 from .transparency import Transparency
 
+DECODER = "a decoder such as vae_transparent_decoder.safetensors"
 MINI = "Strata mini"
 CLEAN = ("auto", "on", "off")
 STRIDE = 8  # pixels per latent pixel
@@ -25,7 +26,7 @@ def decode(transparency: Transparency, image: Tensor, latent: Tensor, passes: in
     tile: sides in pixels of the parts that are decoded alone, 0 for the whole picture.
     clean: whether veil and specks go (techniques.transparency.clean_alpha); auto is on for the mini family, whose small decoder leaves some.
     """
-    patcher = transparency.part("decoder", "a decoder such as vae_transparent_decoder.safetensors")
+    patcher = transparency.part("decoder", DECODER)
     device, dtype = _load(patcher, min(image[0, 0].numel(), tile**2 or image[0, 0].numel()), 800)
     multiple = patcher.model.multiple
     height, width = latent.shape[-2:]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KNOWN, PRIOR = 100.0, 0.05
+FILL = 8  # times as many values as the system has, at most, in its factor
 FAINT = 0.03  # less than this of a layer is noise of the solution, which would leave specks of made-up colour in the layer behind
 MAX_SOLVED = 1_000_000  # pixels: the closed-form system grows with them, and finer than this no eye sees it in an edge
 
@@ -23,6 +24,8 @@ def refine_slices(image: Tensor, masks: Tensor, width: int, step: Callable[[], N
     What is thinner than 3 pixels at the edge of a nearer layer is taken for depth mixed across that edge and goes to the layers around it.
     Source: ours, closed-form matting (Levin et al. 2008) and multi-level foreground estimation (Germer et al. 2020) of pymatting.
     """
+    if masks[0].numel() < 2:  # the solvers need neighbours
+        return masks, image.expand(len(masks), -1, -1, -1)
     nearer = hard = torch.zeros_like(masks[0])
     weights, colours, rest = [], [], image
     reach = max(1, round(width / 2))
@@ -88,7 +91,9 @@ def _closed_form(image: np.ndarray, mask: np.ndarray, known: np.ndarray) -> np.n
 
     trust = np.where(known.ravel(), KNOWN, PRIOR)
     system = (pymatting.cf_laplacian(image, is_known=known.ravel()) + scipy.sparse.diags(trust)).tocsc()
-    return pymatting.cg(system, trust * mask.ravel(), M=pymatting.ichol(system), rtol=1e-5).reshape(mask.shape)
+    # sized by the picture: pymatting's own reserves 4 GB of addresses, which machines that do not overcommit refuse
+    preconditioner = pymatting.ichol(system, max_nnz=min(FILL * system.nnz, int(4e9 / 16)))
+    return pymatting.cg(system, trust * mask.ravel(), M=preconditioner, rtol=1e-5).reshape(mask.shape)
 
 
 @_keeping_threads

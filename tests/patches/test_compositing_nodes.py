@@ -133,3 +133,18 @@ def test_sides_that_no_latent_divides_are_cut_in_one_way():
         assert made["noise_mask"].shape[1:] == (128, 128) and made["noise_mask"].all() and visible.shape[1:] == (134, 132)
         assert visible[0, 130, 60] < 0.2 and visible[0, 100, 60] > 0.99 and visible[0, :67].max() == 0 and visible[0, 67, 60] > 0.99  # soft box, sharp occluder
         assert torch.equal(guider.planes.planes[0].mask, nearer[0, 3:131, 2:130]) and guider.planes.planes[0].mask.sum() == 64 * 128
+
+
+@pytest.mark.skipif(not CHECKPOINT.exists(), reason="no trained weights: make mini")
+def test_what_no_encoder_takes_and_what_null_text_cannot_hold_are_one_sentence():
+    from strata.nodes.compositing import InvertImage
+    with torch.inference_mode():
+        mini = Family()
+        def invert(image, negative=None, method="ddim"):
+            return InvertImage.execute(mini.model, mini.vae, image, mini.negative, method, 2, "ddim_uniform", 3.0, 1, 0, "off", negative)
+        with pytest.raises(ValueError, match="^image: it is 40×7 and the VAE takes pictures of at least 8×8 pixels; scale it up.$"):
+            invert(torch.rand(1, 7, 40, 3))
+        for key, value in (("start_percent", 0.5), ("area", (8, 8, 0, 0)), ("mask", torch.ones(1, 8, 8))):
+            limited = [[mini.negative[0][0], {**mini.negative[0][1], key: value}]]
+            with pytest.raises(ValueError, match=f"^negative: it carries {key}, and null-text takes one plain conditioning"):
+                invert(torch.rand(1, 16, 16, 3), limited, "null-text")

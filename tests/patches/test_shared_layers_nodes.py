@@ -147,3 +147,17 @@ def test_what_is_missing_is_said(loaded):
         sampled(shared(model), vae, [[positive[0][0], {key: value for key, value in positive[0][1].items() if key != LAYERS}]])
     with pytest.raises(ValueError, match="clip: the checkpoint has no text encoder"):
         node(LayerPrompts, clip=None, background="", objects="")
+
+
+def test_a_wrong_file_is_named_by_its_own_socket_before_anything_is_sampled(vae, decoder):
+    plain = fusion_reference.patcher("SD1.5")
+    model, positive, calls = shared(plain), layered(plain), []
+    model.set_model_sampler_post_cfg_function(lambda args: calls.append(1) or args["denoised"])
+    adapter = file_for("SD1.5", plain)
+    flux = transparency.recognise("flux", random_transparency.network(TransparentDecoder((8, 8, 16, 16), 1, 16)))
+    for files, words in (({"decoder": adapter}, "^decoder: .* this node needs a decoder"),
+                         ({"adapter": decoder, "decoder": decoder}, "^adapter: .* this node needs"),
+                         ({"decoder": flux}, "^decoder: .* the model's latents have 4 channels")):
+        with pytest.raises(ValueError, match=words):
+            sampled(model, vae, positive, **files)
+    assert not calls

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from strata.techniques import matting
 from strata.techniques.depth import over_alphas
 from strata.techniques.matting import matte, refine_slices, separate_colours
 
@@ -107,3 +108,26 @@ def test_matting_leaves_the_number_of_threads_as_it_was():
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (2, 2), (1, 40), (3, 3), (40, 2)])
+def test_pictures_of_a_few_pixels_are_sliced_too(size):
+    image, near = torch.rand(*size, 3, generator=torch.Generator().manual_seed(1)), torch.zeros(size)
+    near[: (size[0] + 1) // 2, : (size[1] + 1) // 2] = 1
+    weights, colours = matting.refine_slices(image, torch.stack([1 - near, near]), 8)
+    assert torch.allclose(weights.sum(0), torch.ones(size), atol=1e-6) and colours.isfinite().all()
+    assert ((weights[..., None] * colours).sum(0) - image).abs().max() < 1 / 200
+
+
+def test_the_factor_of_the_matting_system_fits_into_what_is_reserved(monkeypatch):
+    """A picture of noise fills it most. pymatting raises when it does not fit."""
+    import pymatting
+    seen = []
+    original = pymatting.ichol
+    monkeypatch.setattr(pymatting, "ichol", lambda system, **options: seen.append((system.nnz, options["max_nnz"], original(system, **options))) or seen[-1][2])
+    image = torch.rand(90, 120, 3, generator=torch.Generator().manual_seed(2))
+    mask = torch.zeros(90, 120)
+    mask[:, 60:] = 1
+    matting.matte(image, mask, 40)
+    (nnz, reserved, factor), = seen
+    assert reserved == matting.FILL * nnz and factor.L.nnz < reserved / 2
