@@ -10,6 +10,7 @@ test:  ## every test but the slow ones, the browser's included
 
 test-full:  ## the slow ones too
 	$(MAKE) test ARGS='-m "slow or not slow" $(ARGS)'
+	$(EXEC) tools/bad_values.py
 
 check:  ## style, and files that are generated
 	$(EXEC) -m ruff check .

@@ -27,13 +27,40 @@ def check(declared, value, files: bool = False):
     if kind == "BOOLEAN":
         return _typed(name, value, (bool, int), "true or false") != 0
     if kind == "STRING":
-        return _typed(name, value, str, "a text")
+        try:
+            _typed(name, value, str, "a text").encode()
+            return value
+        except UnicodeEncodeError:
+            raise ValueError(f"{name}: there is half of a character in it (a lone surrogate), which no encoder and no file can hold; type it again.") from None
     if kind == "COMBO":
         _typed(name, value, str, "one of the choices")
         if not files and value not in declared.options:
             raise ValueError(f"{name}: {value[:80]!r} is no choice; take one of {', '.join(declared.options)[:400]}.")
         return value
     return CHECKS[kind](value, name) if kind in CHECKS else value
+
+
+def check_together(values: dict, kinds: dict[str, str]) -> None:
+    """Conditionings and latents of a UNet must be of its kind: torch's own words for it name no input. Raises ValueError.
+
+    kinds: {input: type}, as values.
+    """
+    model = next((values[name] for name, kind in kinds.items() if kind == "MODEL" and values.get(name) is not None), None)
+    if model is None:
+        return
+    width = model.model.model_config.unet_config.get("context_dim") if hasattr(model.model, "model_config") else None
+    form = model.get_model_object("latent_format")
+    for name, kind in kinds.items():
+        if kind == "CONDITIONING" and width and values.get(name):
+            for text, _ in values[name]:
+                if text.shape[-1] != width:
+                    raise ValueError(f"{name}: its embeddings have {text.shape[-1]} numbers a token and the model takes {width}; encode the text with the "
+                                     "text encoder of this model.")
+        if kind == "LATENT" and values.get(name) is not None:
+            samples = values[name]["samples"]
+            if form.latent_dimensions == 2 and samples.ndim != 4 or samples.shape[1] != form.latent_channels and samples.any():
+                raise ValueError(f"{name}: its latents are of shape {list(samples.shape)} and the model takes {form.latent_channels} channels"
+                                 f"{' of single pictures' * (samples.ndim != 4)}; encode the picture with the VAE of this model.")
 
 
 def _number(declared, value, kind: str):

@@ -44,5 +44,6 @@ def _checked(execute):
         for one in declared:
             if one.id in named:
                 named[one.id] = inputs.check(one, named[one.id], files="validate_inputs" in cls.__dict__)
+        inputs.check_together(named, {one.id: str(one.get_io_type()) for one in declared})
         return execute(**named)
     return run

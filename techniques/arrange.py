@@ -99,16 +99,17 @@ def merge(stack: LayerStack, indices: Sequence[int], name: str = "") -> LayerSta
     return stack.with_layers((*stack.layers[:indices[0]], merged, *stack.layers[indices[-1] + 1:]))
 
 
-def from_images(images: Tensor, masks: Tensor | None = None, names: str = "", below: LayerStack | None = None) -> LayerStack:
+def from_images(images: Tensor, masks: Tensor | None = None, names: str = "", below: LayerStack | None = None,
+                sockets: tuple[str, str] = ("images", "masks")) -> LayerStack:
     """One layer per image [B,H,W,3|4], the first at the back, on top of `below` when given; otherwise the canvas is the image's size.
 
-    masks: [B,H,W] or one for all, 1 = transparent. names: one per line, "Layer N" beyond the last line.
+    masks: [B,H,W] or one for all, 1 = transparent. names: one per line, "Layer N" beyond the last line. sockets: what errors call the first two.
     Raises ValueError naming the input. Source: ours, ComfyUI's layer document.
     """
-    _check_mask(images, masks, "images", "masks")
+    _check_mask(images, masks, *sockets)
     before = below.layers if below else ()
     if len(before) + len(images) > MAX_LAYERS:
-        raise ValueError(f"images: this makes {len(before) + len(images)} layers and a LAYERS document holds at most {MAX_LAYERS}; pass fewer.")
+        raise ValueError(f"{sockets[0]}: this makes {len(before) + len(images)} layers and a LAYERS document holds at most {MAX_LAYERS}; pass fewer.")
     lines = _lines(names)
     if len(lines) > len(images):
         raise ValueError(f"names: there are {len(lines)} names for {len(images)} images; write one name per line, at most one for each image.")
@@ -123,7 +124,7 @@ def insert(stack: LayerStack | None, images: Tensor, masks: Tensor | None, below
 
     Raises ValueError naming the input. Source: ours, ComfyUI's "Add Layer".
     """
-    grown = from_images(images, masks, below=stack)
+    grown = from_images(images, masks, below=stack, sockets=("image", "mask"))
     before = len(grown.layers) - len(images)
     new = [replace(layer, **fields) for layer in grown.layers[before:]]
     if "name" in fields and len(new) > 1:

@@ -98,9 +98,9 @@ def parse_level_weights(text: str, levels: int) -> dict[int, float]:
     try:
         values = [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ValueError(f"level_weights: '{text}' is not a list of numbers; write them like 0.2, 8.5.") from None
+        raise ValueError(f"level_weights: {text[:60]!r} is not a list of numbers; write them like 0.2, 8.5.") from None
     if len(values) > levels:
         raise ValueError(f"level_weights: there are {len(values)} numbers and this model's decoder has {levels} levels; leave some out at the front.")
     if any(value < 0 or value == float("inf") or value != value for value in values):
-        raise ValueError(f"level_weights: '{text}' has a number that is negative or not finite; weights start at 0.")
+        raise ValueError(f"level_weights: {text[:60]!r} has a number that is negative or not finite; weights start at 0.")
     return {levels - len(values) + index: value for index, value in enumerate(values) if value}

@@ -1,8 +1,10 @@
 """What every node does with what arrives: one check for each type of socket, one sentence for each fault, before any work."""
 import re
+import subprocess
+import sys
 
 import comfy.model_management
-import comfy.samplers
+import host
 import pytest
 import torch
 from comfy_api.latest import io
@@ -84,3 +86,11 @@ def test_pictures_masks_and_layers_lie_where_comfyui_keeps_pictures(monkeypatch)
     found = inputs.check(io.Custom("LAYERS").Input("layers"), document)["layers"][0]
     arrived = [inputs.check(io.Image.Input("i"), PICTURE), inputs.check(io.Mask.Input("m"), PICTURE[..., 0]), found["image"], found["mask"]]
     assert all(value.device.type == "meta" for value in arrived) and document["layers"][0]["image"].device.type == "cpu"
+
+
+def test_bad_values_of_one_node_through_its_whole_execute():
+    """The rest is `make test-full`: some 6,000 calls over all nodes."""
+    tool = host.PACK / "tools" / "bad_values.py"
+    done = subprocess.run([sys.executable, tool, "Set layer"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert int(done.stdout.split(" refused")[0].split()[-1]) > 200

@@ -156,7 +156,7 @@ def test_links_in_the_folders_are_followed_as_comfyui_does(comfy, source, tmp_pa
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 300, "\ud800", "ä" * 150])
 def test_names_that_no_file_can_have_are_one_sentence(comfy, source, name):
-    with pytest.raises(run.RunError, match="filename_prefix: .* cannot be the start of a file name") as caught:
+    with pytest.raises(run.RunError, match="filename_prefix: .*(cannot be the start of a file name|half of a character)") as caught:
         save(comfy, source, "PSD", name)
     assert "\n" not in str(caught.value)
     with pytest.raises(run.RunError, match="is not a file in ComfyUI's input folder"):
