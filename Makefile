@@ -11,6 +11,7 @@ test:  ## every test but the slow ones, the browser's included
 test-full:  ## the slow ones too
 	$(MAKE) test ARGS='-m "slow or not slow" $(ARGS)'
 	$(EXEC) tools/bad_values.py
+	$(EXEC) tools/soak.py
 
 check:  ## style, and files that are generated
 	$(EXEC) -m ruff check .

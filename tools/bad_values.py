@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import figures
 import torch
@@ -130,9 +131,9 @@ def odd(kind: str, good) -> Iterator:
     elif kind == "LAYERS":
         layer = good["layers"][1]
         for field, values in {"image": (None, 1, layer["image"][0], layer["image"] * NAN, layer["image"][..., :2]), "x": (NAN, "1", 10**9, None),
-                              "w": (-5, 10**6),
-                              "opacity": (2, NAN, "1"), "blend_mode": ("odd", 3), "rotation": (INFINITE, "a", 0.3), "name": (3, "", "\0"), "mask": (1, layer["image"]),
-                              "z_index": ("a", NAN), "visible": (0, "no"), "type": ("text",), "strata": ([], 3)}.items():
+                              "w": (-5, 10**6), "opacity": (2, NAN, "1"), "blend_mode": ("odd", 3), "rotation": (INFINITE, "a", 0.3),
+                              "name": (3, "", "\0"), "mask": (1, layer["image"]), "z_index": ("a", NAN), "visible": (0, "no"), "type": ("text",),
+                              "strata": ([], 3)}.items():
             yield from ({**good, "layers": [good["layers"][0], {**layer, field: value}]} for value in values)
         yield from ({**good, "canvas": canvas} for canvas in (None, (0, 0), (NAN, 1), (10**6, 1), "a"))
         yield from ({**good, "layers": []}, {**good, "version": 2}, {**good, "layers": [3]}, {**good, "layers": good["layers"] * 30})
@@ -183,7 +184,7 @@ def main() -> int:
     comfy.utils.PROGRESS_BAR_ENABLED = False
     good = Good()
     signal.signal(signal.SIGALRM, ring)
-    held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + ROOM, resource.RLIM_INFINITY))
     counts, faults = Counter(), 0
     for node in (node for module in nodes.MODULES for node in module.NODES):
