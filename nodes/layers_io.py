@@ -102,7 +102,11 @@ def _target(prefix: str, canvas: tuple[int, int]) -> tuple[Path, str, str]:
         raise ValueError(f"filename_prefix: {prefix!r} leads outside ComfyUI's output folder; use a name, or subfolder/name.")
     if os.path.basename(prefix) in ("", ".", ".."):
         raise ValueError(f"filename_prefix: {prefix!r} has no file name; write one, for example layers/strata.")
-    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, *canvas)
+    try:
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, *canvas)
+    except Exception as error:  # newer ComfyUI follows links, and raises in several lines when one leads elsewhere
+        raise ValueError(f"filename_prefix: ComfyUI does not save to {prefix!r}, which leads outside its output folder by a link; use another folder, or "
+                         "start ComfyUI with --output-directory.") from error
     return Path(folder), f"{name}_{counter:05}_", subfolder
 
 

@@ -1,6 +1,7 @@
 """Files in and out through the real server: what is saved is loaded back equal, and nothing bad ends it."""
 import io
 import json
+import re
 import zipfile
 
 import numpy as np
@@ -150,7 +151,11 @@ def test_links_in_the_folders_are_followed_as_comfyui_does(comfy, source, tmp_pa
         link.unlink(missing_ok=True)
         link.symlink_to(target)
     assert flattened(comfy, "linked.psd").shape == flattened(comfy, "disk/linked.psd").shape == (10, 12, 4)
-    (reference,) = comfy.files(save(comfy, source, "PSD", "disk/saved"))
+    try:
+        (reference,) = comfy.files(save(comfy, source, "PSD", "disk/saved"))
+    except run.RunError as error:  # newer ones do not write through links
+        assert re.search(r"filename_prefix: ComfyUI does not save to 'disk/saved', which leads outside its output folder by a link; [^\n]*$", str(error))
+        return
     assert (elsewhere / reference["filename"]).exists() and reference["subfolder"] == "disk"
 
 
