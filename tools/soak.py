@@ -1,6 +1,6 @@
 """A long random run of one ComfyUI: prompts, interrupts and wrong inputs, and the same probes in between, which must stay bit-equal.
 
-    python tools/host.py exec tools/soak.py            # 400 prompts, about half an hour; part of `make test-full`
+    python tools/host.py exec tools/soak.py            # 400 prompts, about ten minutes; part of `make test-full`
     python tools/host.py exec tools/soak.py 40 --seed 7
 
 Ends with status 1 when a prompt fails that should not, a probe's picture changes, the server stops, or its memory grows without end.
