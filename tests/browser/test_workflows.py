@@ -114,3 +114,15 @@ def test_the_slicing_workflow_from_start_to_layers(editor, comfy):
     editor.picture(f"slicing_{editor.mode}")
     assert any(file["filename"].endswith(".psd") for file in comfy.files(entry))
     assert editor.errors == []
+
+
+@pytest.mark.parametrize("name", ["layers_roundtrip", "depth_slice_to_psd"])
+def test_graphs_of_the_first_version_open_with_the_new_inputs_at_their_defaults(editor, name):
+    """Of nodes that add widgets of their own, whose values stood where new inputs are now."""
+    old = PACK / "tests" / "old_graphs"
+    editor.load(json.loads((old / f"{name}.json").read_text(encoding="utf-8")), name)
+    prompt, saved = editor.prompt(), json.loads((old / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    for node_id, node in saved.items():
+        assert {key: prompt[node_id]["inputs"][key] for key in node["inputs"]} == node["inputs"]
+    new = {key: value for node_id, node in prompt.items() for key, value in node["inputs"].items() if key not in saved[node_id]["inputs"]}
+    assert new == ({"groups": "leaves"} if name == "layers_roundtrip" else {"range": "each image", "range_low": 0, "range_high": 1})
