@@ -156,17 +156,21 @@ def test_drag_changes_widget_and_tint_without_a_run(picker, no_run):
 
 
 def test_each_drag_is_one_step_of_undo(picker, no_run):
-    for start, end in ((0.3, 0.5), (0.5, 0.7), (0.7, 0.9)):
-        picker.drag(start, end)
-        picker.wait_value(end)
-    for value in (0.7, 0.5, 0.3):
-        picker.page.keyboard.press("Control+z")
-        picker.wait_shown(value)
-        # the frontend takes the next one when it has finished this one
+    def recorded(value):
+        """The frontend has put it into its history; it takes the next change, or key, when it has finished this one."""
         picker.page.wait_for_function("""([type, value]) => {
             const { activeState } = app.extensionManager.workflow.activeWorkflow.changeTracker;
             return activeState.nodes.some((node) => node.type === type && Math.abs(node.widgets_values[0] - value) < 0.011);
         }""", arg=[SLICE, value])
+
+    for start, end in ((0.3, 0.5), (0.5, 0.7), (0.7, 0.9)):
+        picker.drag(start, end)
+        picker.wait_value(end)
+        recorded(end)
+    for value in (0.7, 0.5, 0.3):
+        picker.page.keyboard.press("Control+z")
+        picker.wait_shown(value)
+        recorded(value)
     assert picker.value() == "0.3"
     assert picker.editor.errors == []
 
