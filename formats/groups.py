@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..techniques.layers import Layer, LayerStack
-from .raster import check_sides, picture
+from .raster import check_sides, modes_note, picture
 
 GROUPS = ("leaves", "one layer each")  # what a reader may be asked for
 
@@ -40,7 +40,7 @@ def grouped(own: list[Layer], name: str, mode: str, opacity: float, visible: boo
     if len(shown) < len(own):
         reason += "; its hidden layers are left out"
     notes.append(f"Group {name!r} is one layer now, {reason}.")
-    layer = replace(flattened(shown, name), opacity=opacity, blend_mode="normal" if mode == "pass-through" else mode)
+    layer = replace(flattened(shown, name, notes), opacity=opacity, blend_mode="normal" if mode == "pass-through" else mode)
     return [masked(layer, mask(layer))]
 
 
@@ -69,8 +69,9 @@ def _overlap(layers: list[Layer]) -> bool:
     return bool((seen > 1).any())
 
 
-def flattened(layers: list[Layer], name: str) -> Layer:
-    """One layer of several, isolated from what is behind them."""
+def flattened(layers: list[Layer], name: str, notes: list[str]) -> Layer:
+    """One layer of several, isolated from what is behind them; with a note where a blend mode of theirs has no formula."""
+    notes += modes_note(layers, f"The merged layer {name!r}", ", because there is no formula for it")
     left, top = min(layer.x for layer in layers), min(layer.y for layer in layers)
     size = max(box_of(layer)[2] for layer in layers) - left, max(box_of(layer)[3] for layer in layers) - top
     check_sides(f"group {name!r}", *size)

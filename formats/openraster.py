@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from xml.etree import ElementTree
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from ..techniques.layers import Layer, LayerStack
 from .groups import GROUPS, box_of, flattened, grouped, masked
 from .png import read_metadata as read_png_metadata
 from .png import write_png
-from .raster import check_sides, check_total, eight_bits, from_bytes, in_parallel, in_place, in_srgb, over, plain_name, to_bytes
+from .raster import check_sides, check_total, from_bytes, in_parallel, in_place, in_srgb, over, plain_name, to_bytes
 from .xml import parse_xml
 
 MODES = {
@@ -28,7 +29,13 @@ MODES = {
                                         "difference", "color", "luminosity", "hue", "saturation")},
 }
 DOCUMENT_MODES = {operator: mode for mode, operator in MODES.items()}
-CUTS = ("svg:src-atop", "svg:dst-in", "svg:dst-out")  # operators that only cut, which masks can do
+# Porter and Duff's shares of a layer and of what is below it, by the alphas s and b of both. src-atop is Krita's "inherit alpha".
+OPERATORS = {
+    "svg:src-atop": lambda s, b: (b, 1 - s), "svg:src-in": lambda s, b: (b, 0), "svg:src-out": lambda s, b: (1 - b, 0),
+    "svg:dst-atop": lambda s, b: (1 - b, s), "svg:dst-in": lambda s, b: (0, s), "svg:dst-out": lambda s, b: (0, 1 - s),
+    "svg:dst-over": lambda s, b: (1 - b, 1), "svg:xor": lambda s, b: (1 - b, 1 - s), "svg:src": lambda s, b: (1, 0),
+    "svg:dst": lambda s, b: (0, 1), "svg:clear": lambda s, b: (0, 0),
+}
 MIMETYPE = b"image/openraster"
 _XML_BYTES = 2**22
 _PNG_OVERHEAD = 2**26  # what a layer's PNG may hold beside its pixels
@@ -62,7 +69,7 @@ def write(file: BinaryIO, stack: LayerStack, merged: Tensor, metadata: dict[str,
 def read(path: Path, groups: str = GROUPS[0], notes: list[str] | None = None) -> LayerStack:
     """Layers of an OpenRaster file, back to front, as [H,W,4].
 
-    groups, notes: as psd.read takes them. Operators that cut (src-atop, dst-in, dst-out) become masks.
+    groups, notes: as psd.read takes them. The operators of OPERATORS become masks where that is exact, and else one layer.
     Sizes are checked before anything is unpacked. Raises ValueError with one sentence naming the file.
     """
     try:
@@ -131,43 +138,55 @@ def _layers(archive: zipfile.ZipFile, stack: ElementTree.Element, name: str, mer
         label, shown = plain_name(element.get("name", "")) or "Layer", element.get("visibility", "visible") != "hidden"
         operator = element.get("composite-op", "svg:src-over")
         if element.tag == "stack":
-            opacity, own = _opacity(element, name), _layers(archive, element, name, False, notes)
-            mixes = opacity == 1 and operator == "svg:src-over" and element.get("isolation", "auto") == "auto"
-            found += grouped(own, label, "pass-through" if mixes else DOCUMENT_MODES.get(operator, "normal"), opacity, shown, lambda _: None, False, merge,
-                             notes)
-            known = operator in DOCUMENT_MODES
+            opacity, own = _opacity(element, name, notes), _layers(archive, element, name, False, notes)
+            cuts = any(child.get("composite-op") in OPERATORS for child in element)  # these act inside of the group alone
+            mixes = opacity == 1 and operator == "svg:src-over" and element.get("isolation", "auto") == "auto" and not cuts
+            mode = "pass-through" if mixes else operator if operator in OPERATORS else DOCUMENT_MODES.get(operator, "normal")
+            new = grouped(own, label, mode, opacity, shown, lambda _: None, False, merge, notes)
         elif element.tag == "layer" and _drawn(element):
-            layer = _layer(archive, element, shown, name, notes)
-            known = operator in DOCUMENT_MODES or operator in CUTS and shown
-            if operator in CUTS and shown:
-                found = _cut(found, layer, operator, notes)
-            else:
-                found.append(layer)
+            new = [_layer(archive, element, shown, name, notes)]
         else:
             notes.append(f"{element.tag} {label!r} has no PNG pixels and is left out.")
             continue
-        if not known:
+        for layer in new:
+            acts = operator in OPERATORS and layer.visible
+            layer = replace(layer, blend_mode="normal") if operator in OPERATORS else layer
+            found = _composited(found, layer, operator, notes) if acts else [*found, layer]
+        if operator not in DOCUMENT_MODES and (operator not in OPERATORS or not shown):
             notes.append(f"{label!r} has the blend mode {operator}, which ComfyUI's layers do not have; it is read as normal.")
     return found
 
 
-def _cut(below: list[Layer], layer: Layer, operator: str, notes: list[str]) -> list[Layer]:
-    """A layer that is kept inside of what lies below it in its stack (src-atop, Krita's "inherit alpha"), or cuts that (dst-in, dst-out)."""
+def _composited(below: list[Layer], layer: Layer, operator: str, notes: list[str]) -> list[Layer]:
+    """A layer that acts by one of OPERATORS on what lies below it in its stack: by masks where these show the same, and else one layer of both."""
     shown = [one for one in below if one.visible]
-    if not shown:
-        return below
-    if operator == "svg:src-atop":
-        whole = flattened([replace(one, blend_mode="normal") for one in shown], layer.name)
-        alpha = whole.image[..., 3].numpy()
-        if ((alpha > 0.002) & (alpha < 0.998)).any():
-            notes.append(f"Layer {layer.name!r} is cut to what is below it; where that is half transparent, a little of it shows through.")
-        return [*below, masked(layer, over(box_of(layer), alpha, whole.x, whole.y, 0))]
     own = (layer.rgba()[..., 3] * layer.opacity).numpy()
-    own = own if operator == "svg:dst-in" else 1 - own
-    if ((own > 0.002) & (own < 0.998)).any() and len(shown) > 1:
-        notes.append(f"Layer {layer.name!r} cuts each layer below it; where it is half transparent and those overlap, they show a little more.")
-    outside = 0 if operator == "svg:dst-in" else 1
-    return [masked(one, over(box_of(one), own, layer.x, layer.y, outside)) if one.visible else one for one in below]
+    if operator == "svg:src-atop" and shown:
+        whole = flattened([replace(one, blend_mode="normal") for one in shown], layer.name, notes)
+        alpha = whole.image[..., 3].numpy()
+        if _hard(alpha):
+            return [*below, masked(layer, over(box_of(layer), alpha, whole.x, whole.y, 0))]
+    if operator in ("svg:dst-in", "svg:dst-out") and shown and (_hard(own) or len(shown) == 1):
+        inside, outside = (own, 0) if operator == "svg:dst-in" else (1 - own, 1)
+        return [masked(one, over(box_of(one), inside, layer.x, layer.y, outside)) if one.visible else one for one in below]
+    ground = flattened(shown, layer.name, notes) if shown else replace(layer, image=layer.rgba() * 0, mask=None, opacity=1.0)
+    left, top, right, bottom = (pick(sides) for pick, sides in zip((min, min, max, max), zip(box_of(ground), box_of(layer), strict=True), strict=True))
+    check_sides(f"layer {layer.name!r} with the layers below it", right - left, bottom - top)
+    source, behind = (np.stack([over((left, top, right, bottom), plane, one.x, one.y, 0) for plane in one.rgba().movedim(-1, 0).numpy()], -1)
+                      for one in (layer, ground))
+    s, b = source[..., 3:] * layer.opacity, behind[..., 3:]
+    from_source, from_behind = OPERATORS[operator](s, b)
+    parts = s * from_source, b * from_behind
+    alpha = sum(parts)
+    colour = (source[..., :3] * parts[0] + behind[..., :3] * parts[1]) / np.where(alpha > 0, alpha, 1)
+    notes.append(f"Layer {layer.name!r} and what is below it in its group are one layer now, because {operator} acts on both together.")
+    image = torch.from_numpy(np.concatenate([colour, alpha], -1).astype(np.float32))
+    return [*(one for one in below if not one.visible), Layer(image, layer.name, None, left, top)]
+
+
+def _hard(alpha: np.ndarray) -> bool:
+    """Whether every pixel is wholly opaque or wholly transparent."""
+    return bool(((alpha == 0) | (alpha == 1)).all())
 
 
 def _png_size(archive: zipfile.ZipFile, sizes: dict[str, int], element: ElementTree.Element, name: str) -> tuple[int, int]:
@@ -197,15 +216,22 @@ def _layer(archive: zipfile.ZipFile, element: ElementTree.Element, visible: bool
     label = element.get("name") or "Layer"
     try:
         with Image.open(io.BytesIO(archive.read(_source(element))), formats=["PNG"]) as image:
-            pixels = eight_bits(in_srgb(image, label, notes))
+            pixels = in_srgb(image, label, notes)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: the PNG of layer {label!r} cannot be read ({error}); save the file again in your paint program.") from error
-    return Layer(from_bytes(pixels), label, None, round(_number(element, "x", 0, name)), round(_number(element, "y", 0, name)),
-                 opacity=_opacity(element, name), blend_mode=DOCUMENT_MODES.get(element.get("composite-op", "svg:src-over"), "normal"), visible=visible)
+    x, y = (_number(element, key, 0, name) for key in "xy")
+    if (x, y) != (round(x), round(y)):
+        notes.append(f"Layer {label!r} lies between pixels and is moved to whole ones.")
+    return Layer(from_bytes(pixels), label, None, round(x), round(y), opacity=_opacity(element, name, notes),
+                 blend_mode=DOCUMENT_MODES.get(element.get("composite-op", "svg:src-over"), "normal"), visible=visible)
 
 
-def _opacity(element: ElementTree.Element, name: str) -> float:
-    return min(max(_number(element, "opacity", 1, name), 0.0), 1.0)
+def _opacity(element: ElementTree.Element, name: str, notes: list[str]) -> float:
+    value = _number(element, "opacity", 1, name)
+    known = min(max(value, 0.0), 1.0)
+    if value != known:
+        notes.append(f"{element.get('name') or 'Layer'!r} has the opacity {value:g}, which is read as {known:g}.")
+    return known
 
 
 def _number(element: ElementTree.Element, key: str, default: float, name: str) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..techniques.layers import BLEND_MODES, Layer, LayerStack
 from .groups import GROUPS, box_of, flattened, grouped, masked
-from .raster import check_sides, check_total, eight_bits, from_bytes, in_place, over, picture, plain_name, to_bytes
+from .raster import check_sides, check_total, eight_bits, from_bytes, in_place, modes_note, over, picture, plain_name, to_bytes
 from .xml import parse_xml
 
 MISSING_MODES = ("grain-extract", "grain-merge")  # GIMP's; Photoshop has no such modes
@@ -206,6 +206,8 @@ class _Layers:
         return found
 
     def pieces(self, item) -> list[Layer]:
+        if item.is_group() or _drawn(item):
+            self.notes += [f"The {what} of {'group' if item.is_group() else 'layer'} {_name(item)!r} {verb} not read." for what, verb in _unread(item)]
         if item.is_group():
             return self.group(item)
         if _drawn(item):
@@ -214,8 +216,6 @@ class _Layers:
         return []
 
     def leaf(self, item) -> Layer:
-        if item.has_effects():
-            self.notes.append(f"The effects of layer {_name(item)!r} are not read.")
         opacity = item.opacity / 255 * (item.fill_opacity / 255)
         layer = Layer(_image(item, self.notes), _name(item), None, item.left, item.top, opacity=opacity,
                       blend_mode=self.mode(item), visible=item.visible)
@@ -248,17 +248,23 @@ class _Layers:
 
     def clipped(self, base: list[Layer], tops: list[Layer], name: str) -> list[Layer]:
         """Layers cut to a base: what they all make has the base's alpha, opacity and blend mode."""
-        if not any(layer.visible for layer in base):
+        visible, shown = [layer for layer in base if layer.visible], [top for top in tops if top.visible]
+        if not visible:
             return base + [replace(top, visible=False) for top in tops]
-        if len(base) > 1:
-            base = [flattened([layer for layer in base if layer.visible], name)]
-            self.notes.append(f"Group {name!r} is one layer now, because other layers are clipped to it.")
-        ground, = base
+        ground = base[0] if len(base) == 1 else flattened(visible, name, self.notes if shown else [])
         alpha = ground.rgba()[..., 3].numpy()
+        if not shown:
+            return base + [masked(top, over(box_of(top), alpha, ground.x, ground.y, 0)) for top in tops]
+        if len(base) > 1:
+            hidden = "; its hidden layers are left out" if len(visible) < len(base) else ""
+            self.notes.append(f"Group {name!r} is one layer now, because other layers are clipped to it{hidden}.")
         if ground.opacity < 1 or ground.blend_mode != "normal":
-            self.notes.append(f"The layers that are clipped to {ground.name!r} are one with it now, because its opacity or blend mode acts on them too.")
+            hidden = "; the hidden ones of them are left out" if len(shown) < len(tops) else ""
+            self.notes.append(f"The layers that are clipped to {ground.name!r} are one with it now, because its opacity or blend mode acts on them too"
+                              f"{hidden}.")
+            self.notes += modes_note(shown, f"The merged layer {ground.name!r}", ", because there is no formula for it")
             under = replace(ground, image=ground.image[..., :3], mask=None, opacity=1.0, blend_mode="normal")
-            colour = _over_base(under, [top for top in tops if top.visible])
+            colour = _over_base(under, shown)
             return [replace(ground, image=torch.cat([colour, torch.from_numpy(alpha)[..., None]], -1), mask=None)]
         # Where the base is half transparent, over leaves more of it behind a clipped layer than clipping does: shares are taken off from the front.
         free, cut = np.ones_like(alpha), []
@@ -279,6 +285,21 @@ def _name(item) -> str:
     return plain_name(item.name.rstrip("\0")) or "Layer"
 
 
+def _unread(item) -> list[tuple[str, str]]:
+    """What else Photoshop draws a layer by, with the verb of its sentence."""
+    from psd_tools.constants import Tag
+
+    ranges = item._record.blending_ranges
+    limits = [tuple(limit) for channel in (ranges.composite_ranges, *(ranges.channel_ranges or ())) for limit in channel or ()]
+    found = {
+        ("effects", "are"): item.has_effects(),
+        ("vector mask", "is"): item.kind == "pixel" and item.has_vector_mask() and not item.has_mask() and not item.vector_mask.disabled,
+        ("Blend If ranges", "are"): any(limit not in ((0, 65535), (0, 0)) for limit in limits),
+        ("knockout", "is"): int(item.tagged_blocks.get_data(Tag.KNOCKOUT_SETTING, 0)) > 0,
+    }
+    return [words for words, there in found.items() if there]
+
+
 def _over_base(base: Layer, tops: list[Layer]) -> Tensor:
     """[H,W,3] of layers over an opaque base, within its box."""
     height, width = base.image.shape[:2]
@@ -294,6 +315,10 @@ def _flat(psd, notes: list[str]) -> Layer:
 
 
 def _pillow(item, notes: list[str]) -> Image.Image:
+    """A layer's or document's picture as Pillow takes it: of 8 bits, its colour profile applied."""
+    if getattr(item, "_psd", item).depth > 8:
+        note = "The file's colours of more than 8 bits are converted to 8, because of its colour profile or colour mode."
+        notes.extend([note] if note not in notes else [])
     try:
         return item.topil()
     except (ImageCms.PyCMSError, OSError):

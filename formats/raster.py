@@ -44,19 +44,22 @@ def eight_bits(image: Image.Image) -> np.ndarray:
     return np.array(image if direct else image.convert("RGBA"))
 
 
-def in_srgb(image: Image.Image, label: str, notes: list[str]) -> Image.Image:
-    """A Pillow picture with its colour profile applied; a profile that cannot be read is left alone, with a note."""
-    profile = image.info.get("icc_profile")
-    if not profile or image.mode not in ("RGB", "RGBA", "L"):
-        return image
+def in_srgb(image: Image.Image, label: str, notes: list[str]) -> np.ndarray:
+    """`eight_bits` of a Pillow picture with its colour profile applied; one that cannot be used is left alone, with a note."""
+    profile, pixels = image.info.get("icc_profile"), eight_bits(image)
+    if not profile:
+        return pixels
+    gray = image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
     try:
         own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
-        if "sRGB" in ImageCms.getProfileDescription(own):
-            return image
-        return ImageCms.profileToProfile(image, own, srgb, outputMode="RGB" if image.mode == "L" else image.mode)
+        source = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if gray else pixels[..., :3]))
+        colour = np.array(ImageCms.profileToProfile(source, own, srgb, outputMode="RGB"))
     except (ImageCms.PyCMSError, OSError):
-        notes.append(f"The colour profile of layer {label!r} cannot be read; its colours are taken as sRGB.")
-        return image
+        notes.append(f"The colour profile of layer {label!r} cannot be used; its colours are taken as sRGB.")
+        return pixels
+    # sRGB's own profile rounds some values to their neighbours. Its name tells nothing: linear light is called sRGB too.
+    same = np.abs(colour.astype(int) - pixels[..., :3]).max() <= 1
+    return pixels if same else np.concatenate([colour, pixels[..., 3:]], -1)
 
 
 def over(box: tuple[int, int, int, int], pixels: np.ndarray | None, x: int, y: int, outside: float) -> np.ndarray:
@@ -95,15 +98,19 @@ def in_place(layer: Layer, canvas: tuple[int, int]) -> Layer:
 
 def picture(stack: LayerStack) -> Tensor:
     """[H,W,4] flattened, for programs that read no layers; a blend mode that cannot be flattened is taken as normal there."""
-    shown = [layer if layer.blend_mode in W3C_MODES else replace(layer, blend_mode="normal") for layer in stack.layers]
-    colour, alpha = flatten(stack.with_layers(shown))
+    colour, alpha = flatten(with_formulas(stack))
     return torch.cat([colour, alpha[..., None]], dim=-1)
 
 
-def modes_note(stack: LayerStack) -> list[str]:
+def with_formulas(stack: LayerStack) -> LayerStack:
+    """The stack with blend mode normal in place of those that cannot be flattened; `modes_note` says which."""
+    return stack.with_layers(layer if layer.blend_mode in W3C_MODES else replace(layer, blend_mode="normal") for layer in stack.layers)
+
+
+def modes_note(layers: Sequence[Layer], what: str = "The flattened picture", rest: str = "; the layers themselves keep their modes") -> list[str]:
     """A sentence for the layers whose blend mode `picture` cannot show; none when there are none."""
-    odd = [f"{layer.name!r} ({layer.blend_mode})" for layer in stack.layers if layer.visible and layer.blend_mode not in W3C_MODES]
-    return [f"The flattened picture shows {', '.join(odd)} in blend mode normal; the layers themselves keep their modes."] if odd else []
+    odd = [f"{layer.name!r} ({layer.blend_mode})" for layer in layers if layer.visible and layer.blend_mode not in W3C_MODES]
+    return [f"{what} shows {', '.join(odd)} in blend mode normal{rest}."] if odd else []
 
 
 def on_canvas(layer: Layer, canvas: tuple[int, int]) -> np.ndarray:

@@ -4,6 +4,7 @@ import math
 from comfy_api.latest import io, ui
 from PIL import ImageColor
 
+from ..formats.raster import modes_note, with_formulas
 from ..techniques import arrange, geometry
 from ..techniques.compositing import flatten_image, preview
 from ..techniques.layers import BLEND_MODES, MAX_SIDE, read_layers, write_layers
@@ -213,7 +214,9 @@ class PreviewLayers(Node):
 
     @classmethod
     def execute(cls, layers):
-        return io.NodeOutput(layers, ui=ui.PreviewImage(preview(read_layers(layers)), cls=cls))
+        stack = read_layers(layers)
+        shown, notes = ui.PreviewImage(preview(with_formulas(stack)), cls=cls).as_dict(), modes_note(stack.layers, "The preview")
+        return io.NodeOutput(layers, ui=shown | (ui.PreviewText("\n".join(notes)).as_dict() if notes else {}))
 
 
 def _need(value, message: str) -> None:

@@ -50,7 +50,7 @@ class SaveLayers(Node):
         paths = files.save(folder, stem, stack, merged, format, _metadata(cls.hidden), ProgressBar(len(stack.layers)).update_absolute)
         saved = [{"filename": path.name, "subfolder": subfolder, "type": "output"} for path in paths]
         shown = {"images": saved} if "layers" in format else {**ui.PreviewImage(merged[None]).as_dict(), "files": saved}
-        notes = modes_note(stack)
+        notes = modes_note(stack.layers)
         shown |= ui.PreviewText("\n".join(notes)).as_dict() if notes else {}
         return io.NodeOutput(layers, "\n".join(map(str, paths)), ui=shown)
 
@@ -88,7 +88,7 @@ class LoadLayers(Node):
     def execute(cls, file, groups=GROUPS[0]):
         notes = []
         stack = files.load(input_file(file), groups, notes)
-        merged, text = picture(stack)[None], "\n".join([*notes, *modes_note(stack)])
+        merged, text = picture(stack)[None], "\n".join([*notes, *modes_note(stack.layers)])
         return io.NodeOutput(write_layers(stack), merged[..., :3], 1 - merged[..., 3], text, ui=ui.PreviewText(text) if text else None)
 
 
@@ -104,6 +104,8 @@ def _target(prefix: str, canvas: tuple[int, int]) -> tuple[Path, str, str]:
         raise ValueError(f"filename_prefix: {prefix!r} has no file name; write one, for example layers/strata.")
     try:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, *canvas)
+    except OSError as error:  # a file of that name, no rights, a path that is too long
+        raise ValueError(f"filename_prefix: the folder of {prefix[:60]!r} cannot be used ({error.strerror}); use another one.") from error
     except Exception as error:  # newer ComfyUI follows links, and raises in several lines when one leads elsewhere
         raise ValueError(f"filename_prefix: ComfyUI does not save to {prefix!r}, which leads outside its output folder by a link; use another folder, or "
                          "start ComfyUI with --output-directory.") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from PIL import ImageCms
 from strata.techniques.layers import Layer, LayerStack
 
 
@@ -34,3 +35,18 @@ def layers(modes: tuple[str, ...]):
         lambda seed, width, height, channels, **fields: Layer(pixels(seed, height, width, channels), **fields),
         st.integers(0, 999), st.integers(1, 9), st.integers(1, 9), st.sampled_from((3, 4)), name=text, x=st.integers(-20000, 20000),
         y=st.integers(-20000, 20000), opacity=st.floats(0, 1), blend_mode=st.sampled_from(modes), visible=st.booleans())
+
+
+def linear_srgb():
+    """sRGB's primaries with linear light, which calls itself sRGB as Krita's profiles do: each parametric curve becomes a gamma of 1."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    place = profile.find(b"para")
+    while place >= 0:
+        profile[place + 8:place + 10], profile[place + 12:place + 16] = b"\0\0", b"\0\1\0\0"
+        place = profile.find(b"para", place + 4)
+    return bytes(profile)
+
+
+def srgb_of(value):
+    """An 8-bit value of linear light, by IEC 61966-2-1."""
+    return round(255 * (12.92 * value / 255 if value / 255 <= 0.0031308 else 1.055 * (value / 255) ** (1 / 2.4) - 0.055))

@@ -14,7 +14,7 @@ from strata.formats.groups import GROUPS
 from strata.formats.raster import eight_bits, picture
 from strata.techniques.layers import BLEND_MODES, Layer, LayerStack
 
-from .stacks import eight_bit, example, layers, pixels
+from .stacks import eight_bit, example, layers, linear_srgb, pixels, srgb_of
 
 STACK = '<image version="0.0.3" w="4" h="3"><stack>{}</stack></image>'
 LAYER = '<layer name="one" src="data/one.png" {}/>'
@@ -257,12 +257,12 @@ def test_operators_that_cut_become_masks(tmp_path):
 
 
 def test_what_layers_cannot_hold_is_noted(tmp_path):
-    xml = ("<layer src='a.png' name='odd' composite-op='svg:xor'/><layer src='b.svg' name='vector'/>"
+    xml = ("<layer src='a.png' name='odd' composite-op='krita:freeze'/><layer src='b.svg' name='vector'/>"
            "<stack name='veil' opacity='0.5'><layer src='a.png' name='one'/><layer src='a.png' name='two'/></stack><layer src='a.png' name='ground'/>")
     notes = []
     stack = files.load(ora(tmp_path / "odd.ora", xml, a=flat((200, 10, 30, 255))), notes=notes)
     assert [layer.name for layer in stack.layers] == ["ground", "veil", "odd"] and stack.layers[1].opacity == 0.5
-    assert sorted(notes) == ["'odd' has the blend mode svg:xor, which ComfyUI's layers do not have; it is read as normal.",
+    assert sorted(notes) == ["'odd' has the blend mode krita:freeze, which ComfyUI's layers do not have; it is read as normal.",
                              "Group 'veil' is one layer now, because its opacity or mask acts on all its layers together.",
                              "layer 'vector' has no PNG pixels and is left out."]
 
@@ -289,7 +289,7 @@ def test_a_layers_colour_profile_is_applied(tmp_path):
     found = {layer.name: eight_bit(layer.image)[0, 0].tolist() for layer in files.load(ora(tmp_path / "icc.ora", xml, **images), notes=notes).layers}
     assert found["srgb"] == found["broken"] == [200, 100, 50, 128]
     assert np.abs(np.array(found["swapped"]) - [50, 100, 200, 128]).max() <= 2
-    assert notes == ["The colour profile of layer 'broken' cannot be read; its colours are taken as sRGB."]
+    assert notes == ["The colour profile of layer 'broken' cannot be used; its colours are taken as sRGB."]
 
 
 @pytest.mark.parametrize(("mode", "value", "expected"), [("L", 77, (77, 77, 77, 255)), ("LA", (77, 128), (77, 77, 77, 128)), ("1", 1, (255, 255, 255, 255)),
@@ -301,3 +301,124 @@ def test_pictures_of_every_mode(tmp_path, mode, value, expected):
         image.putpalette([0, 0, 0] * 3 + [9, 80, 170])
     (layer,) = files.load(ora(tmp_path / "mode.ora", "<layer src='a.png' name='a' x='1.4' y='-1.6' opacity='1.5'/>", a=image)).layers
     assert eight_bit(layer.rgba())[3, 3].tolist() == list(expected) and (layer.x, layer.y, layer.opacity) == (1, -2, 1.0)
+
+
+# Porter and Duff: what is shown where the layer and what is below it both lie, where the layer lies alone, and where the other does.
+SHOWN = {"src-atop": "s-b", "src-in": "s--", "src-out": "-s-", "dst-atop": "bs-", "dst-in": "b--", "dst-out": "--b", "dst-over": "bsb", "xor": "-sb",
+         "src": "ss-", "dst": "b-b", "clear": "---"}
+
+
+def by_areas(operator, source, below):
+    """[H,W,4] premultiplied float64, by the areas of a pixel that two layers [H,W,4] cover independently of each other."""
+    s, b = source[..., 3:], below[..., 3:]
+    result = np.zeros(source.shape)
+    for area, what in zip((s * b, s * (1 - b), (1 - s) * b), SHOWN[operator], strict=True):
+        if what != "-":
+            result[..., :3] += area * (source if what == "s" else below)[..., :3]
+            result[..., 3:] += area
+    return result
+
+
+@pytest.mark.parametrize("grouped_layer", [False, True])
+@pytest.mark.parametrize("operator", SHOWN)
+def test_operators_on_half_transparent_layers_are_exact(tmp_path, operator, grouped_layer):
+    """A layer, or a group of two, of 60 % over two overlapping layers; a hidden one stays as it is."""
+    assert {f"svg:{name}" for name in SHOWN} == set(openraster.OPERATORS)
+    random = np.random.default_rng(5)
+    images = {name: Image.fromarray(random.integers(0, 256, (6, 8, 4), np.uint8)) for name in ("top", "low", "ground", "hidden")}
+    top = f"<layer src='top.png' name='top' composite-op='svg:{operator}' opacity='0.6'/>"
+    if grouped_layer:
+        top = f"<stack name='top' composite-op='svg:{operator}' opacity='0.6'><layer src='top.png'/><layer src='low.png'/></stack>"
+    rest = "<layer src='low.png' name='low'/><layer src='ground.png' name='ground'/><layer src='hidden.png' name='hidden' visibility='hidden'/>"
+    notes = []
+    stack = files.load(ora(tmp_path / "soft.ora", top + rest, **images), notes=notes)
+    values = {name: np.array(image, np.float64) / 255 for name, image in images.items()}
+
+    def over(first, second):
+        """Straight alpha."""
+        alpha = first[..., 3:] + (1 - first[..., 3:]) * second[..., 3:]
+        premultiplied = first[..., :3] * first[..., 3:] + (1 - first[..., 3:]) * second[..., :3] * second[..., 3:]
+        return np.concatenate([premultiplied / np.maximum(alpha, 1e-12), alpha], -1)
+
+    source = over(values["top"], values["low"]) if grouped_layer else values["top"].copy()
+    source[..., 3] *= 0.6
+    expected = by_areas(operator, source, over(values["low"], values["ground"]))
+    found = picture(stack).numpy().astype(np.float64)
+    found[..., :3] *= found[..., 3:]
+    assert np.abs(found - expected).max() < 1e-5
+    assert [layer.name for layer in stack.layers if not layer.visible] == ["hidden"]
+    assert any("are one layer now" in note and operator in note for note in notes)
+
+
+def test_an_operator_with_nothing_below_it(tmp_path):
+    for below in ("", "<layer src='a.png' name='below' visibility='hidden'/>"):
+        xml = f"<layer src='a.png' name='top' composite-op='svg:src-atop'/>{below}"
+        assert picture(files.load(ora(tmp_path / "alone.ora", xml, a=flat((9, 8, 7, 255)))))[..., 3].max() == 0
+
+
+def test_values_that_layers_cannot_hold_are_told(tmp_path):
+    xml = "<layer src='a.png' name='a' x='1.4' y='-1.6' opacity='1.5'/><layer src='a.png' name='b' x='1.0' opacity='-2'/>"
+    notes = []
+    back, front = files.load(ora(tmp_path / "values.ora", xml, a=flat((1, 2, 3, 255))), notes=notes).layers
+    assert (front.x, front.y, front.opacity, back.x, back.y, back.opacity) == (1, -2, 1, 1, 0, 0)
+    assert sorted(notes) == ["'a' has the opacity 1.5, which is read as 1.", "'b' has the opacity -2, which is read as 0.",
+                             "Layer 'a' lies between pixels and is moved to whole ones."]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "I;16", "1"])
+def test_a_profile_is_applied_or_told_whatever_the_picture_is(tmp_path, mode):
+    colour = {"RGB": (200, 100, 20), "RGBA": (200, 100, 20, 128), "P": 1, "L": 100, "LA": (100, 128), "I;16": 25700, "1": 1}[mode]
+    image = Image.new(mode, (8, 6), colour)
+    if mode == "P":
+        image.putpalette([0, 0, 0, 200, 100, 20])
+    image.info["icc_profile"] = linear_srgb()
+    notes = []
+    (layer,) = files.load(ora(tmp_path / "linear.ora", "<layer src='a.png' name='a'/>", a=image), notes=notes).layers
+    found = eight_bit(layer.rgba())[3, 3]
+    if mode in ("RGB", "RGBA", "P"):
+        assert np.abs(found[:3] - [srgb_of(value) for value in (200, 100, 20)]).max() <= 1 and not notes
+    else:  # a profile of three channels does not go with a gray picture
+        assert found[:3].tolist() == [255 if mode == "1" else 100] * 3
+        assert notes == ["The colour profile of layer 'a' cannot be used; its colours are taken as sRGB."]
+    assert found[3] == (128 if "A" in mode else 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "I;16", "RGB"])
+def test_pictures_of_every_mode_keep_their_rows_and_columns(tmp_path, mode):
+    values = np.random.default_rng(8).integers(0, 2 if mode in "1P" else 256, (6, 8), np.uint8)
+    if mode == "1":
+        image, gray = Image.fromarray(values * 255).convert("1"), values * 255
+    elif mode == "P":
+        image, gray = Image.fromarray(values, "P"), np.array([30, 220], np.uint8)[values]
+        image.putpalette([30, 30, 30, 220, 220, 220])
+    elif mode == "I;16":
+        image, gray = Image.fromarray(values.astype(np.uint16) * 257), values
+    else:
+        image, gray = Image.fromarray(values).convert(mode), values
+    (layer,) = files.load(ora(tmp_path / "rows.ora", "<layer src='a.png'/>", a=image)).layers
+    assert np.array_equal(eight_bit(layer.rgba()), np.dstack([gray, gray, gray, np.full_like(gray, 255)]))
+
+
+@pytest.mark.parametrize("module", [openraster, psd])
+@pytest.mark.parametrize("fields", [{"rotation": 0.6}, {"rotation": 2.5, "flip_h": True}, {"w": 29, "h": 9}, {"w": 5, "h": 7, "rotation": -1.1}])
+def test_a_turned_or_resized_layer_is_whole_after_saving(tmp_path, module, fields):
+    """What lies outside the canvas too: the saved layer, moved to the middle of a larger canvas, shows what the layer itself shows there."""
+    smooth = torch.nn.functional.interpolate(pixels(6, 1, 4, 3, 4), size=(17, 4)).movedim(1, 2)[0]
+    layer = Layer(smooth.contiguous(), "turned", None, -9, -11, **fields)
+    path = tmp_path / "turned"
+    with open(path, "wb") as file:
+        module.write(file, LayerStack((12, 10), (layer,)), pixels(1, 10, 12, 3), {})
+    saved, = module.read(path).layers
+    shown = [picture(LayerStack((80, 80), (replace(one, x=one.x + 40, y=one.y + 40),))).numpy().astype(np.float64) for one in (layer, saved)]
+    for image in shown:
+        image[..., :3] *= image[..., 3:]
+    assert shown[0][..., 3].sum() > 10 and np.abs(shown[0] - shown[1]).max() <= 1 / 255
+
+
+def test_the_thumbnail_is_the_picture_made_small(tmp_path):
+    y, x = np.mgrid[0:300, 0:500]
+    image = torch.from_numpy(np.dstack([x / 499, y / 299, (x + y) / 798]).astype(np.float32))
+    with zipfile.ZipFile(save(tmp_path, LayerStack((500, 300), (Layer(image),)))) as found, Image.open(found.open("Thumbnails/thumbnail.png")) as small:
+        assert small.size == (256, 154)
+        expected = Image.fromarray(eight_bit(image).astype(np.uint8)).resize(small.size, Image.Resampling.BOX)
+        assert np.abs(np.array(small.convert("RGB"), int) - np.array(expected)).max() <= 4

@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from psd_tools import PSDImage
-from psd_tools.constants import BlendMode
-from psd_tools.psd.layer_and_mask import MaskParameters
+from psd_tools.constants import BlendMode, Resource, Tag
+from psd_tools.psd.image_resources import ImageResource
+from psd_tools.psd.layer_and_mask import LayerBlendingRanges, MaskParameters
 from strata.formats import files, psd
 from strata.formats.groups import GROUPS
 from strata.formats.raster import picture
 from strata.techniques.layers import BLEND_MODES, Layer, LayerStack
 
-from .stacks import eight_bit, example, layers, pixels
+from .stacks import eight_bit, example, layers, linear_srgb, pixels, srgb_of
 
 MODES = tuple(mode for mode in BLEND_MODES if mode not in psd.MISSING_MODES)
 
@@ -345,3 +346,111 @@ def test_a_flat_lab_document_has_its_colours(tmp_path):
     (layer,) = files.load(path).layers
     assert layer.image.shape == (1, len(colours), 3)
     assert np.abs(eight_bit(layer.image)[0].astype(int) - colours).max() <= 3
+
+
+def loaded(document, path, **given):
+    """(layers, notes) of a document that psd-tools wrote."""
+    document.save(path)
+    notes = []
+    return files.load(path, notes=notes, **given), notes
+
+
+def block(shade, size=(4, 4)):
+    return Image.new("RGB", size, shade)
+
+
+def test_a_mode_without_a_formula_is_told_where_layers_are_merged(tmp_path):
+    document = PSDImage.new("RGB", (4, 4))
+    document.create_pixel_layer(block((10, 10, 10)), name="ground")
+    low, add = (document.create_pixel_layer(block((100, 50, 0)), name=name) for name in ("low", "add"))
+    add.blend_mode = BlendMode.LINEAR_DODGE
+    group = document.create_group([low, add], name="g")
+    group.blend_mode = BlendMode.NORMAL
+    base, clipped = (document.create_pixel_layer(block((100, 50, 0)), name=name) for name in ("base", "clipped"))
+    base.opacity, clipped.clipping, clipped.blend_mode = 128, True, BlendMode.VIVID_LIGHT
+    _, notes = loaded(document, tmp_path / "modes.psd")
+    assert [note for note in notes if "no formula" in note] == [
+        "The merged layer 'g' shows 'add' (linear-dodge) in blend mode normal, because there is no formula for it.",
+        "The merged layer 'base' shows 'clipped' (vivid-light) in blend mode normal, because there is no formula for it."]
+
+
+@pytest.mark.parametrize("visible", [0, 1])
+def test_hidden_clipped_layers_stay_or_are_told(tmp_path, visible):
+    document = PSDImage.new("RGB", (4, 4))
+    document.create_pixel_layer(block((100, 50, 0)), name="base", opacity=128)
+    for number, shade in enumerate((9, 200)):
+        layer = document.create_pixel_layer(block((shade,) * 3), name=f"clipped {shade}")
+        layer.clipping, layer.visible = True, number < visible
+    stack, notes = loaded(document, tmp_path / "hidden.psd")
+    expected = (9, 9, 9, 128) if visible else (100, 50, 0, 128)
+    assert (eight_bit(picture(stack)) == expected).all()
+    if visible:
+        assert len(stack.layers) == 1 and "the hidden ones of them are left out" in notes[0]
+    else:
+        assert [layer.visible for layer in stack.layers] == [True, False, False] and not notes
+
+
+def test_hidden_layers_of_a_base_group_are_told_or_stay(tmp_path):
+    for shown in (True, False):
+        document = PSDImage.new("RGB", (4, 4))
+        inner = [document.create_pixel_layer(block((shade,) * 3), name=f"in {shade}") for shade in (50, 90)]
+        inner[1].visible = False
+        document.create_group(inner, name="base")
+        clipped = document.create_pixel_layer(block((9, 9, 9)), name="clipped")
+        clipped.clipping, clipped.visible = True, shown
+        stack, notes = loaded(document, tmp_path / f"{shown}.psd")
+        assert (eight_bit(picture(stack))[..., 0] == (9 if shown else 50)).all()
+        assert [layer.name for layer in stack.layers] == (["base", "clipped"] if shown else ["in 50", "in 90", "clipped"])
+        assert ("its hidden layers are left out" in " ".join(notes)) == shown
+
+
+def test_a_base_with_a_real_alpha_channel_cuts_what_is_clipped_to_it(tmp_path):
+    alpha = np.array([[0, 255, 128], [255, 0, 64]], np.uint8)
+    base = np.dstack([np.full((2, 3, 3), 40, np.uint8), alpha])
+    document = PSDImage.new("RGB", (6, 5))
+    document.create_pixel_layer(Image.fromarray(base), name="base", top=1, left=2)
+    document.create_pixel_layer(block((200, 100, 50), (6, 5)), name="clipped").clipping = True
+    stack, _ = loaded(document, tmp_path / "base.psd")
+    expected = np.zeros((5, 6), int)
+    expected[1:3, 2:5] = alpha
+    found = eight_bit(picture(stack))
+    assert np.abs(found[..., 3] - expected).max() <= 1
+    assert np.abs(found[expected > 0][:, :3] - [200, 100, 50]).max() <= 1, "an opaque clipped layer hides its base"
+
+
+def test_fill_opacity_and_disabled_masks(tmp_path):
+    document = PSDImage.new("RGB", (4, 4))
+    document.create_pixel_layer(block((9, 9, 9)), name="filled", opacity=128)
+    document.create_pixel_layer(block((9, 9, 9)), name="masked")
+    document.save(tmp_path / "first.psd")
+    document = PSDImage.open(tmp_path / "first.psd")
+    document[0].fill_opacity = 64
+    document[1].create_mask(Image.new("L", (4, 4), 0))
+    document[1].mask.data.flags.mask_disabled = True
+    stack, notes = loaded(document, tmp_path / "second.psd")
+    assert stack.layers[0].opacity == pytest.approx(128 / 255 * 64 / 255, abs=1e-6)
+    assert stack.layers[1].rgba()[..., 3].min() == 1 and not notes
+
+
+def test_a_colour_profile_is_applied_and_lost_bits_are_told(tmp_path):
+    """A profile of linear light: a middle value comes out brighter, by sRGB's own formula."""
+    for depth in (8, 16):
+        document = PSDImage.new("RGB", (4, 4), depth=depth)
+        document.create_pixel_layer_from_array(np.full((4, 4, 4), 100 / 255, np.float32), name="one")
+        document.image_resources[Resource.ICC_PROFILE] = ImageResource(key=Resource.ICC_PROFILE, data=linear_srgb())
+        stack, notes = loaded(document, tmp_path / f"profile{depth}.psd")
+        found = eight_bit(stack.layers[0].image)
+        assert np.abs(found[..., :3] - srgb_of(100)).max() <= 1 and np.abs(found[..., 3] - 100).max() == 0
+        told = ["The file's colours of more than 8 bits are converted to 8, because of its colour profile or colour mode."]
+        assert notes == (told if depth == 16 else [])
+
+
+def test_what_photoshop_draws_a_layer_by_is_told_where_it_is_not_read(tmp_path):
+    document = PSDImage.new("RGB", (4, 4))
+    layers = [document.create_pixel_layer(block((9, 9, 9)), name=name) for name in ("range", "knocked", "none", "plain")]
+    layers[0]._record.blending_ranges.composite_ranges[0] = (0, 32768)
+    layers[1].tagged_blocks.set_data(Tag.KNOCKOUT_SETTING, 1)
+    layers[2]._record.blending_ranges = LayerBlendingRanges(None, None)  # as some programs write them
+    stack, notes = loaded(document, tmp_path / "more.psd")
+    assert len(stack.layers) == 4
+    assert notes == ["The Blend If ranges of layer 'range' are not read.", "The knockout of layer 'knocked' is not read."]

@@ -223,7 +223,7 @@ def test_set_layer_says_what_is_not_connected(graph, inputs, sentence):
 
 def test_blend_mode_without_formula_and_unknown_one(graph):
     layers = graph.add("Strata_SetLayer", layers=graph.layers(graph.colour(RED)), image=graph.colour(BLUE), name="Glow", blend_mode="linear-dodge")
-    graph.add("Strata_PreviewLayers", layers=layers)
+    graph.add("PreviewImage", images=graph.add("Strata_FlattenLayers", layers=layers, blending="sRGB", background="transparent"))
     assert_refused(graph, "layers: layer 'Glow' has the blend mode 'linear-dodge', which has no W3C formula")
     unknown = Graph(graph.comfy)
     unknown.add("Strata_PreviewLayers", layers=unknown.add("Strata_SetLayer", image=unknown.colour(BLUE), blend_mode="dissolve"))

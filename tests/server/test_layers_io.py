@@ -186,3 +186,20 @@ def test_what_is_lost_is_told_on_the_node_and_groups_can_be_one_layer_each(comfy
         told = outputs["load"]["text"][0]
         assert told == outputs["text"]["text"][0] and len(outputs["show"]["images"]) == count
         assert "Group 'veil' is one layer now" in told and "'odd' has the blend mode dissolve" in told
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(comfy, source):
+    (reference,) = comfy.files(save(comfy, source, "PSD", "io/taken"))
+    for prefix in (f"io/{reference['filename']}/x", "/".join(["deep"] * 1200)):
+        with pytest.raises(run.RunError, match="filename_prefix: the folder of .* cannot be used") as caught:
+            save(comfy, source, "PSD", prefix)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_blend_mode_without_a_formula_is_previewed_and_told(comfy, tmp_path):
+    (path,) = files.save(tmp_path, "add", LayerStack((12, 10), (
+        Layer(pixels(1, 10, 12, 3), "sky"), Layer(pixels(2, 6, 5, 4), "glow", blend_mode="linear-dodge"))), pixels(1, 10, 12, 3), "PSD", {})
+    outputs = comfy.run({"load": {"class_type": "Strata_LoadLayers", "inputs": {"file": comfy.upload(path)}},
+                         "show": {"class_type": "Strata_PreviewLayers", "inputs": {"layers": ["load", 0]}}})["outputs"]
+    assert len(outputs["show"]["images"]) == 3
+    assert outputs["show"]["text"] == ["The preview shows 'glow' (linear-dodge) in blend mode normal; the layers themselves keep their modes."]
