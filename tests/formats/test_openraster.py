@@ -422,3 +422,13 @@ def test_the_thumbnail_is_the_picture_made_small(tmp_path):
         assert small.size == (256, 154)
         expected = Image.fromarray(eight_bit(image).astype(np.uint8)).resize(small.size, Image.Resampling.BOX)
         assert np.abs(np.array(small.convert("RGB"), int) - np.array(expected)).max() <= 4
+
+
+def test_a_group_with_an_operator_in_it_is_isolated(tmp_path):
+    """The blend mode beside the operator does not reach the ground: half green over plain red, and not over red times gray."""
+    xml = ("<stack name='g'><layer src='top.png' name='top' composite-op='svg:src-atop'/>"
+           "<layer src='body.png' name='body' composite-op='svg:multiply'/></stack>"
+           "<layer src='ground.png' name='ground'/>")
+    path = ora(tmp_path / "isolated.ora", xml, ground=flat((128, 128, 128, 255)), body=half((255, 0, 0, 255)), top=flat((0, 255, 0, 128)))
+    found = eight_bit(picture(files.load(path)))
+    assert np.abs(found[2, 1] - [127, 128, 0, 255]).max() <= 1 and found[2, 6].tolist() == [128, 128, 128, 255]
