@@ -317,14 +317,18 @@ def _flat(psd, notes: list[str]) -> Layer:
 def _pillow(item, notes: list[str]) -> Image.Image:
     """A layer's or document's picture as Pillow takes it: of 8 bits, its colour profile applied."""
     if getattr(item, "_psd", item).depth > 8:
-        note = "The file's colours of more than 8 bits are converted to 8, because of its colour profile or colour mode."
-        notes.extend([note] if note not in notes else [])
+        _once(notes, "The file's colours of more than 8 bits are converted to 8, because of its colour profile or colour mode.")
     try:
         return item.topil()
     except (ImageCms.PyCMSError, OSError):
-        note = "The colour profile cannot be read; the colours are taken as sRGB."
-        notes.extend([note] if note not in notes else [])
+        _once(notes, "The colour profile cannot be read; the colours are taken as sRGB.")
         return item.topil(apply_icc=False)
+
+
+def _once(notes: list[str], note: str) -> None:
+    """Of the whole file, though every layer meets it."""
+    if note not in notes:
+        notes.append(note)
 
 
 def _srgb(image: Image.Image) -> np.ndarray:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import math
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +19,6 @@ from ..techniques.layers import MAX_LAYERS, MAX_SIDE, Layer, LayerStack
 
 MAX_DRAWN = 2**26  # pixels of one layer that are drawn though they lie outside the canvas: 1 GB
 MAX_PIXELS = 2**29  # of all layers of a file together: 8 GB as ComfyUI holds them
-
-log = logging.getLogger(__name__)
 
 
 def to_bytes(image: Tensor) -> np.ndarray:

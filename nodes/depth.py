@@ -15,7 +15,7 @@ from ..patches import depth_model
 from ..techniques import depth as deglad
 from ..techniques.layers import write_layers
 from ..techniques.matting import refine_slices
-from .inputs import input_file, input_names, input_state
+from .inputs import input_file, input_names, input_state, named
 from .sockets import Layers, Node, schema
 
 NEAR = io.Combo.Input("near_is", ["white", "black"], default="white", tooltip=(
@@ -52,10 +52,8 @@ def read_depth(value: torch.Tensor, image: torch.Tensor, near_is: str, missing: 
     if len(value) not in (1, len(image)):
         raise ValueError(f"{socket}: there are {len(value)} depth pictures for {len(image)} images; connect one, or one for each image.")
     zero = missing == "zero and NaN" or (missing == "auto" and near_is == "black")
-    try:
+    with named(socket, "depth"):
         depth = deglad.normalise_depth(value, near_is == "white", zero, range, (range_low, range_high))
-    except ValueError as error:
-        raise ValueError(str(error).replace("depth:", f"{socket}:", 1)) from error
     return deglad.resize_depth(depth, *image.shape[1:3]).expand(len(image), -1, -1)
 
 

@@ -82,13 +82,12 @@ class HarmonizeLayers(Node):
         seen = feathered(clear[None], RIM)[0] if foregrounds == FOREGROUNDS[0] else free
         found = _with_harmonised_background(stack, colours[0], drawn, clear, seen, background[:, 3:])
         if foregrounds == FOREGROUNDS[0]:
-            free, shares = visible_shares(feathered(alphas, feather))
-            image = drawn * free + sum(colour * share for colour, share in zip(colours[1:], shares, strict=True))
+            behind, shares = visible_shares(feathered(alphas, feather))
+            image = drawn * behind + sum(colour * share for colour, share in zip(colours[1:], shares, strict=True))
         else:
             image, found = drawn, _relit(found, drawn, colours[1:], alphas)
         if (background[:, 3:] < 1).any():  # nothing was asked for behind a transparent canvas
-            covered = 1 - (1 - background[:, 3:]) * visible_shares(alphas)[0]
-            image = torch.cat([image, covered], 1)
+            image = torch.cat([image, 1 - (1 - background[:, 3:]) * free], 1)
         return io.NodeOutput(image.permute(0, 2, 3, 1).clamp(0, 1), {"samples": latent}, write_layers(found))
 
 

@@ -206,7 +206,7 @@ def encodable(image: torch.Tensor, vae, socket: str = "image") -> torch.Tensor:
 
 @contextmanager
 def named(socket: str, instead: str = "transparency"):
-    """Sentences about a file that name one socket name another one in here."""
+    """Sentences of what is called in here, which names its value `instead`, name the socket that the value came from."""
     try:
         yield
     except ValueError as error:

@@ -8,7 +8,7 @@ from ..formats.raster import modes_note, with_formulas
 from ..techniques import arrange, geometry
 from ..techniques.compositing import flatten_image, preview
 from ..techniques.layers import BLEND_MODES, MAX_SIDE, read_layers, write_layers
-from .sockets import Layers, Node, schema
+from .sockets import Layers, Node, schema, told
 
 SELECT = ('Which layers: numbers from 1 at the back, ranges and names, as in: 1, 3-5, Sky. A name with a comma, or one that is a number, goes in '
           'double quotes. Empty means all.')
@@ -215,8 +215,8 @@ class PreviewLayers(Node):
     @classmethod
     def execute(cls, layers):
         stack = read_layers(layers)
-        shown, notes = ui.PreviewImage(preview(with_formulas(stack)), cls=cls).as_dict(), modes_note(stack.layers, "The preview")
-        return io.NodeOutput(layers, ui=shown | (ui.PreviewText("\n".join(notes)).as_dict() if notes else {}))
+        shown = ui.PreviewImage(preview(with_formulas(stack)), cls=cls).as_dict()
+        return io.NodeOutput(layers, ui=shown | told(modes_note(stack.layers, "The preview")))
 
 
 def _need(value, message: str) -> None:

@@ -14,7 +14,7 @@ from ..formats.groups import GROUPS
 from ..formats.raster import modes_note, picture
 from ..techniques.layers import read_layers, write_layers
 from .inputs import holds_name, input_file, input_names, input_state, inside
-from .sockets import Layers, Node, schema
+from .sockets import Layers, Node, schema, told
 
 LONGEST = 160  # bytes of a prefix: number, layer's name and ending follow, and a file's name holds 255
 
@@ -50,9 +50,7 @@ class SaveLayers(Node):
         paths = files.save(folder, stem, stack, merged, format, _metadata(cls.hidden), ProgressBar(len(stack.layers)).update_absolute)
         saved = [{"filename": path.name, "subfolder": subfolder, "type": "output"} for path in paths]
         shown = {"images": saved} if "layers" in format else {**ui.PreviewImage(merged[None]).as_dict(), "files": saved}
-        notes = modes_note(stack.layers)
-        shown |= ui.PreviewText("\n".join(notes)).as_dict() if notes else {}
-        return io.NodeOutput(layers, "\n".join(map(str, paths)), ui=shown)
+        return io.NodeOutput(layers, "\n".join(map(str, paths)), ui=shown | told(modes_note(stack.layers)))
 
 
 class LoadLayers(Node):
@@ -88,8 +86,9 @@ class LoadLayers(Node):
     def execute(cls, file, groups=GROUPS[0]):
         notes = []
         stack = files.load(input_file(file), groups, notes)
-        merged, text = picture(stack)[None], "\n".join([*notes, *modes_note(stack.layers)])
-        return io.NodeOutput(write_layers(stack), merged[..., :3], 1 - merged[..., 3], text, ui=ui.PreviewText(text) if text else None)
+        notes += modes_note(stack.layers)
+        merged = picture(stack)[None]
+        return io.NodeOutput(write_layers(stack), merged[..., :3], 1 - merged[..., 3], "\n".join(notes), ui=told(notes) or None)
 
 
 def _target(prefix: str, canvas: tuple[int, int]) -> tuple[Path, str, str]:

@@ -6,7 +6,7 @@ import comfy.utils
 import latent_preview
 import torch
 from comfy.utils import repeat_to_batch_size
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..patches import layer_modules, transparency_model, transparent_latents
 from ..patches.branches import sample_branches
@@ -22,7 +22,7 @@ from .fusion import map_strips
 from .harmonize import HarmonizeLayers
 from .inputs import centred, encodable, named
 from .sampling import sampling_inputs
-from .sockets import LayerModules, Layers, Node, Transparency, schema
+from .sockets import LayerModules, Layers, Node, Transparency, schema, told
 from .transparency import LayerModelFile
 
 ALIASES = ["dreamlayer", "multi-layer generation", "layered generation"]
@@ -181,7 +181,7 @@ class LayersSampler(Node):
             draw = _harmonizer(without_layers(model), positive, sampling["negative"], vae, settings, notes) if harmonize else _stacked
             composite = torch.cat([draw(*layers) for layers in zip(stacks, paths, strict=True)])
         return io.NodeOutput([write_layers(stack) for stack in stacks], composite, whole, map_strips(record.steps), latent, paths,
-                             ui=ui.PreviewText("\n".join(notes)) if notes else None)
+                             ui=told(notes) or None)
 
 
 class ImageToLayers(Node):
@@ -233,7 +233,7 @@ class ImageToLayers(Node):
         stack, = _stacks(vae, names, list(made.split(1)), decoder, record)
         recomposed = flatten(stack)[0][None]
         error = (recomposed - centred(image, *recomposed.shape[1:3]).to(recomposed)).abs().mean().item()
-        return io.NodeOutput(write_layers(stack), recomposed, map_strips(record.steps), error, ui=ui.PreviewText(f"recomposition error {error:.3f}"))
+        return io.NodeOutput(write_layers(stack), recomposed, map_strips(record.steps), error, ui=told([f"recomposition error {error:.3f}"]))
 
 
 def _layer_names(model, positive: list, negative: list, decoder) -> list[str]:

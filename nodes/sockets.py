@@ -3,7 +3,7 @@ import functools
 import inspect
 from dataclasses import fields
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from . import inputs
 
@@ -19,6 +19,11 @@ _KNOWN = {field.name for field in fields(io.Schema)}
 def schema(**values) -> io.Schema:
     """io.Schema without the fields that this ComfyUI does not know yet: an unknown one would cost the user the whole pack."""
     return io.Schema(**{name: value for name, value in values.items() if name in _KNOWN})
+
+
+def told(notes: list[str]) -> dict:
+    """What a node shows of its notes, one sentence a line: for `ui`, beside anything else."""
+    return ui.PreviewText("\n".join(notes)).as_dict() if notes else {}
 
 
 class Node(io.ComfyNode):

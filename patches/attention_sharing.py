@@ -139,13 +139,12 @@ def together(prompts: list[tuple[str, list]]) -> list:
     for name, prompt in prompts:
         if len(prompt) != 1:
             raise ValueError(f"{name}: it is {len(prompt)} conditionings in one (combined, or of areas), and each frame takes one; connect a plain one.")
-    others = [{key: value for key, value in prompt[0][1].items() if key != "pooled_output"} for _, prompt in prompts]
-    for (name, _), other in zip(prompts, others, strict=True):
-        for key in sorted({key for one in others for key in one}):
-            if key not in other or not all(key in one and _same(other[key], one[key]) for one in others):
-                holder = next(name for (name, _), one in zip(prompts, others, strict=True) if key in one)
-                raise ValueError(f"{holder}: it carries {key!r}, which the other prompts lack or have otherwise, and the frames are sampled as one; "
-                                 "connect plain prompts here, and put what shall act on all of them on the model or on negative.")
+    carried = [{key: value for key, value in prompt[0][1].items() if key != "pooled_output"} for _, prompt in prompts]
+    for key in sorted(set().union(*carried)):
+        holders = [name for (name, _), own in zip(prompts, carried, strict=True) if key in own]
+        if len(holders) < len(prompts) or not all(_same(carried[0][key], own[key]) for own in carried):
+            raise ValueError(f"{holders[0]}: it carries {key!r}, which the other prompts lack or have otherwise, and the frames are sampled as one; "
+                             "connect plain prompts here, and put what shall act on all of them on the model or on negative.")
     tokens = [prompt[0][0][:1] for _, prompt in prompts]
     longest = lcm(*(one.shape[1] for one in tokens))  # repeated tokens change nothing in attention
     if longest > MOST_REPEATED * max(one.shape[1] for one in tokens):

@@ -47,7 +47,7 @@ def broken(prompt: dict, chance: random.Random) -> dict:
 
 
 def shown(client: run.Client, name: str) -> str:
-    """The probe's pictures as one hash; its first node is changed and changed back, so that all of it runs again."""
+    """The probe's pictures as one hash. ComfyUI is told to free its models and results before; what ran last it may still take from there."""
     requests.post(client.url + "/free", json={"unload_models": True, "free_memory": True}, timeout=60)
     entry = client.run(old_graphs.read_prompt(name))
     found = [old_graphs.digest(picture) for pictures in old_graphs.pictures(client, entry).values() for picture in pictures]

@@ -178,12 +178,6 @@ def harmonize_layers(mini, model, behind, patch):
     return found.args[1]["samples"]
 
 
-def joint_layers(mini, model, behind, patch):
-    prompts = [mini.conditioned(mini.text(words), patch) for words in ("an apple", "a beach", "an apple on a beach")]
-    found = transparency.SampleJointLayers.execute(model, mini.sharing, *prompts, negative=mini.negative, latent_image=mini.latent(patch), **SAMPLING)
-    return torch.cat([branch["samples"] for branch in found.args])
-
-
 NODES = {  # node: (run, model, whether a patch may come behind it)
     "Apply transparency": (apply_transparency, "sd", True), "Attention blend, LayerFusion sampler": (attention_blend, "sd", True),
     "Shared layers, Context maps, Layers sampler": (layers_sampler, "sd", True), "Image to layers": (image_to_layers, "sd", True),
