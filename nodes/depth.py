@@ -230,10 +230,11 @@ class ComposeByDepth(Node):
         front_depth = read_depth(foreground_depth, front, near_is, missing_depth, "foreground_depth", **depth_range)
         back_depth = read_depth(background_depth, back, near_is, missing_depth, "background_depth", **depth_range)
         height, width = front.shape[1:3]
-        wide, high = (round(min(side, other * ratio)) for side, other, ratio in (
-            (back.shape[2], back.shape[1], width / height), (back.shape[1], back.shape[2], height / width)))
-        if not wide or not high:
-            raise ValueError(f"background: it is {back.shape[2]}×{back.shape[1]}, too narrow to fill {width}×{height}; crop one of the pictures.")
+        rows, columns = back.shape[1:3]
+        cut = round((columns - min(columns, rows * width / height)) / 2), round((rows - min(rows, columns * height / width)) / 2)
+        if columns <= 2 * cut[0] or rows <= 2 * cut[1]:  # as common_upscale crops, which leaves nothing of pictures of a few pixels
+            raise ValueError(f"background: nothing is left of its {columns}×{rows} pixels when it is cut to the shape of {width}×{height}; crop one of the "
+                             "pictures.")
         back = common_upscale(back.movedim(-1, 1), width, height, "lanczos", "center").movedim(1, -1)
         back_depth = common_upscale(back_depth[:, None], width, height, "nearest-exact", "center")[:, 0]
         back, back_depth = back.expand(len(front), -1, -1, -1), back_depth.expand(len(front), -1, -1)

@@ -61,7 +61,8 @@ def _given(transparency: Transparency, layer: Tensor | None, blended: Tensor | N
     if count > 1 and blended is None:
         raise ValueError(f"blended: {transparency.name} is {transparency.describe()}; connect the latent of the blended picture too.")
     if (layer is not None and not count) or (blended is not None and count < 2):
-        raise ValueError(f"{'blended' if count else 'layer'}: {transparency.name} is {transparency.describe()} and takes no such latent; disconnect it.")
+        unused = "layer" if layer is not None and not count else "blended"
+        raise ValueError(f"{unused}: {transparency.name} is {transparency.describe()} and takes no such latent; disconnect it.")
     given = {"layer": layer, "blended": blended}
     for socket in list(given)[:count]:
         if given[socket].ndim != 4 or given[socket].shape[1] != 4:

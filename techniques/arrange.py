@@ -33,6 +33,8 @@ def select(stack: LayerStack, text: str, socket: str = "select") -> list[int]:
             names = ", ".join(f"{number} {layer.name!r}" for number, layer in enumerate(stack.layers, 1))
             raise ValueError(f"{socket}: there is no layer {quoted or plain!r}; the layers are {names}.")
         chosen += found
+    if not chosen:
+        raise ValueError(f"{socket}: {text[:60]!r} names no layer; write numbers, ranges and names, or leave it empty for all.")
     twice = next((index for index in chosen if chosen.count(index) > 1), None)
     if twice is not None:
         raise ValueError(f"{socket}: {text!r} names layer {twice + 1} ({stack.layers[twice].name!r}) twice; name every layer once.")

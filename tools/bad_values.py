@@ -27,10 +27,8 @@ TEXTS = ["", " ", "\0", "\ud800", "x" * 100_000, "a\nb\n\nc", "1e999", "-1", "na
          "0.5, 0.5; 2, 2", "\u202eabc", "/etc/passwd", "a" * 300, "1-3", "3-1, 3", "True", "{}"]
 NO_TEXT = [None, 7, 1.5, True, b"x", ["a"], {"a": 1}]
 NO_NUMBER = [None, "7", "", [1], {}, NAN, INFINITE, -INFINITE, torch.tensor(1.0), 10**400, -(10**400), 1e308, -1e308, 2**63, -(2**63), 1 + 2j]
-# Faults that are none: another input is what the sentence is rightly about.
-MAY_NAME_ANOTHER = {"select", "names", "layer", "fields", "thresholds", "points", "image", "depth", "mask", "x, y, width, height", "at_canvas_size", "retained",
-                    "layers", "planes", "positive", "negative", "decoder", "background", "vae", "latent_image", "range_low, range_high", "samples", "region",
-                    "threshold", "steps", "harmonize_start", "start_percent", "level_weights", "objects", "sampler_name", "model", "cfg", "denoise"}
+# (changed, named): two inputs that do not go together, of which the sentence names the one that is rather meant
+RIGHTLY = {("steps", "start_percent"), ("steps", "harmonize_start")}
 
 
 class TooLong(BaseException):
@@ -160,7 +158,7 @@ def outcome(node, values: dict, name: str) -> tuple[str, str]:
         if "\n" in text or not re.match(r"[\w, ]+: ", text):
             return "raw error", f"ValueError: {text[:200]}"
         named = text.split(":")[0]
-        return ("refused", "") if name in re.split(", | or ", named) or named in MAY_NAME_ANOTHER else ("another input named", text[:200])
+        return ("refused", "") if name in re.split(", | or ", named) or (name, named) in RIGHTLY else ("another input named", text[:200])
     except TooLong:
         return "no end", ""
     except MemoryError:

@@ -94,3 +94,16 @@ def test_bad_values_of_one_node_through_its_whole_execute():
     done = subprocess.run([sys.executable, tool, "Set layer"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert int(done.stdout.split(" refused")[0].split()[-1]) > 200
+
+
+@pytest.mark.parametrize(("front", "back", "fills"), [
+    ((1, 64), (64, 64), False), ((64, 1), (64, 64), False), ((64, 64), (1, 64), False), ((64, 64), (64, 1), False), ((9, 64), (64, 64), True),
+    ((1, 1), (1, 1), True)])
+def test_backgrounds_of_another_shape_fill_the_frame_or_are_named(front, back, fills):
+    from strata.nodes.depth import ComposeByDepth
+    near, far = (torch.rand(1, *size, 3) for size in (front, back))
+    if fills:
+        assert ComposeByDepth.execute(near, near, far, far, 0.5, "white", "auto", 2.0).args[0].shape == near.shape
+        return
+    with pytest.raises(ValueError, match=r"^background: nothing is left of its \d+×\d+ pixels"):
+        ComposeByDepth.execute(near, near, far, far, 0.5, "white", "auto", 2.0)

@@ -1,4 +1,6 @@
 """LayerDiffuse's weights on ComfyUI's own UNets at reduced width: equal to the same network with the weights added by hand."""
+import re
+
 import comfy.cldm.cldm
 import comfy.controlnet
 import comfy.model_base
@@ -202,6 +204,7 @@ def test_what_does_not_go_together_is_said_in_one_sentence():
     assert "on it already" in refused(transparency_model.apply(model, wide, 1.0, *latents), wide, 1.0, *latents)
     assert "has 16 channels" in refused(model, wide, 1.0, latents[0], torch.zeros(1, 16, 8, 8))
     assert "disconnect" in refused(model, fits, 1.0, layer=torch.zeros(1, 4, 8, 8))
+    assert re.match("blended: .*disconnect", refused(model, fits, 1.0, blended=torch.zeros(1, 4, 8, 8)))
     nine = small(in_channels=9)
     wide = random_files.adapter({**shapes(nine), random_files.FIRST: (32, 4, 3, 3)}, lora=("to_q",), extra=4)
     assert "9 input channels already" in refused(nine, recognised(wide), 1.0, torch.zeros(1, 4, 8, 8))

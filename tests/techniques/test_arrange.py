@@ -174,3 +174,9 @@ def test_documents_survive_an_edit_with_their_unknown_keys():
     after = arrange.arrange(read_layers(document), "reverse", "")
     assert write_layers(after)["layers"][1]["strata"] == {"prompt": "a hill"}
     assert [entry["z_index"] for entry in write_layers(after)["layers"]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("text", [",,,", " , "])
+def test_a_selection_of_nothing_names_its_own_input(text):
+    with pytest.raises(ValueError, match="^select: .* names no layer"):
+        arrange.select(LayerStack((1, 1), (Layer(torch.zeros(1, 1, 3)),)), text)
