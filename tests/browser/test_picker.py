@@ -8,6 +8,7 @@ import pytest
 import requests
 import torch
 from PIL import Image
+from playwright.sync_api import TimeoutError
 from strata.techniques import depth as technique
 
 SLICE = "Strata_SliceByDepth"
@@ -163,13 +164,26 @@ def test_each_drag_is_one_step_of_undo(picker, no_run):
             return activeState.nodes.some((node) => node.type === type && Math.abs(node.widgets_values[0] - value) < 0.011);
         }""", arg=[SLICE, value])
 
+    def only_layout() -> bool:
+        """Nodes 2.0 of 1.32.9 enlarges all nodes by 1.2 when it loads a state, as undo does, and on a busy machine records that as a step."""
+        return picker.page.evaluate("""(type) => {
+            const { activeState, redoQueue } = app.extensionManager.workflow.activeWorkflow.changeTracker;
+            const [now, undone] = [activeState, redoQueue.at(-1)].map((state) => state.nodes.find((node) => node.type === type));
+            return now.widgets_values[0] === undone.widgets_values[0] && Math.abs(undone.size[0] / now.size[0] - 1.2) < 0.001;
+        }""", SLICE)
+
     for start, end in ((0.3, 0.5), (0.5, 0.7), (0.7, 0.9)):
         picker.drag(start, end)
         picker.wait_value(end)
         recorded(end)
     for value in (0.7, 0.5, 0.3):
         picker.page.keyboard.press("Control+z")
-        picker.wait_shown(value)
+        try:
+            picker.wait_shown(value)
+        except TimeoutError:
+            assert only_layout(), "the step that was undone is not the drag's"
+            picker.page.keyboard.press("Control+z")
+            picker.wait_shown(value)
         recorded(value)
     assert picker.value() == "0.3"
     assert picker.editor.errors == []
