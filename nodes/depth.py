@@ -122,14 +122,12 @@ class SliceByDepth(Node):
         progress = ProgressBar(sum(len(used) + 1 for used in cuts))
         stacks, masks, holes = [], [], []
         for index, (picture, one, used) in enumerate(zip(image, depth, cuts, strict=True)):
-            weights, colours = deglad.slice_masks(one[None], used), picture.expand(1, len(used) + 1, -1, -1, -1)
+            weights, colours, edges = deglad.slice_masks(one[None], used), picture.expand(1, len(used) + 1, -1, -1, -1), {"soft_edge": soft_edge}
             if refine_edges == "matting":
                 refined = refine_slices(picture, weights[0], refine_width, lambda: progress.update(1))
-                weights, colours = (value[None] for value in refined)
-            else:
-                weights = deglad.soften(weights, soft_edge)
-            stack = deglad.cut_layers(colours, weights, used, fill_holes == "blurred", None if opacity is None else opacity[index:index + 1],
-                                      rim=0 if refine_edges == "matting" else 2)
+                (weights, colours), edges = (value[None] for value in refined), {"rim": 0}
+            stack = deglad.cut_layers(colours, weights, used, fill_holes == "blurred", None if opacity is None else opacity[index:index + 1], **edges)
+            weights = deglad.soften(weights, edges.get("soft_edge", 0))
             stacks.append(write_layers(stack))
             masks.append(weights[0])
             holes.append(deglad.hidden_parts(weights)[0])

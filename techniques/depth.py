@@ -336,14 +336,18 @@ def all_thresholds(depth: Tensor, given: list[float], points: list[tuple[float, 
     return used
 
 
-def cut_layers(colours: Tensor, weights: Tensor, thresholds: list[float], fill: bool, opacity: Tensor | None = None, rim: int = 2) -> LayerStack:
+def cut_layers(colours: Tensor, weights: Tensor, thresholds: list[float], fill: bool, opacity: Tensor | None = None, rim: int = 2,
+               soft_edge: float = 0) -> LayerStack:
     """The layers of one picture from colours [1,N,H,W,3] and weights [1,N,H,W], back to front, made whole behind nearer ones if asked.
 
     rim: by how many pixels nearer layers grow then, for colours that are the picture's for every layer; 0 for colours that are cleaned already.
     opacity: [1,H,W] in 0..1, the alpha of a picture that is itself transparent in places.
+    soft_edge: over how many pixels the cut fades; the rim then is wider by half of it, so that the fade ends beside what is removed.
     Source: deglad, Sec. 3.2 (the layers that the masks of Eq. 2 give).
     """
-    weights = grow_nearer(weights, rim) if fill and rim else weights
+    if fill and rim:
+        weights = grow_nearer(weights, rim + math.ceil(soft_edge / 2))
+    weights = soften(weights, soft_edge)
     alphas = over_alphas(weights, opacity)
     if fill:
         colours, extra = fill_behind(colours, weights)

@@ -8,7 +8,6 @@ import pytest
 import requests
 import torch
 from PIL import Image
-from playwright.sync_api import TimeoutError
 from strata.techniques import depth as technique
 
 SLICE = "Strata_SliceByDepth"
@@ -157,6 +156,8 @@ def test_drag_changes_widget_and_tint_without_a_run(picker, no_run):
 
 
 def test_each_drag_is_one_step_of_undo(picker, no_run):
+    from playwright.sync_api import TimeoutError  # where it is not installed, the fixture has skipped the test
+
     def recorded(value):
         """The frontend has put it into its history; it takes the next change, or key, when it has finished this one."""
         picker.page.wait_for_function("""([type, value]) => {

@@ -111,7 +111,8 @@ def test_push_pull_keeps_known_values_and_stays_within_their_range():
     assert filled.min() >= values[weights > 0].min() - 1e-9 and filled.max() <= values[weights > 0].max() + 1e-9
 
 
-def test_a_filled_layer_has_no_outline_of_what_was_in_front_of_it():
+@pytest.mark.parametrize("soft_edge", [0, 1, 2, 4, 7.5, 8])
+def test_a_filled_layer_has_no_outline_of_what_was_in_front_of_it(soft_edge):
     """An antialiased red disc before blue: its rim is mixed of both, and the blue layer is blue all over. The flattened picture is the picture."""
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(80.0), indexing="ij")
     distance = ((x - 40) ** 2 + (y - 30) ** 2).sqrt()
@@ -119,7 +120,7 @@ def test_a_filled_layer_has_no_outline_of_what_was_in_front_of_it():
     blue, red = torch.tensor([0, 0.25, 1.0]).double(), torch.tensor([1.0, 0, 0]).double()
     image, depth = share * red + (1 - share) * blue, torch.where(distance < 19.5, 0.1, 1.0)[None].double()  # the depth's edge is a pixel inside
     weights = deglad.slice_masks(depth, [0.5])
-    stack = deglad.cut_layers(image.expand(1, 2, -1, -1, -1), weights, [0.5], True)
+    stack = deglad.cut_layers(image.expand(1, 2, -1, -1, -1), weights, [0.5], True, soft_edge=soft_edge)
     back, front = (layer.image.double() for layer in stack.layers)
     assert (back[..., :3] - blue).abs().max() < 1e-6 and back[..., 3].min() == 1
     flat = front[..., :3] * front[..., 3:] + back[..., :3] * (1 - front[..., 3:])
