@@ -231,8 +231,8 @@ class ComposeByDepth(Node):
         rows, columns = back.shape[1:3]
         cut = round((columns - min(columns, rows * width / height)) / 2), round((rows - min(rows, columns * height / width)) / 2)
         if columns <= 2 * cut[0] or rows <= 2 * cut[1]:  # as common_upscale crops, which leaves nothing of pictures of a few pixels
-            raise ValueError(f"background: nothing is left of its {columns}×{rows} pixels when it is cut to the shape of {width}×{height}; crop one of the "
-                             "pictures.")
+            raise ValueError(f"foreground, background: nothing is left of the background's {columns}×{rows} pixels when it is cut to the foreground's "
+                             f"shape of {width}×{height}; crop one of them.")
         back = common_upscale(back.movedim(-1, 1), width, height, "lanczos", "center").movedim(1, -1)
         back_depth = common_upscale(back_depth[:, None], width, height, "nearest-exact", "center")[:, 0]
         back, back_depth = back.expand(len(front), -1, -1, -1), back_depth.expand(len(front), -1, -1)

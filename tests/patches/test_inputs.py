@@ -105,5 +105,5 @@ def test_backgrounds_of_another_shape_fill_the_frame_or_are_named(front, back, f
     if fills:
         assert ComposeByDepth.execute(near, near, far, far, 0.5, "white", "auto", 2.0).args[0].shape == near.shape
         return
-    with pytest.raises(ValueError, match=r"^background: nothing is left of its \d+×\d+ pixels"):
+    with pytest.raises(ValueError, match=r"^foreground, background: nothing is left of the background's \d+×\d+ pixels"):
         ComposeByDepth.execute(near, near, far, far, 0.5, "white", "auto", 2.0)
