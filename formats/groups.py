@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -59,14 +60,16 @@ def masked(layer: Layer, factor: np.ndarray | None) -> Layer:
 
 
 def _overlap(layers: list[Layer]) -> bool:
-    """Whether two of them draw into one pixel."""
-    left, top = min(layer.x for layer in layers), min(layer.y for layer in layers)
-    box = left, top, max(box_of(layer)[2] for layer in layers), max(box_of(layer)[3] for layer in layers)
-    seen = np.zeros((box[3] - box[1], box[2] - box[0]), np.int32)
-    for layer in layers:
-        drawn = (layer.rgba()[..., 3] > 0).numpy()
-        seen[layer.y - top:layer.y - top + drawn.shape[0], layer.x - left:layer.x - left + drawn.shape[1]] += drawn
-    return bool((seen > 1).any())
+    """Whether two of them draw into one pixel. Only what two boxes share is looked at: layers far apart cost nothing."""
+    drawn = [(layer.rgba()[..., 3] > 0).numpy() for layer in layers]
+    for (one, first), (other, second) in combinations(zip(layers, drawn, strict=True), 2):
+        left, top = max(one.x, other.x), max(one.y, other.y)
+        right, bottom = (min(one.x + first.shape[1], other.x + second.shape[1]), min(one.y + first.shape[0], other.y + second.shape[0]))
+        if left < right and top < bottom:
+            shared = [alpha[top - layer.y:bottom - layer.y, left - layer.x:right - layer.x] for layer, alpha in ((one, first), (other, second))]
+            if (shared[0] & shared[1]).any():
+                return True
+    return False
 
 
 def flattened(layers: list[Layer], name: str, notes: list[str]) -> Layer:

@@ -454,3 +454,22 @@ def test_what_photoshop_draws_a_layer_by_is_told_where_it_is_not_read(tmp_path):
     stack, notes = loaded(document, tmp_path / "more.psd")
     assert len(stack.layers) == 4
     assert notes == ["The Blend If ranges of layer 'range' are not read.", "The knockout of layer 'knocked' is not read."]
+
+
+def test_layers_overlap_where_both_draw_and_layers_far_apart_cost_no_memory():
+    """Against counting on one canvas; the last two are a million pixels apart, more than any canvas would hold."""
+    from strata.formats.groups import _overlap
+    from strata.techniques.layers import Layer
+    found = []
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        count, layers = torch.zeros(24, 24), []
+        for _ in range(3):
+            y, x, height, width = (int(torch.randint(1, 12, (), generator=generator)) for _ in range(4))
+            image = (torch.rand(height, width, 4, generator=generator) > 0.8).float()
+            layers.append(Layer(image, "layer", x=x, y=y))
+            count[y:y + height, x:x + width] += image[..., 3]
+        assert _overlap(layers) == bool((count > 1).any())
+        found.append(_overlap(layers))
+    assert 5 < sum(found) < 35
+    assert not _overlap([Layer(torch.ones(2, 2, 4), "here"), Layer(torch.ones(2, 2, 4), "there", x=10**6, y=10**6)])
