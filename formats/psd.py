@@ -201,15 +201,16 @@ class _Layers:
             clipped = []
             while siblings and siblings[0].clipping:
                 clipped += self.pieces(siblings.pop(0))
-            own = self.pieces(item)
+            own = self.pieces(item, isolated=bool(clipped))
             found += self.clipped(own, clipped, item.name) if clipped and own else own or clipped
         return found
 
-    def pieces(self, item) -> list[Layer]:
+    def pieces(self, item, isolated: bool = False) -> list[Layer]:
+        """isolated: a group that passes through does not: what layers are clipped to is made for itself."""
         if item.is_group() or _drawn(item):
             self.notes += [f"The {what} of {'group' if item.is_group() else 'layer'} {_name(item)!r} {verb} not read." for what, verb in _unread(item)]
         if item.is_group():
-            return self.group(item)
+            return self.group(item, isolated)
         if _drawn(item):
             return [self.leaf(item)]
         self.notes.append(f"Layer {_name(item)!r} ({item.kind}) has no pixels of its own and is left out.")
@@ -239,11 +240,13 @@ class _Layers:
             self.notes.append(f"The feather of the mask of {_name(item)!r} is not read.")
         return 1 - density / 255 * (1 - found)
 
-    def group(self, item) -> list[Layer]:
+    def group(self, item, isolated: bool) -> list[Layer]:
         outermost, self.merged = self.merged, False
         own = self.of(item)
         self.merged = outermost
-        return grouped(own, _name(item), self.mode(item), item.opacity / 255 * (item.fill_opacity / 255), item.visible,
+        mode = self.mode(item)
+        mode = "normal" if isolated and mode == "pass-through" else mode
+        return grouped(own, _name(item), mode, item.opacity / 255 * (item.fill_opacity / 255), item.visible,
                        lambda layer: self.mask(item, box_of(layer)), item.has_mask() and not item.mask.disabled, outermost, self.notes)
 
     def clipped(self, base: list[Layer], tops: list[Layer], name: str) -> list[Layer]:

@@ -473,3 +473,17 @@ def test_layers_overlap_where_both_draw_and_layers_far_apart_cost_no_memory():
         found.append(_overlap(layers))
     assert 5 < sum(found) < 35
     assert not _overlap([Layer(torch.ones(2, 2, 4), "here"), Layer(torch.ones(2, 2, 4), "there", x=10**6, y=10**6)])
+
+
+def test_a_group_that_layers_are_clipped_to_does_not_pass_through(tmp_path):
+    """Its multiply layer would darken what is behind the group; a base is made for itself, gray as it is."""
+    document = PSDImage.new("RGB", (4, 4))
+    document.create_pixel_layer(block((100, 150, 200)), name="behind")
+    inner = document.create_pixel_layer(block((128, 128, 128)), name="inner")
+    inner.blend_mode = BlendMode.MULTIPLY
+    document.create_group([inner], name="group").blend_mode = BlendMode.PASS_THROUGH
+    document.create_pixel_layer(block((255, 0, 0), (2, 4)), name="clipped").clipping = True
+    stack, notes = loaded(document, tmp_path / "base.psd")
+    found = eight_bit(picture(stack))
+    assert (found[:, :2] == [255, 0, 0, 255]).all() and (found[:, 2:] == [128, 128, 128, 255]).all()
+    assert not any("do not reach what is behind" in note for note in notes)
