@@ -64,7 +64,7 @@ def _overlap(layers: list[Layer]) -> bool:
     drawn = [(layer.rgba()[..., 3] > 0).numpy() for layer in layers]
     for (one, first), (other, second) in combinations(zip(layers, drawn, strict=True), 2):
         left, top = max(one.x, other.x), max(one.y, other.y)
-        right, bottom = (min(one.x + first.shape[1], other.x + second.shape[1]), min(one.y + first.shape[0], other.y + second.shape[0]))
+        right, bottom = (min(ends) for ends in zip(box_of(one)[2:], box_of(other)[2:], strict=True))
         if left < right and top < bottom:
             shared = [alpha[top - layer.y:bottom - layer.y, left - layer.x:right - layer.x] for layer, alpha in ((one, first), (other, second))]
             if (shared[0] & shared[1]).any():

@@ -121,13 +121,14 @@ class SliceByDepth(Node):
         cuts = [deglad.all_thresholds(one, given, clicked) for one in depth]
         progress = ProgressBar(sum(len(used) + 1 for used in cuts))
         stacks, masks, holes = [], [], []
+        rim, fade = (0, 0) if refine_edges == "matting" else (2, soft_edge)
         for index, (picture, one, used) in enumerate(zip(image, depth, cuts, strict=True)):
-            weights, colours, edges = deglad.slice_masks(one[None], used), picture.expand(1, len(used) + 1, -1, -1, -1), {"soft_edge": soft_edge}
+            weights, colours = deglad.slice_masks(one[None], used), picture.expand(1, len(used) + 1, -1, -1, -1)
             if refine_edges == "matting":
                 refined = refine_slices(picture, weights[0], refine_width, lambda: progress.update(1))
-                (weights, colours), edges = (value[None] for value in refined), {"rim": 0}
-            stack = deglad.cut_layers(colours, weights, used, fill_holes == "blurred", None if opacity is None else opacity[index:index + 1], **edges)
-            weights = deglad.soften(weights, edges.get("soft_edge", 0))
+                weights, colours = (value[None] for value in refined)
+            stack = deglad.cut_layers(colours, weights, used, fill_holes == "blurred", None if opacity is None else opacity[index:index + 1], rim, fade)
+            weights = deglad.soften(weights, fade)
             stacks.append(write_layers(stack))
             masks.append(weights[0])
             holes.append(deglad.hidden_parts(weights)[0])
