@@ -155,8 +155,8 @@ def test_cond_and_uncond_in_one_batch_or_apart_are_the_same(models, monkeypatch)
         patched = blend_attention(model, Settings())
         patched.set_model_unet_function_wrapper(watching(seen))
         results[free] = estimates(patched, positive, negative, noise())
-    # ComfyUI's attention on the CPU cuts its matrices by the free memory: not bit by bit the same.
-    assert all(torch.allclose(results[1e18][name], results[1.0][name], atol=1e-5) for name in ("cond", "uncond"))
+    # ComfyUI's attention on the CPU cuts its matrices by the free memory: not bit by bit the same. Values reach 13 and differ by about 1e-5 on one thread.
+    assert all(torch.allclose(results[1e18][name], results[1.0][name], rtol=0, atol=1e-4) for name in ("cond", "uncond"))
     assert seen == [([0], 1), ([0], 3), ([1], 3)] * 2  # the prior pass, the conditional estimate first, then the other
 
 
