@@ -20,7 +20,7 @@ from ..techniques.layers import Layer, LayerStack
 from .groups import GROUPS, box_of, flattened, grouped, masked
 from .png import read_metadata as read_png_metadata
 from .png import write_png
-from .raster import check_sides, check_total, from_bytes, in_parallel, in_place, in_srgb, over, plain_name, to_bytes
+from .raster import check_count, check_sides, check_total, from_bytes, in_parallel, in_place, in_srgb, over, plain_name, to_bytes
 from .xml import parse_xml
 
 MODES = {
@@ -123,7 +123,8 @@ def _read(archive: zipfile.ZipFile, name: str, groups: str, notes: list[str]) ->
     check_total(name, [_png_size(archive, sizes, element, name) for element in elements])
     found = []
     for top in reversed(root.findall("stack")):
-        found += _layers(archive, top, name, groups == GROUPS[1], notes)
+        found += _moved(_layers(archive, top, name, groups == GROUPS[1], notes), top, name)
+    check_count(name, found)
     return LayerStack(canvas, tuple(found))
 
 
@@ -138,7 +139,7 @@ def _layers(archive: zipfile.ZipFile, stack: ElementTree.Element, name: str, mer
         label, shown = plain_name(element.get("name", "")) or "Layer", element.get("visibility", "visible") != "hidden"
         operator = element.get("composite-op", "svg:src-over")
         if element.tag == "stack":
-            opacity, own = _opacity(element, name, notes), _layers(archive, element, name, False, notes)
+            opacity, own = _opacity(element, name, notes), _moved(_layers(archive, element, name, False, notes), element, name)
             cuts = any(child.get("composite-op") in OPERATORS for child in element)  # these act inside of the group alone
             mixes = opacity == 1 and operator == "svg:src-over" and element.get("isolation", "auto") == "auto" and not cuts
             mode = "pass-through" if mixes else operator if operator in OPERATORS else DOCUMENT_MODES.get(operator, "normal")
@@ -155,6 +156,12 @@ def _layers(archive: zipfile.ZipFile, stack: ElementTree.Element, name: str, mer
         if operator not in DOCUMENT_MODES and (operator not in OPERATORS or not shown):
             notes.append(f"{label!r} has the blend mode {operator}, which ComfyUI's layers do not have; it is read as normal.")
     return found
+
+
+def _moved(layers: list[Layer], stack: ElementTree.Element, name: str) -> list[Layer]:
+    """Layers of a stack that has a place of its own, as files from before version 0.0.2 may have it."""
+    x, y = (round(_number(stack, key, 0, name)) for key in "xy")
+    return [replace(layer, x=layer.x + x, y=layer.y + y) for layer in layers]
 
 
 def _composited(below: list[Layer], layer: Layer, operator: str, notes: list[str]) -> list[Layer]:

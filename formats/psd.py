@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..techniques.layers import BLEND_MODES, Layer, LayerStack
 from .groups import GROUPS, box_of, flattened, grouped, masked
-from .raster import check_sides, check_total, eight_bits, from_bytes, in_place, modes_note, over, picture, plain_name, to_bytes
+from .raster import Refused, check_count, check_sides, check_total, eight_bits, from_bytes, in_place, modes_note, over, picture, plain_name, to_bytes
 from .xml import parse_xml
 
 MISSING_MODES = ("grain-extract", "grain-merge")  # GIMP's; Photoshop has no such modes
@@ -76,8 +76,8 @@ def read(path: Path, groups: str = GROUPS[0], notes: list[str] | None = None) ->
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             return _read(psd, path.name, groups, [] if notes is None else notes)
-    except _Refused as error:
-        raise ValueError(str(error)) from error
+    except Refused:
+        raise
     except Exception as error:  # a parser of strangers' files: whatever it stumbles over means the same to the user
         raise ValueError(f"{path.name} has damaged layers ({error}); save it again in your paint program.") from error
 
@@ -87,10 +87,6 @@ def read_metadata(path: Path) -> dict[str, Any]:
     data = _open(path)._record.image_resources.get_data(XMP)
     found = parse_xml(data, f"{path.name}: the XMP block").find(f".//{{{NAMESPACE}}}metadata") if data else None
     return {} if found is None else json.loads(found.text)
-
-
-class _Refused(ValueError):
-    """A document that is not damaged and cannot be taken all the same."""
 
 
 def _check_modes(stack: LayerStack) -> None:
@@ -173,14 +169,12 @@ def _open(path: Path):
 
 def _read(psd, name: str, groups: str, notes: list[str]) -> LayerStack:
     leaves = [item for item in psd.descendants() if not item.is_group() and _drawn(item)]
-    try:
-        for leaf in leaves:
-            check_sides(f"{name}: layer {leaf.name!r}", leaf.width, leaf.height)
-        check_total(name, [(leaf.width, leaf.height) for leaf in leaves] or [psd.size])
-    except ValueError as error:
-        raise _Refused(str(error)) from error
-    layers = [replace(layer, opacity=_readable(layer.opacity)) for layer in _Layers(notes, groups == GROUPS[1]).of(psd)]
-    return LayerStack(psd.size, tuple(layers or [_flat(psd, notes)]))
+    for leaf in leaves:
+        check_sides(f"{name}: layer {leaf.name!r}", leaf.width, leaf.height)
+    check_total(name, [(leaf.width, leaf.height) for leaf in leaves] or [psd.size])
+    layers = [replace(layer, opacity=_readable(layer.opacity)) for layer in _Layers(notes, groups == GROUPS[1]).of(psd)] or [_flat(psd, notes)]
+    check_count(name, layers)
+    return LayerStack(psd.size, tuple(layers))
 
 
 def _drawn(item) -> bool:
@@ -202,7 +196,7 @@ class _Layers:
             while siblings and siblings[0].clipping:
                 clipped += self.pieces(siblings.pop(0))
             own = self.pieces(item, isolated=bool(clipped))
-            found += self.clipped(own, clipped, item.name) if clipped and own else own or clipped
+            found += self.clipped(own, clipped, item.name) if clipped and own else own or self.uncovered(item, clipped)
         return found
 
     def pieces(self, item, isolated: bool = False) -> list[Layer]:
@@ -215,6 +209,12 @@ class _Layers:
             return [self.leaf(item)]
         self.notes.append(f"Layer {_name(item)!r} ({item.kind}) has no pixels of its own and is left out.")
         return []
+
+    def uncovered(self, base, tops: list[Layer]) -> list[Layer]:
+        """Layers clipped to something without pixels: to a fill, which is there wherever its mask lets it, or to what draws nothing at all."""
+        opacity = base.opacity / 255 * (base.fill_opacity / 255) if base.kind.endswith("fill") else 0
+        shown = base.visible and opacity > 0
+        return [replace(masked(top, self.mask(base, box_of(top))), opacity=top.opacity * (opacity or 1), visible=top.visible and shown) for top in tops]
 
     def leaf(self, item) -> Layer:
         opacity = item.opacity / 255 * (item.fill_opacity / 255)
@@ -299,6 +299,7 @@ def _unread(item) -> list[tuple[str, str]]:
         ("vector mask", "is"): item.kind == "pixel" and item.has_vector_mask() and not item.has_mask() and not item.vector_mask.disabled,
         ("Blend If ranges", "are"): any(limit not in ((0, 65535), (0, 0)) for limit in limits),
         ("knockout", "is"): int(item.tagged_blocks.get_data(Tag.KNOCKOUT_SETTING, 0)) > 0,
+        ("setting that clipped layers do not blend as a group", "is"): not int(item.tagged_blocks.get_data(Tag.BLEND_CLIPPING_ELEMENTS, 1)),
     }
     return [words for words, there in found.items() if there]
 
@@ -310,10 +311,17 @@ def _over_base(base: Layer, tops: list[Layer]) -> Tensor:
 
 
 def _flat(psd, notes: list[str]) -> Layer:
-    """The picture of a document without layers. Its further channels are saved selections, unless a negative number of layers says otherwise."""
-    info = psd._record.layer_and_mask_information.layer_info
+    """The picture of a document without layers. Its further channels are saved selections, unless the file says that the first is transparency:
+    by a negative number of layers, by a block of merged transparency or by the identifier 0."""
+    from psd_tools.constants import Resource, Tag
+    from psd_tools.psd.image_resources import AlphaIdentifiers, ImageResource
+
+    info, identifiers = psd._record.layer_and_mask_information.layer_info, psd.image_resources.get_data(Resource.ALPHA_IDENTIFIERS)
+    blocks = (Tag.SAVING_MERGED_TRANSPARENCY, Tag.SAVING_MERGED_TRANSPARENCY16, Tag.SAVING_MERGED_TRANSPARENCY32)
+    transparent = info is not None and info.layer_count < 0 or 0 in (identifiers or ()) or any(key in (psd.tagged_blocks or ()) for key in blocks)
+    if not transparent:  # or psd-tools would take the selection for transparency, and white out of the colours by it
+        psd.image_resources[Resource.ALPHA_IDENTIFIERS] = ImageResource(key=Resource.ALPHA_IDENTIFIERS.value, data=AlphaIdentifiers([1]))
     pixels = _srgb(_pillow(psd, notes))
-    transparent = info is not None and info.layer_count < 0
     return Layer(from_bytes(pixels if transparent else pixels[..., :3]), "Background")
 
 

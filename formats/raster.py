@@ -21,6 +21,10 @@ MAX_DRAWN = 2**26  # pixels of one layer that are drawn though they lie outside 
 MAX_PIXELS = 2**29  # of all layers of a file together: 8 GB as ComfyUI holds them
 
 
+class Refused(ValueError):
+    """A file that is not damaged and cannot be taken all the same."""
+
+
 def to_bytes(image: Tensor) -> np.ndarray:
     """0..1 floats of any shape as rounded 8-bit values of the same shape."""
     return (image.detach().cpu() * 255).round_().clamp_(0, 255).to(torch.uint8).numpy()
@@ -136,16 +140,21 @@ def plain_name(name: str) -> str:
 
 
 def check_sides(what: str, width: int, height: int) -> None:
-    """Raises ValueError when a side is out of range."""
+    """Raises Refused when a side is out of range."""
     if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
-        raise ValueError(f"{what} is {width}×{height}; sides must be from 1 to {MAX_SIDE} pixels.")
+        raise Refused(f"{what} is {width}×{height}; sides must be from 1 to {MAX_SIDE} pixels.")
 
 
 def check_total(what: str, sizes: list[tuple[int, int]]) -> None:
-    """Raises ValueError when these layers are none, too many or together too large; called before any pixel is decoded."""
-    if not 1 <= len(sizes) <= MAX_LAYERS:
-        raise ValueError(f"{what} has {len(sizes)} layers with pixels and 1 to {MAX_LAYERS} can be loaded; merge or add some in your paint program.")
+    """Raises Refused when these layers are together too large; called before any pixel is decoded."""
     pixels = sum(width * height for width, height in sizes)
     if pixels > MAX_PIXELS:
-        raise ValueError(f"{what} has {pixels / 1e6:.0f} million pixels in its layers and {MAX_PIXELS / 1e6:.0f} million can be loaded; "
+        raise Refused(f"{what} has {pixels / 1e6:.0f} million pixels in its layers and {MAX_PIXELS / 1e6:.0f} million can be loaded; "
                          "scale it down or split it.")
+
+
+def check_count(what: str, layers: Sequence[Layer]) -> None:
+    """Raises Refused when a file has no layers or too many, after its groups were merged."""
+    if not 1 <= len(layers) <= MAX_LAYERS:
+        raise Refused(f"{what} has {len(layers)} layers with pixels and 1 to {MAX_LAYERS} can be loaded; "
+                      "merge or add some in your paint program, or load it with groups: one layer each.")

@@ -18,6 +18,7 @@ from .stacks import eight_bit, example, layers, linear_srgb, pixels, srgb_of
 
 STACK = '<image version="0.0.3" w="4" h="3"><stack>{}</stack></image>'
 LAYER = '<layer name="one" src="data/one.png" {}/>'
+STACKED = '<stack x="2" y="1">{}</stack>'
 
 
 def save(folder, stack, metadata=None):
@@ -432,3 +433,9 @@ def test_a_group_with_an_operator_in_it_is_isolated(tmp_path):
     path = ora(tmp_path / "isolated.ora", xml, ground=flat((128, 128, 128, 255)), body=half((255, 0, 0, 255)), top=flat((0, 255, 0, 128)))
     found = eight_bit(picture(files.load(path)))
     assert np.abs(found[2, 1] - [127, 128, 0, 255]).max() <= 1 and found[2, 6].tolist() == [128, 128, 128, 255]
+
+
+def test_a_stack_of_an_old_file_moves_its_layers(tmp_path):
+    inner = STACKED.format(LAYER.format("x=\"1\""))
+    stack = f'<image version="0.0.1" w="4" h="3"><stack x="10" y="20">{inner}{LAYER.format("")}</stack></image>'
+    assert [(layer.x, layer.y) for layer in openraster.read(archive(tmp_path, stack)).layers] == [(10, 20), (13, 21)]

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from psd_tools import PSDImage
 from psd_tools.constants import BlendMode, Resource, Tag
-from psd_tools.psd.image_resources import ImageResource
+from psd_tools.psd.descriptor import DescriptorBlock
+from psd_tools.psd.image_resources import AlphaIdentifiers, ImageResource
 from psd_tools.psd.layer_and_mask import LayerBlendingRanges, MaskParameters
 from strata.formats import files, psd
 from strata.formats.groups import GROUPS
@@ -235,6 +236,74 @@ def test_too_many_layers(tmp_path):
         files.load(tmp_path / "many.psd")
 
 
+def test_layers_are_counted_after_groups_were_merged(tmp_path):
+    document = PSDImage.new("RGB", (2, 2))
+    document.create_group([document.create_pixel_layer(Image.new("RGB", (1, 1))) for _ in range(60)], name="many")
+    document.save(tmp_path / "many.psd")
+    assert len(files.load(tmp_path / "many.psd", "one layer each").layers) == 1
+    with pytest.raises(ValueError, match="many.psd has 60 layers .* groups: one layer each"):
+        files.load(tmp_path / "many.psd")
+
+
+def test_a_group_larger_than_any_layer_is_refused_by_name(tmp_path):
+    document = PSDImage.new("RGB", (4, 4))
+    inner = [document.create_pixel_layer(Image.new("RGB", (2, 2)), left=left) for left in (0, 20000)]
+    document.create_group(inner, name="wide")
+    document.save(tmp_path / "wide.psd")
+    assert len(files.load(tmp_path / "wide.psd").layers) == 2
+    with pytest.raises(ValueError, match="^group 'wide' is 20002×2; sides must be"):
+        files.load(tmp_path / "wide.psd", "one layer each")
+
+
+@pytest.mark.parametrize(("identifiers", "expected"), [(None, (255, 102, 102, 255)), ([5], (255, 102, 102, 255)), ([0], (255, 0, 0, 153))])
+def test_the_fourth_channel_of_a_flat_document_is_transparency_only_where_the_file_says_so(tmp_path, identifiers, expected):
+    """Stored are the colour over white and 153 of 255: either that colour with a saved selection, or red with an opacity of 0.6."""
+    document = PSDImage.new("RGB", (4, 4))
+    record = document._record
+    record.header.channels = 4
+    record.image_data.set_data([bytes([value]) * 16 for value in (255, 102, 102, 153)], record.header)
+    if identifiers:
+        key = Resource.ALPHA_IDENTIFIERS
+        document.image_resources[key] = ImageResource(key=key.value, data=AlphaIdentifiers(identifiers))
+    stack, notes = loaded(document, tmp_path / "flat.psd")
+    assert (eight_bit(stack.layers[0].rgba()) == expected).all() and not notes
+
+
+@pytest.mark.parametrize(("visible", "opacity"), [(True, 255), (True, 128), (False, 255)])
+def test_what_is_clipped_to_a_fill_goes_with_its_mask_opacity_and_visibility(tmp_path, visible, opacity):
+    document = PSDImage.new("RGB", (4, 4))
+    fill = document.create_pixel_layer(block((1, 2, 3)), name="fill", opacity=opacity)
+    fill.create_mask(Image.fromarray(np.repeat(np.array([[255, 255, 0, 0]], np.uint8), 4, 0)))
+    document.create_pixel_layer(block((9, 8, 7)), name="clipped").clipping = True
+    document.save(tmp_path / "made.psd")
+    document = PSDImage.open(tmp_path / "made.psd")
+    record = document[0]._record  # as Photoshop writes a fill: no pixels, its colour as a tagged block
+    for info, plane in zip(record.channel_info, document[0]._channels, strict=True):
+        if info.id >= -1:
+            plane.data = b""
+    record.top = record.left = record.bottom = record.right = 0
+    record.tagged_blocks.set_data(Tag.SOLID_COLOR_SHEET_SETTING, DescriptorBlock(version=16, classID=b"null"))
+    record.flags.visible = visible
+    document.save(tmp_path / "fill.psd")
+    notes = []
+    stack = files.load(tmp_path / "fill.psd", notes=notes)
+    found = eight_bit(picture(stack))
+    assert (found[:, :2] == ([9, 8, 7, opacity] if visible else 0)).all() and found[:, 2:, 3].max() == 0
+    assert len(notes) == 1 and notes[0].startswith("Layer 'fill' (solidcolorfill) has no pixels")
+
+
+def test_what_is_clipped_to_an_empty_layer_does_not_show(tmp_path):
+    document = PSDImage.new("RGB", (4, 4))
+    base = document.create_pixel_layer(block((1, 2, 3)), name="base")
+    document.create_pixel_layer(block((9, 8, 7)), name="clipped").clipping = True
+    record = base._record
+    record.top = record.left = record.bottom = record.right = 0
+    for plane in base._channels:
+        plane.data = b""
+    stack, notes = loaded(document, tmp_path / "empty.psd")
+    assert [layer.visible for layer in stack.layers] == [False] and notes
+
+
 def test_not_a_layer_file(tmp_path):
     for content, message in ((b"", "is empty"), (b"GIF89a" * 9, "is neither a PSD nor an OpenRaster file")):
         (tmp_path / "x.psd").write_bytes(content)
@@ -450,10 +519,12 @@ def test_what_photoshop_draws_a_layer_by_is_told_where_it_is_not_read(tmp_path):
     layers = [document.create_pixel_layer(block((9, 9, 9)), name=name) for name in ("range", "knocked", "none", "plain")]
     layers[0]._record.blending_ranges.composite_ranges[0] = (0, 32768)
     layers[1].tagged_blocks.set_data(Tag.KNOCKOUT_SETTING, 1)
+    layers[2].tagged_blocks.set_data(Tag.BLEND_CLIPPING_ELEMENTS, 0)
     layers[2]._record.blending_ranges = LayerBlendingRanges(None, None)  # as some programs write them
     stack, notes = loaded(document, tmp_path / "more.psd")
     assert len(stack.layers) == 4
-    assert notes == ["The Blend If ranges of layer 'range' are not read.", "The knockout of layer 'knocked' is not read."]
+    assert notes == ["The Blend If ranges of layer 'range' are not read.", "The knockout of layer 'knocked' is not read.",
+                     "The setting that clipped layers do not blend as a group of layer 'none' is not read."]
 
 
 def test_layers_overlap_where_both_draw_and_layers_far_apart_cost_no_memory():
