@@ -9,17 +9,20 @@ from math import lcm
 
 import comfy.utils
 import torch
+from comfy.controlnet import ControlBase
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import PatcherInjection, WrappersMP
 from torch import Tensor, nn
 
 from ..networks.attention_sharing import PROJECTIONS, AttentionSharing
+from .attention_blocks import check_tokens
 from .foreground import FUSION, Rows
 
 NAME = re.compile(r"(input_blocks|output_blocks|middle_block)\..*\.attn[12]")
 KEY = "strata_sharing_"
 MOST_REPEATED = 4  # as ComfyUI puts conditionings of several lengths into one batch
+OF_A_RUN = ("cond_hint", "timestep_range", "extra_concat", "model_sampling_current")  # a ControlNet's fields that its run sets
 CONTROL = "strata_sharing_picture"  # the picture's features by number of pixels, in the transformer options of one evaluation
 
 
@@ -114,6 +117,9 @@ class Injection:
 
 def shared(module: nn.Module, plain: Callable, layer: nn.Module, strength: float) -> Callable:
     def forward(x, context=None, value=None, mask=None, transformer_options={}):  # noqa: B006 the host's own signature
+        if layer.frames > 1:
+            check_tokens(x, transformer_options)
+
         def attention(q, k, v):
             return optimized_attention(q, k, v, module.heads, mask=mask, attn_precision=module.attn_precision, transformer_options=transformer_options)
 
@@ -154,5 +160,15 @@ def together(prompts: list[tuple[str, list]]) -> list:
 
 
 def _same(one, other) -> bool:
-    return one is other or (torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else type(one) is type(other)
-                            and isinstance(one, str | int | float | tuple) and one == other)
+    """ControlNets are the same when all but what a run leaves on them is: Apply ControlNet makes a copy for each conditioning."""
+    if one is other or type(one) is not type(other):
+        return one is other
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, ControlBase):
+        one, other = ({key: value for key, value in vars(control).items() if key not in OF_A_RUN} for control in (one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return isinstance(one, str | int | float) and one == other

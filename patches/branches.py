@@ -1,6 +1,7 @@
 """Several pictures of every latent, sampled as one batch in which they stand next to each other."""
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import comfy.sample
@@ -11,6 +12,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..techniques.shared_layers import share_noise
+from .kept import LEVEL
 
 
 def sample_branches(model: ModelPatcher, positive: list, count: int, negative: list, latent_image: dict, seed: int, steps: int, cfg: float,
@@ -39,7 +41,8 @@ def watched(model: ModelPatcher, seen: dict[float, Tensor]) -> ModelPatcher:
     """A clone that keeps what its sampler asks it for. What samplers hand to their callback is not always the latent of that step (DEIS)."""
     def watch(executor, x: Tensor, timestep: Tensor, *args, **kwargs):
         sigma = float(timestep.flatten()[0])
-        seen.pop(sigma, None)  # Heun's first call at a level is a guess, and its second one the step's latent
+        for level in [level for level in seen if math.isclose(level, sigma, rel_tol=LEVEL)]:
+            del seen[level]  # Heun's first call at a level is a guess, and its second one the step's latent; DPM-Solver++(2S)'s is a rounding beside it
         seen[sigma] = x.detach().float().cpu().clone()
         return executor(x, timestep, *args, **kwargs)
 

@@ -1,10 +1,12 @@
 """What travels in a model's options and is one object for all clones of the model."""
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
+
+LEVEL = 1e-4  # noise levels that differ less, relatively, are one: samplers compute them again through logarithms
 
 
 class Kept:
@@ -31,5 +33,6 @@ class Record(Kept):
         """One entry a step; of a sampler that chooses its own noise levels (dpm_adaptive), one a level."""
         if self.schedule is None:
             return list(self.levels.values())
-        planned = [maps for level, maps in self.levels.items() if torch.isclose(self.schedule.cpu(), torch.tensor(level), rtol=1e-4).any()]
+        nearest = [min(self.levels, key=lambda level: abs(level - sigma)) for sigma in self.schedule.tolist()]
+        planned = [self.levels[level] for level, sigma in zip(nearest, self.schedule.tolist(), strict=True) if math.isclose(level, sigma, rel_tol=LEVEL)]
         return planned if len(planned) > 1 else list(self.levels.values())

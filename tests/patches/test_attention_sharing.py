@@ -2,6 +2,7 @@
 import copy
 from functools import partial
 
+import comfy.controlnet
 import comfy.sample
 import pytest
 import torch
@@ -158,6 +159,25 @@ def test_what_only_one_prompt_carries_is_refused_and_what_all_carry_is_kept():
                 attention_sharing.together(prompts)
         joined = attention_sharing.together([(name, [[text, {key: value}]]) for name in ("foreground", "background", "blended")])
         assert joined[0][1][key] is value and joined[0][0].shape == (3, 77, 24)
+
+
+def test_copies_of_one_controlnet_are_the_same():
+    """Apply ControlNet copies it for each conditioning; another strength, picture, range or ControlNet before it is another."""
+    text, hint = torch.randn(1, 77, 24), torch.rand(1, 3, 8, 8)
+    control, before = (comfy.controlnet.ControlNet(torch.nn.Linear(1, 1)) for _ in range(2))
+
+    def apply(picture=hint, strength=0.7, previous=None, source=control):
+        return source.copy().set_cond_hint(picture.clone(), strength, (0.0, 0.5)).set_previous_controlnet(previous)
+
+    def joined(*controls):
+        return attention_sharing.together([(name, [[text, {"control": one}]]) for name, one in zip(("foreground", "background"), controls, strict=True)])
+    used = apply()
+    used.cond_hint, used.timestep_range = hint, (10.0, 5.0)  # as a run leaves them
+    assert joined(used, last := apply())[0][1]["control"] is last
+    assert joined(apply(previous=apply(source=before)), apply(previous=apply(source=before)))
+    for other in (apply(hint + 0.1), apply(strength=0.6), apply(previous=apply(source=before)), apply(source=before)):
+        with pytest.raises(ValueError, match="^foreground: it carries 'control'"):
+            joined(apply(), other)
 
 
 def test_prompts_do_not_grow_without_bound():

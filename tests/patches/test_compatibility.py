@@ -3,6 +3,7 @@
 A patch works when the result is finite, has the same shape and is another than without it. Where it is refused, the error is one sentence that
 begins with the socket.
 """
+import copy
 import re
 from pathlib import Path
 
@@ -26,8 +27,10 @@ from strata.nodes import compositing, fusion, harmonize, shared_layers, transpar
 
 import nodes as comfyui_nodes
 
+from .test_attention_sharing import sharing
 from .test_feature_guidance import with_adapter
-from .test_fusion import Hints
+from .test_fusion import Hints, conditioning
+from .test_transparency_model import small
 
 pytestmark = pytest.mark.skipif(not CHECKPOINT.exists(), reason="no trained weights: make mini")
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "compatibility.md"
@@ -78,9 +81,11 @@ PATCHES = {
 
 class Bench(Family):
     """What the nodes are given. words: conditionings with a ControlNet on them where that is the patch."""
+    width, side = 192, SIDE  # channels of the middle block
 
     def __init__(self):
         super().__init__()
+        self.joint = JointBench()
         inpaint, = comfyui_nodes.UNETLoader().load_unet("strata_mini_inpaint.safetensors", "default")
         self.models = {"sd": self.model, "inpaint": inpaint}
         scene = self.scene("beach", ("apple",), 1)[0]
@@ -94,16 +99,44 @@ class Bench(Family):
         self.mask = alpha[..., 3]
 
     def latent(self, patch):
-        latent = {"samples": torch.zeros(1, 4, SIDE // 8, SIDE // 8)}
+        latent = {"samples": torch.zeros(1, 4, self.side // 8, self.side // 8)}
         if patch == "Differential Diffusion":
-            latent["noise_mask"] = torch.linspace(0, 1, SIDE).expand(1, SIDE, SIDE)
+            latent["noise_mask"] = torch.linspace(0, 1, self.side).expand(1, self.side, self.side)
         return latent
 
     def conditioned(self, conditioning, patch):
         if patch != "ControlNet":
             return conditioning
-        hints = torch.randn(1, 192, 1, 1, generator=torch.Generator().manual_seed(4))
-        return [[text, {**more, "control": Hints(hints), "control_apply_to_uncond": True}] for text, more in conditioning]
+        control = copy.copy(self.__dict__.setdefault("control", Hints(torch.randn(1, self.width, 1, 1, generator=torch.Generator().manual_seed(4)))))
+        return [[text, {**more, "control": control, "control_apply_to_uncond": True}] for text, more in conditioning]
+
+
+class JointBench:
+    """The same for the nodes of SD1.5 alone: its whole structure at reduced width, with random weights, because no weights of it are shipped."""
+    side, latent, conditioned = 2 * SIDE, Bench.latent, Bench.conditioned
+
+    def __init__(self):
+        self.model = small()
+        self.models = {"SD1.5": self.model}
+        self.width = self.model.model.diffusion_model.middle_block[-1].out_channels
+        self.negative, self.weights = self.text("nothing"), {frames: sharing(self.model, frames, 32 * (frames == 2))[1] for frames in (2, 3)}
+        self.image = torch.rand(1, self.side, self.side, 3, generator=torch.Generator().manual_seed(3))
+
+    def text(self, words):
+        return conditioning(self.model, len(words), rows=1)
+
+
+def joint_layers(mini, model, behind, patch):
+    words = [mini.conditioned(mini.text(name), patch) for name in ("a dog", "a beach", "a dog on a beach")]
+    found = transparency.SampleJointLayers.execute(model, mini.weights[3], *words, negative=mini.negative, latent_image=mini.latent(patch), **SAMPLING)
+    return torch.cat([branch["samples"] for branch in found.args])
+
+
+def around_layer(mini, model, behind, patch):
+    words = [mini.conditioned(mini.text(name), patch) for name in ("a dog", "a dog on a beach")]
+    found = transparency.SampleAroundLayer.execute(model, mini.weights[2], mini.image, *words, negative=mini.negative, latent_image=mini.latent(patch),
+                                                   **SAMPLING)
+    return torch.cat([branch["samples"] for branch in found.args])
 
 
 def apply_transparency(mini, model, behind, patch):
@@ -184,6 +217,7 @@ NODES = {  # node: (run, model, whether a patch may come behind it)
     "Invert image, ddim": (invert("ddim"), "sd", False), "Invert image, null-text": (invert("null-text"), "sd", False),
     "Feature guidance": (feature_guidance, "sd", False), "Insert at a depth": (insert_at_depth, "inpaint", False),
     "Harmonize layers": (harmonize_layers, "sd", False),
+    "Sample joint layers": (joint_layers, "SD1.5", False), "Sample around a layer": (around_layer, "SD1.5", False),
 }
 @pytest.fixture(scope="module")
 def mini():
@@ -196,6 +230,7 @@ def mini():
 
 def outcome(mini, node, patch, behind):
     run, kind, _ = NODES[node]
+    mini = mini if kind in mini.models else mini.joint
     model, plain = mini.models[kind], lambda model, _=None: model
     key = node, patch == "Differential Diffusion"
     if key not in mini.__dict__.setdefault("unpatched", {}):

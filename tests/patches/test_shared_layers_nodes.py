@@ -2,6 +2,7 @@
 import comfy.sd
 import pytest
 import torch
+from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from strata.networks.transparency import TransparentDecoder
 from strata.nodes.harmonize import HarmonizeLayers
 from strata.nodes.shared_layers import NOISE, ContextMaps, LayerPrompts, LayersSampler, SharedLayers
@@ -161,3 +162,30 @@ def test_a_wrong_file_is_named_by_its_own_socket_before_anything_is_sampled(vae,
         with pytest.raises(ValueError, match=words):
             sampled(model, vae, positive, **files)
     assert not calls
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2", "dpmpp_sde", "dpmpp_2s_ancestral"])
+def test_maps_have_one_entry_a_step_and_none_of_perturbed_attention(sampler, vae, decoder):
+    """Samplers that call the model twice a step add none, and the first step's maps are those of the plain estimate, not of PAG's."""
+    plain = fusion_reference.patcher("SD1.5")
+    positive, settings = layered(plain), {"decoder": decoder, "harmonize": False, "sampler_name": sampler, "steps": 3}
+    model = shared(plain)
+    guided = PerturbedAttentionGuidance.execute(model, 3.0)[0]
+    own, others = (sampled(one, vae, positive, **settings)[3] for one in (model, guided))
+    assert own.shape[0] == others.shape[0] == 3
+    assert torch.allclose(own[0], others[0], rtol=0, atol=1e-4) and not torch.allclose(own[2], others[2], rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("denoise", [1.0, 0.0])
+def test_what_cannot_be_harmonised_keeps_its_layers_and_says_why(denoise, vae):
+    """A decoder that finds everything opaque: an object that covers the canvas is only known after the sampling."""
+    network = random_transparency.network(TransparentDecoder((8, 8, 16, 16), 1))
+    bias = [name for name, value in network.items() if name.endswith("bias") and value.shape == (4,)][-1]
+    opaque = transparency.recognise("decoder", {**network, bias: torch.full((4,), 50.0)})
+    plain = fusion_reference.patcher("SD1.5")
+    negative, latent = conditioning(plain, 2, rows=1), {"samples": torch.zeros(1, 4, HEIGHT // 8, WIDTH // 8)}
+    with torch.inference_mode():
+        found = LayersSampler.execute(shared(plain), vae, layered(plain), **{**SETTINGS, **HARMONY, "denoise": denoise}, noise=next(iter(NOISE)),
+                                      negative=negative, latent_image=latent, decoder=opaque)
+    assert len(read_layers(found.result[0][0]).layers) == 3
+    assert "Not harmonised: layers: layer 'an apple' covers the whole canvas" in str(found.ui)

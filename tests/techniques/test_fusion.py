@@ -1,5 +1,9 @@
 """LayerFusion's formulas against plain loops over whole attention matrices in float64."""
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,3 +166,30 @@ def test_resize_prior_takes_the_mean_of_each_area():
     assert torch.allclose(small, prior.view(2, 4, 2, 6, 2).mean((2, 4)), atol=1e-6)
     assert fusion.resize_prior(prior, (8, 12), (8, 12)) is prior
     assert fusion.resize_prior(torch.rand(1, 35), (5, 7), (3, 4)).shape == (1, 12)
+
+
+MEASURED = """
+import conftest  # makes the pack importable
+import resource, torch
+from strata.techniques import fusion
+torch.set_num_threads(1)
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def make(tokens):
+    q, k = torch.randn(1, tokens, 8), torch.randn(1, tokens, 8)
+    fusion.structure_prior(q, k, 2)
+    fusion.content_prior(q, k[:, :77], 2, [70])
+make(256)
+before = peak()
+make(12288)
+print((peak() - before) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is counted in KiB on Linux")
+def test_the_structure_prior_never_holds_its_whole_attention():
+    """Peak of a process of its own: the probabilities of 12288 tokens would be 1152 MiB, and small results between large parts would keep the heap."""
+    tests = Path(__file__).resolve().parent.parent
+    found = subprocess.run([sys.executable, "-c", MEASURED], cwd=tests, capture_output=True, text=True, check=True,
+                           env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), *sys.path])})
+    assert int(found.stdout) < 200
