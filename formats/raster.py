@@ -150,7 +150,7 @@ def check_total(what: str, sizes: list[tuple[int, int]]) -> None:
     pixels = sum(width * height for width, height in sizes)
     if pixels > MAX_PIXELS:
         raise Refused(f"{what} has {pixels / 1e6:.0f} million pixels in its layers and {MAX_PIXELS / 1e6:.0f} million can be loaded; "
-                         "scale it down or split it.")
+                      "scale it down or split it.")
 
 
 def check_count(what: str, layers: Sequence[Layer]) -> None:
