@@ -1,7 +1,7 @@
-"""One guided step of feature guidance (5 iterations, two scenes, and the step itself) against the released loop; SD1.5's structure, 32×32 latents, fp32.
+"""One guided step of feature guidance (5 iterations, two scenes, and the step itself) against the released loop, on SD1.5's structure with random weights.
 
 The released loop records the features of both scenes once a step, one scene after the other, and runs the whole UNet forward and backward for every
-iteration.
+iteration. Both in float32: a fifth of the width and 32×32 latents; with `published`, in float32 and half precision, the width of SD1.5 and 64×64 latents.
 """
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import conftest  # noqa: E402, F401  makes the pack importable as strata
 
-SIDE, CHANNELS, ITERATIONS, CFG = 32, 64, 5, 7.5
-SHAPE = {"image_size": 32, "in_channels": 4, "out_channels": 4, "use_spatial_transformer": True, "legacy": False, "dtype": torch.float32,
-         "model_channels": CHANNELS, "channel_mult": [1, 2, 4, 4], "num_res_blocks": [2, 2, 2, 2], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+ITERATIONS, CFG = 5, 7.5
+SHAPE = {"image_size": 32, "in_channels": 4, "out_channels": 4, "use_spatial_transformer": True, "legacy": False,
+         "channel_mult": [1, 2, 4, 4], "num_res_blocks": [2, 2, 2, 2], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
          "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1, "context_dim": 768, "num_heads": 8}
 
 
 class Bench:
     """The same model, scenes and latent for every way."""
 
-    def __init__(self):
+    def __init__(self, side: int, channels: int, dtype: torch.dtype):
         cpu_host.declare_operators()
         sys.path.insert(0, str(host.find_or_install().root))
         from comfy.cli_args import args
@@ -37,7 +37,8 @@ class Bench:
         import comfy.supported_models
         from strata.patches.feature_guidance import Plane, Planes
         from strata.patches.inversion import Inversion
-        config = comfy.supported_models.SD15(dict(SHAPE))
+        self.dtype = dtype
+        config = comfy.supported_models.SD15({**SHAPE, "model_channels": channels, "dtype": dtype})
         config.manual_cast_dtype = None
         torch.manual_seed(0)
         model = config.get_model({}, "", "cpu").eval().requires_grad_(False)
@@ -46,9 +47,9 @@ class Bench:
         self.device = comfy.model_management.get_torch_device()
         self.model = comfy.model_patcher.ModelPatcher(model.to(self.device), self.device, torch.device("cpu"))
         self.sigma = model.model_sampling.sigmas[500]
-        self.x, *scenes = torch.randn(3, 1, 4, SIDE, SIDE) * self.sigma
+        self.x, *scenes = torch.randn(3, 1, 4, side, side) * self.sigma
         self.texts = torch.randn(4, 1, 77, 768)
-        self.mask = (torch.arange(SIDE) >= SIDE // 2).float().expand(SIDE, SIDE)
+        self.mask = (torch.arange(side) >= side // 2).float().expand(side, side)
         inversions = [Inversion(scene[None], self.sigma[None].cpu(), [[text, {}]], "ddim") for scene, text in zip(scenes, self.texts, strict=False)]
         self.planes = Planes((Plane(inversions[0]), Plane(inversions[1], self.mask)))
 
@@ -65,10 +66,10 @@ class Bench:
     def plain(self) -> list[float]:
         unet, scale = self.model.model.diffusion_model, (1 + self.sigma**2).sqrt()
         time_ = self.model.model.model_sampling.timestep(self.sigma[None]).float().to(self.device)
-        scenes = [plane.inversion.latents[0].to(self.device) / scale for plane in self.planes.planes]
-        texts, mask = self.texts.to(self.device), self.mask.to(self.device)
+        scenes = [(plane.inversion.latents[0].to(self.device) / scale).to(self.dtype) for plane in self.planes.planes]
+        texts, mask = self.texts.to(self.device, self.dtype), self.mask.to(self.device)
         features: dict[int, torch.Tensor] = {}
-        hooks = [unet.output_blocks[number][-1].register_forward_hook(lambda module, args, out, level=level: features.__setitem__(level, out))
+        hooks = [unet.output_blocks[number][-1].register_forward_hook(lambda module, args, out, level=level: features.__setitem__(level, out.float()))
                  for level, number in ((2, 8), (3, 11))]
         z, energies, sources = self.x.to(self.device) / scale, [], []
         for scene, text in zip(scenes, texts[:2], strict=True):
@@ -77,7 +78,7 @@ class Bench:
             sources.append(dict(features))
         for _ in range(ITERATIONS):
             z = z.detach().requires_grad_()
-            unet(z, time_, context=texts[2])
+            unet(z.to(self.dtype), time_, context=texts[2])
             energy = 0
             for level, weight in ((2, 0.2), (3, 8.5)):
                 for seen, source in zip((1 - mask, mask), sources, strict=True):
@@ -88,20 +89,22 @@ class Bench:
         for hook in hooks:
             hook.remove()
         with torch.no_grad():
-            unet(z.expand(2, -1, -1, -1), time_.expand(2), context=torch.cat([texts[2], texts[3]]))
+            unet(z.to(self.dtype).expand(2, -1, -1, -1), time_.expand(2), context=torch.cat([texts[2], texts[3]]))
         return energies
 
 
-def rows():
-    bench = Bench()
-    ways = {"": {}, " with checkpointing": {"checkpointing": True}, ", level 2 alone": {"level_weights": "0.2, 0"}}
-    plain, *ours = in_turns(bench.plain, *(partial(bench.ours, **settings) for settings in ways.values()), results=True)
-    for title, own in zip(ways, ours, strict=True):
-        if "level" not in title:
-            assert max(abs(one / other - 1) for one, other in zip(own.result, plain.result, strict=True)) < 1e-3, (own, plain)
-        yield from rows_of(f"a guided step{title}", own, plain)
+def rows(published: bool = False):
+    for side, channels, dtype in ((64, 320, torch.float32), (64, 320, torch.float16)) if published else ((32, 64, torch.float32),):
+        bench = Bench(side, channels, dtype)
+        ways = {"": {}, " with checkpointing": {"checkpointing": True}, ", level 2 alone": {"level_weights": "0.2, 0"}}
+        plain, *ours = in_turns(bench.plain, *(partial(bench.ours, **settings) for settings in ways.values()), results=True)
+        near = 1e-3 if dtype == torch.float32 else 3e-2
+        for title, own in zip(ways, ours, strict=True):
+            if "level" not in title:
+                assert max(abs(one / other - 1) for one, other in zip(own.result, plain.result, strict=True)) < near, (own, plain)
+            yield from rows_of(f"a guided step{title}, {str(dtype).removeprefix('torch.')}", own, plain)
 
 
 if __name__ == "__main__":
-    for row in rows():
+    for row in rows("published" in sys.argv[1:]):
         print(*row, flush=True)
