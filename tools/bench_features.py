@@ -46,7 +46,7 @@ class Bench:
             torch.nn.init.normal_(weight, 1 if weight.ndim == 1 else 0, 0.1 if weight.ndim == 1 else weight[0].numel() ** -0.5)
         self.device = comfy.model_management.get_torch_device()
         self.model = comfy.model_patcher.ModelPatcher(model.to(self.device), self.device, torch.device("cpu"))
-        self.sigma = model.model_sampling.sigmas[500]
+        self.sigma = model.model_sampling.sigmas[500].cpu()
         self.x, *scenes = torch.randn(3, 1, 4, side, side) * self.sigma
         self.texts = torch.randn(4, 1, 77, 768)
         self.mask = (torch.arange(side) >= side // 2).float().expand(side, side)
@@ -65,7 +65,7 @@ class Bench:
 
     def plain(self) -> list[float]:
         unet, scale = self.model.model.diffusion_model, (1 + self.sigma**2).sqrt()
-        time_ = self.model.model.model_sampling.timestep(self.sigma[None]).float().to(self.device)
+        time_ = self.model.model.model_sampling.timestep(self.sigma[None].to(self.device)).float()
         scenes = [(plane.inversion.latents[0].to(self.device) / scale).to(self.dtype) for plane in self.planes.planes]
         texts, mask = self.texts.to(self.device, self.dtype), self.mask.to(self.device)
         features: dict[int, torch.Tensor] = {}

@@ -64,7 +64,7 @@ def decode_rows(side: int, widths: Sequence[int] = (32, 32, 64, 128, 256, 512, 5
         values = image.to(dtype), latent.to(dtype)
         ours, plain = in_turns(partial(_alpha, file, image, latent), lambda own=own, values=values: plain_decode(own, *values)[:, :1],
                                results=True)
-        assert (ours.result - plain.result).abs().max() < {torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
+        assert (ours.result.cpu() - plain.result.cpu()).abs().max() < {torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
         yield from rows_of(f"decode in {str(dtype).removeprefix('torch.')}, 8 passes; plain in the same", ours, plain)
 
 

@@ -236,7 +236,10 @@ class Server:
         self.args, self.pack, self.process, self.device = args, pack, None, os.environ.get("STRATA_DEVICE", device)
 
     def command(self) -> list[str]:
-        command = [str(self.host.python), str(PACK / "tools" / "cpu_host.py"), str(self.host.root),
+        # only ComfyUI itself may import torch first where there is a graphics card: it chooses how torch allocates memory
+        cpu_torch = self.device == "cpu" or self.host.python.is_relative_to(cache_dir())
+        start = [PACK / "tools" / "cpu_host.py", self.host.root] if cpu_torch else [self.host.root / "main.py"]
+        command = [str(self.host.python), *map(str, start),
                    "--disable-auto-launch", "--disable-api-nodes", "--base-directory", str(self.base), "--port", str(self.port),
                    "--temp-directory", str(self.temp), "--database-url", "sqlite:///:memory:", *self.args]
         if not self.host.ours:
