@@ -8,7 +8,6 @@ ComfyUI's choice on NVIDIA cards; `default`: its choice on the processor, three 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import cpu_host
 import host
 import torch
-from turns import in_turns, rows_of
+from turns import in_turns, now, rows_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -88,13 +87,6 @@ def sd15(**changes):
     return comfy.model_patcher.ModelPatcher(model, comfy.model_management.get_torch_device(), torch.device("cpu"))
 
 
-def now() -> float:
-    """Seconds, when the graphics card has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 @torch.inference_mode()
 def a_step(models, side: int, pictures: int, end: int | None = None) -> float:
     """Seconds of the second sampling step with guidance, of each model one behind the other. end: position of the prompt's end, for LayerFusion."""
@@ -132,7 +124,7 @@ def rows(small: bool = False, default_attention: bool = False) -> Iterator[tuple
     load(default_attention)
     yield from decode_rows(128, widths=(16, 16, 32, 64), attention_levels=1) if small else decode_rows(512)
     yield from layerfusion_rows(128, 4, model_channels=32, context_dim=48) if small else layerfusion_rows(512, 256)
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not small:
         yield from layerfusion_rows(512, 256, dtype=torch.float16)
 
 

@@ -59,6 +59,13 @@ def rows_of(name: str, ours: Measured, plain: Measured) -> Iterator[tuple]:
     yield f"{name}: peak memory in GiB", ours.gib, plain.gib, ratio, ratio
 
 
+def now() -> float:
+    """Seconds, when the graphics card has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def _warm_up(number: int) -> object:
     global _held
     _held = _kibibytes("VmRSS")
@@ -72,11 +79,9 @@ def _once(number: int) -> tuple[float, float]:
         held = torch.cuda.memory_allocated()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
-    start = time.perf_counter()
+    start = now()
     found = _ways[number]()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds = found if isinstance(found, float) else time.perf_counter() - start
+    seconds = found if isinstance(found, float) else now() - start
     if torch.cuda.is_available():
         return seconds, (torch.cuda.max_memory_allocated() - held) / 2**30
     return seconds, (_kibibytes("VmHWM") - _held) / 2**20
