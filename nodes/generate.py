@@ -2,8 +2,8 @@
 import torch
 from comfy_api.latest import io
 
+from ..scenes.renderer import KINDS, MOST_OBJECTS, Request, SceneObject, catalogue, render
 from ..techniques.layers import Layer, LayerStack, write_layers
-from ..training.scenes import KINDS, MOST_OBJECTS, Request, SceneObject, catalogue, render
 from .sockets import Layers, Node, schema
 
 

@@ -10,26 +10,27 @@ import torch
 from mini_models import OUTPUT, Family, picture
 from strata.patches.feature_guidance import Plane, Planes, Settings, guider
 from strata.patches.inversion import invert
+from strata.scenes import renderer
 from strata.techniques.feature_guidance import composite_latent, masks_at_level
-from strata.training import loop, metrics, oracle, scenes
+from strata.training import loop, metrics, oracle
 
 COUNT, SAMPLE = 24, 6
 STEPS, CFG = 25, 4.0
 EARLY, LATE = 5, 20  # steps of 25 that the paper's tau of 40 and 10, of 50, leave behind
 METHODS = ("image pasting", "latent pasting, tau 10", "latent pasting, tau 40", "FeatGLaC")
 CLAIMS = [("FeatGLaC", other, figure) for other in METHODS[:3] for figure in ("features", "object", "lighting", "shadow band")]
-KNOWN = [entry for entry in scenes.catalogue().values() if not entry.held_out and entry.material == "solid"]
+KNOWN = [entry for entry in renderer.catalogue().values() if not entry.held_out and entry.material == "solid"]
 
 
 def photographs(number):
     """An object in two lights: (photo's prompt, photo), (the new place's prompt, the new place), true scene."""
     entry = KNOWN[(7 * number) % len(KNOWN)]
-    here, there = scenes.KINDS[number % len(scenes.KINDS)], scenes.KINDS[(number + 3) % len(scenes.KINDS)]
-    empty = scenes.render(scenes.Request(here, ()), 128, 128, number + 100)
-    truth = scenes.render(scenes.Request(there, (entry.name,)), 128, 128, number)
-    other = scenes.render(scenes.Request(there, (entry.name,)), 128, 128, number, empty.light).objects[0]
-    photo = scenes.over(other.rgba_with_shadow, empty.background)
-    return (f"{other.prompt} {scenes.PLACE_WORDS[here][0]}", picture(photo)), (truth.background_prompt, picture(truth.background)), truth
+    here, there = renderer.KINDS[number % len(renderer.KINDS)], renderer.KINDS[(number + 3) % len(renderer.KINDS)]
+    empty = renderer.render(renderer.Request(here, ()), 128, 128, number + 100)
+    truth = renderer.render(renderer.Request(there, (entry.name,)), 128, 128, number)
+    other = renderer.render(renderer.Request(there, (entry.name,)), 128, 128, number, empty.light).objects[0]
+    photo = renderer.over(other.rgba_with_shadow, empty.background)
+    return (f"{other.prompt} {renderer.PLACE_WORDS[here][0]}", picture(photo)), (truth.background_prompt, picture(truth.background)), truth
 
 
 def composed(family, number):

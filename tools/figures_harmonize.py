@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from mini_models import OUTPUT, Family, picture
 from strata.nodes.harmonize import HarmonizeLayers
+from strata.scenes import renderer
 from strata.techniques.layers import Layer, LayerStack, write_layers
-from strata.training import loop, metrics, scenes
+from strata.training import loop, metrics
 
 COUNT, SAMPLE = 48, 12
 FIRST = 5 * 10**9  # numbers of scenes that nothing was trained on
@@ -21,7 +22,7 @@ def stacked(scene, moved=0):
     things = [np.roll(thing.rgba, moved, 1) for thing in scene.objects]
     below = scene.background
     for thing in things:
-        below = scenes.over(thing, below)
+        below = renderer.over(thing, below)
     layers = [Layer(torch.from_numpy(np.ascontiguousarray(pixels)), str(number)) for number, pixels in enumerate((scene.background, *things))]
     return write_layers(LayerStack((128, 128), tuple(layers))), picture(below)
 
@@ -40,7 +41,7 @@ def harmonised(family, scene, moved=0):
 
 
 def scene_of(seed: int, count: int):
-    return scenes.render(scenes.Request(train=True, count=count), 128, 128, FIRST + seed)
+    return renderer.render(renderer.Request(train=True, count=count), 128, 128, FIRST + seed)
 
 
 @torch.inference_mode()

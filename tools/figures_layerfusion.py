@@ -17,9 +17,10 @@ from strata.patches import mini_family, transparency, transparency_model, transp
 from strata.patches.branches import sample_branches
 from strata.patches.fusion import Settings, blend_attention
 from strata.patches.layer_prompts import encode_prompts
+from strata.scenes import renderer
 from strata.techniques.compositing import flatten
 from strata.techniques.layers import Layer, LayerStack
-from strata.training import loop, metrics, oracle, scenes
+from strata.training import loop, metrics, oracle
 
 COUNT, SAMPLE = 40, 8
 FILES = [CHECKPOINT, *(LAYER_MODEL / f"strata_mini_transparent_{name}.safetensors" for name in ("attn", "decoder"))]
@@ -81,13 +82,13 @@ def drawn(family, seeds: range, steps=15, wide=True):
     each = -(-len(seeds) // len(OBJECTS))
     names, found = [], {}
     for number, name in enumerate(OBJECTS[:-(-len(seeds) // each)]):
-        what = scenes.catalogue()[name].prompts[0]
-        first, second = (scenes.PLACE_WORDS[PLACES[(number + step) % len(PLACES)]][0] for step in (0, 3))
+        what = renderer.catalogue()[name].prompts[0]
+        first, second = (renderer.PLACE_WORDS[PLACES[(number + step) % len(PLACES)]][0] for step in (0, 3))
         settings = {"negative": negative, "latent_image": {"samples": torch.zeros(each, 4, SIDE // 8, SIDE // 8)}, "steps": steps,
                     "seed": seeds.start + number, **SAMPLING}
 
         def triplet(where, what=what, settings=settings):
-            positive = encode_prompts(family.clip, (what, f"{scenes.EMPTY} {where}", f"{what} {where}"))
+            positive = encode_prompts(family.clip, (what, f"{renderer.EMPTY} {where}", f"{what} {where}"))
             front, back, both = sample_branches(layered, positive, 3, **settings, own_noise=0.0)
             colour, alpha = foreground(family, front)
             return {"colour": colour, "alpha": alpha, "background": pictures(family, back), "blended": pictures(family, both)}
@@ -110,8 +111,8 @@ def overlap(alpha, blended, background):
 @torch.inference_mode()
 def rendered_overlap(family, names):
     """The same of rendered scenes, whose truth is known, after they went through the autoencoder: as much as can be asked for."""
-    kinds = [PLACES[OBJECTS.index(name)] for name in names]
-    shown = [scenes.render(scenes.Request(kind=kind, objects=(name,)), SIDE, SIDE, seed) for seed, (kind, name) in enumerate(zip(kinds, names, strict=True))]
+    requests = [renderer.Request(kind=PLACES[OBJECTS.index(name)], objects=(name,)) for name in names]
+    shown = [renderer.render(request, SIDE, SIDE, seed) for seed, request in enumerate(requests)]
     picture, background = (pictures(family, {"samples": family.vae.encode(torch.from_numpy(np.stack(part)))})
                            for part in ([scene.composite for scene in shown], [scene.background for scene in shown]))
     alpha = torch.from_numpy(np.stack([scene.objects[0].rgba[..., 3] for scene in shown]))[:, None]
@@ -122,7 +123,7 @@ def measured(shown, names, judge, grid):
     """The figures of the three claims, one per seed; writes the grid."""
     flat = flattened(shown["colour"], shown["alpha"], shown["background"])
     pasted = flattened(shown["independent colour"], shown["independent alpha"], shown["background"])
-    plain = torch.from_numpy(scenes.render(scenes.Request(kind="tiles", objects=()), SIDE, SIDE, 5).background).permute(2, 0, 1).float()[None]
+    plain = torch.from_numpy(renderer.render(renderer.Request(kind="tiles", objects=()), SIDE, SIDE, 5).background).permute(2, 0, 1).float()[None]
     seen = [judge.text_agreement(over(shown[f"{key}colour"], shown[f"{key}alpha"], plain), [None] * len(names), [[name] for name in names])[1]
             for key in ("", "other ")]
     gray = [over(shown[f"{key}colour"], shown[f"{key}alpha"], torch.tensor(0.5)) for key in ("", "other ")]

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from strata.nodes.shared_layers import LayerPrompts, LayersSampler
 from strata.patches import layer_modules, transparency
 from strata.patches.shared_layers import Maps, Sharing, map_context, share_layers
+from strata.scenes import renderer
 from strata.techniques.compositing import flatten
 from strata.techniques.layers import read_layers
-from strata.training import loop, metrics, oracle, scenes
+from strata.training import loop, metrics, oracle
 from strata.training.transparency import checkerboard
 
 COUNT, SAMPLE = 32, 6
@@ -29,7 +30,7 @@ EMPTY = 0.5  # an object's layer whose alpha stays below is taken for empty
 
 def content(number):
     """Place and objects of a scene of one to three objects, as often each."""
-    return scenes.choose(scenes.Request(train=True, count=1 + number % MOST), np.random.default_rng(7 * 10**9 + number))
+    return renderer.choose(renderer.Request(train=True, count=1 + number % MOST), np.random.default_rng(7 * 10**9 + number))
 
 
 def overlap(alphas):
@@ -44,15 +45,15 @@ def overlap(alphas):
 
 def sampled(family, seed, method):
     kind, names = content(seed)
-    where = scenes.PLACE_WORDS[kind][0]
-    prompts = [scenes.catalogue()[name].prompts[0] for name in names]
+    where = renderer.PLACE_WORDS[kind][0]
+    prompts = [renderer.catalogue()[name].prompts[0] for name in names]
     sharing, mixing, noise = METHODS[method]
     adapter, decoder = (transparency.recognise(name, load_file(LAYER_MODEL / f"strata_mini_transparent_{name}.safetensors"))
                         for name in ("attn", "decoder"))
     path = LAYER_MODEL / "strata_mini_dreamlayer.safetensors"
     terms = layer_modules.recognise(path.name, load_file(path)) if "trained" in method else None
     model = map_context(share_layers(family.model, Sharing(sharing), terms), Maps(mixing), terms)
-    positive, = LayerPrompts.execute(family.clip, f"{scenes.EMPTY} {where}", "\n".join(prompts)).args
+    positive, = LayerPrompts.execute(family.clip, f"{renderer.EMPTY} {where}", "\n".join(prompts)).args
     latent = {"samples": torch.zeros(1, 4, SIDE // 8, SIDE // 8)}
     layers, _composite, whole, *_ = LayersSampler.execute(
         model, family.vae, positive, noise, False, 0.4, 0.6, adapter, decoder, negative=family.negative, latent_image=latent,

@@ -10,7 +10,7 @@ import comfy.samplers
 import comfy.sd
 import torch
 from strata.patches import mini_family
-from strata.training.scenes import Request, render
+from strata.scenes.renderer import Request, render
 
 MODELS = Path(mini_family.PACK) / "models"
 OUTPUT = Path(mini_family.PACK) / "output"

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..networks.autoencoder import Autoencoder
 from ..networks.transparency import OffsetEncoder, TransparentDecoder
+from ..scenes import renderer
 from ..techniques import diffusion as formulas
-from . import data, diffusion, latents, loop, scenes, text
+from . import data, diffusion, latents, loop, text
 from .transparency import CutOuts, Pair, checkerboard, hidden
 
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -36,7 +37,7 @@ class CutOutLatents:
 
     def words(self, index: int, draw: int) -> str:
         rng = np.random.default_rng((index, draw))
-        what = str(rng.choice(scenes.catalogue()[self.pool.content(index)[1][0]].prompts))
+        what = str(rng.choice(renderer.catalogue()[self.pool.content(index)[1][0]].prompts))
         return text.PLAIN.format(what=what) if rng.random() < 0.3 else what
 
 
@@ -79,7 +80,7 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
     def validate(model, step):
         batch = pool.batch(np.arange(64), 0)
         error = diffusion.loss_of(model, batch, {**config, "empty_prompt": 0, "unknown_words": 0}, levels, np.random.default_rng(0))
-        names = [entry.prompts[0] for entry in scenes.catalogue().values() if not entry.held_out]
+        names = [entry.prompts[0] for entry in renderer.catalogue().values() if not entry.held_out]
         latent = diffusion.sample(model, names[::2][:24], config["side"]).cpu()
         found = decoder(autoencoder.decode(latent).clamp(0, 1), latent).clamp(0, 1)
         board = checkerboard(config["side"])

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..networks.classifier import Classifier
-from . import data, loop, scenes
+from ..scenes import renderer
+from . import data, loop
 
 PLAIN = -1  # the place of an object that was cut out
 
@@ -22,23 +23,23 @@ class Extra(data.ScenePool):
     """What the common pool lacks: the held-out objects (even numbers), and every object cut out on a flat colour (odd numbers)."""
     name = "extra"
 
-    def request(self, index: int) -> scenes.Request:
-        rng, known = np.random.default_rng((index, 1)), scenes.catalogue()
-        kind = str(rng.choice(scenes.KINDS))
+    def request(self, index: int) -> renderer.Request:
+        rng, known = np.random.default_rng((index, 1)), renderer.catalogue()
+        kind = str(rng.choice(renderer.KINDS))
         if index % 2:
-            return scenes.Request(kind=kind, objects=(str(rng.choice(list(known))),))
-        unseen = [name for name in known if known[name].held_out and not scenes.is_held_out_pair(name, kind)]
-        others = [name for name in known if not scenes.is_held_out(name, kind)]
+            return renderer.Request(kind=kind, objects=(str(rng.choice(list(known))),))
+        unseen = [name for name in known if known[name].held_out and not renderer.is_held_out_pair(name, kind)]
+        others = [name for name in known if not renderer.is_held_out(name, kind)]
         names = [str(rng.choice(unseen)), *rng.choice(others, rng.choice((0, 0, 1, 2)), replace=False).tolist()]
-        return scenes.Request(kind=kind, objects=tuple(rng.permutation(names).tolist()))
+        return renderer.Request(kind=kind, objects=tuple(rng.permutation(names).tolist()))
 
     def render(self, index: int) -> np.ndarray:
         if index % 2 == 0:
             return super().render(index)
-        cut = scenes.render(self.request(index), self.side, self.side, index).objects[0].rgba
+        cut = renderer.render(self.request(index), self.side, self.side, index).objects[0].rgba
         rng = np.random.default_rng((index, 2))
         flat = np.full(3, 0.5) if rng.random() < 0.5 else rng.random(3)
-        return scenes.over(cut, flat.astype(np.float32))
+        return renderer.over(cut, flat.astype(np.float32))
 
     @property
     def labels(self) -> data.Labels:
@@ -54,7 +55,7 @@ class Mixture:
         labels = [pool.labels for pool in self.pools]
         self.places = torch.from_numpy(np.concatenate([entry.places for entry in labels]))
         objects = torch.from_numpy(np.concatenate([entry.objects for entry in labels]))
-        self.objects = torch.zeros(len(objects), len(scenes.catalogue()) + 1).scatter_(1, objects % (len(scenes.catalogue()) + 1), 1.0)[:, :-1]
+        self.objects = torch.zeros(len(objects), len(renderer.catalogue()) + 1).scatter_(1, objects % (len(renderer.catalogue()) + 1), 1.0)[:, :-1]
 
     def batch(self, config: dict, step: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """Pictures [B,3,S,S] in 0..1, places [B], objects [B,objects] of 0 or 1; a function of the numbers alone."""
@@ -84,7 +85,7 @@ def disturb(image: Tensor, rng: np.random.Generator) -> Tensor:
 
 def build(config: dict) -> Classifier:
     torch.manual_seed(config["seed"])
-    model = Classifier(len(scenes.KINDS), len(scenes.catalogue()), config["widths"], config["features"])
+    model = Classifier(len(renderer.KINDS), len(renderer.catalogue()), config["widths"], config["features"])
     torch.nn.init.constant_(model.objects.bias, -3.5)  # about two of sixty objects are in a scene
     return model.to(memory_format=torch.channels_last)
 
@@ -101,15 +102,15 @@ def checks(count: int, side: int, first: int = 2 * 10**9) -> dict[str, tuple[Ten
 
     There are 540 ordinary pairs of object and place and 60 held-out ones; they take turns.
     """
-    names, found = list(scenes.catalogue()), {}
-    pairs = [(name, kind) for name in names for kind in scenes.KINDS]
+    names, found = list(renderer.catalogue()), {}
+    pairs = [(name, kind) for name in names for kind in renderer.KINDS]
     for title, held in (("fresh", False), ("pairs", True)):
-        entries = [pair for pair in pairs if scenes.is_held_out_pair(*pair) == held]
+        entries = [pair for pair in pairs if renderer.is_held_out_pair(*pair) == held]
         order = np.random.default_rng(0).permutation(len(entries))
         taken = [entries[order[i % len(order)]] for i in range(count)]
-        shown = [scenes.render(scenes.Request(kind=kind, objects=(name,)), side, side, first + i).composite for i, (name, kind) in enumerate(taken)]
+        shown = [renderer.render(renderer.Request(kind=kind, objects=(name,)), side, side, first + i).composite for i, (name, kind) in enumerate(taken)]
         pixels = torch.from_numpy(np.round(np.stack(shown) * 255).astype(np.uint8)).permute(0, 3, 1, 2)
-        found[title] = pixels, torch.tensor([scenes.KINDS.index(kind) for _, kind in taken]), torch.tensor([names.index(name) for name, _ in taken])
+        found[title] = pixels, torch.tensor([renderer.KINDS.index(kind) for _, kind in taken]), torch.tensor([names.index(name) for name, _ in taken])
     return found
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import scenes
+from ..scenes import renderer
 
 RENDERER = 1  # raise when the renderer's pictures change: kept pictures of another number are not used
 
@@ -22,7 +22,7 @@ class Draw(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """Places as indices into scenes.KINDS, [count]; objects as indices into the catalogue, [count, most objects], filled up with -1."""
+    """Places as indices into renderer.KINDS, [count]; objects as indices into the catalogue, [count, most objects], filled up with -1."""
     places: np.ndarray
     objects: np.ndarray
 
@@ -43,30 +43,30 @@ class ScenePool:
     def _open(path: Path, shape: tuple[int, ...], dtype=np.uint8) -> np.memmap:
         return np.memmap(path, dtype, "r+" if path.exists() else "w+", shape=shape)
 
-    def request(self, index: int) -> scenes.Request:
-        return scenes.Request(train=True)
+    def request(self, index: int) -> renderer.Request:
+        return renderer.Request(train=True)
 
     def render(self, index: int) -> np.ndarray:
         """[side,side,channels] float32 in 0..1."""
-        return scenes.render(self.request(index), self.side, self.side, index).composite
+        return renderer.render(self.request(index), self.side, self.side, index).composite
 
     def content(self, index: int) -> tuple[str, list[str]]:
         """The place and the objects of a scene, farthest first, without rendering it."""
-        return scenes.choose(self.request(index), np.random.default_rng(index))
+        return renderer.choose(self.request(index), np.random.default_rng(index))
 
     @cached_property
     def labels(self) -> Labels:
-        names = {name: i for i, name in enumerate(scenes.catalogue())}
-        places, objects = np.zeros(self.count, np.int64), np.full((self.count, scenes.MOST_OBJECTS), -1)
+        names = {name: i for i, name in enumerate(renderer.catalogue())}
+        places, objects = np.zeros(self.count, np.int64), np.full((self.count, renderer.MOST_OBJECTS), -1)
         for index in range(self.count):
             kind, shown = self.content(index)
-            places[index] = scenes.KINDS.index(kind)
+            places[index] = renderer.KINDS.index(kind)
             objects[index, :len(shown)] = [names[name] for name in shown]
         return Labels(places, objects)
 
     def prompt(self, index: int, draw: int = 0) -> str:
         """A sentence for the scene; another `draw` may choose other words for the same things."""
-        return scenes.describe(*self.content(index), np.random.default_rng((index, draw)))
+        return renderer.describe(*self.content(index), np.random.default_rng((index, draw)))
 
     def __getitem__(self, index: int) -> np.ndarray:
         """[side,side,channels] bytes."""
@@ -96,5 +96,5 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
 
 def held_out(count: int, side: int, first: int = 10**9) -> Tensor:
     """[count,3,side,side]: scenes of object-and-place pairs that training never sees."""
-    pictures = [scenes.render(scenes.Request(held_out=True), side, side, first + i).composite for i in range(count)]
+    pictures = [renderer.render(renderer.Request(held_out=True), side, side, first + i).composite for i in range(count)]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..networks.text_encoder import TextEncoder
 from ..networks.unet import UNet
+from ..scenes import renderer
 from ..techniques import diffusion
-from . import latents, loop, scenes, text
+from . import latents, loop, text
 from .command import CONFIGS
 
 CHECK = 64  # the last scenes of the pool are kept for validation
@@ -84,12 +85,12 @@ def sample(model: nn.Module, prompts: list[str], side: int, condition: Tensor | 
 
 def grid_prompts() -> list[str]:
     """32 prompts, fixed: every place, single objects and pairs of objects."""
-    names = [entry for entry in scenes.catalogue().values() if not entry.held_out]
+    names = [entry for entry in renderer.catalogue().values() if not entry.held_out]
     rng = np.random.default_rng(0)
     prompts = []
     for index in range(32):
         picked = rng.choice(len(names), 1 + (index % 4 == 3), replace=False)
-        place = scenes.PLACE_WORDS[scenes.KINDS[index % len(scenes.KINDS)]][0]
+        place = renderer.PLACE_WORDS[renderer.KINDS[index % len(renderer.KINDS)]][0]
         prompts.append(" and ".join(names[i].prompts[0] for i in picked) + " " + place)
     return prompts
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ..networks.autoencoder import Autoencoder
 from ..networks.transparency import OffsetEncoder
+from ..scenes import renderer
 from ..techniques import diffusion as formulas
 from ..techniques.shared_layers import map_distance, resize_maps, share_noise
 from ..techniques.transparency import extend_colours
-from . import adapter, data, diffusion, latents, loop, scenes, text
+from . import adapter, data, diffusion, latents, loop, text
 from .layered import LayeredDenoiser
 from .transparency import checkerboard, hidden
 
@@ -46,8 +47,8 @@ class SceneLayers:
         size = side // latents.FACTOR
         self.values = data.ScenePool._open(path, (count, MOST + 2, 5, size, size), np.float16)
 
-    def request(self, index: int) -> scenes.Request:
-        return scenes.Request(train=True, count=1 + index % MOST)
+    def request(self, index: int) -> renderer.Request:
+        return renderer.Request(train=True, count=1 + index % MOST)
 
     def batch(self, indices: np.ndarray, draw: int) -> Batch:
         """Scenes of one number of objects; `draw` chooses among the prompts that fit."""
@@ -60,15 +61,15 @@ class SceneLayers:
 
     def words(self, index: int, draw: int) -> list[str]:
         rng = np.random.default_rng((index, draw))
-        kind, names = scenes.choose(self.request(index), np.random.default_rng(index))
-        where = str(rng.choice(scenes.PLACE_WORDS[kind]))
-        place = where if rng.random() < 0.3 else f"{scenes.EMPTY} {where}"
-        return [place, *(str(rng.choice(scenes.catalogue()[name].prompts)) for name in names)]
+        kind, names = renderer.choose(self.request(index), np.random.default_rng(index))
+        where = str(rng.choice(renderer.PLACE_WORDS[kind]))
+        place = where if rng.random() < 0.3 else f"{renderer.EMPTY} {where}"
+        return [place, *(str(rng.choice(renderer.catalogue()[name].prompts)) for name in names)]
 
     @torch.no_grad()
     def _encode(self, index: int) -> np.ndarray:
         """[MOST+2,5,h,w]: latents and alphas of the layers, then nothing."""
-        scene = scenes.render(self.request(index), self.side, self.side, index)
+        scene = renderer.render(self.request(index), self.side, self.side, index)
         background, whole = self.autoencoder.encode(_tensor([scene.background, scene.composite]))
         rgba = _tensor([one.rgba for one in scene.objects])
         rgba = torch.cat([extend_colours(rgba[:, :3], rgba[:, 3:]), rgba[:, 3:]], 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-LICENCE = "GPL-3.0, as the pack; trained on pictures of Microsoft's Fluent Emoji (MIT, training/objects/LICENSE)"
+LICENCE = "GPL-3.0, as the pack; trained on pictures of Microsoft's Fluent Emoji (MIT, scenes/objects/LICENSE)"
 
 
 def save(path: Path, state: dict[str, Tensor], metadata: dict[str, str], fp8: str | None = None) -> None:

@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..networks.autoencoder import Autoencoder
-from . import adapter, data, diffusion, export, latents, layered, loop, oracle, scenes, text
+from ..scenes import renderer
+from . import adapter, data, diffusion, export, latents, layered, loop, oracle, text
 from .command import CONFIGS
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
-SCENES = "training/scenes.py: rendered scenes of 55 objects (the classifier: of 60) in 10 places, without the held-out pairs"
+SCENES = "scenes/: rendered scenes of 55 objects (the classifier: of 60) in 10 places, without the held-out pairs"
 UNET = "model.diffusion_model."
 TOKEN_IDS = "cond_stage_model.token_ids"
 
@@ -67,7 +68,7 @@ def publish(root: Path, models: Path = MODELS) -> None:
             print(f"{name}: not written, python -m training {what} has not run", flush=True)
             continue
         config = json.loads((root / what / "config.json").read_text())
-        names = {"places": json.dumps(scenes.KINDS), "objects": json.dumps(list(scenes.catalogue()))} if what == "classifier" else {}
+        names = {"places": json.dumps(renderer.KINDS), "objects": json.dumps(list(renderer.catalogue()))} if what == "classifier" else {}
         export.save(models / name, weights(root), export.describe(what, root / what, config, SCENES) | names, FP8.get(name))
         print(f"{name}: {(models / name).stat().st_size / 2**20:.1f} MiB", flush=True)
     if models.resolve() == MODELS and (root / "autoencoder" / "model.safetensors").exists():
@@ -117,18 +118,18 @@ def agreement(models: Path, guidance: float, steps: int, side: int, report: Path
     """
     judge = oracle.load()
     model, autoencoder = published(models)
-    known = [entry for entry in scenes.catalogue().values() if not entry.held_out]
-    pairs = [(entry, kind) for entry in known for kind in scenes.KINDS]
+    known = [entry for entry in renderer.catalogue().values() if not entry.held_out]
+    pairs = [(entry, kind) for entry in known for kind in renderer.KINDS]
     pictures = []
     for start in range(0, len(pairs), 50):
-        prompts = [f"{entry.prompts[0]} {scenes.PLACE_WORDS[kind][0]}" for entry, kind in pairs[start:start + 50]]
+        prompts = [f"{entry.prompts[0]} {renderer.PLACE_WORDS[kind][0]}" for entry, kind in pairs[start:start + 50]]
         latent = diffusion.sample(model, prompts, side, steps=steps, guidance=guidance, seed=seed + start // 50)
         with torch.no_grad():
             pictures.append(autoencoder.decode(latent).clamp(0, 1))
         print(f"{start + len(prompts)} of {len(pairs)} pictures", flush=True)
     pictures = torch.cat(pictures)
     place, shown = judge.text_agreement(pictures, [kind for _, kind in pairs], [[entry.name] for entry, _ in pairs])
-    unseen = torch.tensor([scenes.is_held_out(entry.name, kind) for entry, kind in pairs])
+    unseen = torch.tensor([renderer.is_held_out(entry.name, kind) for entry, kind in pairs])
     report.parent.mkdir(parents=True, exist_ok=True)
-    loop.save_grid(report, torch.nn.functional.interpolate(pictures, size=96, mode="area"), len(scenes.KINDS))
+    loop.save_grid(report, torch.nn.functional.interpolate(pictures, size=96, mode="area"), len(renderer.KINDS))
     return {"place": place, "object": shown, "place of pairs not trained": place[unseen], "object of pairs not trained": shown[unseen]}

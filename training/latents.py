@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..networks.autoencoder import Autoencoder
-from . import data, scenes, text
+from ..scenes import renderer
+from . import data, text
 
 SPECIAL_EVERY = 8  # of so many scenes one is shown without its objects, and one is an object on plain gray
 FACTOR = 8  # pixels per latent pixel
@@ -58,9 +59,9 @@ class LatentPool(data.ScenePool):
         self.values = self._open(path, (count, 9 if inpaint else 4, side // FACTOR, side // FACTOR), np.float16)
         self.holes = self._open(path.with_name(path.name + "-holes"), (count,), np.int16) if inpaint else None
 
-    def request(self, index: int) -> scenes.Request:
+    def request(self, index: int) -> renderer.Request:
         empty = not self.inpaint and index % SPECIAL_EVERY == 0
-        return scenes.Request(train=True, count=0 if empty else 1 if self.is_plain(index) else None)
+        return renderer.Request(train=True, count=0 if empty else 1 if self.is_plain(index) else None)
 
     def is_plain(self, index: int) -> bool:
         return not self.inpaint and index % SPECIAL_EVERY == 1
@@ -68,8 +69,8 @@ class LatentPool(data.ScenePool):
     def render(self, index: int) -> np.ndarray:
         if not self.is_plain(index):
             return super().render(index)
-        shown = scenes.render(self.request(index), self.side, self.side, index).objects[0]
-        return scenes.over(shown.rgba, np.full(3, 0.5, np.float32))
+        shown = renderer.render(self.request(index), self.side, self.side, index).objects[0]
+        return renderer.over(shown.rgba, np.full(3, 0.5, np.float32))
 
     def batch(self, indices: np.ndarray, draw: int) -> Batch:
         """The scenes of these numbers; `draw` chooses among the prompts that fit."""
@@ -84,11 +85,11 @@ class LatentPool(data.ScenePool):
         """Of a scene, or, in half of the draws, of nothing but the object that is to be painted."""
         rng = np.random.default_rng((index, draw))
         if self.is_plain(index):
-            return text.PLAIN.format(what=rng.choice(scenes.catalogue()[self.content(index)[1][0]].prompts))
+            return text.PLAIN.format(what=rng.choice(renderer.catalogue()[self.content(index)[1][0]].prompts))
         chosen = self.holes[index] if self.inpaint and rng.random() < 0.5 else -1
         if chosen < 0:
             return self.prompt(index, draw)
-        return str(rng.choice(list(scenes.catalogue().values())[chosen].prompts))
+        return str(rng.choice(list(renderer.catalogue().values())[chosen].prompts))
 
     @torch.no_grad()
     def _encode(self, indices: list[int]) -> None:
@@ -113,9 +114,9 @@ class LatentPool(data.ScenePool):
         size = self.side // FACTOR
         mask, share = np.zeros((size, size), np.float32), rng.random()
         if share < 0.7:
-            objects = scenes.render(self.request(index), self.side, self.side, index).objects
+            objects = renderer.render(self.request(index), self.side, self.side, index).objects
             chosen = objects[rng.integers(len(objects))]
-            kind, (left, top, right, bottom) = list(scenes.catalogue()).index(chosen.name), chosen.box
+            kind, (left, top, right, bottom) = list(renderer.catalogue()).index(chosen.name), chosen.box
             grow = rng.uniform(0.05, 0.35, 4) * (right - left + bottom - top) / 2
             box = np.array([left - grow[0], top - grow[1], right + grow[2], bottom + grow[3]]) / FACTOR
         elif share < 0.9:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..networks.classifier import HEIGHT, Classifier
-from . import scenes
+from ..scenes import renderer
 
 FILE = Path(__file__).resolve().parent.parent / "models" / "strata" / "mini_classifier.safetensors"
 PART = 64  # pictures at a time
@@ -19,8 +19,8 @@ PART = 64  # pictures at a time
 class Oracle:
     """Pictures are [B,3,H,W] in 0..1 of any size; they are looked at 128 pixels high."""
 
-    def __init__(self, model: Classifier, places: Sequence[str] = scenes.KINDS, objects: Sequence[str] | None = None):
-        self.model, self.places, self.objects = model.eval(), list(places), list(objects or scenes.catalogue())
+    def __init__(self, model: Classifier, places: Sequence[str] = renderer.KINDS, objects: Sequence[str] | None = None):
+        self.model, self.places, self.objects = model.eval(), list(places), list(objects or renderer.catalogue())
 
     @torch.no_grad()
     def features(self, image: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class Oracle:
         """
         unknown = {*places, *(name for names in objects for name in names)} - {None, *self.places, *self.objects}
         if unknown:
-            raise ValueError(f"text_agreement: the classifier does not know {', '.join(sorted(unknown))}; ask for what training.scenes can render.")
+            raise ValueError(f"text_agreement: the classifier does not know {', '.join(sorted(unknown))}; ask for what the scene renderer knows.")
         seen_places, seen_objects = self.logits(image)
         place = [float(place is None or self.places[int(row.argmax())] == place) for place, row in zip(places, seen_places, strict=True)]
         share = []

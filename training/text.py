@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import scenes
+from ..scenes import renderer
 
 LENGTH = 77
 PLAIN = "{what} on a plain gray background"
@@ -27,9 +27,9 @@ def token_ids() -> list[int]:
 
     The first is -1: its row stands for every word that training has not seen.
     """
-    words = [prompt for entry in scenes.catalogue().values() for prompt in (entry.name, *entry.prompts)]
-    words += [where for places in scenes.PLACE_WORDS.values() for where in places]
-    words += [text.format(what="", where="") for text in (*scenes.ARRANGEMENTS, PLAIN)] + [scenes.EMPTY, ", and"]
+    words = [prompt for entry in renderer.catalogue().values() for prompt in (entry.name, *entry.prompts)]
+    words += [where for places in renderer.PLACE_WORDS.values() for where in places]
+    words += [text.format(what="", where="") for text in (*renderer.ARRANGEMENTS, PLAIN)] + [renderer.EMPTY, ", and"]
     return sorted({-1} | {number for row in tokenizer()(words)["input_ids"] for number in row})
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..networks.autoencoder import Autoencoder
 from ..networks.transparency import OffsetEncoder, TransparentDecoder
+from ..scenes import renderer
 from ..techniques.transparency import extend_colours, median_of_passes, over_gray
-from . import data, latents, loop, metrics, scenes
+from . import data, latents, loop, metrics
 
 HELD_OUT = range(10**9, 10**9 + 64)  # numbers of the cut-outs that are kept for validation
 SHADOW_SHARE = 0.2  # of the cut-outs have their shadow with them, which is wide and faint
@@ -31,17 +32,17 @@ class CutOuts(data.ScenePool):
         self.longer_side, self.name = longer_side, "cutouts-{}-{}".format(*longer_side) if longer_side else "cutouts"
         super().__init__(folder, count, side)
 
-    def request(self, index: int) -> scenes.Request:
-        return scenes.Request(train=True, count=1)
+    def request(self, index: int) -> renderer.Request:
+        return renderer.Request(train=True, count=1)
 
     def render(self, index: int) -> np.ndarray:
         rng = np.random.default_rng((index, 3))
         shadow = rng.random() < SHADOW_SHARE
-        shown = scenes.render(self.request(index), self.side, self.side, index).objects[0]
+        shown = renderer.render(self.request(index), self.side, self.side, index).objects[0]
         if self.longer_side:
             left, top, right, bottom = shown.box
             large = round(self.side * rng.uniform(*self.longer_side) * self.side / max(right - left, bottom - top))
-            shown = scenes.render(self.request(index), large, large, index).objects[0]
+            shown = renderer.render(self.request(index), large, large, index).objects[0]
         rgba = shown.rgba_with_shadow if shadow else shown.rgba
         picture = torch.from_numpy(self._window(rgba, shown.box, rng) if self.longer_side else rgba).permute(2, 0, 1)[None]
         colour = extend_colours(picture[:, :3], picture[:, 3:])

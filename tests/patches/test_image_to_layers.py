@@ -9,9 +9,10 @@ from strata.patches.branches import watched
 from strata.patches.inversion import invert
 from strata.patches.layer_prompts import encode_layers
 from strata.patches.shared_layers import PATH, Maps, Sharing, map_context, share_layers, without_layers
+from strata.scenes import renderer
 from strata.techniques.layers import read_layers
 from strata.techniques.shared_layers import joint_attention
-from strata.training import oracle, scenes
+from strata.training import oracle
 
 trained = pytest.mark.skipif(not CHECKPOINT.exists(), reason="no trained weights: make mini")
 
@@ -76,7 +77,7 @@ def test_no_layer_changes_the_given_picture_and_it_changes_the_layers(mini):
 @pytest.mark.parametrize(("kind", "name"), [("meadow", "car"), ("snow", "penguin")])
 def test_a_picture_comes_apart_into_the_place_and_the_thing(mini, split, kind, name):
     judge = oracle.load()
-    scene = scenes.render(scenes.Request(kind, (name,)), 128, 128, 3)
+    scene = renderer.render(renderer.Request(kind, (name,)), 128, 128, 3)
     picture = torch.from_numpy(scene.composite)[None]
     model = map_context(share_layers(mini.model, Sharing()), Maps())
     positive = encode_layers(mini.clip, scene.background_prompt, [scene.objects[0].prompt])
@@ -97,7 +98,7 @@ def test_a_picture_comes_apart_into_the_place_and_the_thing(mini, split, kind, n
 @torch.inference_mode()
 @pytest.mark.parametrize("scheduler", ["ddim_uniform", "normal", "karras"])
 def test_the_layers_start_from_the_trajectory_as_it_is(mini, split, scheduler):
-    scene = scenes.render(scenes.Request("meadow", ("car",)), 128, 128, 3)
+    scene = renderer.render(renderer.Request("meadow", ("car",)), 128, 128, 3)
     picture, seen = torch.from_numpy(scene.composite)[None], {}
     positive = encode_layers(mini.clip, scene.background_prompt, [scene.objects[0].prompt])
     model = map_context(share_layers(mini.model, Sharing()), Maps())

@@ -8,7 +8,8 @@ from strata.networks.text_encoder import TextEncoder
 from strata.networks.transparency import LATENT_BLOCK, OffsetEncoder, TransparentDecoder
 from strata.networks.unet import UNet, timestep_embedding
 from strata.patches.mini_family import CONFIG
-from strata.training import diffusion, scenes, text
+from strata.scenes import renderer
+from strata.training import diffusion, text
 from torch import nn
 
 from . import random_family
@@ -54,7 +55,7 @@ def test_the_text_encoder_equals_comfyuis():
 
 
 def test_prompts_become_the_tokens_that_comfyui_makes_of_them():
-    prompts = [scenes.render(scenes.Request(train=True), 32, 32, seed).prompt for seed in range(12)] + ["", text.PLAIN.format(what="a red apple")]
+    prompts = [renderer.render(renderer.Request(train=True), 32, 32, seed).prompt for seed in range(12)] + ["", text.PLAIN.format(what="a red apple")]
     tokenizer = SD1Tokenizer()
     for prompt, rows in zip(prompts, text.rows(prompts), strict=True):
         ids = [token for token, _weight in tokenizer.tokenize_with_weights(prompt)["l"][0]]
@@ -63,7 +64,7 @@ def test_prompts_become_the_tokens_that_comfyui_makes_of_them():
 
 def test_every_word_of_every_prompt_is_trained():
     for seed in range(300):
-        scene = scenes.render(scenes.Request(), 16, 16, seed)
+        scene = renderer.render(renderer.Request(), 16, 16, seed)
         assert (text.rows([scene.prompt, scene.background_prompt]) != 0).all()
 
 

@@ -25,9 +25,9 @@ def pictures(comfy, entry):
 
 def test_the_node_returns_the_renderers_picture_and_truth(comfy):
     import numpy as np
-    from strata.training import scenes
+    from strata.scenes import renderer
     found = pictures(comfy, comfy.run(graph()))
-    scene = scenes.render(scenes.Request("beach", ("house", "dog"), 2), 80, 96, 4)
+    scene = renderer.render(renderer.Request("beach", ("house", "dog"), 2), 80, 96, 4)
     for node, truth in (("2", scene.composite), ("3", scene.background), ("4", np.repeat(scene.depth[..., None], 3, 2))):
         assert np.abs(found[node][0][..., :3] / 255 - truth).max() <= 1 / 255 + 1e-6
     assert len(found["6"]) == 3
@@ -44,13 +44,13 @@ def test_an_unknown_object_is_named(comfy):
 def test_layers_come_with_or_without_their_shadows(comfy):
     """Flattened with shadows they are the picture; without, they are darker nowhere."""
     import numpy as np
-    from strata.training import scenes
-    scene = scenes.render(scenes.Request("beach", ("house", "dog"), 2), 80, 96, 4)
+    from strata.scenes import renderer
+    scene = renderer.render(renderer.Request("beach", ("house", "dog"), 2), 80, 96, 4)
     flat = {"7": {"class_type": "Strata_FlattenLayers", "inputs": {"layers": ["1", 2], "background": "transparent", "blending": "sRGB"}},
             "8": {"class_type": "PreviewImage", "inputs": {"images": ["7", 0]}}}
     shown = {shadows: pictures(comfy, comfy.run({**graph(shadows=shadows), **flat}))["8"][0][..., :3] / 255 for shadows in (True, False)}
     bare = scene.background
     for thing in scene.objects:
-        bare = scenes.over(thing.rgba, bare)
+        bare = renderer.over(thing.rgba, bare)
     assert np.abs(shown[True] - scene.composite).max() <= 1.5 / 255 and np.abs(shown[False] - bare).max() <= 1.5 / 255
     assert np.abs(scene.composite - bare).max() > 0.1

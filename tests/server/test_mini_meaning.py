@@ -6,12 +6,13 @@ import pytest
 import run
 import torch
 from PIL import Image
-from strata.training import oracle, scenes
+from strata.scenes import renderer
+from strata.training import oracle
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 INPAINT = WORKFLOWS.parent / "models" / "diffusion_models" / "strata_mini_inpaint.safetensors"
 SAMPLERS = ("dpmpp_2m", "euler", "ddim")
-KNOWN = [entry for entry in scenes.catalogue().values() if not entry.held_out]
+KNOWN = [entry for entry in renderer.catalogue().values() if not entry.held_out]
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def judge():
 
 
 def prompt(entry, kind):
-    return f"{entry.prompts[0]} {scenes.PLACE_WORDS[kind][0]}"
+    return f"{entry.prompts[0]} {renderer.PLACE_WORDS[kind][0]}"
 
 
 def pictures(comfy, folder, workflow, settings):
@@ -29,7 +30,7 @@ def pictures(comfy, folder, workflow, settings):
 
 
 def test_pictures_show_the_place_and_the_object_of_the_prompt(comfy, judge, tmp_path):
-    asked = [(KNOWN[(7 * i) % len(KNOWN)], scenes.KINDS[i % len(scenes.KINDS)]) for i in range(40)]
+    asked = [(KNOWN[(7 * i) % len(KNOWN)], renderer.KINDS[i % len(renderer.KINDS)]) for i in range(40)]
     shown = torch.cat([pictures(comfy, tmp_path / str(i), "mini_text_to_image", [
         f"What to show.text={prompt(*pair)}", "EmptyLatentImage.batch_size=1", f"KSampler.seed={i}", f"KSampler.sampler_name={SAMPLERS[i % 3]}"])
         for i, pair in enumerate(asked)])
@@ -40,14 +41,14 @@ def test_pictures_show_the_place_and_the_object_of_the_prompt(comfy, judge, tmp_
 
 @pytest.mark.skipif(not INPAINT.exists(), reason="the inpainting denoiser is not trained: make mini")
 def test_the_box_is_filled_with_the_thing_and_the_rest_is_kept(comfy, judge, tmp_path):
-    asked = [(KNOWN[(11 * i + 3) % len(KNOWN)], scenes.KINDS[i % len(scenes.KINDS)]) for i in range(10)]
+    asked = [(KNOWN[(11 * i + 3) % len(KNOWN)], renderer.KINDS[i % len(renderer.KINDS)]) for i in range(10)]
     filled = []
     for i, (entry, kind) in enumerate(asked):
         settings = [f"Picture to change.kind={kind}", "Picture to change.objects=", "Picture to change.count=0", f"Picture to change.seed={i}",
                     f"KSampler.seed={i}", f"The whole picture, new thing included.text={prompt(entry, kind)}"]
         made = pictures(comfy, tmp_path / str(i), "mini_inpaint", settings)
         filled.append(made[-1])
-        before = torch.from_numpy(scenes.render(scenes.Request(kind=kind, count=0), 128, 128, i).composite).permute(2, 0, 1)
+        before = torch.from_numpy(renderer.render(renderer.Request(kind=kind, count=0), 128, 128, i).composite).permute(2, 0, 1)
         inside = torch.zeros(128, 128, dtype=torch.bool)
         inside[64:120, 8:64] = True
         changed = (made[-1] - before).abs().amax(0)
@@ -61,13 +62,13 @@ def test_the_box_is_filled_with_the_thing_and_the_rest_is_kept(comfy, judge, tmp
 @pytest.mark.parametrize("number", range(6))
 def test_an_inserted_object_stands_behind_what_is_nearer(number, comfy, tmp_path):
     name, kind = (("dog", "meadow"), ("penguin", "beach"), ("pumpkin", "snow"), ("cactus", "desert"), ("teapot", "table"), ("car", "street"))[number]
-    scene = scenes.render(scenes.Request(kind, (name,)), 128, 128, number + 20)
+    scene = renderer.render(renderer.Request(kind, (name,)), 128, 128, number + 20)
     front, low, high = scene.objects[0], scene.depth.min(), scene.depth.max()
     left, top, right, bottom = front.box
     x, y = max(0, left - 26), max(0, top - 20)
     width, height = (left + right) // 2 - x + 8, bottom - y - 4
     settings = [f"The picture.kind={kind}", f"The picture.objects={name}", f"The picture.seed={number + 20}", f"RandomNoise.noise_seed={number}",
-                f"Prompt with the object.text=a christmas tree {scenes.PLACE_WORDS[kind][0]}", f"Strata_InsertAtDepth.x={x}", f"Strata_InsertAtDepth.y={y}",
+                f"Prompt with the object.text=a christmas tree {renderer.PLACE_WORDS[kind][0]}", f"Strata_InsertAtDepth.x={x}", f"Strata_InsertAtDepth.y={y}",
                 f"Strata_InsertAtDepth.width={width}", f"Strata_InsertAtDepth.height={height}",
                 f"Strata_InsertAtDepth.threshold={float((front.depth + 0.05 - low) / (high - low)):.4f}"]
     made = run.run_file(comfy, WORKFLOWS / "object_insertion_mini.json", settings, tmp_path, False)

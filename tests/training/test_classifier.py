@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from strata.networks.classifier import Classifier
-from strata.training import classifier, command, export, family, metrics, oracle, scenes
-from strata.training.scenes import Request
+from strata.scenes import renderer
+from strata.scenes.renderer import Request
+from strata.training import classifier, command, export, family, metrics, oracle
 
 SMALL = {"scenes": 6, "extra_scenes": 2, "check_scenes": 4, "batch": 8, "warmup": 10}
 
@@ -54,15 +55,15 @@ def test_a_batch_is_a_function_of_its_numbers_and_its_labels_are_the_scenes(tmp_
     assert all(torch.equal(a, b) for a, b in zip((image, places, objects), again, strict=True))
     assert not torch.equal(image, pool.batch(settings, 4, 0)[0]) and not torch.equal(image, pool.batch(settings, 3, 1)[0])
     assert image.shape == (40, 3, 128, 128) and image.min() >= 0 and image.max() <= 1
-    names = list(scenes.catalogue())
+    names = list(renderer.catalogue())
     known = {(kind if not plain else None, frozenset(shown)) for part in pool.pools for i in range(part.count)
              for kind, shown in [part.content(i)] for plain in [isinstance(part, classifier.Extra) and i % 2]}
     for where, row in zip(places, objects, strict=True):
-        assert (None if where == classifier.PLAIN else scenes.KINDS[where], frozenset(names[i] for i in row.nonzero()[:, 0])) in known
+        assert (None if where == classifier.PLAIN else renderer.KINDS[where], frozenset(names[i] for i in row.nonzero()[:, 0])) in known
 
 
 def test_a_disturbed_picture_is_still_the_picture():
-    image = torch.from_numpy(np.stack([scenes.render(Request(), 128, 128, seed).composite for seed in range(8)])).permute(0, 3, 1, 2)
+    image = torch.from_numpy(np.stack([renderer.render(Request(), 128, 128, seed).composite for seed in range(8)])).permute(0, 3, 1, 2)
     disturbed = classifier.disturb(image, np.random.default_rng(0))
     assert 0.01 < (disturbed - image).abs().mean() < 0.15
     assert metrics.ssim(disturbed[4:], image[4:]).mean() > 0.4
@@ -76,7 +77,7 @@ def test_the_published_file_judges_as_the_trained_model(run, tmp_path):
         about = file.metadata()
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118
     assert set(about) >= {"command", "config", "data", "steps", "metrics", "licence"} and about["steps"] == "60"
-    assert json.loads(about["places"]) == list(scenes.KINDS) and json.loads(about["objects"]) == list(scenes.catalogue())
+    assert json.loads(about["places"]) == list(renderer.KINDS) and json.loads(about["objects"]) == list(renderer.catalogue())
     judge, image = oracle.load(path), torch.rand(3, 3, 128, 128)
     with torch.no_grad():
         for got, expected in zip(judge.logits(image), model(image), strict=True):

@@ -2,8 +2,9 @@
 import numpy as np
 import pytest
 import torch
-from strata.training import classifier, data, scenes
-from strata.training.scenes import Request
+from strata.scenes import renderer
+from strata.scenes.renderer import Request
+from strata.training import classifier, data
 
 SIDE, COUNT = 64, 12
 
@@ -14,19 +15,19 @@ def folder(tmp_path_factory):
 
 
 def truth(pool, index):
-    return scenes.render(pool.request(index), SIDE, SIDE, index)
+    return renderer.render(pool.request(index), SIDE, SIDE, index)
 
 
 @pytest.mark.parametrize("kind", [data.ScenePool, classifier.Extra])
 def test_labels_are_those_of_the_rendered_scene(folder, kind):
     pool = kind(folder, COUNT, SIDE)
-    names = list(scenes.catalogue())
+    names = list(renderer.catalogue())
     for index in range(COUNT):
         scene = truth(pool, index)
         shown = [names[i] for i in pool.labels.objects[index] if i >= 0]
         assert shown == [thing.name for thing in scene.objects] == pool.content(index)[1]
         cut_out = kind is classifier.Extra and index % 2
-        assert pool.labels.places[index] == (classifier.PLAIN if cut_out else scenes.KINDS.index(scene.kind))
+        assert pool.labels.places[index] == (classifier.PLAIN if cut_out else renderer.KINDS.index(scene.kind))
         if not cut_out:
             assert np.abs(pool[index] / 255 - scene.composite).max() <= 0.5 / 255 + 1e-6
 
@@ -36,8 +37,8 @@ def test_a_prompt_names_the_scene_in_the_renderers_words(folder):
     for index in range(COUNT):
         scene, said = truth(pool, index), pool.prompt(index)
         assert said == pool.prompt(index)
-        assert any(said.endswith(where) for where in scenes.PLACE_WORDS[scene.kind])
-        places = [max(said.find(words) for words in scenes.catalogue()[thing.name].prompts) for thing in scene.objects]
+        assert any(said.endswith(where) for where in renderer.PLACE_WORDS[scene.kind])
+        places = [max(said.find(words) for words in renderer.catalogue()[thing.name].prompts) for thing in scene.objects]
         assert min(places) >= 0 and places == sorted(places, reverse=True)  # nearest first
     assert len({pool.prompt(0, draw) for draw in range(20)}) > 3
 
@@ -63,17 +64,17 @@ def test_pools_keep_to_their_objects_and_pairs(folder):
     pool, extra = data.ScenePool(folder, 300, SIDE), classifier.Extra(folder, 300, SIDE)
     for index in range(300):
         kind, names = pool.content(index)
-        assert not any(scenes.is_held_out(name, kind) for name in names)
+        assert not any(renderer.is_held_out(name, kind) for name in names)
         kind, names = extra.content(index)
         assert len(set(names)) == len(names)
         if index % 2:
             assert len(names) == 1
         else:
-            assert not any(scenes.is_held_out_pair(name, kind) for name in names) and any(scenes.catalogue()[name].held_out for name in names)
+            assert not any(renderer.is_held_out_pair(name, kind) for name in names) and any(renderer.catalogue()[name].held_out for name in names)
 
 
 def test_choose_is_what_render_shows():
     for seed in range(30):
         for request in (Request(), Request(train=True), Request(held_out=True), Request(kind="snow", count=2)):
-            scene = scenes.render(request, 32, 32, seed)
-            assert (scene.kind, [thing.name for thing in scene.objects]) == scenes.choose(request, np.random.default_rng(seed))
+            scene = renderer.render(request, 32, 32, seed)
+            assert (scene.kind, [thing.name for thing in scene.objects]) == renderer.choose(request, np.random.default_rng(seed))

@@ -6,8 +6,9 @@ import pytest
 import scipy.linalg
 import scipy.ndimage
 import torch
-from strata.training import metrics, scenes
-from strata.training.scenes import Request
+from strata.scenes import renderer
+from strata.scenes.renderer import Request
+from strata.training import metrics
 
 
 def random(*shape, seed=0):
@@ -20,9 +21,9 @@ def picture(array):
 
 def solid_scene(seed, count=1):
     """A scene of solid objects, no smoke or glass, by daylight."""
-    names = [name for name, entry in scenes.catalogue().items() if entry.material == "solid" and entry.hover == 0]
+    names = [name for name, entry in renderer.catalogue().items() if entry.material == "solid" and entry.hover == 0]
     rng = np.random.default_rng(seed)
-    return scenes.render(Request(kind=str(rng.choice(["meadow", "beach", "tiles"])), objects=tuple(rng.choice(names, count, replace=False))), 128, 128, seed)
+    return renderer.render(Request(kind=str(rng.choice(["meadow", "beach", "tiles"])), objects=tuple(rng.choice(names, count, replace=False))), 128, 128, seed)
 
 
 def test_ssim_is_the_formula_of_its_paper():
@@ -97,7 +98,7 @@ def test_shadow_error_grows_without_the_shadow_and_with_a_wrong_one(seed):
     truth = picture(scene.composite)
 
     def error(shadow):
-        return metrics.mask_error(picture(scenes.over(thing.rgba, scenes.over(shadow, scene.background))), truth, band).item()
+        return metrics.mask_error(picture(renderer.over(thing.rgba, renderer.over(shadow, scene.background))), truth, band).item()
 
     none, half = thing.shadow * [1, 1, 1, 0], thing.shadow * [1, 1, 1, 0.5]
     assert error(thing.shadow) < 1e-6 < error(half) < error(none)
@@ -143,7 +144,7 @@ def test_an_object_half_as_bright_has_a_lighting_error_of_ln_2(seed):
     scene = solid_scene(seed)
     thing = scene.objects[0]
     mask = picture(thing.rgba[..., 3:] > 0.99)
-    darker = picture(scenes.over(thing.rgba * np.float32([0.5, 0.5, 0.5, 1]), scene.composite))
+    darker = picture(renderer.over(thing.rgba * np.float32([0.5, 0.5, 0.5, 1]), scene.composite))
     truth = picture(scene.composite)
     assert metrics.lighting_error(darker, truth, mask).item() == pytest.approx(math.log(2), rel=0.02)
     assert metrics.lighting_error(truth, darker, mask).item() == pytest.approx(math.log(2), rel=0.02)
@@ -173,7 +174,7 @@ def test_a_shifted_or_badly_cut_paste_has_a_seam(seed):
     mask = picture(thing.mask[..., None])
 
     def error(rgba):
-        return metrics.seam_error(picture(scenes.over(rgba, scenes.over(thing.shadow, scene.background))), truth, mask).item()
+        return metrics.seam_error(picture(renderer.over(rgba, renderer.over(thing.shadow, scene.background))), truth, mask).item()
 
     shifted = [np.roll(thing.rgba, pixels, 1) for pixels in (1, 3)]
     fringe = np.where(thing.rgba[..., 3:] > 0, np.float32([0, 0, 0, 1]), thing.rgba)

@@ -2,8 +2,9 @@
 import numpy as np
 import pytest
 import torch
-from strata.training import metrics, oracle, scenes
-from strata.training.scenes import Request
+from strata.scenes import renderer
+from strata.scenes.renderer import Request
+from strata.training import metrics, oracle
 
 FIRST = 3 * 10**9  # seeds of neither training nor the trainer's own checks
 
@@ -18,7 +19,7 @@ def batch(arrays):
 
 
 def rendered(request, count, first=FIRST):
-    return [scenes.render(request, 128, 128, first + i) for i in range(count)]
+    return [renderer.render(request, 128, 128, first + i) for i in range(count)]
 
 
 def agreement(judge, shown, pictures=None):
@@ -60,16 +61,16 @@ def test_agreement_is_counted_by_hand(judge):
 
 def test_pictures_of_other_sizes_are_judged_alike(judge):
     for size in ((256, 256), (96, 96), (128, 192)):
-        shown = [scenes.render(Request(count=1), *size, FIRST + i) for i in range(40)]
+        shown = [renderer.render(Request(count=1), *size, FIRST + i) for i in range(40)]
         where, thing = agreement(judge, shown)
         assert where >= 0.9 and thing >= 0.85, size
 
 
 def test_a_thing_is_more_like_itself_in_another_place_than_like_another_thing(judge):
-    names = list(scenes.catalogue())
+    names = list(renderer.catalogue())
     cuts = []
     for first, kind in ((0, "meadow"), (1000, "room")):
-        things = [scenes.render(Request(kind=kind, objects=(name,)), 128, 128, FIRST + first + i).objects[0].rgba for i, name in enumerate(names)]
+        things = [renderer.render(Request(kind=kind, objects=(name,)), 128, 128, FIRST + first + i).objects[0].rgba for i, name in enumerate(names)]
         rgba = batch(things)
         cuts.append(oracle.cut_out(rgba[:, :3], rgba[:, 3:]))
     same = judge.similarity(*cuts)

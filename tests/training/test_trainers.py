@@ -8,8 +8,9 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from strata.networks.autoencoder import Autoencoder
+from strata.scenes import renderer
 from strata.techniques import diffusion as formulas
-from strata.training import adapter, autoencoder, command, diffusion, dreamlayer, family, latents, layered, loop, scenes, text, transparency
+from strata.training import adapter, autoencoder, command, diffusion, dreamlayer, family, latents, layered, loop, text, transparency
 
 EIGHT = {"autoencoder": {"scenes": 8, "batch": 8, "side": 32, "crop": 32, "steps": 100, "warmup": 5},
          "diffusion": {"scenes": 72, "batch": 8, "side": 64, "steps": 100, "warmup": 5},
@@ -74,7 +75,7 @@ def test_the_decoder_goes_on_alone(root, trained_autoencoder, tmp_path):
 
 
 def test_a_fresh_autoencoder_carries_a_blurred_picture():
-    picture = torch.from_numpy(scenes.render(scenes.Request(train=True), 64, 64, 3).composite).permute(2, 0, 1)[None]
+    picture = torch.from_numpy(renderer.render(renderer.Request(train=True), 64, 64, 3).composite).permute(2, 0, 1)[None]
     with torch.no_grad():
         latent, decoded = autoencoder.build(settings("autoencoder"))(picture)
     blurred = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(picture, 8), scale_factor=8)
@@ -211,14 +212,14 @@ def test_scenes_come_as_layers_with_their_alphas_and_words(root, trained_pair):
     pool = dreamlayer.SceneLayers(root / "scenes", model, encoder, 72, 64)
     batch = pool.batch(np.array([4, 1]), 0)
     assert batch.latent.shape == (2, 4, 4, 8, 8) and batch.alphas.shape == (2, 2, 8, 8)
-    scene = scenes.render(pool.request(4), 64, 64, 4)
+    scene = renderer.render(pool.request(4), 64, 64, 4)
     with torch.no_grad():
         for place, picture in ((0, scene.background), (3, scene.composite)):
             assert torch.allclose(batch.latent[0, place], model.encode(torch.from_numpy(picture).permute(2, 0, 1)[None])[0], atol=5e-3)
     for number, shown in enumerate(scene.objects):
         assert np.allclose(batch.alphas[0, number], shown.rgba[..., 3].reshape(8, 8, 8, 8).mean((1, 3)), atol=1e-3)
-        assert batch.prompts[0][1 + number] in scenes.catalogue()[shown.name].prompts
-    assert any(batch.prompts[0][0].endswith(where) for where in scenes.PLACE_WORDS[scene.kind])
+        assert batch.prompts[0][1 + number] in renderer.catalogue()[shown.name].prompts
+    assert any(batch.prompts[0][0].endswith(where) for where in renderer.PLACE_WORDS[scene.kind])
     config, rng = settings("dreamlayer", shares=[[1, 0, 0], [0, 0.5, 0.5]]), np.random.default_rng(0)
     first, last = ([dreamlayer.object_count(step, config, rng) for _ in range(200)] for step in (0, config["steps"]))
     assert set(first) == {1} and set(last) == {2, 3} and 70 < last.count(2) < 130
@@ -298,16 +299,16 @@ def test_latents_are_encoded_once_and_prompts_follow_the_scene(root, trained_aut
     batch = pool.batch(np.array([8, 9, 10, 10]), 0)
     assert "empty place" in batch.prompts[0] and "plain gray background" in batch.prompts[1]
     with torch.no_grad():
-        expected = model.encode(torch.from_numpy(scenes.render(pool.request(10), 64, 64, 10).composite).permute(2, 0, 1)[None])
+        expected = model.encode(torch.from_numpy(renderer.render(pool.request(10), 64, 64, 10).composite).permute(2, 0, 1)[None])
     assert torch.allclose(batch.latent[2], expected[0], atol=5e-3) and torch.equal(batch.latent[2], batch.latent[3])
     again = latents.LatentPool(tmp_path, model, 80, 64)
     assert again.values[10].any() and not again.values[11].any()
     other = Autoencoder()
     assert not latents.LatentPool(tmp_path, other, 80, 64).values[10].any()
     words = {pool.words(10, draw) for draw in range(20)}
-    shown = scenes.render(pool.request(10), 64, 64, 10).objects
+    shown = renderer.render(pool.request(10), 64, 64, 10).objects
     assert len(words) > 3
-    assert all(any(p in text for p in scenes.catalogue()[o.name].prompts) for text in words for o in shown)
+    assert all(any(p in text for p in renderer.catalogue()[o.name].prompts) for text in words for o in shown)
 
 
 def test_holes_cover_the_object_that_the_prompt_names(trained_autoencoder, tmp_path):
@@ -321,8 +322,8 @@ def test_holes_cover_the_object_that_the_prompt_names(trained_autoencoder, tmp_p
         assert np.array_equal(hole, mask[index].numpy())
         if chosen >= 0:
             named += 1
-            entry = list(scenes.catalogue().values())[chosen]
-            shown = next(o for o in scenes.render(pool.request(index), 64, 64, index).objects if o.name == entry.name)
+            entry = list(renderer.catalogue().values())[chosen]
+            shown = next(o for o in renderer.render(pool.request(index), 64, 64, index).objects if o.name == entry.name)
             left, top, right, bottom = shown.box
             assert hole.repeat(8, 0).repeat(8, 1)[top:bottom, left:right].all()
     assert named > 5

@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from strata.training import scenes
-from strata.training.scenes import Request
+from strata.scenes import renderer
+from strata.scenes.renderer import Request
 
 SIZES = [(128, 128), (96, 160), (200, 120)]
 SEEDS = range(40)
@@ -13,7 +13,7 @@ SEEDS = range(40)
 
 def many():
     for seed in SEEDS:
-        yield scenes.render(Request(count=1 + seed % 3), *SIZES[seed % 3], seed)
+        yield renderer.render(Request(count=1 + seed % 3), *SIZES[seed % 3], seed)
 
 
 def over64(layers, background):
@@ -59,7 +59,7 @@ def test_an_object_stands_where_its_depth_says():
     for scene in many():
         height = len(scene.depth)
         for thing in scene.objects:
-            if scenes.catalogue()[thing.name].hover == 0:
+            if renderer.catalogue()[thing.name].hover == 0:
                 foot = scene.horizon + (1 - scene.horizon) * (1 - thing.depth)
                 assert abs(thing.box[3] - foot * height) <= 0.025 * height
 
@@ -82,9 +82,9 @@ def test_a_shadow_is_in_the_shadow_layer_alone():
             pixels = thing.shadow[..., 3] > 0
             assert not pixels[: int(scene.horizon * len(pixels))].any()
             assert np.allclose(thing.shadow[pixels][:, :3], scene.light.shade)
-            plain = scenes.over(thing.rgba, scene.background)
+            plain = renderer.over(thing.rgba, scene.background)
             assert np.array_equal(plain[thing.rgba[..., 3] == 0], scene.background[thing.rgba[..., 3] == 0])
-            if scenes.catalogue()[thing.name].material == "solid":
+            if renderer.catalogue()[thing.name].material == "solid":
                 assert thing.shadow[..., 3].max() > 0.25, (thing.name, scene.seed)
                 cast += 1
     assert cast > 40
@@ -92,29 +92,29 @@ def test_a_shadow_is_in_the_shadow_layer_alone():
 
 def test_a_shadow_touches_the_foot_of_what_stands():
     for name in ("dog", "soccer ball", "house"):
-        thing = scenes.render(Request("snow", (name,)), 256, 256, 3).objects[0]
+        thing = renderer.render(Request("snow", (name,)), 256, 256, 3).objects[0]
         left, _, right, bottom = thing.box
         below = thing.shadow[bottom - 3:bottom + 2, left:right, 3]
         assert below.max() > 0.3, name
 
 
 def test_words_match_the_content():
-    known = scenes.catalogue()
+    known = renderer.catalogue()
     for scene in many():
         for thing in scene.objects:
             assert thing.prompt in known[thing.name].prompts and thing.prompt in scene.prompt
-        assert any(words in scene.prompt for words in scenes.PLACE_WORDS[scene.kind])
+        assert any(words in scene.prompt for words in renderer.PLACE_WORDS[scene.kind])
 
 
 def test_the_same_seed_gives_the_same_pixels_and_another_one_does_not():
-    first, again, other = (scenes.render(Request(), 128, 128, seed) for seed in (5, 5, 6))
+    first, again, other = (renderer.render(Request(), 128, 128, seed) for seed in (5, 5, 6))
     assert np.array_equal(first.composite, again.composite) and first.prompt == again.prompt
     assert not np.array_equal(first.composite, other.composite)
 
 
-@pytest.mark.parametrize("kind", scenes.KINDS)
+@pytest.mark.parametrize("kind", renderer.KINDS)
 def test_every_place_has_a_ground_and_a_far_end(kind):
-    scene = scenes.render(Request(kind, ()), 128, 128, 1)
+    scene = renderer.render(Request(kind, ()), 128, 128, 1)
     assert np.array_equal(scene.composite, scene.background) and scene.composite.std() > 0.03
     rows = (np.arange(128) + 0.5) / 128
     ground = 1 - (rows - scene.horizon) / (1 - scene.horizon)
@@ -123,11 +123,11 @@ def test_every_place_has_a_ground_and_a_far_end(kind):
     assert scene.depth[0].min() > 0.7
 
 
-@pytest.mark.parametrize("name", list(scenes.catalogue()))
+@pytest.mark.parametrize("name", list(renderer.catalogue()))
 def test_every_object_renders(name):
-    scene = scenes.render(Request("table", (name,)), 128, 128, 2)
+    scene = renderer.render(Request("table", (name,)), 128, 128, 2)
     thing = scene.objects[0]
-    material = scenes.catalogue()[name].material
+    material = renderer.catalogue()[name].material
     middle = thing.rgba[..., 3][thing.rgba[..., 3] > 0.05]
     assert len(middle) > 200 and thing.visible == pytest.approx(1)
     partial = ((middle > 0.1) & (middle < 0.9)).mean()
@@ -136,10 +136,10 @@ def test_every_object_renders(name):
 
 def test_training_never_sees_what_is_held_out():
     for seed in range(150):
-        scene = scenes.render(Request(train=True), 64, 64, seed)
-        assert not any(scenes.is_held_out(o.name, scene.kind) for o in scene.objects)
-    kept = [scenes.render(Request(held_out=True, count=1), 64, 64, seed) for seed in range(20)]
-    assert all(scenes.is_held_out(s.objects[0].name, s.kind) and not scenes.catalogue()[s.objects[0].name].held_out for s in kept)
+        scene = renderer.render(Request(train=True), 64, 64, seed)
+        assert not any(renderer.is_held_out(o.name, scene.kind) for o in scene.objects)
+    kept = [renderer.render(Request(held_out=True, count=1), 64, 64, seed) for seed in range(20)]
+    assert all(renderer.is_held_out(s.objects[0].name, s.kind) and not renderer.catalogue()[s.objects[0].name].held_out for s in kept)
 
 
 @pytest.mark.parametrize("request_, word", [
@@ -147,15 +147,15 @@ def test_training_never_sees_what_is_held_out():
 ])
 def test_a_wrong_request_says_what_is_known(request_, word):
     with pytest.raises(ValueError, match=word):
-        scenes.render(request_, 64, 64, 0)
+        renderer.render(request_, 64, 64, 0)
 
 
 @pytest.mark.parametrize(("name", "request_", "seed"), [
     ("scene", Request("meadow", ("house", "dog", "pumpkin")), 7), ("beach", Request("beach"), 5),
 ])
 def test_the_bundled_pictures_are_what_the_renderer_says(name, request_, seed):
-    folder = Path(scenes.__file__).parent.parent / "workflows" / "input"
-    scene = scenes.render(request_, 512, 768, seed)
+    folder = Path(renderer.__file__).parent.parent / "workflows" / "input"
+    scene = renderer.render(request_, 512, 768, seed)
     picture = np.asarray(Image.open(folder / f"strata_{name}.png"), np.float32) / 255
     depth = np.asarray(Image.open(folder / f"strata_{name}_depth.png"))
     assert np.abs(picture - scene.composite).max() < 1 / 255
