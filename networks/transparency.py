@@ -170,3 +170,14 @@ class OffsetEncoder(nn.Module):
     def forward(self, rgba: Tensor) -> Tensor:
         """[B,4,H,W], channels as the family orders them -> [B,C,H/8,W/8]."""
         return self.blocks(rgba)
+
+
+def published_adapter(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The trained terms under LayerDiffuse's keys: `<weight>::lora::0` is up [out,rank], `::1` is down [rank,in]."""
+    found = {}
+    for key, value in state.items():
+        for part, index in (("lora_B", 0), ("lora_A", 1)):
+            if f".{part}.default.weight" in key:
+                name = key.removeprefix("model.").replace(f".{part}.default.weight", ".weight")
+                found[f"{name}::lora::{index}"] = value
+    return found

@@ -11,7 +11,7 @@ ALLOWED_ROOMS = {
     "nodes": {"nodes", "patches", "techniques", "formats", "scenes"},
     "patches": {"patches", "techniques", "networks", "models_config"},
     "techniques": {"techniques"},
-    "networks": {"networks"},
+    "networks": {"networks", "techniques"},
     "formats": {"formats", "techniques"},
     "scenes": {"scenes"},
     "training": {"training", "scenes", "techniques", "networks", "models_config"},
@@ -19,7 +19,12 @@ ALLOWED_ROOMS = {
 SEES_HOST = {"nodes", "patches"}
 # techniques/ is mathematics: torch and numpy, and the one library that mattes, imported where it is used.
 TECHNIQUE_PACKAGES = {"torch", "numpy"}
-LATE_PACKAGES = {"techniques/matting.py": {"pymatting", "scipy"}, "techniques/transparency.py": {"scipy"}}
+LATE_PACKAGES = {
+    "techniques/matting.py": {"pymatting", "scipy"},
+    "techniques/metrics.py": {"scipy", "skimage"},
+    "techniques/transparency.py": {"scipy"},
+}
+TOOLS = {path.stem for path in (PACK / "tools").glob("*.py")}
 STANDARD = __import__("sys").stdlib_module_names
 
 
@@ -55,6 +60,8 @@ def problems(path: Path) -> list[str]:
             found.append(where)
         if first in HOST and room not in SEES_HOST:
             found.append(f"{where}, which only nodes/ and patches/ may")
+        if "." not in module and module in TOOLS:
+            found.append(f"{where}, a tool")
         late = not at_top and first in LATE_PACKAGES.get(name, ())
         if room == "techniques" and first not in TECHNIQUE_PACKAGES | STANDARD | ROOMS | {"__future__"} and not late:
             found.append(f"{where}; techniques are torch and numpy only")
@@ -64,6 +71,25 @@ def problems(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", sources(), ids=lambda path: path.relative_to(PACK).as_posix())
 def test_imports_stay_in_their_room(path):
     assert problems(path) == []
+
+
+def modules_imported(path: Path) -> set[str]:
+    """The pack's modules that a file imports anywhere, as paths without .py."""
+    here, found = path.relative_to(PACK).with_suffix("").parts, set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*here[: len(here) - node.level], *(node.module or "").split(".")]
+            base = [part for part in base if part]
+            found |= {"/".join(base), *("/".join([*base, alias.name]) for alias in node.names)}
+    return found
+
+
+def test_no_module_imports_itself_through_others():
+    known = {path.relative_to(PACK).with_suffix("").as_posix(): path for path in sources()}
+    left = {name: modules_imported(path) & known.keys() - {name} for name, path in known.items()}
+    while free := [name for name, others in left.items() if not others]:
+        left = {name: others - set(free) for name, others in left.items() if name not in free}
+    assert left == {}
 
 
 def test_the_rule_catches_an_upward_import(tmp_path, monkeypatch):

@@ -10,7 +10,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import cpu_host
 import host
 import torch
 from turns import in_turns, rows_of
@@ -29,7 +28,6 @@ class Bench:
     """The same model, scenes and latent for every way."""
 
     def __init__(self, side: int, channels: int, dtype: torch.dtype):
-        cpu_host.declare_operators()
         sys.path.insert(0, str(host.find_or_install().root))
         from comfy.cli_args import args
         args.cpu = not torch.cuda.is_available()

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import cpu_host
 import host
 import torch
 from turns import in_turns, now, rows_of
@@ -26,7 +25,6 @@ from patches import random_transparency  # noqa: E402
 
 def load(default_attention: bool = False) -> None:
     """ComfyUI as a library in this process."""
-    cpu_host.declare_operators()
     sys.path.insert(0, str(host.find_or_install().root))
     from comfy.cli_args import args
     args.cpu, args.use_pytorch_cross_attention = not torch.cuda.is_available(), not default_attention

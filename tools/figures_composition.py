@@ -11,8 +11,9 @@ from mini_models import OUTPUT, Family, picture
 from strata.patches.feature_guidance import Plane, Planes, Settings, guider
 from strata.patches.inversion import invert
 from strata.scenes import renderer
+from strata.techniques import metrics
 from strata.techniques.feature_guidance import composite_latent, masks_at_level
-from strata.training import loop, metrics, oracle
+from strata.training import loop, oracle
 
 COUNT, SAMPLE = 24, 6
 STEPS, CFG = 25, 4.0

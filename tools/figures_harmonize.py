@@ -7,8 +7,9 @@ import torch
 from mini_models import OUTPUT, Family, picture
 from strata.nodes.harmonize import HarmonizeLayers
 from strata.scenes import renderer
+from strata.techniques import metrics
 from strata.techniques.layers import Layer, LayerStack, write_layers
-from strata.training import loop, metrics
+from strata.training import loop
 
 COUNT, SAMPLE = 48, 12
 FIRST = 5 * 10**9  # numbers of scenes that nothing was trained on

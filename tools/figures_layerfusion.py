@@ -18,9 +18,10 @@ from strata.patches.branches import sample_branches
 from strata.patches.fusion import Settings, blend_attention
 from strata.patches.layer_prompts import encode_prompts
 from strata.scenes import renderer
+from strata.techniques import metrics
 from strata.techniques.compositing import flatten
 from strata.techniques.layers import Layer, LayerStack
-from strata.training import loop, metrics, oracle
+from strata.training import loop, oracle
 
 COUNT, SAMPLE = 40, 8
 FILES = [CHECKPOINT, *(LAYER_MODEL / f"strata_mini_transparent_{name}.safetensors" for name in ("attn", "decoder"))]

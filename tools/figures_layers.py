@@ -13,9 +13,10 @@ from strata.nodes.shared_layers import LayerPrompts, LayersSampler
 from strata.patches import layer_modules, transparency
 from strata.patches.shared_layers import Maps, Sharing, map_context, share_layers
 from strata.scenes import renderer
+from strata.techniques import metrics
 from strata.techniques.compositing import flatten
 from strata.techniques.layers import read_layers
-from strata.training import loop, metrics, oracle
+from strata.training import loop, oracle
 from strata.training.transparency import checkerboard
 
 COUNT, SAMPLE = 32, 6

@@ -140,7 +140,7 @@ def install_python(cache: Path, root: Path) -> Path:
     key = hashlib.sha256("\n".join([*packages, TORCH, *BESIDE_TORCH, sys.version]).encode()).hexdigest()[:12]
     folder = cache / f"python-{key}"
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if (folder / "complete").exists():
+    if (folder / "ready").exists():
         return python
     need_space(cache)
     shutil.rmtree(folder, ignore_errors=True)
@@ -151,12 +151,23 @@ def install_python(cache: Path, root: Path) -> Path:
         raise HostError(f"Python could not make a virtual environment: {reason} On Debian and Ubuntu: apt install python3-venv.")
     run_pip(python, "install", TORCH, *packages)
     run_pip(python, "install", "--no-deps", *BESIDE_TORCH)
-    if subprocess.run([str(python), "-c", "import torchaudio"], capture_output=True).returncode:
-        # built for CUDA; newer hosts import it at start but use its Python parts only, and it is content without its library
+    mend_beside_torch(folder, python)
+    (folder / "ready").touch()
+    return python
+
+
+def mend_beside_torch(folder: Path, python: Path) -> None:
+    """The registries' torchvision and torchaudio are built for CUDA; beside another torch their Python parts are made importable without the native ones."""
+    def fails(package: str) -> bool:
+        return subprocess.run([str(python), "-c", f"import {package}"], capture_output=True).returncode != 0
+
+    if fails("torchvision"):
+        packages = next(folder.rglob("site-packages"))
+        shutil.copy(PACK / "tools" / "torchvision_operators.py", packages)
+        (packages / "torchvision_operators.pth").write_text("import torchvision_operators\n")
+    if fails("torchaudio"):
         for library in folder.rglob("torchaudio/lib/*torchaudio*"):
             library.unlink()
-    (folder / "complete").touch()
-    return python
 
 
 def given_host() -> Path | None:
@@ -236,11 +247,8 @@ class Server:
         self.args, self.pack, self.process, self.device = args, pack, None, os.environ.get("STRATA_DEVICE", device)
 
     def command(self) -> list[str]:
-        # only ComfyUI itself may import torch first where there is a graphics card: it chooses how torch allocates memory
-        cpu_torch = self.device == "cpu" or self.host.python.is_relative_to(cache_dir())
-        start = [PACK / "tools" / "cpu_host.py", self.host.root] if cpu_torch else [self.host.root / "main.py"]
-        command = [str(self.host.python), *map(str, start),
-                   "--disable-auto-launch", "--disable-api-nodes", "--base-directory", str(self.base), "--port", str(self.port),
+        command = [str(self.host.python), str(self.host.root / "main.py"), "--disable-auto-launch", "--disable-api-nodes",
+                   "--base-directory", str(self.base), "--port", str(self.port),
                    "--temp-directory", str(self.temp), "--database-url", "sqlite:///:memory:", *self.args]
         if not self.host.ours:
             # the user's own models stay where they are; only what we write goes elsewhere
@@ -338,7 +346,8 @@ def main() -> int:
         if options.verb == "install":
             print(f"ComfyUI {host.version} in {host.root}\nPython: {host.python}")
         else:
-            return subprocess.call([str(host.python), *options.rest], env={**os.environ, "COMFYUI_PYTHON": str(host.python)})
+            environment = {**os.environ, "COMFYUI_PYTHON": str(host.python), "STRATA_HOST": str(host.root), "STRATA_CACHE": str(cache_dir())}
+            return subprocess.call([str(host.python), *options.rest], env=environment)
     except HostError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,5 @@ if __name__ == "__main__":
     spec = importlib.util.spec_from_file_location("strata", PACK / "__init__.py", submodule_search_locations=[str(PACK)])
     sys.modules["strata"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["strata"])
-    sys.path.insert(0, str(PACK / "tools"))
     from strata.training.command import main
     sys.exit(main())

@@ -1,20 +1,18 @@
 """Trains the low-rank adapter that makes the denoiser draw one object with hidden transparency, in LayerDiffuse's attention form."""
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..networks.autoencoder import Autoencoder
-from ..networks.transparency import OffsetEncoder, TransparentDecoder
+from ..networks.transparency import OffsetEncoder
 from ..scenes import renderer
 from ..techniques import diffusion as formulas
 from . import data, diffusion, latents, loop, text
-from .transparency import CutOuts, Pair, checkerboard, hidden
+from .transparency import CutOuts, checkerboard, hidden, load_pair
 
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -43,8 +41,6 @@ class CutOutLatents:
 
 def build(config: dict, folder: Path) -> nn.Module:
     """The trained denoiser, frozen, with low-rank terms on every attention's projections, which are all that learns."""
-    import cpu_host
-    cpu_host.declare_operators()  # peft imports torchvision, which cannot be imported beside a CPU build of PyTorch
     from peft import LoraConfig, inject_adapter_in_model
     torch.manual_seed(config["seed"])
     model = diffusion.build({**config, "in_channels": 4})
@@ -52,17 +48,6 @@ def build(config: dict, folder: Path) -> nn.Module:
     model.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=config["rank"], lora_alpha=config["rank"], target_modules=LAYERS), model.model["diffusion_model"])
     return model
-
-
-def published_form(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The trained terms under LayerDiffuse's keys: `<weight>::lora::0` is up [out,rank], `::1` is down [rank,in]."""
-    found = {}
-    for key, value in state.items():
-        for part, index in (("lora_B", 0), ("lora_A", 1)):
-            if f".{part}.default.weight" in key:
-                name = key.removeprefix("model.").replace(f".{part}.default.weight", ".weight")
-                found[f"{name}::lora::{index}"] = value
-    return found
 
 
 def train(config: dict, folder: Path, minutes: float | None, save_every: float) -> nn.Module:
@@ -88,14 +73,3 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
         return {key: value.item() for key, value in error.items()}
 
     return loop.fit(build(config, root), loss, validate, config, folder, minutes, save_every)
-
-
-def load_pair(folder: Path) -> tuple[OffsetEncoder, TransparentDecoder]:
-    """The trained transparency pair. Raises SystemExit when it is not there."""
-    path = folder / "model.safetensors"
-    if not path.exists():
-        raise SystemExit(f"error: {path} is missing; train the pair first: python -m training transparency.")
-    pair = Pair(json.loads((folder / "config.json").read_text()))
-    pair.load_state_dict(load_file(path))
-    pair.eval().requires_grad_(False)
-    return pair.encoder, pair.decoder

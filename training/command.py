@@ -9,6 +9,9 @@ import os
 import sys
 from pathlib import Path
 
+from . import family
+from .settings import CONFIGS, MODELS, TrainingError, cache
+
 TRAINERS = {
     "autoencoder": "Pictures to latents of an eighth of their size and back; everything else needs it first.",
     "decoder": "The autoencoder's second half alone, longer: sharper pictures from the same latents.",
@@ -23,13 +26,11 @@ TRAINERS = {
 }
 # Trainers that are another one's code with another config.
 MODULES = {"decoder": "autoencoder", "inpaint": "diffusion", "transparent_decoder": "transparency", "dreamlayer_apart": "dreamlayer"}
-CONFIGS = Path(__file__).resolve().parent.parent / "models_config" / "mini"
 # With its default settings glibc gives memory back and takes it again on every step, which costs seconds at random.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    import host
     parser = argparse.ArgumentParser(prog="python -m training", description="Train the mini models on rendered scenes. A run that was stopped "
                                      "continues where its last checkpoint left off when the same command is given again.")
     verbs = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
@@ -37,16 +38,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         verb = verbs.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         verb.add_argument("--config", type=Path, default=CONFIGS / f"{name}.json", help="sizes, rates and seeds")
         verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of the config; may be repeated")
-        verb.add_argument("--folder", type=Path, default=host.cache_dir() / "training" / name, help="checkpoints, grids and losses go there")
+        verb.add_argument("--folder", type=Path, default=cache() / name, help="checkpoints, grids and losses go there")
         verb.add_argument("--minutes", type=float, default=None, help="stop with a checkpoint after so long (the schedule is not shortened)")
         verb.add_argument("--save-every", type=float, default=180, metavar="SECONDS", help="time between checkpoints")
     verb = verbs.add_parser("publish", help="Write the trained weights as the files in models/ that ComfyUI loads.", description=publish.__doc__)
-    verb.add_argument("--folder", type=Path, default=host.cache_dir() / "training", help="where the trainers' folders are")
-    verb.add_argument("--models", type=Path, default=CONFIGS.parent.parent / "models", help="where the files go")
+    verb.add_argument("--folder", type=Path, default=cache(), help="where the trainers' folders are")
+    verb.add_argument("--models", type=Path, default=MODELS, help="where the files go")
     verb = verbs.add_parser("judge", help="Ask the classifier whether generated pictures show what their prompts say.", description=judge.__doc__,
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    verb.add_argument("--folder", type=Path, default=host.cache_dir() / "training", help="judge.png goes there")
-    verb.add_argument("--models", type=Path, default=CONFIGS.parent.parent / "models", help="where the checkpoint to judge is")
+    verb.add_argument("--folder", type=Path, default=cache(), help="judge.png goes there")
+    verb.add_argument("--models", type=Path, default=MODELS, help="where the checkpoint to judge is")
     verb.add_argument("--cfg", type=float, default=4.0, help="strength of the classifier-free guidance")
     verb.add_argument("--steps", type=int, default=20, help="sampling steps")
     verb.add_argument("--side", type=int, default=128, help="pixels of the pictures")
@@ -56,14 +57,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def publish(options: argparse.Namespace) -> int:
     """Write the trained weights as the files in models/ that ComfyUI loads."""
-    from . import family
     family.publish(options.folder, options.models)
     return 0
 
 
 def judge(options: argparse.Namespace) -> int:
     """Generate one picture of every object in every place and print in how many the classifier sees what the prompt says."""
-    from . import family
     found = family.agreement(options.models, options.cfg, options.steps, options.side, options.folder / "judge.png", options.seed)
     for key, value in found.items():
         print(f"{key}: {value.mean():.1%} ± {value.std(correction=1) / len(value) ** 0.5:.1%} ({len(value)} pictures)")
@@ -93,6 +92,13 @@ def read_config(path: Path, changes: list[str]) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    try:
+        return run(arguments)
+    except TrainingError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def run(arguments: list[str] | None) -> int:
     options = parse(arguments)
     if importlib.util.find_spec("accelerate") is None:
         raise SystemExit(f'error: the trainers need the package accelerate: {sys.executable} -m pip install "accelerate>=1.0"')

@@ -1,53 +1,23 @@
 """Trains the denoiser and the text encoder together: noise prediction on latents of rendered scenes, Stable Diffusion 1.x's schedule."""
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..networks.text_encoder import TextEncoder
-from ..networks.unet import UNet
+from ..networks.text_to_image import TextToImage
 from ..scenes import renderer
 from ..techniques import diffusion
-from . import latents, loop, text
-from .command import CONFIGS
+from . import latents, loop, sampling, settings, text
 
 CHECK = 64  # the last scenes of the pool are kept for validation
 
 
-class TextToImage(nn.Module):
-    """Keys as in the checkpoint: model.diffusion_model.* and cond_stage_model.transformer.text_model.*"""
-
-    def __init__(self, family: dict, in_channels: int):
-        super().__init__()
-        shape, words = family["unet"], family["text"]
-        unet = UNet(in_channels, shape["out_channels"], shape["model_channels"], shape["channel_mult"], shape["num_res_blocks"][0],
-                    shape["transformer_depth"], shape["context_dim"], shape["num_heads"])
-        encoder = TextEncoder(len(text.token_ids()), words["hidden_size"], words["num_hidden_layers"], words["num_attention_heads"],
-                              words["intermediate_size"])
-        self.model = nn.ModuleDict({"diffusion_model": unet})
-        self.cond_stage_model = nn.ModuleDict({"transformer": nn.ModuleDict({"text_model": encoder})})
-
-    def forward(self, latent: Tensor, timesteps: Tensor, rows: Tensor) -> Tensor:
-        unique, place = rows.unique(dim=0, return_inverse=True)
-        context = self.cond_stage_model["transformer"]["text_model"](unique)[place]
-        return self.model["diffusion_model"](latent, timesteps, context)
-
-
 def build(config: dict) -> TextToImage:
-    """A fresh model whose residual branches start at zero."""
     torch.manual_seed(config["seed"])
-    model = TextToImage(json.loads((CONFIGS / "sd.json").read_text()), config["in_channels"])
-    unet = model.model["diffusion_model"]
-    with torch.no_grad():
-        for name, module in unet.named_modules():
-            if name.endswith(("out_layers.3", "proj_out")) or name == "out.2":
-                module.weight.zero_()
-                module.bias.zero_()
-    return model
+    return TextToImage(settings.family(), config["in_channels"], len(text.token_ids()))
 
 
 def loss_of(model: nn.Module, batch: latents.Batch, config: dict, levels: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -71,16 +41,16 @@ def loss_of(model: nn.Module, batch: latents.Batch, config: dict, levels: Tensor
 @torch.no_grad()
 def sample(model: nn.Module, prompts: list[str], side: int, condition: Tensor | None = None, steps: int = 20, guidance: float = 4.0,
            seed: int = 0) -> Tensor:
-    """[B,4,side/8,side/8]: deterministic sampling with classifier-free guidance."""
-    device, levels = next(model.parameters()).device, diffusion.noise_levels()
+    """[B,4,side/8,side/8] of B prompts. condition: [B,5,side/8,side/8] of a model that inpaints."""
+    device = next(model.parameters()).device
     latent = torch.randn(len(prompts), 4, side // latents.FACTOR, side // latents.FACTOR, generator=torch.Generator().manual_seed(seed)).to(device)
     rows = text.rows(prompts + [""] * len(prompts)).to(device)
-    times = np.linspace(len(levels) - 1, 0, steps + 1).round().astype(int)
-    for now, after in zip(times[:-1], times[1:], strict=True):
+
+    def noise(latent, timestep):
         given = latent if condition is None else torch.cat([latent, condition.to(device)], 1)
-        wanted, free = model(torch.cat([given] * 2), torch.full((2 * len(prompts),), int(now), device=device), rows).chunk(2)
-        latent = diffusion.ddim_step(latent, free + guidance * (wanted - free), levels[now], levels[after])
-    return latent
+        return model(torch.cat([given] * 2), torch.full((2 * len(prompts),), timestep, device=device), rows).chunk(2)
+
+    return sampling.ddim(noise, latent, steps, guidance)
 
 
 def grid_prompts() -> list[str]:

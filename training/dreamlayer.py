@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..networks.autoencoder import Autoencoder
-from ..networks.transparency import OffsetEncoder
+from ..networks.layered_denoiser import LayeredDenoiser
+from ..networks.transparency import OffsetEncoder, published_adapter
 from ..scenes import renderer
 from ..techniques import diffusion as formulas
 from ..techniques.shared_layers import map_distance, resize_maps, share_noise
 from ..techniques.transparency import extend_colours
-from . import adapter, data, diffusion, latents, loop, text
-from .layered import LayeredDenoiser
-from .transparency import checkerboard, hidden
+from . import data, diffusion, latents, loop, sampling, settings, text
+from .transparency import checkerboard, hidden, load_pair
 
 MOST = 3  # objects of a scene
 CHECK = 63  # the last scenes of the pool are kept for validation
@@ -127,7 +127,8 @@ def build(config: dict, root: Path) -> LayeredDenoiser:
     torch.manual_seed(config["seed"])
     plain = diffusion.build({**config, "in_channels": 4})
     loop.start_from(plain, root / "diffusion" / "model.safetensors")
-    model = LayeredDenoiser(plain, adapter_terms(root / config["adapter"]) if config["adapter"] else {}, MOST, config["context_layers"])
+    model = LayeredDenoiser(plain, adapter_terms(root / config["adapter"]) if config["adapter"] else {}, MOST, config["context_layers"],
+                            len(text.token_ids()) - 1)
     if config["start"]:
         learns = {name for name, value in model.named_parameters() if value.requires_grad}
         loop.start_from(model, root / config["start"] / "model.safetensors", learns)
@@ -135,11 +136,11 @@ def build(config: dict, root: Path) -> LayeredDenoiser:
 
 
 def adapter_terms(folder: Path) -> dict[str, Tensor]:
-    """What the trained adapter adds to each projection. Raises SystemExit when it is not there."""
+    """What the trained adapter adds to each projection. Raises TrainingError when it is not there."""
     path = folder / "model.safetensors"
     if not path.exists():
-        raise SystemExit(f"error: {path} is missing; train it first: python -m training adapter, or set adapter to null.")
-    parts = adapter.published_form(load_file(path))
+        raise settings.TrainingError(f"{path} is missing; train it first: python -m training adapter, or set adapter to null.")
+    parts = published_adapter(load_file(path))
     downs = [key for key in parts if key.endswith("::lora::1")]
     return {key.removeprefix("diffusion_model.").removesuffix(".weight::lora::1"): parts[key.replace("::lora::1", "::lora::0")] @ parts[key]
             for key in downs}
@@ -148,24 +149,24 @@ def adapter_terms(folder: Path) -> dict[str, Tensor]:
 @torch.no_grad()
 def sample(model: nn.Module, prompts: list[list[str]], side: int, own_noise: float, seed: int = 0) -> Tensor:
     """[B,L,4,h,w]: deterministic sampling with classifier-free guidance, the layers from noise as in training, as Layers sampler does it."""
-    device, levels, size = next(model.parameters()).device, formulas.noise_levels(), side // latents.FACTOR
+    device, size = next(model.parameters()).device, side // latents.FACTOR
     generator, layers = torch.Generator().manual_seed(seed), len(prompts[0]) + 1
     latent = torch.randn(len(prompts), 1, 4, size, size, generator=generator).repeat(1, layers, 1, 1, 1)
     latent = share_noise(latent, torch.randn(latent.shape, generator=generator), own_noise).to(device)
     rows, nothing = (prompt_rows(words).to(device) for words in (prompts, [[""] * len(prompts[0])] * len(prompts)))
-    times = np.linspace(len(levels) - 1, 0, SAMPLING_STEPS + 1).round().astype(int)
-    for now, after in zip(times[:-1], times[1:], strict=True):
-        given = torch.full((len(prompts),), int(now), device=device), torch.full((len(prompts),), float(now >= EARLY), device=device)
-        wanted, maps, _ = model(latent, given[0], rows, given[1])
-        free = model(latent, given[0], nothing, given[1], maps)[0]
-        latent = formulas.ddim_step(latent, free + GUIDANCE * (wanted - free), levels[now], levels[after])
-    return latent
+
+    def noise(latent, timestep):
+        timesteps, early = (torch.full((len(prompts),), value, device=device) for value in (timestep, float(timestep >= EARLY)))
+        wanted, maps, _ = model(latent, timesteps, rows, early)
+        return wanted, model(latent, timesteps, nothing, early, maps)[0]
+
+    return sampling.ddim(noise, latent, SAMPLING_STEPS, GUIDANCE)
 
 
 def train(config: dict, folder: Path, minutes: float | None, save_every: float) -> nn.Module:
     root = folder.parent
     autoencoder = latents.load_autoencoder(root)
-    encoder, decoder = adapter.load_pair(root / "transparency")
+    encoder, decoder = load_pair(root / "transparency")
     pool = SceneLayers(root / "scenes", autoencoder, encoder, config["scenes"], config["side"])
     levels = formulas.noise_levels()
 

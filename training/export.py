@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import settings
+
 LICENCE = "GPL-3.0, as the pack; trained on pictures of Microsoft's Fluent Emoji (MIT, scenes/objects/LICENSE)"
 
 
@@ -23,7 +25,7 @@ def save(path: Path, state: dict[str, Tensor], metadata: dict[str, str], fp8: st
     half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
     for key, value in half.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise SystemExit(f"error: {key} is too large for the fp16 of {path.name}; train again with a lower learning_rate in a new --folder.")
+            raise settings.TrainingError(f"{key} is too large for the fp16 of {path.name}; train again with a lower learning_rate in a new --folder.")
         if fp8 is not None and key.startswith(fp8) and value.ndim > 1:
             half[key] = value.to(torch.float8_e4m3fn)
     metadata = {"format": "pt", **metadata}

@@ -12,12 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..networks import layered_denoiser
 from ..networks.autoencoder import Autoencoder
+from ..networks.transparency import published_adapter
 from ..scenes import renderer
-from . import adapter, data, diffusion, export, latents, layered, loop, oracle, text
-from .command import CONFIGS
+from . import data, diffusion, export, latents, loop, oracle, settings, text
 
-MODELS = Path(__file__).resolve().parent.parent / "models"
 SCENES = "scenes/: rendered scenes of 55 objects (the classifier: of 60) in 10 places, without the held-out pairs"
 UNET = "model.diffusion_model."
 TOKEN_IDS = "cond_stage_model.token_ids"
@@ -53,15 +53,15 @@ FP8 = {"checkpoints/strata_mini_sd.safetensors": UNET, "diffusion_models/strata_
 FILES = {  # trainer, file, weights
     "checkpoints/strata_mini_sd.safetensors": ("diffusion", checkpoint),
     "diffusion_models/strata_mini_inpaint.safetensors": ("inpaint", inpainting_unet),
-    "layer_model/strata_mini_transparent_attn.safetensors": ("adapter", lambda root: adapter.published_form(_trained(root / "adapter"))),
+    "layer_model/strata_mini_transparent_attn.safetensors": ("adapter", lambda root: published_adapter(_trained(root / "adapter"))),
     "layer_model/strata_mini_transparent_decoder.safetensors": ("transparent_decoder", half_of_pair("decoder", "transparent_decoder")),
     "layer_model/strata_mini_transparent_encoder.safetensors": ("transparency", half_of_pair("encoder", "transparency")),
-    "layer_model/strata_mini_dreamlayer.safetensors": ("dreamlayer_apart", lambda root: layered.published_form(_trained(root / "dreamlayer_apart"))),
+    "layer_model/strata_mini_dreamlayer.safetensors": ("dreamlayer_apart", lambda root: layered_denoiser.published_form(_trained(root / "dreamlayer_apart"))),
     "strata/mini_classifier.safetensors": ("classifier", classifier),
 }
 
 
-def publish(root: Path, models: Path = MODELS) -> None:
+def publish(root: Path, models: Path = settings.MODELS) -> None:
     """Write every file whose trainers have run; name those that are missing. For the pack's own models, previews in models_config are fitted to them."""
     for name, (what, weights) in FILES.items():
         if not (root / what / "metrics.csv").exists():  # what a trainer writes last
@@ -71,8 +71,8 @@ def publish(root: Path, models: Path = MODELS) -> None:
         names = {"places": json.dumps(renderer.KINDS), "objects": json.dumps(list(renderer.catalogue()))} if what == "classifier" else {}
         export.save(models / name, weights(root), export.describe(what, root / what, config, SCENES) | names, FP8.get(name))
         print(f"{name}: {(models / name).stat().st_size / 2**20:.1f} MiB", flush=True)
-    if models.resolve() == MODELS and (root / "autoencoder" / "model.safetensors").exists():
-        _fit_preview(latents.load_autoencoder(root), CONFIGS / "sd.json")
+    if models.resolve() == settings.MODELS and (root / "autoencoder" / "model.safetensors").exists():
+        _fit_preview(latents.load_autoencoder(root), settings.CONFIGS / "sd.json")
 
 
 @torch.no_grad()
@@ -98,10 +98,10 @@ def _trained(folder: Path) -> dict[str, Tensor]:
 
 
 def published(models: Path) -> tuple[diffusion.TextToImage, Autoencoder]:
-    """Denoiser with text encoder, and autoencoder, of the checkpoint that users load. Raises SystemExit when there is none."""
+    """Denoiser with text encoder, and autoencoder, of the checkpoint that users load. Raises TrainingError when there is none."""
     path = models / "checkpoints" / "strata_mini_sd.safetensors"
     if not path.exists():
-        raise SystemExit(f"error: {path} is missing; write it first: python -m training publish.")
+        raise settings.TrainingError(f"{path} is missing; write it first: python -m training publish.")
     with safe_open(path, "pt") as file:
         config = json.loads(file.metadata()["config"])
     state = {key: value.float() for key, value in load_file(path).items()}

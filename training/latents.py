@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..networks.autoencoder import Autoencoder
 from ..scenes import renderer
-from . import data, text
+from . import data, settings, text
 
 SPECIAL_EVERY = 8  # of so many scenes one is shown without its objects, and one is an object on plain gray
 FACTOR = 8  # pixels per latent pixel
@@ -28,11 +28,11 @@ class Batch:
 
 
 def load_autoencoder(root: Path) -> Autoencoder:
-    """The trained autoencoder, with its better decoder once that was trained too. Raises SystemExit when there is none."""
+    """The trained autoencoder, with its better decoder once that was trained too. Raises TrainingError when there is none."""
     paths = [root / what / "model.safetensors" for what in ("decoder", "autoencoder")]
     path = next((path for path in paths if path.exists()), None)
     if path is None:
-        raise SystemExit(f"error: {paths[1]} is missing; train the autoencoder first: python -m training autoencoder.")
+        raise settings.TrainingError(f"{paths[1]} is missing; train the autoencoder first: python -m training autoencoder.")
     state = load_file(path)
     channels, latent_channels = state["taesd_decoder.1.weight"].shape[:2]
     model = Autoencoder(channels, latent_channels)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from . import settings
 from .muon import Muon
 
 SHOW_EVERY = 20
@@ -117,7 +118,7 @@ def fit(model: nn.Module, loss: Callable[[nn.Module, int, int], dict[str, Tensor
                 group["lr"] = learning_rate(progress.step, config)
             terms = loss(model, progress.step, accelerator.process_index)  # bf16 inside the prepared model alone: frozen networks beside it stay exact
             if not torch.isfinite(terms["loss"]):
-                raise SystemExit(f"error: the loss is {terms['loss'].item()} at step {progress.step}; "
+                raise settings.TrainingError(f"the loss is {terms['loss'].item()} at step {progress.step}; "
                                  "lower learning_rate and train again in a new --folder.")
             optimizer.zero_grad(set_to_none=True)
             accelerator.backward(terms["loss"])
@@ -181,7 +182,7 @@ def _save(accelerator, folder: Path) -> None:
 def start_from(model: nn.Module, path: Path, only: set[str] | None = None) -> None:
     """Weights of another run, all or those named; a wider first convolution keeps the new channels at zero."""
     if not path.exists():
-        raise SystemExit(f"error: {path} is missing; train that model first, or set start to null.")
+        raise settings.TrainingError(f"{path} is missing; train that model first, or set start to null.")
     state, own = load_file(path), model.state_dict()
     if only is not None:
         state = own | {key: state[key] for key in only}
@@ -196,7 +197,7 @@ def start_from(model: nn.Module, path: Path, only: set[str] | None = None) -> No
 def _same_config(config: dict, folder: Path) -> None:
     path = folder / "config.json"
     if (folder / "last").exists() and json.loads(path.read_text()) != config:
-        raise SystemExit(f"error: {folder} holds a run with another config; go on with that one ({path}) or choose another --folder.")
+        raise settings.TrainingError(f"{folder} holds a run with another config; go on with that one ({path}) or choose another --folder.")
     path.write_text(json.dumps(config, indent=2))
 
 

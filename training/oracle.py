@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..networks.classifier import HEIGHT, Classifier
 from ..scenes import renderer
+from .settings import MODELS
 
-FILE = Path(__file__).resolve().parent.parent / "models" / "strata" / "mini_classifier.safetensors"
+FILE = MODELS / "strata" / "mini_classifier.safetensors"
 PART = 64  # pictures at a time
 
 

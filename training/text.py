@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..scenes import renderer
+from . import settings
 
 LENGTH = 77
 PLAIN = "{what} on a plain gray background"
@@ -16,9 +17,8 @@ PLAIN = "{what} on a plain gray background"
 @lru_cache(maxsize=1)
 def tokenizer():
     """CLIP's tokenizer, from the files that ComfyUI ships."""
-    import host
     from transformers import CLIPTokenizer
-    return CLIPTokenizer.from_pretrained(str(host.find_or_install().root / "comfy" / "sd1_tokenizer"))
+    return CLIPTokenizer.from_pretrained(str(settings.clip_tokenizer()))
 
 
 @lru_cache(maxsize=1)

@@ -5,17 +5,20 @@ and mirrored, since the decoder's passes do so too.
 """
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..networks.autoencoder import Autoencoder
 from ..networks.transparency import OffsetEncoder, TransparentDecoder
 from ..scenes import renderer
+from ..techniques import metrics
 from ..techniques.transparency import extend_colours, median_of_passes, over_gray
-from . import data, latents, loop, metrics
+from . import data, latents, loop, settings
 
 HELD_OUT = range(10**9, 10**9 + 64)  # numbers of the cut-outs that are kept for validation
 SHADOW_SHARE = 0.2  # of the cut-outs have their shadow with them, which is wide and faint
@@ -174,3 +177,14 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
 def checkerboard(side: int) -> Tensor:
     squares = (torch.arange(side) // 8)[:, None] + torch.arange(side) // 8
     return 0.45 + 0.15 * (squares % 2).float()
+
+
+def load_pair(folder: Path) -> tuple[OffsetEncoder, TransparentDecoder]:
+    """The trained transparency pair. Raises TrainingError when it is not there."""
+    path = folder / "model.safetensors"
+    if not path.exists():
+        raise settings.TrainingError(f"{path} is missing; train the pair first: python -m training transparency.")
+    pair = Pair(json.loads((folder / "config.json").read_text()))
+    pair.load_state_dict(load_file(path))
+    pair.eval().requires_grad_(False)
+    return pair.encoder, pair.decoder

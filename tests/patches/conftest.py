@@ -2,11 +2,9 @@
 import sys
 import tempfile
 
-import cpu_host
 import host
 import pytest
 
-cpu_host.declare_operators()
 sys.pycache_prefix = str(host.cache_dir() / "pycache")  # nothing is written into the host
 sys.path.insert(0, str(host.find_or_install().root))
 

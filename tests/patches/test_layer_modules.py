@@ -6,12 +6,12 @@ import folder_paths
 import pytest
 import torch
 from safetensors.torch import save_file
+from strata.networks.layered_denoiser import LayeredDenoiser, published_form
 from strata.nodes.shared_layers import ContextMaps, LoadLayerModules, SharedLayers
 from strata.patches import foreground, layer_modules, mini_family, shared_layers
 from strata.patches.layer_prompts import encode_layers
 from strata.patches.shared_layers import Maps, Sharing, map_context, object_rows, share_layers
 from strata.training import diffusion, text
-from strata.training.layered import LayeredDenoiser, published_form
 
 from . import fusion_reference, random_family
 from .test_fusion import conditioning, estimates, low_memory, noise, terms_for
@@ -46,7 +46,7 @@ def family(tmp_path_factory):
 
 
 def denoiser(plain, adapter=None, size=0.5):
-    made = LayeredDenoiser(copy.deepcopy(plain), adapter or {}, 3, 2)
+    made = LayeredDenoiser(copy.deepcopy(plain), adapter or {}, 3, 2, len(text.token_ids()) - 1)
     if size:
         fill(made, size)
     return made.eval()

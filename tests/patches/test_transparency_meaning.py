@@ -6,7 +6,7 @@ import torch
 from figures_layerfusion import FILES
 from safetensors.torch import load_file
 from strata.patches import mini_family, transparency, transparent_latents
-from strata.training import metrics
+from strata.techniques import metrics
 from strata.training.transparency import HELD_OUT, CutOuts
 
 ENCODER = FILES[2].with_name("strata_mini_transparent_encoder.safetensors")

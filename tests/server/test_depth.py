@@ -2,7 +2,6 @@
 import io
 import json
 
-import cpu_host
 import node_files
 import numpy as np
 import pytest
@@ -213,7 +212,6 @@ def test_estimate_depth_names_what_is_missing(comfy, inputs):
 
 def test_estimate_depth_equals_transformers_on_the_same_weights(comfy, inputs):
     """A Depth Anything of full structure and small width, random weights: the node against the model called directly."""
-    cpu_host.declare_operators()
     from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
 
     backbone = Dinov2Config(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=70, patch_size=14,

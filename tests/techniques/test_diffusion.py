@@ -6,8 +6,6 @@ from strata.techniques.diffusion import add_noise, ddim_step, noise_levels, nois
 
 @pytest.fixture(scope="module")
 def scheduler():
-    import cpu_host
-    cpu_host.declare_operators()
     from diffusers import DDIMScheduler
     return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True)
 

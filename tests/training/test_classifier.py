@@ -8,13 +8,14 @@ from safetensors import safe_open
 from strata.networks.classifier import Classifier
 from strata.scenes import renderer
 from strata.scenes.renderer import Request
-from strata.training import classifier, command, export, family, metrics, oracle
+from strata.techniques import metrics
+from strata.training import classifier, command, export, family, oracle, settings
 
 SMALL = {"scenes": 6, "extra_scenes": 2, "check_scenes": 4, "batch": 8, "warmup": 10}
 
 
 def config(**changes):
-    return command.read_config(command.CONFIGS / "classifier.json", []) | SMALL | changes
+    return command.read_config(settings.CONFIGS / "classifier.json", []) | SMALL | changes
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_the_published_file_judges_as_the_trained_model(run, tmp_path):
 
 
 def test_save_refuses_what_fp16_cannot_hold(tmp_path):
-    with pytest.raises(SystemExit, match="too large for the fp16"):
+    with pytest.raises(settings.TrainingError, match="too large for the fp16"):
         export.save(tmp_path / "a.safetensors", {"weight": torch.tensor([1e6])}, {})
     assert list(tmp_path.iterdir()) == []
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from strata.scenes import renderer
 from strata.scenes.renderer import Request
-from strata.training import metrics, oracle
+from strata.techniques import metrics
+from strata.training import oracle
 
 FIRST = 3 * 10**9  # seeds of neither training nor the trainer's own checks
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
+from strata.networks import layered_denoiser
 from strata.networks.autoencoder import Autoencoder
+from strata.networks.transparency import published_adapter
 from strata.scenes import renderer
 from strata.techniques import diffusion as formulas
-from strata.training import adapter, autoencoder, command, diffusion, dreamlayer, family, latents, layered, loop, text, transparency
+from strata.training import adapter, autoencoder, command, diffusion, dreamlayer, family, latents, loop, settings, text, transparency
 
 EIGHT = {"autoencoder": {"scenes": 8, "batch": 8, "side": 32, "crop": 32, "steps": 100, "warmup": 5},
          "diffusion": {"scenes": 72, "batch": 8, "side": 64, "steps": 100, "warmup": 5},
@@ -21,8 +23,8 @@ EIGHT = {"autoencoder": {"scenes": 8, "batch": 8, "side": 32, "crop": 32, "steps
          "dreamlayer": {"adapter": None, "scenes": 72, "rows": 8, "side": 64, "steps": 60, "warmup": 5, "learning_rate": 3e-3, "shares": [[1, 1, 1]] * 2}}
 
 
-def settings(name: str, **changes) -> dict:
-    return command.read_config(command.CONFIGS / f"{name}.json", []) | EIGHT.get(name, {}) | changes
+def config_of(name: str, **changes) -> dict:
+    return command.read_config(settings.CONFIGS / f"{name}.json", []) | EIGHT.get(name, {}) | changes
 
 
 def losses(folder, what: str = "loss") -> list[float]:
@@ -37,26 +39,26 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained_autoencoder(root):
-    autoencoder.train(settings("autoencoder"), root / "autoencoder", None, 1e9)
+    autoencoder.train(config_of("autoencoder"), root / "autoencoder", None, 1e9)
     return root / "autoencoder"
 
 
 @pytest.fixture(scope="module")
 def trained_diffusion(root, trained_autoencoder):
     """The last 64 scenes of its pool are for validation, so that it learns eight."""
-    diffusion.train(settings("diffusion"), root / "diffusion", None, 1e9)
+    diffusion.train(config_of("diffusion"), root / "diffusion", None, 1e9)
     return root / "diffusion"
 
 
 @pytest.fixture(scope="module")
 def trained_pair(root, trained_autoencoder):
-    transparency.train(settings("transparency"), root / "transparency", None, 1e9)
+    transparency.train(config_of("transparency"), root / "transparency", None, 1e9)
     return root / "transparency"
 
 
 @pytest.fixture(scope="module")
 def trained_decoder(root, trained_pair):
-    transparency.train(settings("transparent_decoder"), root / "transparent_decoder", None, 1e9)
+    transparency.train(config_of("transparent_decoder"), root / "transparent_decoder", None, 1e9)
     return root / "transparent_decoder"
 
 
@@ -68,7 +70,7 @@ def test_the_autoencoder_overfits_eight_scenes(trained_autoencoder):
 
 def test_the_decoder_goes_on_alone(root, trained_autoencoder, tmp_path):
     shutil.copytree(trained_autoencoder, tmp_path / "autoencoder")
-    autoencoder.train(settings("decoder", **EIGHT["autoencoder"] | {"steps": 4}), tmp_path / "decoder", None, 1e9)
+    autoencoder.train(config_of("decoder", **EIGHT["autoencoder"] | {"steps": 4}), tmp_path / "decoder", None, 1e9)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("autoencoder", "decoder"))
     assert all(torch.equal(value, after[key]) == key.startswith("taesd_encoder") for key, value in before.items())
     assert torch.equal(latents.load_autoencoder(tmp_path).taesd_decoder[1].weight, after["taesd_decoder.1.weight"])
@@ -77,7 +79,7 @@ def test_the_decoder_goes_on_alone(root, trained_autoencoder, tmp_path):
 def test_a_fresh_autoencoder_carries_a_blurred_picture():
     picture = torch.from_numpy(renderer.render(renderer.Request(train=True), 64, 64, 3).composite).permute(2, 0, 1)[None]
     with torch.no_grad():
-        latent, decoded = autoencoder.build(settings("autoencoder"))(picture)
+        latent, decoded = autoencoder.build(config_of("autoencoder"))(picture)
     blurred = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(picture, 8), scale_factor=8)
     plain = (picture.mean((2, 3), keepdim=True) - picture).square().mean()
     assert (decoded - picture).square().mean() < 0.7 * plain
@@ -91,7 +93,7 @@ def test_the_denoiser_overfits_eight_scenes(trained_diffusion):
 
 
 def test_the_inpainting_denoiser_starts_as_the_one_it_came_from(root, trained_diffusion):
-    config = settings("inpaint")
+    config = config_of("inpaint")
     start, wide = diffusion.build({**config, "in_channels": 4}), diffusion.build(config)
     for model in (start, wide):
         loop.start_from(model, trained_diffusion / "model.safetensors")
@@ -117,28 +119,28 @@ def test_the_transparent_decoder_goes_on_alone(trained_decoder, trained_pair):
 
 
 def test_models_published_elsewhere_leave_the_packs_previews(root, trained_autoencoder, tmp_path):
-    before = (command.CONFIGS / "sd.json").read_text()
+    before = (settings.CONFIGS / "sd.json").read_text()
     try:
         family.publish(root, tmp_path)
-        assert (command.CONFIGS / "sd.json").read_text() == before
+        assert (settings.CONFIGS / "sd.json").read_text() == before
     finally:
-        (command.CONFIGS / "sd.json").write_text(before)
+        (settings.CONFIGS / "sd.json").write_text(before)
 
 
 def test_the_adapter_trains_nothing_but_its_own_terms_and_publishes_them(root, trained_diffusion, trained_pair):
-    adapter.train(settings("adapter"), root / "adapter", None, 1e9)
+    adapter.train(config_of("adapter"), root / "adapter", None, 1e9)
     before, after = (load_file(folder / "model.safetensors") for folder in (trained_diffusion, root / "adapter"))
     for key, value in before.items():
         twin = after.get(key, after.get(key.replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias")))
         assert torch.equal(twin, value), key
-    published = adapter.published_form(after)
+    published = published_adapter(after)
     downs = [key for key in published if key.endswith("::lora::1")]
     assert len(published) == 2 * len(downs) == 2 * 4 * 2 * 7  # up and down, four projections, two attentions, seven blocks
     name = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     assert published[f"{name}::lora::0"].shape == (64, 32) and published[f"{name}::lora::1"].shape == (32, 128)
     assert all(published[key].abs().max() > 0 for key in published)
     # the form says what the trained model does: up times down added to the weight gives the same prediction
-    config = settings("adapter")
+    config = config_of("adapter")
     merged = diffusion.build({**config, "in_channels": 4})
     state = dict(before)
     for key in downs:
@@ -153,16 +155,16 @@ def test_the_adapter_trains_nothing_but_its_own_terms_and_publishes_them(root, t
         loop.start_from(merged, trained_diffusion / "model.safetensors")
         assert not torch.allclose(merged(*inputs), adapted(*inputs), atol=1e-3)
     # layers are trained with it on the objects' rows
-    found = dreamlayer.build(settings("dreamlayer", adapter="adapter"), root).unet.get_submodule(name.removeprefix("diffusion_model.").removesuffix(".weight"))
+    found = dreamlayer.build(config_of("dreamlayer", adapter="adapter"), root).unet.get_submodule(name.removeprefix("diffusion_model.").removesuffix(".weight"))
     assert torch.equal(found.adapter, published[f"{name}::lora::0"] @ published[f"{name}::lora::1"])
 
 
 def test_layer_modules_learn_nine_scenes_and_nothing_else_changes(root, trained_diffusion, trained_pair, monkeypatch):
     """The last 63 scenes of the pool are for validation, so that it learns nine: three of one object, three of two, three of three."""
     monkeypatch.setattr(dreamlayer, "SAMPLING_STEPS", 2)
-    config = settings("dreamlayer")
+    config = config_of("dreamlayer")
     trained = dreamlayer.train(config, root / "dreamlayer", None, 1e9)
-    pool = dreamlayer.SceneLayers(root / "scenes", latents.load_autoencoder(root), adapter.load_pair(trained_pair)[0], config["scenes"], config["side"])
+    pool = dreamlayer.SceneLayers(root / "scenes", latents.load_autoencoder(root), transparency.load_pair(trained_pair)[0], config["scenes"], config["side"])
 
     @torch.no_grad()
     def measured(model, what):
@@ -177,7 +179,7 @@ def test_layer_modules_learn_nine_scenes_and_nothing_else_changes(root, trained_
         assert measured(trained, what) < share * measured(fresh, what), what
     before, after = (load_file(folder / "model.safetensors") for folder in (trained_diffusion, root / "dreamlayer"))
     assert all(torch.equal(value, after[key]) for key, value in before.items())
-    published = layered.published_form(after)
+    published = layered_denoiser.published_form(after)
     assert all(value.abs().max() > 0 for value in published.values()) and published["layer_embedding"].shape == (4, 128)
     assert all(sum(key.startswith(kind) for key in published) == 2 * 2 * 7 for kind in ("shared.", "foreground."))  # two projections of 14 attentions
     assert published["foreground.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_v.weight"].shape == (192, 192)
@@ -185,17 +187,17 @@ def test_layer_modules_learn_nine_scenes_and_nothing_else_changes(root, trained_
 
 def test_the_second_run_of_layer_modules_goes_on_from_the_first_with_noise_of_each_layers_own(root, trained_diffusion, trained_pair):
     torch.manual_seed(0)
-    first, folder = dreamlayer.build(settings("dreamlayer"), root), root / "dreamlayer_before"
+    first, folder = dreamlayer.build(config_of("dreamlayer"), root), root / "dreamlayer_before"
     learnt = {name: torch.randn_like(value) for name, value in first.named_parameters() if value.requires_grad}
     folder.mkdir()
     save_file(first.state_dict() | learnt | {name: torch.full_like(value, torch.nan) for name, value in first.state_dict().items() if name.endswith("adapter")},
               folder / "model.safetensors")
-    config = settings("dreamlayer_apart", adapter=None, start="dreamlayer_before")
+    config = config_of("dreamlayer_apart", adapter=None, start="dreamlayer_before")
     model = dreamlayer.build(config, root)
     assert all(torch.equal(value, learnt[name]) for name, value in model.named_parameters() if value.requires_grad)
     assert not any(value.isnan().any() for value in model.state_dict().values()), "the adapter is the config's, not the first run's"
 
-    pool = dreamlayer.SceneLayers(root / "scenes", latents.load_autoencoder(root), adapter.load_pair(trained_pair)[0], 72, 64)
+    pool = dreamlayer.SceneLayers(root / "scenes", latents.load_autoencoder(root), transparency.load_pair(trained_pair)[0], 72, 64)
     levels, batch, given = formulas.noise_levels(), pool.batch(np.array([1, 4]), 0), []
     model.register_forward_pre_hook(lambda _, inputs: given.append(inputs))
     found = {weight: dreamlayer.loss_of(model, batch, config | {"early_weight": weight, "context_weight": 0, "layout_weight": 0}, levels,
@@ -208,7 +210,7 @@ def test_the_second_run_of_layer_modules_goes_on_from_the_first_with_noise_of_ea
 
 
 def test_scenes_come_as_layers_with_their_alphas_and_words(root, trained_pair):
-    model, (encoder, _) = latents.load_autoencoder(root), adapter.load_pair(trained_pair)
+    model, (encoder, _) = latents.load_autoencoder(root), transparency.load_pair(trained_pair)
     pool = dreamlayer.SceneLayers(root / "scenes", model, encoder, 72, 64)
     batch = pool.batch(np.array([4, 1]), 0)
     assert batch.latent.shape == (2, 4, 4, 8, 8) and batch.alphas.shape == (2, 2, 8, 8)
@@ -220,7 +222,7 @@ def test_scenes_come_as_layers_with_their_alphas_and_words(root, trained_pair):
         assert np.allclose(batch.alphas[0, number], shown.rgba[..., 3].reshape(8, 8, 8, 8).mean((1, 3)), atol=1e-3)
         assert batch.prompts[0][1 + number] in renderer.catalogue()[shown.name].prompts
     assert any(batch.prompts[0][0].endswith(where) for where in renderer.PLACE_WORDS[scene.kind])
-    config, rng = settings("dreamlayer", shares=[[1, 0, 0], [0, 0.5, 0.5]]), np.random.default_rng(0)
+    config, rng = config_of("dreamlayer", shares=[[1, 0, 0], [0, 0.5, 0.5]]), np.random.default_rng(0)
     first, last = ([dreamlayer.object_count(step, config, rng) for _ in range(200)] for step in (0, config["steps"]))
     assert set(first) == {1} and set(last) == {2, 3} and 70 < last.count(2) < 130
 
@@ -241,11 +243,11 @@ def test_a_stopped_run_goes_on_to_the_same_losses(name, root, trained_autoencode
         return terms
 
     monkeypatch.setattr(module, function, watched)
-    module.train(settings(name, steps=4), root / f"{name}_whole", None, 1e9)
+    module.train(config_of(name, steps=4), root / f"{name}_whole", None, 1e9)
     whole = seen.copy()
     seen.clear()
     for minutes in (0, 0, None):  # no time: one step, then a checkpoint
-        module.train(settings(name, steps=4), root / f"{name}_parts", minutes, 1e9)
+        module.train(config_of(name, steps=4), root / f"{name}_parts", minutes, 1e9)
     assert len(seen) == 4 and seen == pytest.approx(whole, rel=1e-4)
 
 
@@ -258,7 +260,7 @@ def fresh_accelerator():
 
 def test_bf16_is_used_in_what_learns_and_nowhere_else(trained_autoencoder, tmp_path, monkeypatch, fresh_accelerator):
     """As on a GPU; a processor without bf16 instructions emulates it."""
-    config, seen, kept = settings("diffusion", steps=2), [], []
+    config, seen, kept = config_of("diffusion", steps=2), [], []
     monkeypatch.setattr(diffusion, "loss_of", lambda *given, plain=diffusion.loss_of: (terms := plain(*given), seen.append(terms["loss"].item()))[0])
     for fast in (True, False):
         fresh_accelerator(reset_partial_state=True)
@@ -278,8 +280,8 @@ def test_bf16_is_used_in_what_learns_and_nowhere_else(trained_autoencoder, tmp_p
 
 
 def test_publishing_writes_what_is_trained_and_names_what_is_not(root, trained_diffusion, trained_decoder, tmp_path, monkeypatch, capsys):
-    shutil.copy(command.CONFIGS / "sd.json", tmp_path / "sd.json")
-    monkeypatch.setattr(family, "CONFIGS", tmp_path)
+    shutil.copy(settings.CONFIGS / "sd.json", tmp_path / "sd.json")
+    monkeypatch.setattr(settings, "CONFIGS", tmp_path)
     family.publish(root, tmp_path / "models")
     assert "strata/mini_classifier.safetensors: not written, python -m training classifier has not run" in capsys.readouterr().out
     state = load_file(tmp_path / "models" / "checkpoints" / "strata_mini_sd.safetensors")
@@ -338,12 +340,12 @@ def test_unknown_words_share_one_row_and_the_end_fills_up():
 
 
 def test_a_missing_model_is_named_with_the_command_that_makes_it(tmp_path):
-    with pytest.raises(SystemExit, match="train the autoencoder first"):
-        diffusion.train(settings("diffusion"), tmp_path / "diffusion", None, 1e9)
-    with pytest.raises(SystemExit, match="python -m training transparency"):
-        adapter.load_pair(tmp_path)
+    with pytest.raises(settings.TrainingError, match="train the autoencoder first"):
+        diffusion.train(config_of("diffusion"), tmp_path / "diffusion", None, 1e9)
+    with pytest.raises(settings.TrainingError, match="python -m training transparency"):
+        transparency.load_pair(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(SystemExit, match="missing; train that model first"):
+    with pytest.raises(settings.TrainingError, match="missing; train that model first"):
         loop.start_from(torch.nn.Linear(1, 1), tmp_path / "model.safetensors")
-    with pytest.raises(SystemExit, match="python -m training adapter, or set adapter to null"):
+    with pytest.raises(settings.TrainingError, match="python -m training adapter, or set adapter to null"):
         dreamlayer.adapter_terms(tmp_path)

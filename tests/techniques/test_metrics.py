@@ -8,7 +8,7 @@ import scipy.ndimage
 import torch
 from strata.scenes import renderer
 from strata.scenes.renderer import Request
-from strata.training import metrics
+from strata.techniques import metrics
 
 
 def random(*shape, seed=0):

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..networks.context_layers import ContextLayers
-from ..networks.unet import Attention, Downsample, TransformerBlock, UNet
 from ..techniques import shared_layers as dreamlayer
-from . import text
-from .diffusion import TextToImage
+from .context_layers import ContextLayers
+from .text_to_image import TextToImage
+from .unet import Attention, Downsample, TransformerBlock, UNet
 
 LEARNING = ("to_k", "to_v")
 
@@ -132,12 +131,13 @@ class LayeredDenoiser(nn.Module):
     """A trained denoiser and its text encoder, taken over and frozen, under their own keys; embedding, keys, values and context-aware layers learn.
 
     adapter: differences that the objects' rows have already, by the UNet's module, as in "input_blocks.1.1.transformer_blocks.0.attn1.to_q".
+    end: the row of the embedding that ends a prompt.
     """
 
-    def __init__(self, plain: TextToImage, adapter: dict[str, Tensor], most_objects: int, context_layers: int):
+    def __init__(self, plain: TextToImage, adapter: dict[str, Tensor], most_objects: int, context_layers: int, end: int):
         super().__init__()
         self.model, self.cond_stage_model = plain.requires_grad_(False).model, plain.cond_stage_model
-        unet = self.unet
+        self.end, unet = end, self.unet
         blocks = [(name, module) for name, module in unet.named_modules() if isinstance(module, TransformerBlock)]
         looked_at = map_blocks(unet)
         for name, block in blocks:
@@ -164,7 +164,7 @@ class LayeredDenoiser(nn.Module):
         """[B,L-1,77] -> a Call's tokens, words and ends."""
         unique, place = rows.flatten(0, 1).unique(dim=0, return_inverse=True)
         encoded = self.cond_stage_model["transformer"]["text_model"](unique)[place].unflatten(0, rows.shape[:2])
-        ends = (rows == len(text.token_ids()) - 1).int().argmax(-1).tolist()
+        ends = (rows == self.end).int().argmax(-1).tolist()
         tokens, words = [], []
         for layers, own in zip(encoded, ends, strict=True):
             whole, places = dreamlayer.global_embedding(list(layers), [[end] for end in own])
