@@ -1,4 +1,5 @@
 """ComfyUI-Strata: layered images in ComfyUI."""
+
 WEB_DIRECTORY = "./web"
 
 
@@ -8,6 +9,7 @@ async def comfy_entrypoint():
 
     try:
         from .nodes import StrataExtension
+
         return StrataExtension()
     except Exception:
         # The host logs only the message of an entrypoint's error; the traceback is what a bug report needs.

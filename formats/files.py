@@ -1,4 +1,5 @@
 """Layer files by their kind: which format a stack is saved in, and which one an opened file is."""
+
 from __future__ import annotations
 
 import re
@@ -20,8 +21,15 @@ FORMATS = ("PSD", "OpenRaster", "PNG layers", "WebP layers")
 SUFFIXES = (".psd", ".psb", ".ora")  # what can be loaded
 
 
-def save(folder: Path, stem: str, stack: LayerStack, merged: Tensor, format: str, metadata: dict[str, Any],
-         progress: Callable[[int], None] = lambda done: None) -> list[Path]:
+def save(
+    folder: Path,
+    stem: str,
+    stack: LayerStack,
+    merged: Tensor,
+    format: str,
+    metadata: dict[str, Any],
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Path]:
     """Save a stack in one of FORMATS as files whose names begin with stem; returns them, the flattened picture last for PNG and WebP.
 
     PNG and WebP layers are canvas-sized, so that they lie on each other, with opacity, blend mode and so on as metadata "strata".
@@ -36,9 +44,16 @@ def save(folder: Path, stem: str, stack: LayerStack, merged: Tensor, format: str
     write, suffix = (png.write_png, ".png") if format == "PNG layers" else (png.write_webp, ".webp")
     names = [f"{stem}{index:02}_{file_name(layer.name)}" for index, layer in enumerate(stack.layers, 1)]
     with _new_files([folder / f"{name}{suffix}" for name in (*names, f"{stem}flattened")]) as (paths, opened):
+
         def write_layer(index: int) -> None:
             layer = stack.layers[index]
-            fields = {"name": layer.name, "opacity": layer.opacity, "blend_mode": layer.blend_mode, "visible": layer.visible, "z_index": index}
+            fields = {
+                "name": layer.name,
+                "opacity": layer.opacity,
+                "blend_mode": layer.blend_mode,
+                "visible": layer.visible,
+                "z_index": index,
+            }
             write(opened[index], on_canvas(layer, stack.canvas), {**metadata, "strata": fields})
 
         for done, _ in enumerate(in_parallel(write_layer, range(len(stack.layers))), 1):
@@ -59,8 +74,12 @@ def load(path: Path, groups: str = GROUPS[0], notes: list[str] | None = None) ->
         raise ValueError(f"{path.name} is empty; save or upload it again.")
     if head == b"8BPS" or head[:2] == b"PK":
         stack = psd.read(path, groups, notes) if head == b"8BPS" else openraster.read(path, groups, notes)
-        return stack.with_layers(replace(layer, name=plain_name(layer.name.rstrip("\0")) or "Layer") for layer in stack.layers)  # Krita's end in NUL
-    raise ValueError(f"{path.name} is neither a PSD nor an OpenRaster file; save it as one of these in your paint program.")
+        return stack.with_layers(
+            replace(layer, name=plain_name(layer.name.rstrip("\0")) or "Layer") for layer in stack.layers
+        )  # Krita's end in NUL
+    raise ValueError(
+        f"{path.name} is neither a PSD nor an OpenRaster file; save it as one of these in your paint program."
+    )
 
 
 def file_name(name: str) -> str:

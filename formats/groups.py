@@ -1,4 +1,5 @@
 """Groups of a layer file: taken apart into their layers where that shows the same, and otherwise made one layer."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -14,8 +15,17 @@ from .raster import check_sides, modes_note, picture
 GROUPS = ("leaves", "one layer each")  # what a reader may be asked for
 
 
-def grouped(own: list[Layer], name: str, mode: str, opacity: float, visible: bool, mask: Callable[[Layer], np.ndarray | None], has_mask: bool,
-            merge: bool, notes: list[str]) -> list[Layer]:
+def grouped(
+    own: list[Layer],
+    name: str,
+    mode: str,
+    opacity: float,
+    visible: bool,
+    mask: Callable[[Layer], np.ndarray | None],
+    has_mask: bool,
+    merge: bool,
+    notes: list[str],
+) -> list[Layer]:
     """The layers of a group, back to front, with its opacity, mask and blend mode; or one layer that shows the same, with a note why.
 
     mode: "pass-through" when the group's layers mix with what is behind it, else that of the isolated group. mask(layer): the group's mask over the
@@ -41,7 +51,9 @@ def grouped(own: list[Layer], name: str, mode: str, opacity: float, visible: boo
     if len(shown) < len(own):
         reason += "; its hidden layers are left out"
     notes.append(f"Group {name!r} is one layer now, {reason}.")
-    layer = replace(flattened(shown, name, notes), opacity=opacity, blend_mode="normal" if mode == "pass-through" else mode)
+    layer = replace(
+        flattened(shown, name, notes), opacity=opacity, blend_mode="normal" if mode == "pass-through" else mode
+    )
     return [masked(layer, mask(layer))]
 
 
@@ -66,7 +78,10 @@ def _overlap(layers: list[Layer]) -> bool:
         left, top = max(one.x, other.x), max(one.y, other.y)
         right, bottom = (min(ends) for ends in zip(box_of(one)[2:], box_of(other)[2:], strict=True))
         if left < right and top < bottom:
-            shared = [alpha[top - layer.y:bottom - layer.y, left - layer.x:right - layer.x] for layer, alpha in ((one, first), (other, second))]
+            shared = [
+                alpha[top - layer.y : bottom - layer.y, left - layer.x : right - layer.x]
+                for layer, alpha in ((one, first), (other, second))
+            ]
             if (shared[0] & shared[1]).any():
                 return True
     return False

@@ -1,4 +1,5 @@
 """OpenRaster (.ora), which Krita, GIMP, MyPaint and others open: a zip of stack.xml, a PNG per layer and the flattened picture."""
+
 from __future__ import annotations
 
 import io
@@ -20,28 +21,70 @@ from ..techniques.layers import Layer, LayerStack
 from .groups import GROUPS, box_of, flattened, grouped, masked
 from .png import read_metadata as read_png_metadata
 from .png import write_png
-from .raster import check_count, check_sides, check_total, from_bytes, in_parallel, in_place, in_srgb, over, plain_name, to_bytes
+from .raster import (
+    check_count,
+    check_sides,
+    check_total,
+    from_bytes,
+    in_parallel,
+    in_place,
+    in_srgb,
+    over,
+    plain_name,
+    to_bytes,
+)
 from .xml import parse_xml
 
 MODES = {
-    "normal": "svg:src-over", "linear-dodge": "svg:plus",
-    **{mode: f"svg:{mode}" for mode in ("multiply", "screen", "overlay", "darken", "lighten", "color-dodge", "color-burn", "hard-light", "soft-light",
-                                        "difference", "color", "luminosity", "hue", "saturation")},
+    "normal": "svg:src-over",
+    "linear-dodge": "svg:plus",
+    **{
+        mode: f"svg:{mode}"
+        for mode in (
+            "multiply",
+            "screen",
+            "overlay",
+            "darken",
+            "lighten",
+            "color-dodge",
+            "color-burn",
+            "hard-light",
+            "soft-light",
+            "difference",
+            "color",
+            "luminosity",
+            "hue",
+            "saturation",
+        )
+    },
 }
 DOCUMENT_MODES = {operator: mode for mode, operator in MODES.items()}
 # Porter and Duff's shares of a layer and of what is below it, by the alphas s and b of both. src-atop is Krita's "inherit alpha".
 OPERATORS = {
-    "svg:src-atop": lambda s, b: (b, 1 - s), "svg:src-in": lambda s, b: (b, 0), "svg:src-out": lambda s, b: (1 - b, 0),
-    "svg:dst-atop": lambda s, b: (1 - b, s), "svg:dst-in": lambda s, b: (0, s), "svg:dst-out": lambda s, b: (0, 1 - s),
-    "svg:dst-over": lambda s, b: (1 - b, 1), "svg:xor": lambda s, b: (1 - b, 1 - s), "svg:src": lambda s, b: (1, 0),
-    "svg:dst": lambda s, b: (0, 1), "svg:clear": lambda s, b: (0, 0),
+    "svg:src-atop": lambda s, b: (b, 1 - s),
+    "svg:src-in": lambda s, b: (b, 0),
+    "svg:src-out": lambda s, b: (1 - b, 0),
+    "svg:dst-atop": lambda s, b: (1 - b, s),
+    "svg:dst-in": lambda s, b: (0, s),
+    "svg:dst-out": lambda s, b: (0, 1 - s),
+    "svg:dst-over": lambda s, b: (1 - b, 1),
+    "svg:xor": lambda s, b: (1 - b, 1 - s),
+    "svg:src": lambda s, b: (1, 0),
+    "svg:dst": lambda s, b: (0, 1),
+    "svg:clear": lambda s, b: (0, 0),
 }
 MIMETYPE = b"image/openraster"
 _XML_BYTES = 2**22
 _PNG_OVERHEAD = 2**26  # what a layer's PNG may hold beside its pixels
 
 
-def write(file: BinaryIO, stack: LayerStack, merged: Tensor, metadata: dict[str, Any], progress: Callable[[int], None] = lambda done: None) -> None:
+def write(
+    file: BinaryIO,
+    stack: LayerStack,
+    merged: Tensor,
+    metadata: dict[str, Any],
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
     """Write an OpenRaster file; merged: [H,W,3|4] flattened picture.
 
     Lossless in 8 bits, colours under alpha 0 included. A mask is multiplied into the alpha, which OpenRaster has instead; display size,
@@ -52,7 +95,9 @@ def write(file: BinaryIO, stack: LayerStack, merged: Tensor, metadata: dict[str,
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("mimetype", MIMETYPE)
         places = []
-        for name, (encoded, x, y) in zip(names, in_parallel(partial(_encoded, stack.canvas), stack.layers), strict=True):
+        for name, (encoded, x, y) in zip(
+            names, in_parallel(partial(_encoded, stack.canvas), stack.layers), strict=True
+        ):
             archive.writestr(name, encoded)
             places.append((x, y))
             progress(len(places))
@@ -76,7 +121,9 @@ def read(path: Path, groups: str = GROUPS[0], notes: list[str] | None = None) ->
         with zipfile.ZipFile(path) as archive:
             return _read(archive, path.name, groups, [] if notes is None else notes)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError) as error:
-        raise ValueError(f"{path.name} is not an OpenRaster file, or is damaged ({error}); save or upload it again.") from error
+        raise ValueError(
+            f"{path.name} is not an OpenRaster file, or is damaged ({error}); save or upload it again."
+        ) from error
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -91,11 +138,20 @@ def _stack_xml(stack: LayerStack) -> ElementTree.Element:
     group = ElementTree.SubElement(root, "stack")
     for layer in reversed(stack.layers):
         if layer.blend_mode not in MODES:
-            raise ValueError(f"layers: layer {layer.name!r} has the blend mode {layer.blend_mode}, which OpenRaster does not have; "
-                             f"save as PSD or PNG layers, or use one of {', '.join(MODES)}.")
-        ElementTree.SubElement(group, "layer", {
-            "name": plain_name(layer.name), "opacity": repr(layer.opacity), "visibility": "visible" if layer.visible else "hidden",
-            "composite-op": MODES[layer.blend_mode]})
+            raise ValueError(
+                f"layers: layer {layer.name!r} has the blend mode {layer.blend_mode}, which OpenRaster does not have; "
+                f"save as PSD or PNG layers, or use one of {', '.join(MODES)}."
+            )
+        ElementTree.SubElement(
+            group,
+            "layer",
+            {
+                "name": plain_name(layer.name),
+                "opacity": repr(layer.opacity),
+                "visibility": "visible" if layer.visible else "hidden",
+                "composite-op": MODES[layer.blend_mode],
+            },
+        )
     return root
 
 
@@ -115,7 +171,9 @@ def _read(archive: zipfile.ZipFile, name: str, groups: str, notes: list[str]) ->
     if "stack.xml" not in sizes:
         raise ValueError(f"{name} has no stack.xml, so it is not an OpenRaster file.")
     if sizes["stack.xml"] > _XML_BYTES:
-        raise ValueError(f"{name}: its stack.xml would unpack to {sizes['stack.xml'] / 1e6:.0f} MB, which no real one has; the file is not loaded.")
+        raise ValueError(
+            f"{name}: its stack.xml would unpack to {sizes['stack.xml'] / 1e6:.0f} MB, which no real one has; the file is not loaded."
+        )
     root = parse_xml(archive.read("stack.xml"), f"{name}: stack.xml")
     canvas = int(_number(root, "w", 0, name)), int(_number(root, "h", 0, name))
     check_sides(f"{name}: the canvas", *canvas)
@@ -132,17 +190,32 @@ def _drawn(element: ElementTree.Element) -> bool:
     return element.get("src", "").lower().endswith(".png")
 
 
-def _layers(archive: zipfile.ZipFile, stack: ElementTree.Element, name: str, merge: bool, notes: list[str]) -> list[Layer]:
+def _layers(
+    archive: zipfile.ZipFile, stack: ElementTree.Element, name: str, merge: bool, notes: list[str]
+) -> list[Layer]:
     """Of a stack, back to front."""
     found = []
     for element in reversed(stack):
         label, shown = plain_name(element.get("name", "")) or "Layer", element.get("visibility", "visible") != "hidden"
         operator = element.get("composite-op", "svg:src-over")
         if element.tag == "stack":
-            opacity, own = _opacity(element, name, notes), _moved(_layers(archive, element, name, False, notes), element, name)
-            cuts = any(child.get("composite-op") in OPERATORS for child in element)  # these act inside of the group alone
-            mixes = opacity == 1 and operator == "svg:src-over" and element.get("isolation", "auto") == "auto" and not cuts
-            mode = "pass-through" if mixes else operator if operator in OPERATORS else DOCUMENT_MODES.get(operator, "normal")
+            opacity, own = (
+                _opacity(element, name, notes),
+                _moved(_layers(archive, element, name, False, notes), element, name),
+            )
+            cuts = any(
+                child.get("composite-op") in OPERATORS for child in element
+            )  # these act inside of the group alone
+            mixes = (
+                opacity == 1 and operator == "svg:src-over" and element.get("isolation", "auto") == "auto" and not cuts
+            )
+            mode = (
+                "pass-through"
+                if mixes
+                else operator
+                if operator in OPERATORS
+                else DOCUMENT_MODES.get(operator, "normal")
+            )
             new = grouped(own, label, mode, opacity, shown, lambda _: None, False, merge, notes)
         elif element.tag == "layer" and _drawn(element):
             new = [_layer(archive, element, shown, name, notes)]
@@ -154,7 +227,9 @@ def _layers(archive: zipfile.ZipFile, stack: ElementTree.Element, name: str, mer
             layer = replace(layer, blend_mode="normal") if operator in OPERATORS else layer
             found = _composited(found, layer, operator, notes) if acts else [*found, layer]
         if operator not in DOCUMENT_MODES and (operator not in OPERATORS or not shown):
-            notes.append(f"{label!r} has the blend mode {operator}, which ComfyUI's layers do not have; it is read as normal.")
+            notes.append(
+                f"{label!r} has the blend mode {operator}, which ComfyUI's layers do not have; it is read as normal."
+            )
     return found
 
 
@@ -175,18 +250,32 @@ def _composited(below: list[Layer], layer: Layer, operator: str, notes: list[str
             return [*below, masked(layer, over(box_of(layer), alpha, whole.x, whole.y, 0))]
     if operator in ("svg:dst-in", "svg:dst-out") and shown and (_hard(own) or len(shown) == 1):
         inside, outside = (own, 0) if operator == "svg:dst-in" else (1 - own, 1)
-        return [masked(one, over(box_of(one), inside, layer.x, layer.y, outside)) if one.visible else one for one in below]
-    ground = flattened(shown, layer.name, notes) if shown else replace(layer, image=layer.rgba() * 0, mask=None, opacity=1.0)
-    left, top, right, bottom = (pick(sides) for pick, sides in zip((min, min, max, max), zip(box_of(ground), box_of(layer), strict=True), strict=True))
+        return [
+            masked(one, over(box_of(one), inside, layer.x, layer.y, outside)) if one.visible else one for one in below
+        ]
+    ground = (
+        flattened(shown, layer.name, notes) if shown else replace(layer, image=layer.rgba() * 0, mask=None, opacity=1.0)
+    )
+    left, top, right, bottom = (
+        pick(sides)
+        for pick, sides in zip((min, min, max, max), zip(box_of(ground), box_of(layer), strict=True), strict=True)
+    )
     check_sides(f"layer {layer.name!r} with the layers below it", right - left, bottom - top)
-    source, behind = (np.stack([over((left, top, right, bottom), plane, one.x, one.y, 0) for plane in one.rgba().movedim(-1, 0).numpy()], -1)
-                      for one in (layer, ground))
+    source, behind = (
+        np.stack(
+            [over((left, top, right, bottom), plane, one.x, one.y, 0) for plane in one.rgba().movedim(-1, 0).numpy()],
+            -1,
+        )
+        for one in (layer, ground)
+    )
     s, b = source[..., 3:] * layer.opacity, behind[..., 3:]
     from_source, from_behind = OPERATORS[operator](s, b)
     parts = s * from_source, b * from_behind
     alpha = sum(parts)
     colour = (source[..., :3] * parts[0] + behind[..., :3] * parts[1]) / np.where(alpha > 0, alpha, 1)
-    notes.append(f"Layer {layer.name!r} and what is below it in its group are one layer now, because {operator} acts on both together.")
+    notes.append(
+        f"Layer {layer.name!r} and what is below it in its group are one layer now, because {operator} acts on both together."
+    )
     image = torch.from_numpy(np.concatenate([colour, alpha], -1).astype(np.float32))
     return [*(one for one in below if not one.visible), Layer(image, layer.name, None, left, top)]
 
@@ -196,7 +285,9 @@ def _hard(alpha: np.ndarray) -> bool:
     return bool(((alpha == 0) | (alpha == 1)).all())
 
 
-def _png_size(archive: zipfile.ZipFile, sizes: dict[str, int], element: ElementTree.Element, name: str) -> tuple[int, int]:
+def _png_size(
+    archive: zipfile.ZipFile, sizes: dict[str, int], element: ElementTree.Element, name: str
+) -> tuple[int, int]:
     """The size that a layer's PNG declares, with its unpacked bytes checked against it; nothing but its head is unpacked here."""
     source, label = _source(element), f"{name}: layer {element.get('name', '')!r}"
     if PurePosixPath(source).is_absolute() or ".." in PurePosixPath(source).parts:
@@ -210,7 +301,9 @@ def _png_size(archive: zipfile.ZipFile, sizes: dict[str, int], element: ElementT
     width, height = struct.unpack(">II", head[16:])
     check_sides(label, width, height)
     if sizes[source] > width * height * 8 + _PNG_OVERHEAD:
-        raise ValueError(f"{label} would unpack to {sizes[source] / 1e6:.0f} MB for {width}×{height} pixels; the file is not loaded.")
+        raise ValueError(
+            f"{label} would unpack to {sizes[source] / 1e6:.0f} MB for {width}×{height} pixels; the file is not loaded."
+        )
     return width, height
 
 
@@ -225,12 +318,22 @@ def _layer(archive: zipfile.ZipFile, element: ElementTree.Element, visible: bool
         with Image.open(io.BytesIO(archive.read(_source(element))), formats=["PNG"]) as image:
             pixels = in_srgb(image, label, notes)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: the PNG of layer {label!r} cannot be read ({error}); save the file again in your paint program.") from error
+        raise ValueError(
+            f"{name}: the PNG of layer {label!r} cannot be read ({error}); save the file again in your paint program."
+        ) from error
     x, y = (_number(element, key, 0, name) for key in "xy")
     if (x, y) != (round(x), round(y)):
         notes.append(f"Layer {label!r} lies between pixels and is moved to whole ones.")
-    return Layer(from_bytes(pixels), label, None, round(x), round(y), opacity=_opacity(element, name, notes),
-                 blend_mode=DOCUMENT_MODES.get(element.get("composite-op", "svg:src-over"), "normal"), visible=visible)
+    return Layer(
+        from_bytes(pixels),
+        label,
+        None,
+        round(x),
+        round(y),
+        opacity=_opacity(element, name, notes),
+        blend_mode=DOCUMENT_MODES.get(element.get("composite-op", "svg:src-over"), "normal"),
+        visible=visible,
+    )
 
 
 def _opacity(element: ElementTree.Element, name: str, notes: list[str]) -> float:
@@ -249,4 +352,6 @@ def _number(element: ElementTree.Element, key: str, default: float, name: str) -
             return value
     except ValueError:
         pass
-    raise ValueError(f"{name}: stack.xml has {text!r} as the {key} of {element.get('name', element.tag)!r}, which is not a usable number.")
+    raise ValueError(
+        f"{name}: stack.xml has {text!r} as the {key} of {element.get('name', element.tag)!r}, which is not a usable number."
+    )

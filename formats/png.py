@@ -1,4 +1,5 @@
 """One picture per file, PNG or lossless WebP, with the workflow where ComfyUI's own save nodes put it."""
+
 from __future__ import annotations
 
 import json
@@ -23,7 +24,9 @@ def write_png(file: BinaryIO, pixels: np.ndarray, metadata: dict[str, Any], comp
 def write_webp(file: BinaryIO, pixels: np.ndarray, metadata: dict[str, Any]) -> None:
     """pixels: [H,W,3|4] uint8; lossless, hidden colours included. Raises ValueError over WebP's side limit."""
     if max(pixels.shape[:2]) > 16383:
-        raise ValueError(f"layers: WebP holds sides up to 16383 pixels and the canvas is {pixels.shape[1]}×{pixels.shape[0]}; save as PNG layers.")
+        raise ValueError(
+            f"layers: WebP holds sides up to 16383 pixels and the canvas is {pixels.shape[1]}×{pixels.shape[0]}; save as PNG layers."
+        )
     image = Image.fromarray(pixels)
     exif, tag = image.getexif(), _MAKE
     for key, value in metadata.items():
@@ -39,5 +42,9 @@ def read_metadata(path: Path | BinaryIO) -> dict[str, Any]:
         if image.format == "PNG":
             items = image.text.items()
         else:
-            items = [value.split(":", 1) for tag, value in image.getexif().items() if tag <= _MODEL and isinstance(value, str) and ":" in value]
+            items = [
+                value.split(":", 1)
+                for tag, value in image.getexif().items()
+                if tag <= _MODEL and isinstance(value, str) and ":" in value
+            ]
     return {key: json.loads(value) for key, value in items}

@@ -1,4 +1,5 @@
 """Photoshop documents: layers with name, place, opacity, blend mode, visibility and mask, the flattened picture, and the workflow as XMP."""
+
 from __future__ import annotations
 
 import io
@@ -18,7 +19,20 @@ from torch import Tensor
 
 from ..techniques.layers import BLEND_MODES, Layer, LayerStack
 from .groups import GROUPS, box_of, flattened, grouped, masked
-from .raster import Refused, check_count, check_sides, check_total, eight_bits, from_bytes, in_place, modes_note, over, picture, plain_name, to_bytes
+from .raster import (
+    Refused,
+    check_count,
+    check_sides,
+    check_total,
+    eight_bits,
+    from_bytes,
+    in_place,
+    modes_note,
+    over,
+    picture,
+    plain_name,
+    to_bytes,
+)
 from .xml import parse_xml
 
 MISSING_MODES = ("grain-extract", "grain-merge")  # GIMP's; Photoshop has no such modes
@@ -27,7 +41,13 @@ XMP = 1060
 NAMESPACE = "https://github.com/ComfyUI-Strata/ComfyUI-Strata"
 
 
-def write(file: BinaryIO, stack: LayerStack, merged: Tensor, metadata: dict[str, Any], progress: Callable[[int], None] = lambda done: None) -> None:
+def write(
+    file: BinaryIO,
+    stack: LayerStack,
+    merged: Tensor,
+    metadata: dict[str, Any],
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
     """Write an 8-bit RGB PSD; merged: [H,W,3|4] flattened picture, for programs that do not read layers.
 
     Lossless in 8 bits, colours under alpha 0 included. Display size, rotation and flips are drawn into the pixels, opacity becomes a
@@ -52,15 +72,21 @@ def write(file: BinaryIO, stack: LayerStack, merged: Tensor, metadata: dict[str,
         channels.append(planes)
         size += sum(len(plane.data) for plane in planes)
         if size > MAX_BYTES - 2 * pixels.size:
-            raise ValueError("layers: they need more than the 2 GB of a PSD file; save as OpenRaster, or scale them down.")
+            raise ValueError(
+                "layers: they need more than the 2 GB of a PSD file; save as OpenRaster, or scale them down."
+            )
         progress(done)
     compressed = _compressed(pixels.transpose(2, 0, 1).reshape(-1, width))
     # A negative count says that the merged picture's fourth channel is its transparency.
     info = LayerInfo(-len(records) if pixels.shape[-1] == 4 else len(records), records, channels)
     resources = ImageResources.new()
     resources[XMP] = ImageResource(key=Resource.XMP_METADATA.value, data=_xmp(metadata))
-    PSD(header=header, image_resources=resources, layer_and_mask_information=LayerAndMaskInformation(layer_info=info),
-        image_data=ImageData(compressed.compression, compressed.data)).write(file)
+    PSD(
+        header=header,
+        image_resources=resources,
+        layer_and_mask_information=LayerAndMaskInformation(layer_info=info),
+        image_data=ImageData(compressed.compression, compressed.data),
+    ).write(file)
 
 
 def read(path: Path, groups: str = GROUPS[0], notes: list[str] | None = None) -> LayerStack:
@@ -92,12 +118,15 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def _check_modes(stack: LayerStack) -> None:
     for layer in stack.layers:
         if layer.blend_mode in MISSING_MODES:
-            raise ValueError(f"layers: layer {layer.name!r} has the blend mode {layer.blend_mode}, which PSD does not have; "
-                             "give it another blend mode, merge it with the layers below, or save as PNG layers.")
+            raise ValueError(
+                f"layers: layer {layer.name!r} has the blend mode {layer.blend_mode}, which PSD does not have; "
+                "give it another blend mode, merge it with the layers below, or save as PNG layers."
+            )
 
 
 def _psd_mode(mode: str):
     from psd_tools.constants import BlendMode
+
     return BlendMode[mode.replace("-", "_").upper()]
 
 
@@ -115,9 +144,14 @@ def _record(layer: Layer, canvas: tuple[int, int]):
     data = ChannelDataList([_compressed(plane) for plane in planes.values()])
     name = plain_name(layer.name)
     record = LayerRecord(
-        **box, channel_info=[ChannelInfo(channel) for channel in planes], blend_mode=_psd_mode(layer.blend_mode), opacity=round(layer.opacity * 255),
-        flags=LayerFlags(visible=layer.visible), mask_data=None if layer.mask is None else MaskData(**box),
-        name=name.encode("macroman", "replace")[:255].decode("macroman"))
+        **box,
+        channel_info=[ChannelInfo(channel) for channel in planes],
+        blend_mode=_psd_mode(layer.blend_mode),
+        opacity=round(layer.opacity * 255),
+        flags=LayerFlags(visible=layer.visible),
+        mask_data=None if layer.mask is None else MaskData(**box),
+        name=name.encode("macroman", "replace")[:255].decode("macroman"),
+    )
     record.tagged_blocks.set_data(Tag.UNICODE_LAYER_NAME, name)
     return record, data
 
@@ -172,7 +206,9 @@ def _read(psd, name: str, groups: str, notes: list[str]) -> LayerStack:
     for leaf in leaves:
         check_sides(f"{name}: layer {leaf.name!r}", leaf.width, leaf.height)
     check_total(name, [(leaf.width, leaf.height) for leaf in leaves] or [psd.size])
-    layers = [replace(layer, opacity=_readable(layer.opacity)) for layer in _Layers(notes, groups == GROUPS[1]).of(psd)] or [_flat(psd, notes)]
+    layers = [
+        replace(layer, opacity=_readable(layer.opacity)) for layer in _Layers(notes, groups == GROUPS[1]).of(psd)
+    ] or [_flat(psd, notes)]
     check_count(name, layers)
     return LayerStack(psd.size, tuple(layers))
 
@@ -184,6 +220,7 @@ def _drawn(item) -> bool:
 @dataclass
 class _Layers:
     """A document's items as layers. notes: what is lost; merged: whether groups become one layer each."""
+
     notes: list[str]
     merged: bool = False
 
@@ -202,7 +239,10 @@ class _Layers:
     def pieces(self, item, isolated: bool = False) -> list[Layer]:
         """isolated: a group that passes through does not: what layers are clipped to is made for itself."""
         if item.is_group() or _drawn(item):
-            self.notes += [f"The {what} of {'group' if item.is_group() else 'layer'} {_name(item)!r} {verb} not read." for what, verb in _unread(item)]
+            self.notes += [
+                f"The {what} of {'group' if item.is_group() else 'layer'} {_name(item)!r} {verb} not read."
+                for what, verb in _unread(item)
+            ]
         if item.is_group():
             return self.group(item, isolated)
         if _drawn(item):
@@ -214,19 +254,36 @@ class _Layers:
         """Layers clipped to something without pixels: to a fill, which is there wherever its mask lets it, or to what draws nothing at all."""
         opacity = base.opacity / 255 * (base.fill_opacity / 255) if base.kind.endswith("fill") else 0
         shown = base.visible and opacity > 0
-        return [replace(masked(top, self.mask(base, box_of(top))), opacity=top.opacity * (opacity or 1), visible=top.visible and shown) for top in tops]
+        return [
+            replace(
+                masked(top, self.mask(base, box_of(top))),
+                opacity=top.opacity * (opacity or 1),
+                visible=top.visible and shown,
+            )
+            for top in tops
+        ]
 
     def leaf(self, item) -> Layer:
         opacity = item.opacity / 255 * (item.fill_opacity / 255)
-        layer = Layer(_image(item, self.notes), _name(item), None, item.left, item.top, opacity=opacity,
-                      blend_mode=self.mode(item), visible=item.visible)
+        layer = Layer(
+            _image(item, self.notes),
+            _name(item),
+            None,
+            item.left,
+            item.top,
+            opacity=opacity,
+            blend_mode=self.mode(item),
+            visible=item.visible,
+        )
         return masked(layer, self.mask(item, item.bbox))
 
     def mode(self, item) -> str:
         mode = item.blend_mode.name.lower().replace("_", "-")
         if mode in BLEND_MODES or mode == "pass-through":
             return mode
-        self.notes.append(f"Layer {_name(item)!r} has the blend mode {mode}, which ComfyUI's layers do not have; it is read as normal.")
+        self.notes.append(
+            f"Layer {_name(item)!r} has the blend mode {mode}, which ComfyUI's layers do not have; it is read as normal."
+        )
         return "normal"
 
     def mask(self, item, box: tuple[int, int, int, int]) -> np.ndarray | None:
@@ -234,8 +291,18 @@ class _Layers:
         if not item.has_mask() or item.mask.disabled:
             return None
         pixels, more = item.numpy("mask"), item.mask._data.parameters
-        found = over(box, None if pixels is None else pixels[..., 0], item.mask.left, item.mask.top, item.mask.background_color / 255)
-        density = next((value for value in (more.user_mask_density, more.vector_mask_density) if value is not None), 255) if more else 255
+        found = over(
+            box,
+            None if pixels is None else pixels[..., 0],
+            item.mask.left,
+            item.mask.top,
+            item.mask.background_color / 255,
+        )
+        density = (
+            next((value for value in (more.user_mask_density, more.vector_mask_density) if value is not None), 255)
+            if more
+            else 255
+        )
         if more and (more.user_mask_feather or more.vector_mask_feather):
             self.notes.append(f"The feather of the mask of {_name(item)!r} is not read.")
         return 1 - density / 255 * (1 - found)
@@ -246,8 +313,17 @@ class _Layers:
         self.merged = outermost
         mode = self.mode(item)
         mode = "normal" if isolated and mode == "pass-through" else mode
-        return grouped(own, _name(item), mode, item.opacity / 255 * (item.fill_opacity / 255), item.visible,
-                       lambda layer: self.mask(item, box_of(layer)), item.has_mask() and not item.mask.disabled, outermost, self.notes)
+        return grouped(
+            own,
+            _name(item),
+            mode,
+            item.opacity / 255 * (item.fill_opacity / 255),
+            item.visible,
+            lambda layer: self.mask(item, box_of(layer)),
+            item.has_mask() and not item.mask.disabled,
+            outermost,
+            self.notes,
+        )
 
     def clipped(self, base: list[Layer], tops: list[Layer], name: str) -> list[Layer]:
         """Layers cut to a base: what they all make has the base's alpha, opacity and blend mode."""
@@ -263,8 +339,10 @@ class _Layers:
             self.notes.append(f"Group {name!r} is one layer now, because other layers are clipped to it{hidden}.")
         if ground.opacity < 1 or ground.blend_mode != "normal":
             hidden = "; the hidden ones of them are left out" if len(shown) < len(tops) else ""
-            self.notes.append(f"The layers that are clipped to {ground.name!r} are one with it now, because its opacity or blend mode acts on them too"
-                              f"{hidden}.")
+            self.notes.append(
+                f"The layers that are clipped to {ground.name!r} are one with it now, because its opacity or blend mode acts on them too"
+                f"{hidden}."
+            )
             self.notes += modes_note(shown, f"The merged layer {ground.name!r}", ", because there is no formula for it")
             under = replace(ground, image=ground.image[..., :3], mask=None, opacity=1.0, blend_mode="normal")
             colour = _over_base(under, shown)
@@ -278,7 +356,9 @@ class _Layers:
                 own = (top.rgba()[..., 3] * top.opacity).numpy()
                 free = free * (1 - over(box_of(ground), own, top.x, top.y, 0))
             elif top.visible and ((alpha > 0) & (alpha < 1)).any():
-                self.notes.append(f"Layer {top.name!r} mixes by {top.blend_mode} with what is behind its base too, at the base's soft edges.")
+                self.notes.append(
+                    f"Layer {top.name!r} mixes by {top.blend_mode} with what is behind its base too, at the base's soft edges."
+                )
             cut.append(masked(top, over(box_of(top), share, ground.x, ground.y, 0)))
         kept = np.where(alpha < 1, free / np.maximum(1 - alpha * (1 - free), 1e-6), 1).astype(np.float32)
         return [masked(ground, None if (kept == 1).all() else kept), *reversed(cut)]
@@ -293,13 +373,20 @@ def _unread(item) -> list[tuple[str, str]]:
     from psd_tools.constants import Tag
 
     ranges = item._record.blending_ranges
-    limits = [tuple(limit) for channel in (ranges.composite_ranges, *(ranges.channel_ranges or ())) for limit in channel or ()]
+    limits = [
+        tuple(limit) for channel in (ranges.composite_ranges, *(ranges.channel_ranges or ())) for limit in channel or ()
+    ]
     found = {
         ("effects", "are"): item.has_effects(),
-        ("vector mask", "is"): item.kind == "pixel" and item.has_vector_mask() and not item.has_mask() and not item.vector_mask.disabled,
+        ("vector mask", "is"): item.kind == "pixel"
+        and item.has_vector_mask()
+        and not item.has_mask()
+        and not item.vector_mask.disabled,
         ("Blend If ranges", "are"): any(limit not in ((0, 65535), (0, 0)) for limit in limits),
         ("knockout", "is"): int(item.tagged_blocks.get_data(Tag.KNOCKOUT_SETTING, 0)) > 0,
-        ("setting that clipped layers do not blend as a group", "is"): not int(item.tagged_blocks.get_data(Tag.BLEND_CLIPPING_ELEMENTS, 1)),
+        ("setting that clipped layers do not blend as a group", "is"): not int(
+            item.tagged_blocks.get_data(Tag.BLEND_CLIPPING_ELEMENTS, 1)
+        ),
     }
     return [words for words, there in found.items() if there]
 
@@ -307,7 +394,11 @@ def _unread(item) -> list[tuple[str, str]]:
 def _over_base(base: Layer, tops: list[Layer]) -> Tensor:
     """[H,W,3] of layers over an opaque base, within its box."""
     height, width = base.image.shape[:2]
-    return picture(LayerStack((width, height), tuple(replace(layer, x=layer.x - base.x, y=layer.y - base.y) for layer in (base, *tops))))[..., :3]
+    return picture(
+        LayerStack(
+            (width, height), tuple(replace(layer, x=layer.x - base.x, y=layer.y - base.y) for layer in (base, *tops))
+        )
+    )[..., :3]
 
 
 def _flat(psd, notes: list[str]) -> Layer:
@@ -316,11 +407,21 @@ def _flat(psd, notes: list[str]) -> Layer:
     from psd_tools.constants import Resource, Tag
     from psd_tools.psd.image_resources import AlphaIdentifiers, ImageResource
 
-    info, identifiers = psd._record.layer_and_mask_information.layer_info, psd.image_resources.get_data(Resource.ALPHA_IDENTIFIERS)
+    info, identifiers = (
+        psd._record.layer_and_mask_information.layer_info,
+        psd.image_resources.get_data(Resource.ALPHA_IDENTIFIERS),
+    )
     blocks = (Tag.SAVING_MERGED_TRANSPARENCY, Tag.SAVING_MERGED_TRANSPARENCY16, Tag.SAVING_MERGED_TRANSPARENCY32)
-    transparent = info is not None and info.layer_count < 0 or 0 in (identifiers or ()) or any(key in (psd.tagged_blocks or ()) for key in blocks)
+    transparent = (
+        info is not None
+        and info.layer_count < 0
+        or 0 in (identifiers or ())
+        or any(key in (psd.tagged_blocks or ()) for key in blocks)
+    )
     if not transparent:  # or psd-tools would take the selection for transparency, and white out of the colours by it
-        psd.image_resources[Resource.ALPHA_IDENTIFIERS] = ImageResource(key=Resource.ALPHA_IDENTIFIERS.value, data=AlphaIdentifiers([1]))
+        psd.image_resources[Resource.ALPHA_IDENTIFIERS] = ImageResource(
+            key=Resource.ALPHA_IDENTIFIERS.value, data=AlphaIdentifiers([1])
+        )
     pixels = _srgb(_pillow(psd, notes))
     return Layer(from_bytes(pixels if transparent else pixels[..., :3]), "Background")
 
@@ -328,7 +429,10 @@ def _flat(psd, notes: list[str]) -> Layer:
 def _pillow(item, notes: list[str]) -> Image.Image:
     """A layer's or document's picture as Pillow takes it: of 8 bits, its colour profile applied."""
     if getattr(item, "_psd", item).depth > 8:
-        _once(notes, "The file's colours of more than 8 bits are converted to 8, because of its colour profile or colour mode.")
+        _once(
+            notes,
+            "The file's colours of more than 8 bits are converted to 8, because of its colour profile or colour mode.",
+        )
     try:
         return item.topil()
     except (ImageCms.PyCMSError, OSError):
@@ -359,7 +463,11 @@ def _image(leaf, notes: list[str]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(leaf.numpy(), dtype=np.float32))
     colour = from_bytes(_srgb(_pillow(leaf, notes))[..., :3])
     shape = leaf.numpy("shape")
-    return colour if shape is None else torch.cat([colour, torch.from_numpy(np.ascontiguousarray(shape, dtype=np.float32))], dim=-1)
+    return (
+        colour
+        if shape is None
+        else torch.cat([colour, torch.from_numpy(np.ascontiguousarray(shape, dtype=np.float32))], dim=-1)
+    )
 
 
 def _readable(opacity: float) -> float:

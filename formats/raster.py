@@ -1,4 +1,5 @@
 """What every layer file shares: layers as 8-bit pixels in place, names that a file can hold, and how large a file may be."""
+
 from __future__ import annotations
 
 import io
@@ -70,7 +71,9 @@ def over(box: tuple[int, int, int, int], pixels: np.ndarray | None, x: int, y: i
     if pixels is not None:
         first, last = (max(left, x), max(top, y)), (min(right, x + pixels.shape[1]), min(bottom, y + pixels.shape[0]))
         if first[0] < last[0] and first[1] < last[1]:
-            shown[first[1] - top:last[1] - top, first[0] - left:last[0] - left] = pixels[first[1] - y:last[1] - y, first[0] - x:last[0] - x]
+            shown[first[1] - top : last[1] - top, first[0] - left : last[0] - left] = pixels[
+                first[1] - y : last[1] - y, first[0] - x : last[0] - x
+            ]
     return shown
 
 
@@ -87,14 +90,32 @@ def in_place(layer: Layer, canvas: tuple[int, int]) -> Layer:
     if room**2 > MAX_DRAWN:
         placed, room = place(layer, canvas), None
         if not placed:
-            return Layer(layer.image.new_zeros(1, 1, 4), layer.name, None, layer.x, layer.y, opacity=layer.opacity, blend_mode=layer.blend_mode,
-                         visible=layer.visible, extra=layer.extra)
+            return Layer(
+                layer.image.new_zeros(1, 1, 4),
+                layer.name,
+                None,
+                layer.x,
+                layer.y,
+                opacity=layer.opacity,
+                blend_mode=layer.blend_mode,
+                visible=layer.visible,
+                extra=layer.extra,
+            )
     else:
         placed = place(replace(layer, x=room, y=room), (layer.size[0] + 2 * room, layer.size[1] + 2 * room))
     x, y = (placed.left, placed.top) if room is None else (layer.x + placed.left - room, layer.y + placed.top - room)
     colour, alpha = placed.rows(placed.top, placed.bottom)
-    return Layer(torch.cat([colour, alpha[None]]).permute(1, 2, 0), layer.name, None, x, y, opacity=layer.opacity, blend_mode=layer.blend_mode,
-                 visible=layer.visible, extra=layer.extra)
+    return Layer(
+        torch.cat([colour, alpha[None]]).permute(1, 2, 0),
+        layer.name,
+        None,
+        x,
+        y,
+        opacity=layer.opacity,
+        blend_mode=layer.blend_mode,
+        visible=layer.visible,
+        extra=layer.extra,
+    )
 
 
 def picture(stack: LayerStack) -> Tensor:
@@ -105,12 +126,20 @@ def picture(stack: LayerStack) -> Tensor:
 
 def with_formulas(stack: LayerStack) -> LayerStack:
     """The stack with blend mode normal in place of those that cannot be flattened; `modes_note` says which."""
-    return stack.with_layers(layer if layer.blend_mode in W3C_MODES else replace(layer, blend_mode="normal") for layer in stack.layers)
+    return stack.with_layers(
+        layer if layer.blend_mode in W3C_MODES else replace(layer, blend_mode="normal") for layer in stack.layers
+    )
 
 
-def modes_note(layers: Sequence[Layer], what: str = "The flattened picture", rest: str = "; the layers themselves keep their modes") -> list[str]:
+def modes_note(
+    layers: Sequence[Layer], what: str = "The flattened picture", rest: str = "; the layers themselves keep their modes"
+) -> list[str]:
     """A sentence for the layers whose blend mode `picture` cannot show; none when there are none."""
-    odd = [f"{layer.name!r} ({layer.blend_mode})" for layer in layers if layer.visible and layer.blend_mode not in W3C_MODES]
+    odd = [
+        f"{layer.name!r} ({layer.blend_mode})"
+        for layer in layers
+        if layer.visible and layer.blend_mode not in W3C_MODES
+    ]
     return [f"{what} shows {', '.join(odd)} in blend mode normal{rest}."] if odd else []
 
 
@@ -123,7 +152,7 @@ def on_canvas(layer: Layer, canvas: tuple[int, int]) -> np.ndarray:
     left, top = max(layer.x, 0), max(layer.y, 0)
     right, bottom = min(layer.x + source.shape[1], width), min(layer.y + source.shape[0], height)
     if left < right and top < bottom:
-        pixels[top:bottom, left:right] = source[top - layer.y:bottom - layer.y, left - layer.x:right - layer.x]
+        pixels[top:bottom, left:right] = source[top - layer.y : bottom - layer.y, left - layer.x : right - layer.x]
     return pixels
 
 
@@ -131,7 +160,7 @@ def in_parallel(function: Callable, items: Sequence) -> Iterator:
     """The results in order. Pillow encodes outside Python's lock; four at a time, so that memory does not hold every layer twice."""
     with ThreadPoolExecutor(4) as pool:
         for start in range(0, len(items), 4):
-            yield from pool.map(function, items[start:start + 4])
+            yield from pool.map(function, items[start : start + 4])
 
 
 def plain_name(name: str) -> str:
@@ -149,12 +178,16 @@ def check_total(what: str, sizes: list[tuple[int, int]]) -> None:
     """Raises Refused when these layers are together too large; called before any pixel is decoded."""
     pixels = sum(width * height for width, height in sizes)
     if pixels > MAX_PIXELS:
-        raise Refused(f"{what} has {pixels / 1e6:.0f} million pixels in its layers and {MAX_PIXELS / 1e6:.0f} million can be loaded; "
-                      "scale it down or split it.")
+        raise Refused(
+            f"{what} has {pixels / 1e6:.0f} million pixels in its layers and {MAX_PIXELS / 1e6:.0f} million can be loaded; "
+            "scale it down or split it."
+        )
 
 
 def check_count(what: str, layers: Sequence[Layer]) -> None:
     """Raises Refused when a file has no layers or too many, after its groups were merged."""
     if not 1 <= len(layers) <= MAX_LAYERS:
-        raise Refused(f"{what} has {len(layers)} layers with pixels and 1 to {MAX_LAYERS} can be loaded; "
-                      "merge or add some in your paint program, or load it with groups: one layer each.")
+        raise Refused(
+            f"{what} has {len(layers)} layers with pixels and 1 to {MAX_LAYERS} can be loaded; "
+            "merge or add some in your paint program, or load it with groups: one layer each."
+        )

@@ -1,4 +1,5 @@
 """XML from strangers' files."""
+
 from __future__ import annotations
 
 from xml.etree import ElementTree

@@ -1,4 +1,5 @@
 """LayerDiffuse's attention sharing for SD1.5: what every attention of the UNet gets per frame, with the key names of the published files."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -26,29 +27,53 @@ class SharedAttention(nn.Module):
         super().__init__()
         self.frames = frames
         for name in PROJECTIONS:
-            self.add_module(f"{name}_lora", nn.ModuleList(LowRank(*widths[name], rank, operations) for _ in range(frames)))
+            self.add_module(
+                f"{name}_lora", nn.ModuleList(LowRank(*widths[name], rank, operations) for _ in range(frames))
+            )
         width = widths["to_k"][1]
         self.temporal_n = operations.LayerNorm(width, eps=1e-6)
         for name in "iqkvo":
             self.add_module(f"temporal_{name}", operations.Linear(width, width))
         if control:
-            self.control_convs = nn.ModuleList(nn.Sequential(operations.Conv2d(control, control, 3, padding=1), nn.SiLU(),
-                                                             operations.Conv2d(control, width, 1)) for _ in range(frames))
+            self.control_convs = nn.ModuleList(
+                nn.Sequential(
+                    operations.Conv2d(control, control, 3, padding=1), nn.SiLU(), operations.Conv2d(control, width, 1)
+                )
+                for _ in range(frames)
+            )
 
-    def forward(self, original: nn.Module, attention: Callable, x: Tensor, context: Tensor | None, value: Tensor | None, control: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        original: nn.Module,
+        attention: Callable,
+        x: Tensor,
+        context: Tensor | None,
+        value: Tensor | None,
+        control: Tensor | None,
+    ) -> Tensor:
         """x: [B·frames,T,C], frame by frame of each picture; control: features [1 or B,·,h,w] with h·w = T. original: the UNet's own attention."""
         parts = list(x.unflatten(0, (-1, self.frames)).unbind(1))
         if control is not None:
-            parts = [part + conv(control).flatten(2).transpose(1, 2) for part, conv in zip(parts, self.control_convs, strict=True)]
+            parts = [
+                part + conv(control).flatten(2).transpose(1, 2)
+                for part, conv in zip(parts, self.control_convs, strict=True)
+            ]
         keys = parts if context is None else context.unflatten(0, (-1, self.frames)).unbind(1)
         values = keys if value is None else value.unflatten(0, (-1, self.frames)).unbind(1)
-        added = [self._attend(original, attention, frame, *inputs) for frame, inputs in enumerate(zip(parts, keys, values, strict=True))]
+        added = [
+            self._attend(original, attention, frame, *inputs)
+            for frame, inputs in enumerate(zip(parts, keys, values, strict=True))
+        ]
         h = torch.stack(parts, 1) + torch.stack(added, 1)
         return (h + self.over_frames(h, original.heads)).flatten(0, 1) - x
 
-    def _attend(self, original: nn.Module, attention: Callable, frame: int, x: Tensor, context: Tensor, value: Tensor) -> Tensor:
-        q, k, v = (getattr(original, name)(part) + getattr(self, f"{name}_lora")[frame](part)
-                   for name, part in (("to_q", x), ("to_k", context), ("to_v", value)))
+    def _attend(
+        self, original: nn.Module, attention: Callable, frame: int, x: Tensor, context: Tensor, value: Tensor
+    ) -> Tensor:
+        q, k, v = (
+            getattr(original, name)(part) + getattr(self, f"{name}_lora")[frame](part)
+            for name, part in (("to_q", x), ("to_k", context), ("to_v", value))
+        )
         out = attention(q, k, v)
         return original.to_out(out) + self.to_out_lora[frame](out)
 
@@ -68,11 +93,24 @@ class PictureFeatures(nn.Module):
         eighth = width // 8
 
         def block(*widths: tuple[int, int, int]) -> nn.Sequential:
-            return nn.Sequential(*(layer for inputs, outputs, stride in widths
-                                   for layer in (operations.Conv2d(inputs, outputs, 3, padding=1, stride=stride), nn.SiLU())))
+            return nn.Sequential(
+                *(
+                    layer
+                    for inputs, outputs, stride in widths
+                    for layer in (operations.Conv2d(inputs, outputs, 3, padding=1, stride=stride), nn.SiLU())
+                )
+            )
 
-        self.blocks_0 = block((3, eighth, 1), (eighth, eighth, 1), (eighth, 2 * eighth, 2), (2 * eighth, 2 * eighth, 1),
-                              (2 * eighth, 4 * eighth, 2), (4 * eighth, 4 * eighth, 1), (4 * eighth, width, 2), (width, width, 1))
+        self.blocks_0 = block(
+            (3, eighth, 1),
+            (eighth, eighth, 1),
+            (eighth, 2 * eighth, 2),
+            (2 * eighth, 2 * eighth, 1),
+            (2 * eighth, 4 * eighth, 2),
+            (4 * eighth, 4 * eighth, 1),
+            (4 * eighth, width, 2),
+            (width, width, 1),
+        )
         self.blocks_1, self.blocks_2, self.blocks_3 = (block((width, width, 2), (width, width, 1)) for _ in range(3))
 
     def forward(self, picture: Tensor) -> dict[int, Tensor]:
@@ -106,9 +144,21 @@ def read_shape(weights: dict[str, Tensor]) -> dict:
     """A file's weights -> what AttentionSharing is built from: attentions, frames, rank and control."""
     count = 1 + max(int(key.split(".")[2]) for key in weights if key.startswith("hookers.layers."))
     prefixes = [f"hookers.layers.{i}" for i in range(count)]
-    attentions = [{name: (weights[f"{prefix}.{name}_lora.0.down.weight"].shape[1], weights[f"{prefix}.{name}_lora.0.up.weight"].shape[0])
-                   for name in PROJECTIONS} for prefix in prefixes]
+    attentions = [
+        {
+            name: (
+                weights[f"{prefix}.{name}_lora.0.down.weight"].shape[1],
+                weights[f"{prefix}.{name}_lora.0.up.weight"].shape[0],
+            )
+            for name in PROJECTIONS
+        }
+        for prefix in prefixes
+    ]
     frames = 1 + max(int(key.split(".")[4]) for key in weights if key.startswith("hookers.layers.0.to_q_lora."))
     encoder = weights.get("kwargs_encoder.blocks_1.0.weight")
-    return {"attentions": attentions, "frames": frames, "rank": weights["hookers.layers.0.to_q_lora.0.down.weight"].shape[0],
-            "control": 0 if encoder is None else encoder.shape[0]}
+    return {
+        "attentions": attentions,
+        "frames": frames,
+        "rank": weights["hookers.layers.0.to_q_lora.0.down.weight"].shape[0],
+        "control": 0 if encoder is None else encoder.shape[0],
+    }

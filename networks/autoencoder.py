@@ -1,4 +1,5 @@
 """The small autoencoder in TAESD's layout, with the key names that ComfyUI's VAE loader knows."""
+
 from torch import Tensor, nn
 
 
@@ -31,9 +32,15 @@ class Autoencoder(nn.Module):
             return operations.Conv2d(inputs, outputs, 3, padding=1, **options)
 
         down = [layer for _ in range(3) for layer in (conv(channels, channels, stride=2, bias=False), *blocks(3))]
-        up = [layer for _ in range(3) for layer in (*blocks(3), nn.Upsample(scale_factor=2), conv(channels, channels, bias=False))]
+        up = [
+            layer
+            for _ in range(3)
+            for layer in (*blocks(3), nn.Upsample(scale_factor=2), conv(channels, channels, bias=False))
+        ]
         self.taesd_encoder = nn.Sequential(conv(3, channels), *blocks(1), *down, conv(channels, latent_channels))
-        self.taesd_decoder = nn.Sequential(Clamp(), conv(latent_channels, channels), nn.ReLU(), *up, *blocks(1), conv(channels, 3))
+        self.taesd_decoder = nn.Sequential(
+            Clamp(), conv(latent_channels, channels), nn.ReLU(), *up, *blocks(1), conv(channels, 3)
+        )
 
     def encode(self, image: Tensor) -> Tensor:
         return self.taesd_encoder(image)

@@ -1,4 +1,5 @@
 """A small judge of rendered and generated scenes: which place, which objects, and features to compare pictures by."""
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +34,9 @@ class Classifier(nn.Module):
         """[B,2F]: mean and maximum of the last layer over the picture, none below zero."""
         height, width = image.shape[-2:]
         if height != HEIGHT:
-            image = F.interpolate(image, (HEIGHT, max(1, round(width * HEIGHT / height))), mode="bilinear", antialias=True)
+            image = F.interpolate(
+                image, (HEIGHT, max(1, round(width * HEIGHT / height))), mode="bilinear", antialias=True
+            )
         x = self.body(image * 4 - 2)
         return torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
 

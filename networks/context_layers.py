@@ -1,4 +1,5 @@
 """DreamLayer's context-aware layers, which make a clean map of an object's place out of what cross-attention tells (Eq. 5)."""
+
 from __future__ import annotations
 
 from torch import Tensor, nn

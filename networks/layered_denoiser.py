@@ -1,4 +1,5 @@
 """The family's denoiser on scenes of several layers, as ComfyUI runs it with Shared layers and Context maps: by the same functions of the equations."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ class Call:
     early: [B], 1 where Eq. 9 acts. known: [B,F,h,w], maps for scenes without words. maps, own: [B,F,h,w], by the whole picture and by the
     objects' own branches, made of what was looked at on the way down.
     """
+
     layers: int
     size: tuple[int, int]
     tokens: Tensor
@@ -50,14 +52,24 @@ class Call:
         whole, own = [], []
         for scene, (words, ends) in enumerate(zip(self.words, self.ends, strict=True)):
             whole.append(dreamlayer.token_shares(q[scene, -1:], k[scene, -1:], heads, words[1:]))
-            own.append(torch.cat([dreamlayer.token_shares(q[scene, [row]], k[scene, [row]], heads, [list(range(1, ends[row]))])
-                                  for row in range(1, self.layers - 1)], 1))
+            own.append(
+                torch.cat(
+                    [
+                        dreamlayer.token_shares(q[scene, [row]], k[scene, [row]], heads, [list(range(1, ends[row]))])
+                        for row in range(1, self.layers - 1)
+                    ],
+                    1,
+                )
+            )
         self.looks.append((torch.cat(whole), torch.cat(own), n[:, -1]))
 
     def _make_maps(self) -> None:
         shares, own, hidden = (torch.stack(values).sum(0) for values in zip(*self.looks, strict=True))
         size = self.size_of(hidden)
-        maps, self.own = (values.unflatten(2, size) for values in (self.refine(dreamlayer.context_maps(shares), hidden), dreamlayer.context_maps(own)))
+        maps, self.own = (
+            values.unflatten(2, size)
+            for values in (self.refine(dreamlayer.context_maps(shares), hidden), dreamlayer.context_maps(own))
+        )
         if self.known is not None:
             told = torch.tensor([any(words) for words in self.words], device=maps.device)
             maps = torch.where(told[:, None, None, None], maps, dreamlayer.resize_maps(self.known, size))
@@ -71,7 +83,9 @@ class RowLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = plain.weight, plain.bias
         self.register_buffer("adapter", torch.zeros_like(plain.weight) if adapter is None else adapter)
-        self.shared, self.foreground = (nn.Parameter(torch.zeros_like(plain.weight)) if learns else None for _ in range(2))
+        self.shared, self.foreground = (
+            nn.Parameter(torch.zeros_like(plain.weight)) if learns else None for _ in range(2)
+        )
 
     def forward(self, x: Tensor, layers: int) -> Tensor:
         """x: [B·L,T,C]"""
@@ -105,7 +119,9 @@ class LayerBlock(nn.Module):
         x = x + self._attend(self.attn2, n, call.tokens, call, False, self.looked_at)
         return x + self.ff(self.norm3(x))
 
-    def _attend(self, module: Attention, n: Tensor, context: Tensor, call: Call, jointly: bool, look: bool = False) -> Tensor:
+    def _attend(
+        self, module: Attention, n: Tensor, context: Tensor, call: Call, jointly: bool, look: bool = False
+    ) -> Tensor:
         q, k, v = module.to_q(n, call.layers), module.to_k(context, call.layers), module.to_v(context, call.layers)
         if look:
             call.look(n, q, k, module.heads)
@@ -123,7 +139,11 @@ def map_blocks(unet: UNet) -> list[str]:
     level, found = 0, {}
     for number, part in enumerate(unet.input_blocks):
         level += any(isinstance(layer, Downsample) for layer in part.modules())
-        found |= {f"input_blocks.{number}.{name}": level for name, layer in part.named_modules() if isinstance(layer, TransformerBlock)}
+        found |= {
+            f"input_blocks.{number}.{name}": level
+            for name, layer in part.named_modules()
+            if isinstance(layer, TransformerBlock)
+        }
     return [name for name, of in found.items() if of == max(found.values())]
 
 
@@ -134,7 +154,9 @@ class LayeredDenoiser(nn.Module):
     end: the row of the embedding that ends a prompt.
     """
 
-    def __init__(self, plain: TextToImage, adapter: dict[str, Tensor], most_objects: int, context_layers: int, end: int):
+    def __init__(
+        self, plain: TextToImage, adapter: dict[str, Tensor], most_objects: int, context_layers: int, end: int
+    ):
         super().__init__()
         self.model, self.cond_stage_model = plain.requires_grad_(False).model, plain.cond_stage_model
         self.end, unet = end, self.unet
@@ -143,14 +165,18 @@ class LayeredDenoiser(nn.Module):
         for name, block in blocks:
             terms = {key.removeprefix(f"{name}."): term for key, term in adapter.items() if key.startswith(f"{name}.")}
             unet.set_submodule(name, LayerBlock(block, terms, name.startswith("output_blocks"), name in looked_at))
-        self.layer_embedding = nn.Parameter(torch.zeros(1 + most_objects, unet.get_submodule(looked_at[-1]).attn2.to_k.weight.shape[1]))
+        self.layer_embedding = nn.Parameter(
+            torch.zeros(1 + most_objects, unet.get_submodule(looked_at[-1]).attn2.to_k.weight.shape[1])
+        )
         self.context_layers = ContextLayers(context_layers, unet.get_submodule(looked_at[-1]).norm2.normalized_shape[0])
 
     @property
     def unet(self) -> UNet:
         return self.model["diffusion_model"]
 
-    def forward(self, latent: Tensor, timesteps: Tensor, rows: Tensor, early: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, latent: Tensor, timesteps: Tensor, rows: Tensor, early: Tensor, known: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """latent: [B,L,4,h,w]; timesteps, early: [B]; rows: [B,L-1,77] of each layer's prompt -> noise like the latent, the maps, the own maps.
 
         A scene of empty prompts is the estimate without words of classifier-free guidance: no layer embedding, and maps as known.
@@ -169,7 +195,9 @@ class LayeredDenoiser(nn.Module):
         for layers, own in zip(encoded, ends, strict=True):
             whole, places = dreamlayer.global_embedding(list(layers), [[end] for end in own])
             scene = torch.cat([layers, whole[None]])
-            tokens.append(scene + dreamlayer.layer_offsets(self.layer_embedding, places, len(whole)) if any(places) else scene)
+            tokens.append(
+                scene + dreamlayer.layer_offsets(self.layer_embedding, places, len(whole)) if any(places) else scene
+            )
             words.append(places)
         return torch.cat(tokens), words, ends
 

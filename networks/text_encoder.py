@@ -1,4 +1,5 @@
 """CLIP's text encoder at any size, with the key names of ComfyUI's CLIPTextModel, over a vocabulary of chosen tokens."""
+
 from __future__ import annotations
 
 import torch
@@ -13,7 +14,10 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
         return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
@@ -55,8 +59,15 @@ class Encoder(nn.Module):
 class TextEncoder(nn.Module):
     """words: how many tokens have an embedding; the checkpoint names them (`training.checkpoint`)."""
 
-    def __init__(self, words: int, hidden_size: int, num_hidden_layers: int, num_attention_heads: int, intermediate_size: int,
-                 max_position_embeddings: int = 77):
+    def __init__(
+        self,
+        words: int,
+        hidden_size: int,
+        num_hidden_layers: int,
+        num_attention_heads: int,
+        intermediate_size: int,
+        max_position_embeddings: int = 77,
+    ):
         super().__init__()
         self.embeddings = Embeddings(hidden_size, words, max_position_embeddings)
         self.encoder = Encoder(hidden_size, num_attention_heads, intermediate_size, num_hidden_layers)
@@ -64,7 +75,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """rows: [B,77] int, rows of the embedding table -> [B,77,hidden_size]."""
-        x = self.embeddings.token_embedding(rows) + self.embeddings.position_embedding.weight[:rows.shape[1]]
+        x = self.embeddings.token_embedding(rows) + self.embeddings.position_embedding.weight[: rows.shape[1]]
         for layer in self.encoder.layers:
             x = layer(x)
         return self.final_layer_norm(x)

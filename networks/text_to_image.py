@@ -1,4 +1,5 @@
 """The mini family's denoiser and text encoder in one module, under a checkpoint's keys."""
+
 from __future__ import annotations
 
 import torch
@@ -17,9 +18,23 @@ class TextToImage(nn.Module):
     def __init__(self, family: dict, in_channels: int, tokens: int):
         super().__init__()
         shape, words = family["unet"], family["text"]
-        unet = UNet(in_channels, shape["out_channels"], shape["model_channels"], shape["channel_mult"], shape["num_res_blocks"][0],
-                    shape["transformer_depth"], shape["context_dim"], shape["num_heads"])
-        encoder = TextEncoder(tokens, words["hidden_size"], words["num_hidden_layers"], words["num_attention_heads"], words["intermediate_size"])
+        unet = UNet(
+            in_channels,
+            shape["out_channels"],
+            shape["model_channels"],
+            shape["channel_mult"],
+            shape["num_res_blocks"][0],
+            shape["transformer_depth"],
+            shape["context_dim"],
+            shape["num_heads"],
+        )
+        encoder = TextEncoder(
+            tokens,
+            words["hidden_size"],
+            words["num_hidden_layers"],
+            words["num_attention_heads"],
+            words["intermediate_size"],
+        )
         self.model = nn.ModuleDict({"diffusion_model": unet})
         self.cond_stage_model = nn.ModuleDict({"transformer": nn.ModuleDict({"text_model": encoder})})
         with torch.no_grad():

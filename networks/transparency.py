@@ -1,4 +1,5 @@
 """LayerDiffuse's transparent decoder and offset encoder at any width, with the key names of the published files."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -15,8 +16,14 @@ LATENT_BLOCK = 3  # the latent joins before this block, where the picture has be
 class Resnet(nn.Module):
     def __init__(self, inputs: int, outputs: int, operations):
         super().__init__()
-        self.norm1, self.conv1 = operations.GroupNorm(GROUPS, inputs, eps=1e-5), operations.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2, self.conv2 = operations.GroupNorm(GROUPS, outputs, eps=1e-5), operations.Conv2d(outputs, outputs, 3, padding=1)
+        self.norm1, self.conv1 = (
+            operations.GroupNorm(GROUPS, inputs, eps=1e-5),
+            operations.Conv2d(inputs, outputs, 3, padding=1),
+        )
+        self.norm2, self.conv2 = (
+            operations.GroupNorm(GROUPS, outputs, eps=1e-5),
+            operations.Conv2d(outputs, outputs, 3, padding=1),
+        )
         self.conv_shortcut = nn.Identity() if inputs == outputs else operations.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,7 +91,9 @@ class DownStage(Stage):
 
 class UpStage(Stage):
     def __init__(self, inputs: int, skips: Sequence[int], outputs: int, attention: bool, last: bool, operations):
-        super().__init__([((inputs if i == 0 else outputs) + skip, outputs) for i, skip in enumerate(skips)], attention, operations)
+        super().__init__(
+            [((inputs if i == 0 else outputs) + skip, outputs) for i, skip in enumerate(skips)], attention, operations
+        )
         self.upsamplers = nn.ModuleList([] if last else [Resample(outputs, operations, up=True)])
 
     def forward(self, x: Tensor, kept: list[Tensor]) -> Tensor:
@@ -111,8 +120,14 @@ class TransparentDecoder(nn.Module):
     widths: channels per level, at least four; attention in the last `attention_levels` of them. Published: 32, 32, 64, 128, 256, 512, 512.
     """
 
-    def __init__(self, widths: Sequence[int] = (32, 32, 64, 128, 256, 512, 512), attention_levels: int = 3, latent_channels: int = 4,
-                 layers: int = 2, operations=nn):
+    def __init__(
+        self,
+        widths: Sequence[int] = (32, 32, 64, 128, 256, 512, 512),
+        attention_levels: int = 3,
+        latent_channels: int = 4,
+        layers: int = 2,
+        operations=nn,
+    ):
         super().__init__()
         levels = len(widths)
         self.multiple = 2 ** (levels - 1)
@@ -121,13 +136,17 @@ class TransparentDecoder(nn.Module):
         self.down_blocks, self.up_blocks, skips, width = nn.ModuleList(), nn.ModuleList(), [widths[0]], widths[0]
         for level, outputs in enumerate(widths):
             last = level == levels - 1
-            self.down_blocks.append(DownStage(width, outputs, layers, level >= levels - attention_levels, last, operations))
+            self.down_blocks.append(
+                DownStage(width, outputs, layers, level >= levels - attention_levels, last, operations)
+            )
             skips += [outputs] * (layers + (not last))
             width = outputs
         self.mid_block = MiddleStage(width, operations)
         for level, outputs in reversed(list(enumerate(widths))):
             taken = [skips.pop() for _ in range(layers + 1)]
-            self.up_blocks.append(UpStage(width, taken, outputs, level >= levels - attention_levels, level == 0, operations))
+            self.up_blocks.append(
+                UpStage(width, taken, outputs, level >= levels - attention_levels, level == 0, operations)
+            )
             width = outputs
         self.conv_norm_out = operations.GroupNorm(GROUPS, width, eps=1e-5)
         self.conv_out = operations.Conv2d(width, 4, 3, padding=1)

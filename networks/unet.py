@@ -1,4 +1,5 @@
 """The UNet of Stable Diffusion 1.x at any size, with the key names of ComfyUI's UNetModel."""
+
 from __future__ import annotations
 
 import math
@@ -20,9 +21,16 @@ def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
 class ResBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, embedding: int, operations):
         super().__init__()
-        self.in_layers = nn.Sequential(operations.GroupNorm(GROUPS, inputs), nn.SiLU(), operations.Conv2d(inputs, outputs, 3, padding=1))
+        self.in_layers = nn.Sequential(
+            operations.GroupNorm(GROUPS, inputs), nn.SiLU(), operations.Conv2d(inputs, outputs, 3, padding=1)
+        )
         self.emb_layers = nn.Sequential(nn.SiLU(), operations.Linear(embedding, outputs))
-        self.out_layers = nn.Sequential(operations.GroupNorm(GROUPS, outputs), nn.SiLU(), nn.Identity(), operations.Conv2d(outputs, outputs, 3, padding=1))
+        self.out_layers = nn.Sequential(
+            operations.GroupNorm(GROUPS, outputs),
+            nn.SiLU(),
+            nn.Identity(),
+            operations.Conv2d(outputs, outputs, 3, padding=1),
+        )
         self.skip_connection = nn.Identity() if inputs == outputs else operations.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
@@ -40,7 +48,10 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(operations.Linear(width, width), nn.Identity())
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
         return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -57,7 +68,9 @@ class GatedLinear(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, width: int, operations):
         super().__init__()
-        self.net = nn.Sequential(GatedLinear(width, width * 4, operations), nn.Identity(), operations.Linear(width * 4, width))
+        self.net = nn.Sequential(
+            GatedLinear(width, width * 4, operations), nn.Identity(), operations.Linear(width * 4, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -136,12 +149,24 @@ class UNet(nn.Module):
     multiples of 32, sides of the latent multiples of 2 ** (levels - 1).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, model_channels: int, channel_mult: list[int], num_res_blocks: int,
-                 transformer_depth: list[int], context_dim: int, num_heads: int, operations=nn):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        model_channels: int,
+        channel_mult: list[int],
+        num_res_blocks: int,
+        transformer_depth: list[int],
+        context_dim: int,
+        num_heads: int,
+        operations=nn,
+    ):
         super().__init__()
         self.model_channels = model_channels
         embedding = model_channels * 4
-        self.time_embed = nn.Sequential(operations.Linear(model_channels, embedding), nn.SiLU(), operations.Linear(embedding, embedding))
+        self.time_embed = nn.Sequential(
+            operations.Linear(model_channels, embedding), nn.SiLU(), operations.Linear(embedding, embedding)
+        )
 
         def stage(inputs: int, outputs: int, depth: int) -> list[nn.Module]:
             attention = [SpatialTransformer(outputs, context_dim, num_heads, operations) for _ in range(depth)]
@@ -167,7 +192,9 @@ class UNet(nn.Module):
                 if level and index == num_res_blocks:
                     layers.append(Upsample(width, operations))
                 self.output_blocks.append(Blocks(*layers))
-        self.out = nn.Sequential(operations.GroupNorm(GROUPS, width), nn.SiLU(), operations.Conv2d(width, out_channels, 3, padding=1))
+        self.out = nn.Sequential(
+            operations.GroupNorm(GROUPS, width), nn.SiLU(), operations.Conv2d(width, out_channels, 3, padding=1)
+        )
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """x: [B,in_channels,h,w]; timesteps: [B], 0..999; context: [B,tokens,context_dim] -> [B,out_channels,h,w]."""

@@ -1,4 +1,5 @@
 """The nodes that users see: one file per menu category, each with a NODES list."""
+
 from comfy_api.latest import ComfyExtension
 
 from ..patches import mini_family

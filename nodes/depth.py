@@ -1,4 +1,5 @@
 """Nodes of the menu category Strata/Depth."""
+
 from __future__ import annotations
 
 import hashlib
@@ -18,39 +19,87 @@ from ..techniques.matting import refine_slices
 from .inputs import input_file, input_names, input_state, named
 from .sockets import Layers, Node, schema
 
-NEAR = io.Combo.Input("near_is", ["white", "black"], default="white", tooltip=(
-    "What near pixels are in the depth picture: white for Depth Anything, MiDaS and disparity, black for depth cameras and metric depth."))
-MISSING = io.Combo.Input("missing_depth", ["auto", "zero and NaN", "NaN only"], default="auto", tooltip=(
-    "Which values mean 'not measured' and are filled from their surroundings. auto: zero counts as missing when near is black, as depth cameras "
-    "give it, and as the far end when near is white."))
-THRESHOLD = io.Float.Input("threshold", default=0.5, min=0.0, max=1.0, step=0.001, round=0.0001,
-                           tooltip="Depth of the cut: 0 is the nearest depth of the picture, 1 the farthest.")
+NEAR = io.Combo.Input(
+    "near_is",
+    ["white", "black"],
+    default="white",
+    tooltip=(
+        "What near pixels are in the depth picture: white for Depth Anything, MiDaS and disparity, black for depth cameras and metric depth."
+    ),
+)
+MISSING = io.Combo.Input(
+    "missing_depth",
+    ["auto", "zero and NaN", "NaN only"],
+    default="auto",
+    tooltip=(
+        "Which values mean 'not measured' and are filled from their surroundings. auto: zero counts as missing when near is black, as depth cameras "
+        "give it, and as the far end when near is white."
+    ),
+)
+THRESHOLD = io.Float.Input(
+    "threshold",
+    default=0.5,
+    min=0.0,
+    max=1.0,
+    step=0.001,
+    round=0.0001,
+    tooltip="Depth of the cut: 0 is the nearest depth of the picture, 1 the farthest.",
+)
 
 
 def range_inputs() -> list:
     limit = {"min": -1e9, "max": 1e9, "step": 0.01, "optional": True}
     return [
-        io.Combo.Input("range", options=list(deglad.RANGES), default=deglad.RANGES[0], optional=True, tooltip=(
-            "What 0 to 1 means: each image's own nearest and farthest depth, those of the whole batch (for the frames of a video, whose cuts would jump "
-            "otherwise), or fixed values.")),
-        io.Float.Input("range_low", default=0.0, **limit, tooltip="For a fixed range: the lowest value of the depth, as it comes in."),
-        io.Float.Input("range_high", default=1.0, **limit, tooltip="For a fixed range: the highest value of the depth, as it comes in."),
+        io.Combo.Input(
+            "range",
+            options=list(deglad.RANGES),
+            default=deglad.RANGES[0],
+            optional=True,
+            tooltip=(
+                "What 0 to 1 means: each image's own nearest and farthest depth, those of the whole batch (for the frames of a video, whose cuts would jump "
+                "otherwise), or fixed values."
+            ),
+        ),
+        io.Float.Input(
+            "range_low",
+            default=0.0,
+            **limit,
+            tooltip="For a fixed range: the lowest value of the depth, as it comes in.",
+        ),
+        io.Float.Input(
+            "range_high",
+            default=1.0,
+            **limit,
+            tooltip="For a fixed range: the highest value of the depth, as it comes in.",
+        ),
     ]
 
 
 def depth_input(name: str = "depth"):
-    return io.MultiType.Input(name, [io.Image, io.Mask], tooltip="Depth of the picture from any depth node; another size is resized.")
+    return io.MultiType.Input(
+        name, [io.Image, io.Mask], tooltip="Depth of the picture from any depth node; another size is resized."
+    )
 
 
-def read_depth(value: torch.Tensor, image: torch.Tensor, near_is: str, missing: str, socket: str = "depth",
-               range: str = deglad.RANGES[0], range_low: float = 0.0, range_high: float = 1.0) -> torch.Tensor:
+def read_depth(
+    value: torch.Tensor,
+    image: torch.Tensor,
+    near_is: str,
+    missing: str,
+    socket: str = "depth",
+    range: str = deglad.RANGES[0],
+    range_low: float = 0.0,
+    range_high: float = 1.0,
+) -> torch.Tensor:
     """[B,H,W] in 0..1, 0 = nearest, at the size and batch of the image. NaN is allowed here: it means missing."""
     if not isinstance(value, torch.Tensor) or value.ndim not in (2, 3, 4) or 0 in value.shape:
         raise ValueError(f"{socket}: this is not a depth picture; connect the IMAGE or MASK of a depth node.")
     value = value.float().to(image.device)
     value = value[..., :3].mean(-1) if value.ndim == 4 else value.view(-1, *value.shape[-2:])
     if len(value) not in (1, len(image)):
-        raise ValueError(f"{socket}: there are {len(value)} depth pictures for {len(image)} images; connect one, or one for each image.")
+        raise ValueError(
+            f"{socket}: there are {len(value)} depth pictures for {len(image)} images; connect one, or one for each image."
+        )
     zero = missing == "zero and NaN" or (missing == "auto" and near_is == "black")
     with named(socket, "depth"):
         depth = deglad.normalise_depth(value, near_is == "white", zero, range, (range_low, range_high))
@@ -66,8 +115,12 @@ def picker_files(image: torch.Tensor, depth: torch.Tensor, thresholds: list[floa
     values = (deglad.resize_depth(depth[None], *size)[0] * 65535).round().int()
     packed = torch.stack([values // 256, values % 256, torch.zeros_like(values)], -1)
     pictures = {"front": (front.clamp(0, 1) * 255).round(), "depth": packed}
-    return {"width": width, "height": height, "thresholds": thresholds,
-            **{name: save_temporary(pixels.to(torch.uint8).cpu().numpy()) for name, pixels in pictures.items()}}
+    return {
+        "width": width,
+        "height": height,
+        "thresholds": thresholds,
+        **{name: save_temporary(pixels.to(torch.uint8).cpu().numpy()) for name, pixels in pictures.items()},
+    }
 
 
 def save_temporary(pixels: np.ndarray) -> dict:
@@ -83,38 +136,110 @@ class SliceByDepth(Node):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_SliceByDepth", display_name="Slice by depth", category="Strata/Depth", is_output_node=True,
+            node_id="Strata_SliceByDepth",
+            display_name="Slice by depth",
+            category="Strata/Depth",
+            is_output_node=True,
             search_aliases=["DeGLaD", "depth layers", "split by depth"],
             description="Cuts a picture into layers at one or more depths. Run it once, then click in the views on the node to choose where.",
             inputs=[
                 io.Image.Input("image", tooltip="The picture to cut into layers."),
                 depth_input(),
-                io.String.Input("thresholds", default="0.5", tooltip="Depths of the cuts from near to far (0 to 1), for example 0.3, 0.6."),
-                io.String.Input("points", default="", tooltip=(
-                    "Points on objects, as fractions of width and height, for example 0.5, 0.4; 0.2, 0.7. "
-                    "Each adds a cut just behind the object there.")),
+                io.String.Input(
+                    "thresholds",
+                    default="0.5",
+                    tooltip="Depths of the cuts from near to far (0 to 1), for example 0.3, 0.6.",
+                ),
+                io.String.Input(
+                    "points",
+                    default="",
+                    tooltip=(
+                        "Points on objects, as fractions of width and height, for example 0.5, 0.4; 0.2, 0.7. "
+                        "Each adds a cut just behind the object there."
+                    ),
+                ),
                 NEAR,
                 MISSING,
-                io.Float.Input("soft_edge", default=0.0, min=0.0, max=256.0, step=0.5, tooltip=(
-                    "Pixels over which neighbouring layers fade into each other; 0 cuts hard. Not used with matting.")),
-                io.Combo.Input("refine_edges", ["off", "matting"], default="off", tooltip=(
-                    "matting: finds hair-fine alpha along each cut and removes the other side's colour from it. Takes seconds; needs pymatting.")),
-                io.Int.Input("refine_width", default=16, min=2, max=256, tooltip="Pixels around each cut that matting may change."),
-                io.Combo.Input("fill_holes", ["none", "blurred"], default="none", tooltip=(
-                    "blurred: continues each layer smoothly behind nearer ones. none: leaves holes; inpaint them with the holes output.")),
+                io.Float.Input(
+                    "soft_edge",
+                    default=0.0,
+                    min=0.0,
+                    max=256.0,
+                    step=0.5,
+                    tooltip=(
+                        "Pixels over which neighbouring layers fade into each other; 0 cuts hard. Not used with matting."
+                    ),
+                ),
+                io.Combo.Input(
+                    "refine_edges",
+                    ["off", "matting"],
+                    default="off",
+                    tooltip=(
+                        "matting: finds hair-fine alpha along each cut and removes the other side's colour from it. Takes seconds; needs pymatting."
+                    ),
+                ),
+                io.Int.Input(
+                    "refine_width",
+                    default=16,
+                    min=2,
+                    max=256,
+                    tooltip="Pixels around each cut that matting may change.",
+                ),
+                io.Combo.Input(
+                    "fill_holes",
+                    ["none", "blurred"],
+                    default="none",
+                    tooltip=(
+                        "blurred: continues each layer smoothly behind nearer ones. none: leaves holes; inpaint them with the holes output."
+                    ),
+                ),
                 *range_inputs(),
             ],
             outputs=[
-                Layers.Output("layers", display_name="layers", is_output_list=True, tooltip="One LAYERS document per image, layers back to front."),
-                io.Mask.Output("masks", display_name="masks", tooltip="One per layer, back to front: 1 where a pixel belongs to it. They sum to 1."),
-                io.Image.Output("depth_map", display_name="depth", tooltip="The depth that was used, black = nearest, white = farthest."),
-                io.Mask.Output("holes", display_name="holes", tooltip="One mask per layer, back to front: 1 where nearer layers hide it."),
-                io.String.Output("used_thresholds", display_name="thresholds", tooltip="Those of the first image, with those of its points."),
-            ])
+                Layers.Output(
+                    "layers",
+                    display_name="layers",
+                    is_output_list=True,
+                    tooltip="One LAYERS document per image, layers back to front.",
+                ),
+                io.Mask.Output(
+                    "masks",
+                    display_name="masks",
+                    tooltip="One per layer, back to front: 1 where a pixel belongs to it. They sum to 1.",
+                ),
+                io.Image.Output(
+                    "depth_map",
+                    display_name="depth",
+                    tooltip="The depth that was used, black = nearest, white = farthest.",
+                ),
+                io.Mask.Output(
+                    "holes",
+                    display_name="holes",
+                    tooltip="One mask per layer, back to front: 1 where nearer layers hide it.",
+                ),
+                io.String.Output(
+                    "used_thresholds",
+                    display_name="thresholds",
+                    tooltip="Those of the first image, with those of its points.",
+                ),
+            ],
+        )
 
     @classmethod
-    def execute(cls, image, depth, thresholds, points, near_is, missing_depth, soft_edge, refine_edges, refine_width, fill_holes,
-                **depth_range):
+    def execute(
+        cls,
+        image,
+        depth,
+        thresholds,
+        points,
+        near_is,
+        missing_depth,
+        soft_edge,
+        refine_edges,
+        refine_width,
+        fill_holes,
+        **depth_range,
+    ):
         image, opacity = image[..., :3], image[..., 3] if image.shape[-1] == 4 else None
         depth = read_depth(depth, image, near_is, missing_depth, **depth_range)
         given, clicked = deglad.parse_thresholds(thresholds), deglad.parse_points(points)
@@ -127,7 +252,15 @@ class SliceByDepth(Node):
             if refine_edges == "matting":
                 refined = refine_slices(picture, weights[0], refine_width, lambda: progress.update(1))
                 weights, colours = (value[None] for value in refined)
-            stack = deglad.cut_layers(colours, weights, used, fill_holes == "blurred", None if opacity is None else opacity[index:index + 1], rim, fade)
+            stack = deglad.cut_layers(
+                colours,
+                weights,
+                used,
+                fill_holes == "blurred",
+                None if opacity is None else opacity[index : index + 1],
+                rim,
+                fade,
+            )
             weights = deglad.soften(weights, fade)
             stacks.append(write_layers(stack))
             masks.append(weights[0])
@@ -135,39 +268,63 @@ class SliceByDepth(Node):
             progress.update(1)
         text = ", ".join(f"{value:.4g}" for value in cuts[0])
         gray = depth[..., None].expand(-1, -1, -1, 3)
-        return io.NodeOutput(stacks, torch.cat(masks), gray, torch.cat(holes), text,
-                             ui={"strata_slice": [picker_files(image[0], depth[0], cuts[0])]})
+        return io.NodeOutput(
+            stacks,
+            torch.cat(masks),
+            gray,
+            torch.cat(holes),
+            text,
+            ui={"strata_slice": [picker_files(image[0], depth[0], cuts[0])]},
+        )
 
 
 class DepthTopView(Node):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_DepthTopView", display_name="View depth from above", category="Strata/Depth",
+            node_id="Strata_DepthTopView",
+            display_name="View depth from above",
+            category="Strata/Depth",
             search_aliases=["DeGLaD", "top view", "bird's eye"],
             description="The scene from above: columns of the picture against depth, nearest at the bottom. To choose thresholds without the editor.",
             inputs=[
-                io.Image.Input("image", tooltip="The picture; its colours are shown."), depth_input(), NEAR, MISSING,
-                io.Int.Input("height", default=512, min=16, max=4096, tooltip="Height of the view in pixels, for depth 0 to 1."),
+                io.Image.Input("image", tooltip="The picture; its colours are shown."),
+                depth_input(),
+                NEAR,
+                MISSING,
+                io.Int.Input(
+                    "height", default=512, min=16, max=4096, tooltip="Height of the view in pixels, for depth 0 to 1."
+                ),
                 *range_inputs(),
             ],
-            outputs=[io.Image.Output("view", display_name="view", tooltip="The view from above, as wide as the picture.")])
+            outputs=[
+                io.Image.Output("view", display_name="view", tooltip="The view from above, as wide as the picture.")
+            ],
+        )
 
     @classmethod
     def execute(cls, image, depth, near_is, missing_depth, height, **depth_range):
-        return io.NodeOutput(deglad.top_view(image, read_depth(depth, image, near_is, missing_depth, **depth_range), height))
+        return io.NodeOutput(
+            deglad.top_view(image, read_depth(depth, image, near_is, missing_depth, **depth_range), height)
+        )
 
 
-def box_or_region(depth: torch.Tensor, x: int, y: int, width: int, height: int, region: torch.Tensor | None) -> torch.Tensor:
+def box_or_region(
+    depth: torch.Tensor, x: int, y: int, width: int, height: int, region: torch.Tensor | None
+) -> torch.Tensor:
     """The mask [B,H,W] of a box in pixels, or the region that was given in its place, checked against the picture's depth [B,H,W]."""
     if region is None:
         region = torch.zeros_like(depth)
-        region[:, max(0, y):max(0, y + height), max(0, x):max(0, x + width)] = 1
+        region[:, max(0, y) : max(0, y + height), max(0, x) : max(0, x + width)] = 1
         if not region.any():
-            raise ValueError(f"x, y, width, height: the box lies outside of the picture of {depth.shape[2]}×{depth.shape[1]}; move it inside.")
+            raise ValueError(
+                f"x, y, width, height: the box lies outside of the picture of {depth.shape[2]}×{depth.shape[1]}; move it inside."
+            )
     if region.shape[1:] != depth.shape[1:] or len(region) not in (1, len(depth)):
-        raise ValueError(f"region: the mask is {region.shape[2]}×{region.shape[1]} ({len(region)}) and the picture is "
-                         f"{depth.shape[2]}×{depth.shape[1]} ({len(depth)}); make them the same size.")
+        raise ValueError(
+            f"region: the mask is {region.shape[2]}×{region.shape[1]} ({len(region)}) and the picture is "
+            f"{depth.shape[2]}×{depth.shape[1]} ({len(depth)}); make them the same size."
+        )
     return region
 
 
@@ -175,20 +332,26 @@ class AmodalMask(Node):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_AmodalMask", display_name="Mask a region behind nearer things", category="Strata/Depth",
+            node_id="Strata_AmodalMask",
+            display_name="Mask a region behind nearer things",
+            category="Strata/Depth",
             search_aliases=["DeGLaD", "amodal", "occlusion mask"],
             description="A box, or a mask, without what is nearer than a depth: where an object at that depth can be seen. For inpainting.",
             inputs=[
-                io.Image.Input("image", tooltip="The picture that the region lies in; it gives the size."), depth_input(), THRESHOLD,
+                io.Image.Input("image", tooltip="The picture that the region lies in; it gives the size."),
+                depth_input(),
+                THRESHOLD,
                 io.Int.Input("x", default=0, min=-16384, max=16384, tooltip="Left side of the box in pixels."),
                 io.Int.Input("y", default=0, min=-16384, max=16384, tooltip="Upper side of the box in pixels."),
                 io.Int.Input("width", default=256, min=1, max=16384, tooltip="Width of the box in pixels."),
                 io.Int.Input("height", default=256, min=1, max=16384, tooltip="Height of the box in pixels."),
-                NEAR, MISSING,
+                NEAR,
+                MISSING,
                 io.Mask.Input("region", optional=True, tooltip="A mask to use in place of the box, 1 = in the region."),
                 *range_inputs(),
             ],
-            outputs=[io.Mask.Output("mask", display_name="mask", tooltip="1 where the object can be seen.")])
+            outputs=[io.Mask.Output("mask", display_name="mask", tooltip="1 where the object can be seen.")],
+        )
 
     @classmethod
     def execute(cls, image, depth, threshold, x, y, width, height, near_is, missing_depth, region=None, **depth_range):
@@ -201,39 +364,81 @@ class ComposeByDepth(Node):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_ComposeByDepth", display_name="Compose two scenes at a depth", category="Strata/Depth",
+            node_id="Strata_ComposeByDepth",
+            display_name="Compose two scenes at a depth",
+            category="Strata/Depth",
             search_aliases=["DeGLaD", "swap background", "replace background"],
             description="Pastes what is nearer than a depth in one scene over another scene, and composes their depths in the same way.",
             inputs=[
                 io.Image.Input("foreground", tooltip="The scene whose near part is kept; it gives the size."),
                 depth_input("foreground_depth"),
-                io.Image.Input("background", tooltip="The scene behind; scaled and centred to fill the foreground's frame."),
-                depth_input("background_depth"), THRESHOLD, NEAR, MISSING,
-                io.Float.Input("soft_edge", default=2.0, min=0.0, max=256.0, step=0.5, tooltip="Pixels over which the cut fades; 0 cuts hard."),
+                io.Image.Input(
+                    "background", tooltip="The scene behind; scaled and centred to fill the foreground's frame."
+                ),
+                depth_input("background_depth"),
+                THRESHOLD,
+                NEAR,
+                MISSING,
+                io.Float.Input(
+                    "soft_edge",
+                    default=2.0,
+                    min=0.0,
+                    max=256.0,
+                    step=0.5,
+                    tooltip="Pixels over which the cut fades; 0 cuts hard.",
+                ),
                 *range_inputs(),
             ],
             outputs=[
                 io.Image.Output("image", display_name="image", tooltip="The composite."),
                 io.Mask.Output("mask", display_name="mask", tooltip="1 where the foreground scene shows."),
-                io.Image.Output("composite_depth", display_name="depth", tooltip=(
-                    "Depth of the composite, black = nearest. A depth ControlNet wants it inverted.")),
-                Layers.Output("layers", display_name="layers", is_output_list=True, tooltip="Background and foreground, one document per image."),
-            ])
+                io.Image.Output(
+                    "composite_depth",
+                    display_name="depth",
+                    tooltip=("Depth of the composite, black = nearest. A depth ControlNet wants it inverted."),
+                ),
+                Layers.Output(
+                    "layers",
+                    display_name="layers",
+                    is_output_list=True,
+                    tooltip="Background and foreground, one document per image.",
+                ),
+            ],
+        )
 
     @classmethod
-    def execute(cls, foreground, foreground_depth, background, background_depth, threshold, near_is, missing_depth, soft_edge,
-                **depth_range):
+    def execute(
+        cls,
+        foreground,
+        foreground_depth,
+        background,
+        background_depth,
+        threshold,
+        near_is,
+        missing_depth,
+        soft_edge,
+        **depth_range,
+    ):
         front, back = foreground[..., :3], background[..., :3]
         if len(back) not in (1, len(front)):
-            raise ValueError(f"background: there are {len(back)} images for {len(front)} foregrounds; connect one, or one for each.")
+            raise ValueError(
+                f"background: there are {len(back)} images for {len(front)} foregrounds; connect one, or one for each."
+            )
         front_depth = read_depth(foreground_depth, front, near_is, missing_depth, "foreground_depth", **depth_range)
         back_depth = read_depth(background_depth, back, near_is, missing_depth, "background_depth", **depth_range)
         height, width = front.shape[1:3]
         rows, columns = back.shape[1:3]
-        cut = round((columns - min(columns, rows * width / height)) / 2), round((rows - min(rows, columns * height / width)) / 2)
-        if columns <= 2 * cut[0] or rows <= 2 * cut[1]:  # as common_upscale crops, which leaves nothing of pictures of a few pixels
-            raise ValueError(f"foreground, background: nothing is left of the background's {columns}×{rows} pixels when it is cut to the foreground's "
-                             f"shape of {width}×{height}; crop one of them.")
+        cut = (
+            round((columns - min(columns, rows * width / height)) / 2),
+            round((rows - min(rows, columns * height / width)) / 2),
+        )
+        if (
+            columns <= 2 * cut[0] or rows <= 2 * cut[1]
+        ):  # as common_upscale crops, which leaves nothing of pictures of a few pixels
+            raise ValueError(
+                f"foreground, background: nothing is left of the background's {columns}×{rows} pixels when it is cut to the foreground's "
+                f"shape of {width}×{height}; crop one of them."
+            )
         back = common_upscale(back.movedim(-1, 1), width, height, "lanczos", "center").movedim(1, -1)
         back_depth = common_upscale(back_depth[:, None], width, height, "nearest-exact", "center")[:, 0]
         back, back_depth = back.expand(len(front), -1, -1, -1), back_depth.expand(len(front), -1, -1)
@@ -248,12 +453,26 @@ class LoadDepth(Node):
     def define_schema(cls):
         names = input_names((".png", ".tif", ".tiff", ".npy", ".npz"))
         return schema(
-            node_id="Strata_LoadDepth", display_name="Load depth", category="Strata/Depth",
+            node_id="Strata_LoadDepth",
+            display_name="Load depth",
+            category="Strata/Depth",
             search_aliases=["16-bit depth", "load disparity", "depth png"],
             description="Loads a depth or disparity file with its full precision: 8- and 16-bit PNG, TIFF with floats, or a NumPy file.",
-            inputs=[io.Combo.Input("file", names, upload=io.UploadType.image, image_folder=io.FolderType.input,
-                                   tooltip="A depth file in ComfyUI's input folder; core's Load Image spoils 16-bit files (8 bits at most, or all white).")],
-            outputs=[io.Image.Output("depth", display_name="depth", tooltip="The stored values, integers scaled to 0..1; NaN stays NaN.")])
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    names,
+                    upload=io.UploadType.image,
+                    image_folder=io.FolderType.input,
+                    tooltip="A depth file in ComfyUI's input folder; core's Load Image spoils 16-bit files (8 bits at most, or all white).",
+                )
+            ],
+            outputs=[
+                io.Image.Output(
+                    "depth", display_name="depth", tooltip="The stored values, integers scaled to 0..1; NaN stays NaN."
+                )
+            ],
+        )
 
     @classmethod
     def execute(cls, file):
@@ -266,7 +485,10 @@ class LoadDepth(Node):
 
     @classmethod
     def validate_inputs(cls, file):
-        return bool((path := input_file(file)) and path.is_file()) or f"file: there is no {file!r} in the input folder; upload it or choose another."
+        return (
+            bool((path := input_file(file)) and path.is_file())
+            or f"file: there is no {file!r} in the input folder; upload it or choose another."
+        )
 
 
 def read_depth_file(path: Path) -> np.ndarray:
@@ -274,17 +496,23 @@ def read_depth_file(path: Path) -> np.ndarray:
     try:
         values = _stored(path)
     except Exception as error:  # damaged files make NumPy, zipfile, zlib, Pillow and PyAV raise nearly anything
-        raise ValueError(f"file: {path.name} cannot be read as depth ({error}); save it as PNG, TIFF or NPY.") from error
+        raise ValueError(
+            f"file: {path.name} cannot be read as depth ({error}); save it as PNG, TIFF or NPY."
+        ) from error
     if isinstance(values, dict):
         found = {name: array for name, array in values.items() if _plane(array).ndim == 2 and array.dtype.kind in "uif"}
         named = {name: array for name, array in found.items() if "depth" in name.lower() or "disp" in name.lower()}
         chosen = named if len(named) == 1 else found
         if len(chosen) != 1:
-            raise ValueError(f"file: {path.name} holds {', '.join(values) or 'no array'}, and it is not clear which one is the depth; save that array alone.")
-        values, = chosen.values()
+            raise ValueError(
+                f"file: {path.name} holds {', '.join(values) or 'no array'}, and it is not clear which one is the depth; save that array alone."
+            )
+        (values,) = chosen.values()
     values = _plane(values)
     if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "uif":
-        raise ValueError(f"file: {path.name} holds {values.dtype} values of shape {values.shape}; depth is one number per pixel, [height, width].")
+        raise ValueError(
+            f"file: {path.name} holds {values.dtype} values of shape {values.shape}; depth is one number per pixel, [height, width]."
+        )
     if values.dtype.kind == "f":
         return values.astype(np.float32)
     return values.astype(np.float32) / (255 if values.dtype.itemsize == 1 else 65535)
@@ -306,6 +534,7 @@ def _stored(path: Path) -> np.ndarray | dict[str, np.ndarray]:
         head = file.read(26)
     if head[:4] == b"\x89PNG" and head[24] == 16 and head[25] in (2, 6):  # Pillow would keep 8 of the 16 bits of colour
         import av
+
         with av.open(str(path)) as container:
             colours = next(container.decode(video=0)).to_ndarray(format="rgb48le")
         return (colours @ np.array([0.299, 0.587, 0.114])).round().astype(np.uint16)
@@ -317,14 +546,21 @@ class EstimateDepth(Node):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_EstimateDepth", display_name="Estimate depth", category="Strata/Depth",
+            node_id="Strata_EstimateDepth",
+            display_name="Estimate depth",
+            category="Strata/Depth",
             search_aliases=["Depth Anything V2", "monocular depth", "depth map"],
             description="Depth of a picture by Depth Anything V2 (or another transformers depth model) from a folder below models/depth_estimation.",
             inputs=[
                 io.Image.Input("image", tooltip="The picture whose depth is wanted."),
-                io.Combo.Input("model", depth_model.choices(), tooltip="A folder below models/depth_estimation with config.json and weights."),
+                io.Combo.Input(
+                    "model",
+                    depth_model.choices(),
+                    tooltip="A folder below models/depth_estimation with config.json and weights.",
+                ),
             ],
-            outputs=[io.Image.Output("depth", display_name="depth", tooltip="Relative depth in 0..1, white = near.")])
+            outputs=[io.Image.Output("depth", display_name="depth", tooltip="Relative depth in 0..1, white = near.")],
+        )
 
     @classmethod
     def execute(cls, image, model):

@@ -1,4 +1,5 @@
 """LayerFusion: foreground, background and blended picture sampled together."""
+
 import torch
 from comfy_api.latest import io
 
@@ -21,17 +22,34 @@ class EncodeLayerPrompts(Node):
     def define_schema(cls):
         prompt = {"multiline": True, "dynamic_prompts": True, "default": ""}
         return schema(
-            node_id="Strata_EncodeLayerPrompts", display_name="Encode layer prompts", category="Strata/Generate",
+            node_id="Strata_EncodeLayerPrompts",
+            display_name="Encode layer prompts",
+            category="Strata/Generate",
             search_aliases=["layerfusion", "layer prompts", "foreground prompt"],
             description="One conditioning for foreground, background and blended picture, which knows where the foreground's prompt ends.",
             inputs=[
                 io.Clip.Input("clip", tooltip="Text encoder of SD1.5, SD2, SDXL or the mini family."),
-                io.String.Input("foreground", **prompt, tooltip="The object alone, as in: a red apple. Its place in the picture follows from these words."),
-                io.String.Input("background", **prompt, tooltip="The scene without the object, as in: a beach at sunset."),
-                io.String.Input("blended", **prompt, tooltip="The whole picture. Empty joins foreground and background with a comma. "
-                                "The blend reads it only where Attention blend is set to own prompt, switched off, or limited to some blocks or steps."),
+                io.String.Input(
+                    "foreground",
+                    **prompt,
+                    tooltip="The object alone, as in: a red apple. Its place in the picture follows from these words.",
+                ),
+                io.String.Input(
+                    "background", **prompt, tooltip="The scene without the object, as in: a beach at sunset."
+                ),
+                io.String.Input(
+                    "blended",
+                    **prompt,
+                    tooltip="The whole picture. Empty joins foreground and background with a comma. "
+                    "The blend reads it only where Attention blend is set to own prompt, switched off, or limited to some blocks or steps.",
+                ),
             ],
-            outputs=[io.Conditioning.Output("positive", display_name="positive", tooltip="For positive. Negative is an ordinary text encoding.")])
+            outputs=[
+                io.Conditioning.Output(
+                    "positive", display_name="positive", tooltip="For positive. Negative is an ordinary text encoding."
+                )
+            ],
+        )
 
     @classmethod
     def execute(cls, clip, foreground, background, blended):
@@ -44,36 +62,110 @@ class AttentionBlend(Node):
     def define_schema(cls):
         percent = {"min": 0.0, "max": 1.0, "step": 0.01}
         return schema(
-            node_id="Strata_AttentionBlend", display_name="Attention blend", category="Strata/Generate",
+            node_id="Strata_AttentionBlend",
+            display_name="Attention blend",
+            category="Strata/Generate",
             search_aliases=["layerfusion", "attention blending", "layered generation"],
             description="LayerFusion: lets foreground, background and blended picture exchange their attention while they are sampled as one batch.",
             inputs=[
-                io.Model.Input("model", tooltip="SD1.5, SD2, SDXL or the mini family. Put LoRAs and other patches before or behind this node."),
-                io.Float.Input("strength", default=1.0, **percent, tooltip="How much of the exchange: 1 as published, 0 is off and changes nothing."),
-                io.Float.Input("boundary", default=10.0, min=0.0, max=100.0, step=0.5, tooltip="The coefficient d of the hard mask. Lower lets more of "
-                               "the scene leak into the foreground; higher draws a sharper edge."),
-                io.Float.Input("start_percent", default=0.0, **percent, tooltip="When in the sampling the blending starts, 0 = at once."),
+                io.Model.Input(
+                    "model",
+                    tooltip="SD1.5, SD2, SDXL or the mini family. Put LoRAs and other patches before or behind this node.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    **percent,
+                    tooltip="How much of the exchange: 1 as published, 0 is off and changes nothing.",
+                ),
+                io.Float.Input(
+                    "boundary",
+                    default=10.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.5,
+                    tooltip="The coefficient d of the hard mask. Lower lets more of "
+                    "the scene leak into the foreground; higher draws a sharper edge.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    **percent,
+                    tooltip="When in the sampling the blending starts, 0 = at once.",
+                ),
                 io.Float.Input("end_percent", default=1.0, **percent, tooltip="When it ends, 1 = with the last step."),
-                io.Combo.Input("blocks", options=list(BLOCKS), default="all", tooltip="Blocks of the model that blend: all as published; down is the "
-                               "half that looks, up the half that draws."),
-                io.Combo.Input("structure", options=list(STRUCTURE), default=STRUCTURE[0], tooltip="Where the foreground's outline comes from. A prior "
-                               "pass, as published, costs up to a quarter of a step more (more at cfg 1); reuse takes the outline of the step before."),
-                io.Combo.Input("blended_text", options=list(BLENDED_TEXT), default=BLENDED_TEXT[0], tooltip="The words that the blended picture's "
-                               "attention reads: the background's, as published (the object then comes from the foreground alone), or its own."),
-                Transparency.Input("transparency", optional=True, tooltip="Adapter for a transparent foreground, from Load transparency; it acts on the "
-                                   "foreground only. Attention files add low-rank terms; convolution files are full differences, a second set of weights."),
-                io.Combo.Input("entry", options=list(ENTRY), default=ENTRY[0], optional=True, tooltip="How the object enters the blended picture: "
-                               "through the soft mask as published, or through a wide one, whole up to its rim (the mini family's objects agree better so)."),
+                io.Combo.Input(
+                    "blocks",
+                    options=list(BLOCKS),
+                    default="all",
+                    tooltip="Blocks of the model that blend: all as published; down is the "
+                    "half that looks, up the half that draws.",
+                ),
+                io.Combo.Input(
+                    "structure",
+                    options=list(STRUCTURE),
+                    default=STRUCTURE[0],
+                    tooltip="Where the foreground's outline comes from. A prior "
+                    "pass, as published, costs up to a quarter of a step more (more at cfg 1); reuse takes the outline of the step before.",
+                ),
+                io.Combo.Input(
+                    "blended_text",
+                    options=list(BLENDED_TEXT),
+                    default=BLENDED_TEXT[0],
+                    tooltip="The words that the blended picture's "
+                    "attention reads: the background's, as published (the object then comes from the foreground alone), or its own.",
+                ),
+                Transparency.Input(
+                    "transparency",
+                    optional=True,
+                    tooltip="Adapter for a transparent foreground, from Load transparency; it acts on the "
+                    "foreground only. Attention files add low-rank terms; convolution files are full differences, a second set of weights.",
+                ),
+                io.Combo.Input(
+                    "entry",
+                    options=list(ENTRY),
+                    default=ENTRY[0],
+                    optional=True,
+                    tooltip="How the object enters the blended picture: "
+                    "through the soft mask as published, or through a wide one, whole up to its rim (the mini family's objects agree better so).",
+                ),
             ],
-            outputs=[io.Model.Output("model_out", display_name="model", tooltip="For the LayerFusion sampler, or any sampler with a latent batch of three: "
-                                     "foreground, background, blended.")])
+            outputs=[
+                io.Model.Output(
+                    "model_out",
+                    display_name="model",
+                    tooltip="For the LayerFusion sampler, or any sampler with a latent batch of three: "
+                    "foreground, background, blended.",
+                )
+            ],
+        )
 
     @classmethod
-    def execute(cls, model, strength, boundary, start_percent, end_percent, blocks, structure, blended_text, transparency=None, entry=ENTRY[0]):
+    def execute(
+        cls,
+        model,
+        strength,
+        boundary,
+        start_percent,
+        end_percent,
+        blocks,
+        structure,
+        blended_text,
+        transparency=None,
+        entry=ENTRY[0],
+    ):
         if transparency is not None:
             model = transparency_model.apply_to_foreground(model, transparency)
-        settings = Settings(strength, boundary, start_percent, end_percent, BLOCKS[blocks], structure == STRUCTURE[1], blended_text == BLENDED_TEXT[1],
-                            entry == ENTRY[1])
+        settings = Settings(
+            strength,
+            boundary,
+            start_percent,
+            end_percent,
+            BLOCKS[blocks],
+            structure == STRUCTURE[1],
+            blended_text == BLENDED_TEXT[1],
+            entry == ENTRY[1],
+        )
         return io.NodeOutput(blend_attention(model, settings))
 
 
@@ -81,28 +173,50 @@ class LayerFusionSampler(Node):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_LayerFusionSampler", display_name="LayerFusion sampler", category="Strata/Generate",
+            node_id="Strata_LayerFusionSampler",
+            display_name="LayerFusion sampler",
+            category="Strata/Generate",
             search_aliases=["layerfusion", "ksampler", "layered generation", "foreground and background"],
             description="Samples foreground, background and blended picture together, one of each for every latent that comes in.",
             inputs=[
-                io.Model.Input("model", tooltip="From Attention blend. Without it the three are sampled side by side and know nothing of each other."),
+                io.Model.Input(
+                    "model",
+                    tooltip="From Attention blend. Without it the three are sampled side by side and know nothing of each other.",
+                ),
                 io.Conditioning.Input("positive", tooltip="From Encode layer prompts."),
                 *sampling_inputs(),
-                io.Combo.Input("noise", options=list(NOISE), default=next(iter(NOISE)), tooltip="The same noise makes the "
-                               "three agree in their layout from the start."),
+                io.Combo.Input(
+                    "noise",
+                    options=list(NOISE),
+                    default=next(iter(NOISE)),
+                    tooltip="The same noise makes the three agree in their layout from the start.",
+                ),
             ],
             outputs=[
-                io.Latent.Output("foreground", display_name="foreground", tooltip="With a transparency model: decode with Decode transparency."),
-                io.Latent.Output("background", display_name="background", tooltip="The scene without the object: VAE Decode."),
+                io.Latent.Output(
+                    "foreground",
+                    display_name="foreground",
+                    tooltip="With a transparency model: decode with Decode transparency.",
+                ),
+                io.Latent.Output(
+                    "background", display_name="background", tooltip="The scene without the object: VAE Decode."
+                ),
                 io.Latent.Output("blended", display_name="blended", tooltip="The whole picture: VAE Decode."),
-                io.Image.Output("priors", display_name="priors", tooltip="For each step, left to right: structure and content prior, soft and hard mask."),
-            ])
+                io.Image.Output(
+                    "priors",
+                    display_name="priors",
+                    tooltip="For each step, left to right: structure and content prior, soft and hard mask.",
+                ),
+            ],
+        )
 
     @classmethod
     def execute(cls, model, positive, noise, **sampling):
         model, record = model.clone(), Record()
         model.model_options["transformer_options"][RECORD] = record
-        return io.NodeOutput(*sample_branches(model, positive, BRANCHES, **sampling, own_noise=NOISE[noise]), map_strips(record.steps))
+        return io.NodeOutput(
+            *sample_branches(model, positive, BRANCHES, **sampling, own_noise=NOISE[noise]), map_strips(record.steps)
+        )
 
 
 def map_strips(steps: list[torch.Tensor]) -> torch.Tensor:

@@ -1,4 +1,5 @@
 """Pictures made here: the scene renderer."""
+
 import torch
 from comfy_api.latest import io
 
@@ -11,32 +12,72 @@ class RenderScene(Node):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_RenderScene", display_name="Render a layered scene", category="Strata/Generate",
+            node_id="Strata_RenderScene",
+            display_name="Render a layered scene",
+            category="Strata/Generate",
             search_aliases=["synthetic scene", "example layers", "ground truth", "test picture"],
             description="Draws objects with shadows on a ground plane and returns the picture with its exact layers, depth and masks.",
             inputs=[
-                io.Combo.Input("kind", options=["random", *KINDS], default="random", tooltip="The place; random draws one from the seed."),
-                io.String.Input("objects", default="",
-                                tooltip="Names with commas between them, such as: house, dog, pumpkin (nearest last). "
-                                f"Empty draws them from the seed. Known: {', '.join(catalogue())}."),
-                io.Int.Input("count", default=2, min=0, max=MOST_OBJECTS,
-                             tooltip="How many objects to draw when none are named; 0 leaves the place empty."),
+                io.Combo.Input(
+                    "kind",
+                    options=["random", *KINDS],
+                    default="random",
+                    tooltip="The place; random draws one from the seed.",
+                ),
+                io.String.Input(
+                    "objects",
+                    default="",
+                    tooltip="Names with commas between them, such as: house, dog, pumpkin (nearest last). "
+                    f"Empty draws them from the seed. Known: {', '.join(catalogue())}.",
+                ),
+                io.Int.Input(
+                    "count",
+                    default=2,
+                    min=0,
+                    max=MOST_OBJECTS,
+                    tooltip="How many objects to draw when none are named; 0 leaves the place empty.",
+                ),
                 io.Int.Input("width", default=512, min=64, max=2048, tooltip="Width in pixels."),
                 io.Int.Input("height", default=512, min=64, max=2048, tooltip="Height in pixels."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                             tooltip="The same seed gives the same picture."),
-                io.Boolean.Input("shadows", default=True, optional=True, tooltip="Whether the layers bring their shadows along. Off, they are bare cut-outs, "
-                                 "as for Harmonize layers; the picture has its shadows either way."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The same seed gives the same picture.",
+                ),
+                io.Boolean.Input(
+                    "shadows",
+                    default=True,
+                    optional=True,
+                    tooltip="Whether the layers bring their shadows along. Off, they are bare cut-outs, "
+                    "as for Harmonize layers; the picture has its shadows either way.",
+                ),
             ],
             outputs=[
                 io.Image.Output("IMAGE", display_name="image", tooltip="The whole picture."),
-                io.Image.Output("BACKGROUND", display_name="background", tooltip="The same place without the objects and their shadows."),
-                Layers.Output("LAYERS", display_name="layers",
-                              tooltip="Background and an object with its shadow per layer, back to front; flattened they are the picture."),
-                io.Image.Output("DEPTH", display_name="depth", tooltip="Exact depth, near is black: 0 = nearest, 1 = farthest."),
-                io.Mask.Output("MASKS", display_name="masks",
-                               tooltip="One per layer, back to front: 1 where that layer is in front. They sum to one."),
-                io.String.Output("PROMPT", display_name="prompt", tooltip="A sentence that says what is in the picture."),
+                io.Image.Output(
+                    "BACKGROUND",
+                    display_name="background",
+                    tooltip="The same place without the objects and their shadows.",
+                ),
+                Layers.Output(
+                    "LAYERS",
+                    display_name="layers",
+                    tooltip="Background and an object with its shadow per layer, back to front; flattened they are the picture.",
+                ),
+                io.Image.Output(
+                    "DEPTH", display_name="depth", tooltip="Exact depth, near is black: 0 = nearest, 1 = farthest."
+                ),
+                io.Mask.Output(
+                    "MASKS",
+                    display_name="masks",
+                    tooltip="One per layer, back to front: 1 where that layer is in front. They sum to one.",
+                ),
+                io.String.Output(
+                    "PROMPT", display_name="prompt", tooltip="A sentence that says what is in the picture."
+                ),
             ],
         )
 
@@ -45,10 +86,21 @@ class RenderScene(Node):
         names = tuple(name.strip().lower() for name in objects.split(",") if name.strip())
         request = Request(None if kind == "random" else kind, names or None, count)
         scene = render(request, height, width, seed)
-        back = Layer(_tensor(scene.background), "background", extra={"strata": {"prompt": scene.background_prompt, "depth": (0.0, 1.0)}})
+        back = Layer(
+            _tensor(scene.background),
+            "background",
+            extra={"strata": {"prompt": scene.background_prompt, "depth": (0.0, 1.0)}},
+        )
         layers = write_layers(LayerStack((width, height), (back, *(_layer(thing, shadows) for thing in scene.objects))))
         depth = _tensor(scene.depth)[None, ..., None].expand(-1, -1, -1, 3)
-        return io.NodeOutput(_tensor(scene.composite)[None], _tensor(scene.background)[None], layers, depth, _tensor(scene.masks), scene.prompt)
+        return io.NodeOutput(
+            _tensor(scene.composite)[None],
+            _tensor(scene.background)[None],
+            layers,
+            depth,
+            _tensor(scene.masks),
+            scene.prompt,
+        )
 
 
 def _tensor(array) -> torch.Tensor:

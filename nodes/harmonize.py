@@ -1,4 +1,5 @@
 """DreamLayer's harmonisation: layers that were only stacked become one picture."""
+
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -27,45 +28,137 @@ class HarmonizeLayers(Node):
     def define_schema(cls):
         percent = {"min": 0.0, "max": 1.0, "step": 0.01}
         return schema(
-            node_id="Strata_HarmonizeLayers", display_name="Harmonize layers", category="Strata/Compose",
+            node_id="Strata_HarmonizeLayers",
+            display_name="Harmonize layers",
+            category="Strata/Compose",
             search_aliases=["dreamlayer", "IRH", "harmonization", "contact shadow", "blend layers", "relight"],
             description="Draws the shadows and the light that a stack of layers lacks: the background is denoised anew with the layers put into it on the way.",
             inputs=[
-                io.Model.Input("model", tooltip="Any diffusion model of ComfyUI, with LoRAs and other patches as you like."),
-                io.Conditioning.Input("positive", tooltip="The whole picture in words: the place and the things in it."),
+                io.Model.Input(
+                    "model", tooltip="Any diffusion model of ComfyUI, with LoRAs and other patches as you like."
+                ),
+                io.Conditioning.Input(
+                    "positive", tooltip="The whole picture in words: the place and the things in it."
+                ),
                 io.Conditioning.Input("negative", tooltip="What should not be seen, from an ordinary text encoding."),
                 io.Vae.Input("vae", tooltip="The autoencoder of the model."),
-                Layers.Input("layers", tooltip="Background first, things in front of it. Move, turn, flip or resize a layer and run again: nothing else has to "
-                             "change."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="The same seed gives the same picture."),
-                io.Int.Input("steps", default=30, min=1, max=10000, tooltip="Steps of a whole denoising; only those after start_percent are done."),
-                io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="How closely to follow the words."),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler",
-                               tooltip="For the steps after end_percent; those before are Euler's."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="normal", tooltip="As in KSampler."),
-                io.Float.Input("start_percent", default=0.4, **percent, tooltip="How far into the denoising to start: the published 0.4 (timestep 600). "
-                               "Lower changes more of the background."),
-                io.Float.Input("end_percent", default=0.6, **percent, tooltip="Until when the layers are put back at every step: the published 0.6 "
-                               "(timestep 400). Higher keeps them closer, lower blends them more."),
-                io.Combo.Input("foregrounds", options=list(FOREGROUNDS), default=FOREGROUNDS[0], tooltip="keep: the things keep their own pixels. "
-                               "relight: they are taken as the model has drawn them."),
-                io.Float.Input("feather", default=2.0, min=0.0, max=64.0, step=0.5, tooltip="With keep: over how many pixels inside of their edge the things "
-                               "fade into what the model has drawn."),
-                io.Float.Input("detail", default=0.0, min=0.0, max=256.0, step=0.5, optional=True, tooltip="Above 0 the background keeps its own texture, and "
-                               "takes from the model only what is smoother than so many pixels: light and shadow. 0 takes it as the model has drawn it."),
-                sockets.Inversion.Input("retained", optional=True, tooltip="The layers' latents on their way, the background's first: of the run, from "
-                                        "Layers sampler, or of their pictures, from Invert image. Without it noise is added to the layers."),
+                Layers.Input(
+                    "layers",
+                    tooltip="Background first, things in front of it. Move, turn, flip or resize a layer and run again: nothing else has to "
+                    "change.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The same seed gives the same picture.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=30,
+                    min=1,
+                    max=10000,
+                    tooltip="Steps of a whole denoising; only those after start_percent are done.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=5.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="How closely to follow the words.",
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=comfy.samplers.KSampler.SAMPLERS,
+                    default="euler",
+                    tooltip="For the steps after end_percent; those before are Euler's.",
+                ),
+                io.Combo.Input(
+                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="normal", tooltip="As in KSampler."
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.4,
+                    **percent,
+                    tooltip="How far into the denoising to start: the published 0.4 (timestep 600). "
+                    "Lower changes more of the background.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=0.6,
+                    **percent,
+                    tooltip="Until when the layers are put back at every step: the published 0.6 "
+                    "(timestep 400). Higher keeps them closer, lower blends them more.",
+                ),
+                io.Combo.Input(
+                    "foregrounds",
+                    options=list(FOREGROUNDS),
+                    default=FOREGROUNDS[0],
+                    tooltip="keep: the things keep their own pixels. "
+                    "relight: they are taken as the model has drawn them.",
+                ),
+                io.Float.Input(
+                    "feather",
+                    default=2.0,
+                    min=0.0,
+                    max=64.0,
+                    step=0.5,
+                    tooltip="With keep: over how many pixels inside of their edge the things "
+                    "fade into what the model has drawn.",
+                ),
+                io.Float.Input(
+                    "detail",
+                    default=0.0,
+                    min=0.0,
+                    max=256.0,
+                    step=0.5,
+                    optional=True,
+                    tooltip="Above 0 the background keeps its own texture, and "
+                    "takes from the model only what is smoother than so many pixels: light and shadow. 0 takes it as the model has drawn it.",
+                ),
+                sockets.Inversion.Input(
+                    "retained",
+                    optional=True,
+                    tooltip="The layers' latents on their way, the background's first: of the run, from "
+                    "Layers sampler, or of their pictures, from Invert image. Without it noise is added to the layers.",
+                ),
             ],
             outputs=[
                 io.Image.Output("IMAGE", display_name="image", tooltip="The picture, of the canvas's size."),
                 io.Latent.Output("LATENT", display_name="latent", tooltip="The harmonised latent, to go on from."),
-                Layers.Output("LAYERS", display_name="layers", tooltip="The layers with the harmonised background, shadows included. Behind the things it "
-                              "is as it was, in the light around them, so that they can be moved away."),
-            ])
+                Layers.Output(
+                    "LAYERS",
+                    display_name="layers",
+                    tooltip="The layers with the harmonised background, shadows included. Behind the things it "
+                    "is as it was, in the light around them, so that they can be moved away.",
+                ),
+            ],
+        )
 
     @classmethod
-    def execute(cls, model, positive, negative, vae, layers, seed, steps, cfg, sampler_name, scheduler, start_percent, end_percent, foregrounds, feather,
-                detail=0.0, retained=None):
+    def execute(
+        cls,
+        model,
+        positive,
+        negative,
+        vae,
+        layers,
+        seed,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        start_percent,
+        end_percent,
+        foregrounds,
+        feather,
+        detail=0.0,
+        retained=None,
+    ):
         stack, side = read_layers(layers), vae.spacial_compression_encode()
         path = None if retained is None else _retained(retained, stack, side)
         stack = _shown(stack)
@@ -73,11 +166,28 @@ class HarmonizeLayers(Node):
         colours = [clean_colours(pixels[:, :3], pixels[:, 3:]) for pixels in (background, *things)]
         alphas = torch.cat([pixels[:, 3:] for pixels in things])
         latents = [vae.encode(_padded(colour, side).permute(0, 2, 3, 1)) for colour in colours]
-        latent = harmonize(model, positive, negative, latents[0], torch.cat(latents[1:]), _padded(alphas, side), seed, steps, cfg, sampler_name, scheduler,
-                           start_percent, end_percent, lambda count: latent_preview.prepare_callback(model, count), path)
+        latent = harmonize(
+            model,
+            positive,
+            negative,
+            latents[0],
+            torch.cat(latents[1:]),
+            _padded(alphas, side),
+            seed,
+            steps,
+            cfg,
+            sampler_name,
+            scheduler,
+            start_percent,
+            end_percent,
+            lambda count: latent_preview.prepare_callback(model, count),
+            path,
+        )
         drawn, (free, _) = _decoded(vae, latent, stack.canvas), visible_shares(alphas)
         if detail:
-            drawn = torch.lerp(drawn, keep_detail(colours[0], drawn, _decoded(vae, latents[0], stack.canvas), free[None], detail), free)
+            drawn = torch.lerp(
+                drawn, keep_detail(colours[0], drawn, _decoded(vae, latents[0], stack.canvas), free[None], detail), free
+            )
         clear = 1 - F.max_pool2d(1 - free, 2 * RIM + 1, 1, RIM)  # the model draws a thing's rim a little beside it
         seen = feathered(clear[None], RIM)[0] if foregrounds == FOREGROUNDS[0] else free
         found = _with_harmonised_background(stack, colours[0], drawn, clear, seen, background[:, 3:])
@@ -95,14 +205,20 @@ def _shown(stack: LayerStack) -> LayerStack:
     """The visible layers. Raises ValueError for fewer than two, for blend modes, and for layers without transparency in front."""
     stack = stack.with_layers(layer for layer in stack.layers if layer.visible)
     if len(stack.layers) < 2:
-        raise ValueError(f"layers: there are {len(stack.layers)} visible layers; harmonising needs a background and at least one thing in front of it.")
+        raise ValueError(
+            f"layers: there are {len(stack.layers)} visible layers; harmonising needs a background and at least one thing in front of it."
+        )
     for layer in stack.layers[1:]:
         if layer.blend_mode != "normal":
-            raise ValueError(f"layers: layer {layer.name!r} has the blend mode {layer.blend_mode!r}, and latents can only be laid over each other; "
-                             "merge it with the layer behind it (Order layers), or set it to normal.")
+            raise ValueError(
+                f"layers: layer {layer.name!r} has the blend mode {layer.blend_mode!r}, and latents can only be laid over each other; "
+                "merge it with the layer behind it (Order layers), or set it to normal."
+            )
         if (rasterise(layer, stack.canvas)[..., 3] >= 1).all():
-            raise ValueError(f"layers: layer {layer.name!r} covers the whole canvas and has no transparent pixel, so nothing behind it would be seen; "
-                             "give it an alpha or a mask.")
+            raise ValueError(
+                f"layers: layer {layer.name!r} covers the whole canvas and has no transparent pixel, so nothing behind it would be seen; "
+                "give it an alpha or a mask."
+            )
     return stack
 
 
@@ -110,15 +226,22 @@ def _retained(path: Inversion, stack: LayerStack, side: int) -> Callable[[float]
     """[1+K,C,h,w] of the visible layers at a noise level, where they lie on the canvas. Raises ValueError for a path of other layers."""
     count, (height, width) = path.latents.shape[1], path.latents.shape[-2:]
     if count != len(stack.layers):
-        raise ValueError(f"retained: it is the way of {count} latents and layers has {len(stack.layers)}; connect layers and path of the same run.")
+        raise ValueError(
+            f"retained: it is the way of {count} latents and layers has {len(stack.layers)}; connect layers and path of the same run."
+        )
     for layer in stack.layers:
         own = layer.image.shape[:2]
         if tuple(-(-length // side) for length in own) != (height, width):
-            raise ValueError(f"retained: its latents are of {width * side}×{height * side} pixels and layer {layer.name!r} is {own[1]}×{own[0]}; "
-                             "connect layers and path of the same run.")
+            raise ValueError(
+                f"retained: its latents are of {width * side}×{height * side} pixels and layer {layer.name!r} is {own[1]}×{own[0]}; "
+                "connect layers and path of the same run."
+            )
     levels = len(path.latents)
-    placed = [on_canvas(path.latents[:, number].flatten(0, 1), layer, stack.canvas, side).unflatten(0, (levels, -1))
-              for number, layer in enumerate(stack.layers) if layer.visible]
+    placed = [
+        on_canvas(path.latents[:, number].flatten(0, 1), layer, stack.canvas, side).unflatten(0, (levels, -1))
+        for number, layer in enumerate(stack.layers)
+        if layer.visible
+    ]
     return replace(path, latents=torch.stack(placed, 1)).at
 
 
@@ -131,11 +254,17 @@ def _padded(pixels: torch.Tensor, side: int) -> torch.Tensor:
 def _decoded(vae, latent: torch.Tensor, canvas: tuple[int, int]) -> torch.Tensor:
     """[1,3,H,W] of the first frame, cut to the canvas."""
     pixels = vae.decode(latent)
-    return pixels.reshape(-1, *pixels.shape[-3:])[:1, :canvas[1], :canvas[0]].permute(0, 3, 1, 2)
+    return pixels.reshape(-1, *pixels.shape[-3:])[:1, : canvas[1], : canvas[0]].permute(0, 3, 1, 2)
 
 
-def _with_harmonised_background(stack: LayerStack, before: torch.Tensor, drawn: torch.Tensor, clear: torch.Tensor, seen: torch.Tensor,
-                                alpha: torch.Tensor) -> LayerStack:
+def _with_harmonised_background(
+    stack: LayerStack,
+    before: torch.Tensor,
+    drawn: torch.Tensor,
+    clear: torch.Tensor,
+    seen: torch.Tensor,
+    alpha: torch.Tensor,
+) -> LayerStack:
     """The model's background where it is seen, and behind the things what was there before, in the light that goes on from around them.
 
     So no silhouette shows when a thing is moved away. clear, seen [1,H,W]: where that light is taken from, and where the background is the model's.

@@ -1,4 +1,5 @@
 """What arrives on sockets, one check for each type and one sentence for each fault, and the files of ComfyUI's input folder."""
+
 from __future__ import annotations
 
 import math
@@ -31,7 +32,9 @@ def check(declared, value, files: bool = False):
             _typed(name, value, str, "a text").encode()
             return value
         except UnicodeEncodeError:
-            raise ValueError(f"{name}: there is half of a character in it (a lone surrogate), which no encoder and no file can hold; type it again.") from None
+            raise ValueError(
+                f"{name}: there is half of a character in it (a lone surrogate), which no encoder and no file can hold; type it again."
+            ) from None
     if kind == "COMBO":
         _typed(name, value, str, "one of the choices")
         if not files and value not in declared.options:
@@ -45,7 +48,9 @@ def check_together(values: dict, kinds: dict[str, str]) -> None:
 
     kinds: {input: type}, as values.
     """
-    model = next((values[name] for name, kind in kinds.items() if kind == "MODEL" and values.get(name) is not None), None)
+    model = next(
+        (values[name] for name, kind in kinds.items() if kind == "MODEL" and values.get(name) is not None), None
+    )
     if model is None:
         return
     width = model.model.model_config.unet_config.get("context_dim") if hasattr(model.model, "model_config") else None
@@ -54,27 +59,46 @@ def check_together(values: dict, kinds: dict[str, str]) -> None:
         if kind == "CONDITIONING" and width and values.get(name):
             for text, _ in values[name]:
                 if text.shape[-1] != width:
-                    raise ValueError(f"{name}: its embeddings have {text.shape[-1]} numbers a token and the model takes {width}; encode the text with the "
-                                     "text encoder of this model.")
+                    raise ValueError(
+                        f"{name}: its embeddings have {text.shape[-1]} numbers a token and the model takes {width}; encode the text with the "
+                        "text encoder of this model."
+                    )
         if kind == "LATENT" and values.get(name) is not None:
             samples = values[name]["samples"]
-            if form.latent_dimensions == 2 and samples.ndim != 4 or samples.shape[1] != form.latent_channels and samples.any():
-                raise ValueError(f"{name}: its latents are of shape {list(samples.shape)} and the model takes {form.latent_channels} channels"
-                                 f"{' of single pictures' * (samples.ndim != 4)}; encode the picture with the VAE of this model.")
+            if (
+                form.latent_dimensions == 2
+                and samples.ndim != 4
+                or samples.shape[1] != form.latent_channels
+                and samples.any()
+            ):
+                raise ValueError(
+                    f"{name}: its latents are of shape {list(samples.shape)} and the model takes {form.latent_channels} channels"
+                    f"{' of single pictures' * (samples.ndim != 4)}; encode the picture with the VAE of this model."
+                )
 
 
 def _number(declared, value, kind: str):
     name, low, high = declared.id, declared.min, declared.max
     _typed(name, value, (int, float), "a number")
     if isinstance(value, float) and (not math.isfinite(value) or kind == "INT" and value != int(value)):
-        raise ValueError(f"{name}: {value} is no {'whole ' * (kind == 'INT')}number; connect one from {_shown(low)} to {_shown(high)}.")
+        raise ValueError(
+            f"{name}: {value} is no {'whole ' * (kind == 'INT')}number; connect one from {_shown(low)} to {_shown(high)}."
+        )
     if low is not None and value < low or high is not None and value > high:
-        raise ValueError(f"{name}: {_shown(value)} is outside of {_shown(low)} to {_shown(high)}; connect a number between them.")
+        raise ValueError(
+            f"{name}: {_shown(value)} is outside of {_shown(low)} to {_shown(high)}; connect a number between them."
+        )
     return int(value) if kind == "INT" else value
 
 
 def _shown(number) -> str:
-    return f"{number:g}" if isinstance(number, float) else str(number) if abs(number) < 10**20 else "a number of more than twenty digits"
+    return (
+        f"{number:g}"
+        if isinstance(number, float)
+        else str(number)
+        if abs(number) < 10**20
+        else "a number of more than twenty digits"
+    )
 
 
 def _typed(name: str, value, kinds, wanted: str):
@@ -102,45 +126,79 @@ def check_layers(document, socket: str):
     if not isinstance(document, dict) or not isinstance(document.get("layers"), list | tuple):
         return document
     device = comfy.model_management.intermediate_device()
-    moved = [{**entry, **{key: value.to(device) for key, value in entry.items() if key in ("image", "mask") and isinstance(value, torch.Tensor)}}
-             if isinstance(entry, dict) else entry for entry in document["layers"]]
+    moved = [
+        {
+            **entry,
+            **{
+                key: value.to(device)
+                for key, value in entry.items()
+                if key in ("image", "mask") and isinstance(value, torch.Tensor)
+            },
+        }
+        if isinstance(entry, dict)
+        else entry
+        for entry in document["layers"]
+    ]
     return {**document, "layers": moved}
 
 
 def _in_range(tensor: torch.Tensor, socket: str, what: str, allowed: tuple[float, float]) -> torch.Tensor:
     if tensor.dtype != torch.bool and not tensor.is_floating_point():
-        raise ValueError(f"{socket}: it has whole numbers ({str(tensor.dtype).removeprefix('torch.')}) and {what} has values of 0 to 1; divide it by 255.")
+        raise ValueError(
+            f"{socket}: it has whole numbers ({str(tensor.dtype).removeprefix('torch.')}) and {what} has values of 0 to 1; divide it by 255."
+        )
     tensor = _finite(tensor, socket)
     low, high = tensor.aminmax()
     if low < allowed[0] or high > allowed[1]:
-        raise ValueError(f"{socket}: its values go from {low:g} to {high:g} and {what} has values of 0 to 1; scale it first.")
-    return tensor.to(comfy.model_management.intermediate_device())  # the one place for pictures: the card with --gpu-only
+        raise ValueError(
+            f"{socket}: its values go from {low:g} to {high:g} and {what} has values of 0 to 1; scale it first."
+        )
+    return tensor.to(
+        comfy.model_management.intermediate_device()
+    )  # the one place for pictures: the card with --gpu-only
 
 
 def check_latent(latent: dict, socket: str) -> dict:
     """A LATENT whose samples [B,C,H,W] or [B,C,T,H,W] are finite and whose other fields go with them. Raises ValueError."""
     samples = latent.get("samples") if isinstance(latent, dict) else None
-    if samples is None or getattr(samples, "is_nested", False) or not isinstance(samples, torch.Tensor) or samples.ndim not in (4, 5) or 0 in samples.shape:
-        raise ValueError(f"{socket}: {_what(latent if samples is None else samples)} is not the latent of a picture; connect a LATENT output.")
+    if (
+        samples is None
+        or getattr(samples, "is_nested", False)
+        or not isinstance(samples, torch.Tensor)
+        or samples.ndim not in (4, 5)
+        or 0 in samples.shape
+    ):
+        raise ValueError(
+            f"{socket}: {_what(latent if samples is None else samples)} is not the latent of a picture; connect a LATENT output."
+        )
     _finite(samples, socket)
     mask, numbers = latent.get("noise_mask"), latent.get("batch_index")
     if mask is not None:
         if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 3, 4, 5) or 0 in mask.shape:
-            raise ValueError(f"{socket}: its noise mask, {_what(mask)}, is not a mask; make it with Set Latent Noise Mask.")
+            raise ValueError(
+                f"{socket}: its noise mask, {_what(mask)}, is not a mask; make it with Set Latent Noise Mask."
+            )
         _finite(mask, socket)
     if numbers is not None and len(numbers) != len(samples):
-        raise ValueError(f"{socket}: it has {len(samples)} latents and numbers for {len(numbers)}; make it again, or take its rows with Latent From Batch.")
+        raise ValueError(
+            f"{socket}: it has {len(samples)} latents and numbers for {len(numbers)}; make it again, or take its rows with Latent From Batch."
+        )
     return latent
 
 
 def check_inversion(inversion, socket: str):
     """An INVERSION with a finite trajectory [N,B,C,H,W]. Raises ValueError."""
     from ..patches.inversion import Inversion
+
     if not isinstance(inversion, Inversion):
-        raise ValueError(f"{socket}: {_what(inversion)} is not an inversion; connect Invert image, or retained of Layers sampler.")
+        raise ValueError(
+            f"{socket}: {_what(inversion)} is not an inversion; connect Invert image, or retained of Layers sampler."
+        )
     path = inversion.latents
     if path.ndim < 5 or 0 in path.shape or len(path) != len(inversion.sigmas):
-        raise ValueError(f"{socket}: its trajectory, {_what(path)}, does not go with {len(inversion.sigmas)} noise levels; invert the picture again.")
+        raise ValueError(
+            f"{socket}: its trajectory, {_what(path)}, does not go with {len(inversion.sigmas)} noise levels; invert the picture again."
+        )
     _finite(path, socket)
     return inversion
 
@@ -148,6 +206,7 @@ def check_inversion(inversion, socket: str):
 def check_planes(planes, socket: str):
     """PLANES, at least one. Raises ValueError."""
     from ..patches.feature_guidance import Planes
+
     if not isinstance(planes, Planes) or not planes.planes:
         raise ValueError(f"{socket}: {_what(planes)} has no planes; connect Guidance plane.")
     return planes
@@ -156,7 +215,9 @@ def check_planes(planes, socket: str):
 def check_conditioning(conditioning: list, socket: str) -> list:
     """CONDITIONING with at least one entry of finite embeddings [B,T,D] and a dictionary. Raises ValueError."""
     entries = conditioning if isinstance(conditioning, list | tuple) else None
-    if not entries or any(not isinstance(entry, list | tuple) or len(entry) != 2 or not isinstance(entry[1], dict) for entry in entries):
+    if not entries or any(
+        not isinstance(entry, list | tuple) or len(entry) != 2 or not isinstance(entry[1], dict) for entry in entries
+    ):
         raise ValueError(f"{socket}: {_what(conditioning)} is not a conditioning; connect a text encoding.")
     for text, _ in entries:
         if not isinstance(text, torch.Tensor) or text.ndim != 3 or 0 in text.shape:
@@ -170,20 +231,33 @@ def _of_kind(methods: tuple[str, ...], what: str):
         if not all(hasattr(value, method) for method in methods):
             raise ValueError(f"{socket}: {_what(value)} is not {what}; connect the output of a loader.")
         return value
+
     return check_kind
 
 
 MISSING = {
-    "CLIP": "the checkpoint has no text encoder in it; connect one from Load CLIP", "VAE": "the checkpoint has no VAE in it; connect Load VAE",
-    "MODEL": "connect a checkpoint's model"}
-IMAGE_RANGE, MASK_RANGE = (-1.0, 4.0), (-0.01, 1.01)  # sharpening and upscaling overshoot, and pictures of high range go beyond 1
+    "CLIP": "the checkpoint has no text encoder in it; connect one from Load CLIP",
+    "VAE": "the checkpoint has no VAE in it; connect Load VAE",
+    "MODEL": "connect a checkpoint's model",
+}
+IMAGE_RANGE, MASK_RANGE = (
+    (-1.0, 4.0),
+    (-0.01, 1.01),
+)  # sharpening and upscaling overshoot, and pictures of high range go beyond 1
 CHECKS = {
-    "LAYERS": check_layers, "IMAGE": check_image, "MASK": check_mask, "LATENT": check_latent, "INVERSION": check_inversion, "STRATA_PLANES": check_planes,
-    "CONDITIONING": check_conditioning, "MODEL": _of_kind(("model", "clone", "model_options"), "a model"),
+    "LAYERS": check_layers,
+    "IMAGE": check_image,
+    "MASK": check_mask,
+    "LATENT": check_latent,
+    "INVERSION": check_inversion,
+    "STRATA_PLANES": check_planes,
+    "CONDITIONING": check_conditioning,
+    "MODEL": _of_kind(("model", "clone", "model_options"), "a model"),
     "CLIP": _of_kind(("tokenize", "encode_from_tokens_scheduled"), "a text encoder"),
     "VAE": _of_kind(("encode", "decode", "first_stage_model"), "a VAE"),
     "STRATA_TRANSPARENCY": _of_kind(("part", "families"), "a file of Load transparency"),
-    "STRATA_LAYER_MODULES": _of_kind(("describe", "family"), "a file of Load layer modules")}
+    "STRATA_LAYER_MODULES": _of_kind(("describe", "family"), "a file of Load layer modules"),
+}
 
 
 def _finite(tensor: torch.Tensor, socket: str) -> torch.Tensor:
@@ -200,7 +274,9 @@ def encodable(image: torch.Tensor, vae, socket: str = "image") -> torch.Tensor:
     """The picture [B,H,W,C]. Raises ValueError when it is smaller than one pixel of the latent."""
     side, (height, width) = vae.spacial_compression_encode(), image.shape[1:3]
     if min(height, width) < side:
-        raise ValueError(f"{socket}: it is {width}×{height} and the VAE takes pictures of at least {side}×{side} pixels; scale it up.")
+        raise ValueError(
+            f"{socket}: it is {width}×{height} and the VAE takes pictures of at least {side}×{side} pixels; scale it up."
+        )
     return image
 
 
@@ -218,7 +294,7 @@ def named(socket: str, instead: str = "transparency"):
 def centred(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The middle of pictures or masks [B,H,W,…], where ComfyUI cuts what a VAE cannot encode whole; what is smaller stays as it is."""
     top, left = (max(0, (have - want) // 2) for have, want in zip(pixels.shape[1:3], (height, width), strict=True))
-    return pixels[:, top:top + height, left:left + width]
+    return pixels[:, top : top + height, left : left + width]
 
 
 def seen_by_latent(mask: torch.Tensor, latent: torch.Tensor, side: int = 8) -> torch.Tensor:

@@ -1,4 +1,5 @@
 """Layers made, changed, arranged, flattened and looked at."""
+
 import math
 
 from comfy_api.latest import io, ui
@@ -10,8 +11,10 @@ from ..techniques.compositing import flatten_image, preview
 from ..techniques.layers import BLEND_MODES, MAX_SIDE, read_layers, write_layers
 from .sockets import Layers, Node, schema, told
 
-SELECT = ('Which layers: numbers from 1 at the back, ranges and names, as in: 1, 3-5, Sky. A name with a comma, or one that is a number, goes in '
-          'double quotes. Empty means all.')
+SELECT = (
+    "Which layers: numbers from 1 at the back, ranges and names, as in: 1, 3-5, Sky. A name with a comma, or one that is a number, goes in "
+    "double quotes. Empty means all."
+)
 
 
 def layers_output():
@@ -26,18 +29,35 @@ class LayersFromImages(Node):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_LayersFromImages", display_name="Layers from images", category="Strata/Layers",
+            node_id="Strata_LayersFromImages",
+            display_name="Layers from images",
+            category="Strata/Layers",
             description="Turns every image of a batch into a layer, the first one at the back.",
             search_aliases=["batch to layers", "stack images"],
             inputs=[
-                io.Image.Input("images", tooltip="RGB or RGBA images; the first becomes the back layer. The canvas takes their size."),
-                io.Mask.Input("masks", optional=True, tooltip="Transparency, 1 = transparent (as Load Image gives it): one mask for all images or "
-                              "one for each, of the same size. It multiplies with the alpha of RGBA images."),
-                layers_input("When connected, the new layers go on top of these and the canvas stays theirs.", optional=True),
-                io.String.Input("names", multiline=True, default="", tooltip="Layer names, one per line, back to front. Layers without a line are "
-                                "called Layer 1, Layer 2 and so on."),
+                io.Image.Input(
+                    "images",
+                    tooltip="RGB or RGBA images; the first becomes the back layer. The canvas takes their size.",
+                ),
+                io.Mask.Input(
+                    "masks",
+                    optional=True,
+                    tooltip="Transparency, 1 = transparent (as Load Image gives it): one mask for all images or "
+                    "one for each, of the same size. It multiplies with the alpha of RGBA images.",
+                ),
+                layers_input(
+                    "When connected, the new layers go on top of these and the canvas stays theirs.", optional=True
+                ),
+                io.String.Input(
+                    "names",
+                    multiline=True,
+                    default="",
+                    tooltip="Layer names, one per line, back to front. Layers without a line are "
+                    "called Layer 1, Layer 2 and so on.",
+                ),
             ],
-            outputs=[layers_output()])
+            outputs=[layers_output()],
+        )
 
     @classmethod
     def execute(cls, images, names, masks=None, layers=None):
@@ -50,34 +70,85 @@ class SetLayer(Node):
     def define_schema(cls):
         place = {"min": -MAX_SIDE, "max": MAX_SIDE}
         return schema(
-            node_id="Strata_SetLayer", display_name="Set layer", category="Strata/Layers",
+            node_id="Strata_SetLayer",
+            display_name="Set layer",
+            category="Strata/Layers",
             description="Adds an image as a new layer, or changes fields of the layers that are there.",
             search_aliases=["add layer", "edit layer", "layer opacity", "layer blend mode"],
             inputs=[
-                layers_input("The layers to add to or to change. Not needed to append the first layer of a new document.", optional=True),
-                io.Image.Input("image", optional=True, tooltip="Picture of the layer, RGB or RGBA. Needed for a new layer; a batch makes several. "
-                               "When changing, leave it open to keep the picture."),
-                io.Mask.Input("mask", optional=True, tooltip="Transparency, 1 = transparent, of the image's size. When changing, leave it open to "
-                              "keep the mask."),
-                io.Combo.Input("action", options=["append", "insert below", "change"], default="append", tooltip="append: a new layer in front of "
-                               "all. insert below: a new layer just behind the one named in layer. change: set fields of the layers named in layer."),
+                layers_input(
+                    "The layers to add to or to change. Not needed to append the first layer of a new document.",
+                    optional=True,
+                ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="Picture of the layer, RGB or RGBA. Needed for a new layer; a batch makes several. "
+                    "When changing, leave it open to keep the picture.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Transparency, 1 = transparent, of the image's size. When changing, leave it open to "
+                    "keep the mask.",
+                ),
+                io.Combo.Input(
+                    "action",
+                    options=["append", "insert below", "change"],
+                    default="append",
+                    tooltip="append: a new layer in front of "
+                    "all. insert below: a new layer just behind the one named in layer. change: set fields of the layers named in layer.",
+                ),
                 io.String.Input("layer", default="", tooltip=f"For change and insert below. {SELECT}"),
-                io.String.Input("name", default="", tooltip="Name of the layer. Empty keeps the name, or gives a new layer a number."),
+                io.String.Input(
+                    "name",
+                    default="",
+                    tooltip="Name of the layer. Empty keeps the name, or gives a new layer a number.",
+                ),
                 io.Int.Input("x", default=0, **place, tooltip="Left side on the canvas in pixels; may be negative."),
                 io.Int.Input("y", default=0, **place, tooltip="Top side on the canvas in pixels; may be negative."),
-                io.Int.Input("w", default=0, min=0, max=MAX_SIDE, tooltip="Width on the canvas in pixels; 0 is the image's own."),
-                io.Int.Input("h", default=0, min=0, max=MAX_SIDE, tooltip="Height on the canvas in pixels; 0 is the image's own."),
-                io.Float.Input("rotation", default=0.0, min=-360.0, max=360.0, step=1.0, round=0.001, tooltip="Degrees clockwise about the centre."),
+                io.Int.Input(
+                    "w", default=0, min=0, max=MAX_SIDE, tooltip="Width on the canvas in pixels; 0 is the image's own."
+                ),
+                io.Int.Input(
+                    "h", default=0, min=0, max=MAX_SIDE, tooltip="Height on the canvas in pixels; 0 is the image's own."
+                ),
+                io.Float.Input(
+                    "rotation",
+                    default=0.0,
+                    min=-360.0,
+                    max=360.0,
+                    step=1.0,
+                    round=0.001,
+                    tooltip="Degrees clockwise about the centre.",
+                ),
                 io.Boolean.Input("flip_h", default=False, tooltip="Mirror left and right."),
                 io.Boolean.Input("flip_v", default=False, tooltip="Mirror top and bottom."),
-                io.Float.Input("opacity", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="1 shows the layer fully, 0 not at all."),
-                io.Combo.Input("blend_mode", options=list(BLEND_MODES), default="normal", tooltip="How the layer mixes with what is behind it. "
-                               "Saved in files; Flatten layers knows the sixteen of W3C (normal to exclusion, hue to luminosity)."),
+                io.Float.Input(
+                    "opacity",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="1 shows the layer fully, 0 not at all.",
+                ),
+                io.Combo.Input(
+                    "blend_mode",
+                    options=list(BLEND_MODES),
+                    default="normal",
+                    tooltip="How the layer mixes with what is behind it. "
+                    "Saved in files; Flatten layers knows the sixteen of W3C (normal to exclusion, hue to luminosity).",
+                ),
                 io.Boolean.Input("visible", default=True, tooltip="Whether the layer is shown."),
-                io.String.Input("fields", default="", tooltip="For change: the fields to set, as in: x, y, opacity. Empty sets those that differ "
-                                "from their default above and keeps the rest; to set one back to its default, name it here."),
+                io.String.Input(
+                    "fields",
+                    default="",
+                    tooltip="For change: the fields to set, as in: x, y, opacity. Empty sets those that differ "
+                    "from their default above and keeps the rest; to set one back to its default, name it here.",
+                ),
             ],
-            outputs=[layers_output()])
+            outputs=[layers_output()],
+        )
 
     @classmethod
     def execute(cls, action, layer, fields, rotation, layers=None, image=None, mask=None, **values):
@@ -85,7 +156,9 @@ class SetLayer(Node):
         values["rotation"] = math.radians(rotation)
         if action == "change":
             _need(stack, "layers: connect the layers to change, or use the action append.")
-            return io.NodeOutput(write_layers(arrange.change(stack, layer, image, mask, arrange.chosen_fields(values, fields))))
+            return io.NodeOutput(
+                write_layers(arrange.change(stack, layer, image, mask, arrange.chosen_fields(values, fields)))
+            )
         _need(image, f"image: connect a picture for the new layer, or use the action change; {action} needs one.")
         below = layer if action == "insert below" else None
         return io.NodeOutput(write_layers(arrange.insert(stack, image, mask, below, arrange.chosen_fields(values, ""))))
@@ -96,34 +169,67 @@ class TransformLayer(Node):
     def define_schema(cls):
         reach = {"min": -MAX_SIDE, "max": MAX_SIDE, "step": 1.0, "round": 0.0001}
         return schema(
-            node_id="Strata_TransformLayer", display_name="Transform layer", category="Strata/Layers",
+            node_id="Strata_TransformLayer",
+            display_name="Transform layer",
+            category="Strata/Layers",
             description="Fits, flips, scales, turns and moves layers, in this order. Pixels are not resampled until the layers are flattened.",
             search_aliases=["move layer", "scale layer", "rotate layer", "flip layer", "fit layer"],
             inputs=[
                 layers_input(),
                 io.String.Input("select", default="", tooltip=SELECT),
-                io.Combo.Input("fit", options=list(geometry.FITS), default="none", tooltip="First size and centre the layer, as it is before "
-                               "rotation: contain (wholly visible), cover (no gap), stretch (exactly the canvas), centre (keep the size)."),
+                io.Combo.Input(
+                    "fit",
+                    options=list(geometry.FITS),
+                    default="none",
+                    tooltip="First size and centre the layer, as it is before "
+                    "rotation: contain (wholly visible), cover (no gap), stretch (exactly the canvas), centre (keep the size).",
+                ),
                 io.Boolean.Input("flip_h", default=False, tooltip="Mirror left and right, as seen on the canvas."),
                 io.Boolean.Input("flip_v", default=False, tooltip="Mirror top and bottom, as seen on the canvas."),
-                io.Float.Input("scale", default=1.0, min=0.001, max=1000.0, step=0.01, round=0.0001, tooltip="Factor on the size; 2 doubles it."),
-                io.Float.Input("rotation", default=0.0, min=-360.0, max=360.0, step=1.0, round=0.001, tooltip="Degrees clockwise."),
-                io.Combo.Input("about", options=["layer centre", "canvas centre", "canvas top left"], default="layer centre",
-                               tooltip="The point that stays where it is in flip, scale and rotation. The canvas points keep several layers "
-                               "together."),
-                io.Combo.Input("unit", options=["pixels", "fractions"], default="pixels", tooltip="Of move_x and move_y: pixels, or fractions of the "
-                               "canvas's width and height (0.5 is half of it)."),
+                io.Float.Input(
+                    "scale",
+                    default=1.0,
+                    min=0.001,
+                    max=1000.0,
+                    step=0.01,
+                    round=0.0001,
+                    tooltip="Factor on the size; 2 doubles it.",
+                ),
+                io.Float.Input(
+                    "rotation", default=0.0, min=-360.0, max=360.0, step=1.0, round=0.001, tooltip="Degrees clockwise."
+                ),
+                io.Combo.Input(
+                    "about",
+                    options=["layer centre", "canvas centre", "canvas top left"],
+                    default="layer centre",
+                    tooltip="The point that stays where it is in flip, scale and rotation. The canvas points keep several layers "
+                    "together.",
+                ),
+                io.Combo.Input(
+                    "unit",
+                    options=["pixels", "fractions"],
+                    default="pixels",
+                    tooltip="Of move_x and move_y: pixels, or fractions of the "
+                    "canvas's width and height (0.5 is half of it).",
+                ),
                 io.Float.Input("move_x", default=0.0, **reach, tooltip="Move to the right; negative: left."),
                 io.Float.Input("move_y", default=0.0, **reach, tooltip="Move down; negative: up."),
             ],
-            outputs=[layers_output()])
+            outputs=[layers_output()],
+        )
 
     @classmethod
     def execute(cls, layers, select, fit, flip_h, flip_v, scale, rotation, about, unit, move_x, move_y):
         stack = read_layers(layers)
         move = geometry.in_pixels((move_x, move_y), unit, stack.canvas)
-        changes = {"pivot": geometry.pivot(about, stack.canvas), "move": move, "scale": scale, "rotation": math.radians(rotation),
-                   "flip_h": flip_h, "flip_v": flip_v}
+        changes = {
+            "pivot": geometry.pivot(about, stack.canvas),
+            "move": move,
+            "scale": scale,
+            "rotation": math.radians(rotation),
+            "flip_h": flip_h,
+            "flip_v": flip_v,
+        }
         return io.NodeOutput(write_layers(arrange.transform_layers(stack, select, fit, **changes)))
 
 
@@ -131,20 +237,39 @@ class OrderLayers(Node):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_OrderLayers", display_name="Order layers", category="Strata/Layers",
+            node_id="Strata_OrderLayers",
+            display_name="Order layers",
+            category="Strata/Layers",
             description="Picks, drops, reorders, renames or merges layers.",
-            search_aliases=["merge layers", "rename layers", "pick layers", "drop layers", "delete layer", "reorder layers"],
+            search_aliases=[
+                "merge layers",
+                "rename layers",
+                "pick layers",
+                "drop layers",
+                "delete layer",
+                "reorder layers",
+            ],
             inputs=[
                 layers_input(),
-                io.Combo.Input("action", options=list(arrange.ACTIONS), default="pick",
-                               tooltip="pick: keep these, in the order written. drop: remove these. "
-                               "reorder: all layers, in the order written, back to front. bring to front, send to back: move these. reverse: turn "
-                               "the order of these round. rename: see names. merge: flatten neighbouring layers into one; hidden ones are left out."),
+                io.Combo.Input(
+                    "action",
+                    options=list(arrange.ACTIONS),
+                    default="pick",
+                    tooltip="pick: keep these, in the order written. drop: remove these. "
+                    "reorder: all layers, in the order written, back to front. bring to front, send to back: move these. reverse: turn "
+                    "the order of these round. rename: see names. merge: flatten neighbouring layers into one; hidden ones are left out.",
+                ),
                 io.String.Input("select", default="", tooltip=SELECT),
-                io.String.Input("names", multiline=True, default="", tooltip="For rename: the new names, one per line, in the order of select. For "
-                                "merge: the name of the merged layer; empty takes the name of its nearest layer."),
+                io.String.Input(
+                    "names",
+                    multiline=True,
+                    default="",
+                    tooltip="For rename: the new names, one per line, in the order of select. For "
+                    "merge: the name of the merged layer; empty takes the name of its nearest layer.",
+                ),
             ],
-            outputs=[layers_output()])
+            outputs=[layers_output()],
+        )
 
     @classmethod
     def execute(cls, layers, action, select, names):
@@ -155,20 +280,35 @@ class FlattenLayers(Node):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_FlattenLayers", display_name="Flatten layers", category="Strata/Layers",
+            node_id="Strata_FlattenLayers",
+            display_name="Flatten layers",
+            category="Strata/Layers",
             description="Composites the visible layers into one image.",
             search_aliases=["composite layers", "merge visible", "layers to image"],
             inputs=[
                 layers_input(),
-                io.Combo.Input("blending", options=["sRGB", "linear light"], default="sRGB", tooltip="sRGB mixes the stored values, as image editors "
-                               "do, and gives a sliced picture back as it was. linear light mixes light, as ComfyUI's layer editor does."),
-                io.String.Input("background", default="transparent", tooltip="What is behind the layers: transparent (the image is then RGBA), or a "
-                                "colour such as #ffffff, #fff or white; #ff000080 is half transparent."),
+                io.Combo.Input(
+                    "blending",
+                    options=["sRGB", "linear light"],
+                    default="sRGB",
+                    tooltip="sRGB mixes the stored values, as image editors "
+                    "do, and gives a sliced picture back as it was. linear light mixes light, as ComfyUI's layer editor does.",
+                ),
+                io.String.Input(
+                    "background",
+                    default="transparent",
+                    tooltip="What is behind the layers: transparent (the image is then RGBA), or a "
+                    "colour such as #ffffff, #fff or white; #ff000080 is half transparent.",
+                ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The picture at canvas size: RGB on an opaque background, otherwise RGBA."),
+                io.Image.Output(
+                    display_name="image",
+                    tooltip="The picture at canvas size: RGB on an opaque background, otherwise RGBA.",
+                ),
                 io.Mask.Output(display_name="mask", tooltip="Transparency of the picture, 1 = transparent."),
-            ])
+            ],
+        )
 
     @classmethod
     def execute(cls, layers, blending, background):
@@ -180,20 +320,30 @@ class LayersToBatch(Node):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_LayersToBatch", display_name="Layers to batch", category="Strata/Layers",
+            node_id="Strata_LayersToBatch",
+            display_name="Layers to batch",
+            category="Strata/Layers",
             description="Gives the layers to nodes that know images and masks only, one image per layer, back to front.",
             search_aliases=["layers to images", "split layers"],
             inputs=[
                 layers_input(),
-                io.Boolean.Input("at_canvas_size", default=True, tooltip="On: every layer as it is placed on the canvas. Off: every layer's own "
-                                 "pixels, which must all have the same size."),
+                io.Boolean.Input(
+                    "at_canvas_size",
+                    default=True,
+                    tooltip="On: every layer as it is placed on the canvas. Off: every layer's own "
+                    "pixels, which must all have the same size.",
+                ),
             ],
             outputs=[
-                io.Image.Output(display_name="images", tooltip="One RGBA image per layer, back to front, hidden ones too; opacity and mask are in "
-                                "the alpha."),
+                io.Image.Output(
+                    display_name="images",
+                    tooltip="One RGBA image per layer, back to front, hidden ones too; opacity and mask are in "
+                    "the alpha.",
+                ),
                 io.Mask.Output(display_name="masks", tooltip="Transparency of the images, 1 = transparent."),
                 io.String.Output(display_name="names", tooltip="The layers' names, one per line, in the same order."),
-            ])
+            ],
+        )
 
     @classmethod
     def execute(cls, layers, at_canvas_size):
@@ -206,11 +356,15 @@ class PreviewLayers(Node):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_PreviewLayers", display_name="Preview layers", category="Strata/Layers", is_output_node=True,
+            node_id="Strata_PreviewLayers",
+            display_name="Preview layers",
+            category="Strata/Layers",
+            is_output_node=True,
             description="Shows the flattened picture, then every layer on a checkerboard, back to front, hidden ones too.",
             search_aliases=["show layers", "view layers"],
             inputs=[layers_input()],
-            outputs=[Layers.Output(display_name="layers", tooltip="The same layers, unchanged.")])
+            outputs=[Layers.Output(display_name="layers", tooltip="The same layers, unchanged.")],
+        )
 
     @classmethod
     def execute(cls, layers):
@@ -231,7 +385,9 @@ def _colour(text: str) -> tuple[float, float, float, float]:
     try:
         red, green, blue, *alpha = ImageColor.getrgb(text.strip())
     except ValueError:
-        raise ValueError(f"background: {text!r} is not a colour; write transparent, a hex colour such as #ffffff, or a name such as white.") from None
+        raise ValueError(
+            f"background: {text!r} is not a colour; write transparent, a hex colour such as #ffffff, or a name such as white."
+        ) from None
     return red / 255, green / 255, blue / 255, (alpha[0] / 255 if alpha else 1.0)
 
 

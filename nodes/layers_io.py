@@ -1,4 +1,5 @@
 """Layers to files and back: PSD, OpenRaster, PNG, WebP."""
+
 import os
 import re
 import time
@@ -23,31 +24,48 @@ class SaveLayers(Node):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_SaveLayers", display_name="Save layers", category="Strata/Layers", is_output_node=True,
+            node_id="Strata_SaveLayers",
+            display_name="Save layers",
+            category="Strata/Layers",
+            is_output_node=True,
             search_aliases=["psd", "ora", "openraster", "photoshop", "krita", "gimp", "export layers"],
             description="Saves layers to the output folder as a Photoshop or OpenRaster document, or as one picture per layer. "
-                        "The workflow is embedded in every file.",
+            "The workflow is embedded in every file.",
             inputs=[
                 Layers.Input("layers", tooltip="The layers to save, from any node that makes layers."),
-                io.String.Input("filename_prefix", default="layers/strata",
-                                tooltip="Start of the file names; a / makes a subfolder of the output folder. %date:yyyy-MM-dd%, %year%, %month%, "
-                                        "%day%, %hour%, %minute%, %second%, %width% and %height% are replaced."),
-                io.Combo.Input("format", options=list(files.FORMATS), default=files.FORMATS[0],
-                               tooltip="PSD: Photoshop, GIMP, Krita, Affinity. OpenRaster: Krita, GIMP, MyPaint. PNG or WebP layers: one lossless "
-                                       "canvas-sized picture per layer and the flattened one."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="layers/strata",
+                    tooltip="Start of the file names; a / makes a subfolder of the output folder. %date:yyyy-MM-dd%, %year%, %month%, "
+                    "%day%, %hour%, %minute%, %second%, %width% and %height% are replaced.",
+                ),
+                io.Combo.Input(
+                    "format",
+                    options=list(files.FORMATS),
+                    default=files.FORMATS[0],
+                    tooltip="PSD: Photoshop, GIMP, Krita, Affinity. OpenRaster: Krita, GIMP, MyPaint. PNG or WebP layers: one lossless "
+                    "canvas-sized picture per layer and the flattened one.",
+                ),
             ],
             outputs=[
-                Layers.Output("layers_out", display_name="layers", tooltip="The same layers, unchanged, to go on with."),
-                io.String.Output("files", display_name="files", tooltip="Full paths of the files that were written, one a line."),
+                Layers.Output(
+                    "layers_out", display_name="layers", tooltip="The same layers, unchanged, to go on with."
+                ),
+                io.String.Output(
+                    "files", display_name="files", tooltip="Full paths of the files that were written, one a line."
+                ),
             ],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo])
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+        )
 
     @classmethod
     def execute(cls, layers, filename_prefix, format):
         stack = read_layers(layers)
         merged = picture(stack)
         folder, stem, subfolder = _target(filename_prefix, stack.canvas)
-        paths = files.save(folder, stem, stack, merged, format, _metadata(cls.hidden), ProgressBar(len(stack.layers)).update_absolute)
+        paths = files.save(
+            folder, stem, stack, merged, format, _metadata(cls.hidden), ProgressBar(len(stack.layers)).update_absolute
+        )
         saved = [{"filename": path.name, "subfolder": subfolder, "type": "output"} for path in paths]
         shown = {"images": saved} if "layers" in format else {**ui.PreviewImage(merged[None]).as_dict(), "files": saved}
         return io.NodeOutput(layers, "\n".join(map(str, paths)), ui=shown | told(modes_note(stack.layers)))
@@ -57,26 +75,51 @@ class LoadLayers(Node):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_LoadLayers", display_name="Load layers", category="Strata/Layers",
+            node_id="Strata_LoadLayers",
+            display_name="Load layers",
+            category="Strata/Layers",
             search_aliases=["psd", "ora", "openraster", "photoshop", "krita", "import layers"],
             description="Loads the layers of a Photoshop (PSD, PSB) or OpenRaster (ORA) file. Groups become their layers where that shows the same.",
             inputs=[
-                io.Combo.Input("file", options=input_names(files.SUFFIXES), tooltip=(
-                    "A PSD, PSB or ORA file in ComfyUI's input folder; the button below uploads one.")),
-                io.Combo.Input("groups", options=list(GROUPS), default=GROUPS[0], optional=True, tooltip=(
-                    "leaves: a group's layers one by one where they show the same without it, and otherwise the group as one layer. one layer each: every "
-                    "outermost group as one layer.")),
+                io.Combo.Input(
+                    "file",
+                    options=input_names(files.SUFFIXES),
+                    tooltip=("A PSD, PSB or ORA file in ComfyUI's input folder; the button below uploads one."),
+                ),
+                io.Combo.Input(
+                    "groups",
+                    options=list(GROUPS),
+                    default=GROUPS[0],
+                    optional=True,
+                    tooltip=(
+                        "leaves: a group's layers one by one where they show the same without it, and otherwise the group as one layer. one layer each: every "
+                        "outermost group as one layer."
+                    ),
+                ),
             ],
             outputs=[
-                Layers.Output("layers", display_name="layers", tooltip="The layers, back to front, with all their fields."),
+                Layers.Output(
+                    "layers", display_name="layers", tooltip="The layers, back to front, with all their fields."
+                ),
                 io.Image.Output("image", display_name="image", tooltip="The visible layers flattened."),
-                io.Mask.Output("mask", display_name="mask", tooltip="Transparency of the flattened picture, 1 = transparent."),
-                io.String.Output("notes", display_name="notes", tooltip="What layers cannot hold of the file, one sentence a line; also shown on the node."),
-            ])
+                io.Mask.Output(
+                    "mask", display_name="mask", tooltip="Transparency of the flattened picture, 1 = transparent."
+                ),
+                io.String.Output(
+                    "notes",
+                    display_name="notes",
+                    tooltip="What layers cannot hold of the file, one sentence a line; also shown on the node.",
+                ),
+            ],
+        )
 
     @classmethod
     def validate_inputs(cls, file, groups=GROUPS[0]):
-        return True if (path := input_file(file)) and path.is_file() else f"{file!r} is not a file in ComfyUI's input folder; upload a PSD or ORA file."
+        return (
+            True
+            if (path := input_file(file)) and path.is_file()
+            else f"{file!r} is not a file in ComfyUI's input folder; upload a PSD or ORA file."
+        )
 
     @classmethod
     def fingerprint_inputs(cls, file, groups=GROUPS[0]):
@@ -88,26 +131,39 @@ class LoadLayers(Node):
         stack = files.load(input_file(file), groups, notes)
         notes += modes_note(stack.layers)
         merged = picture(stack)[None]
-        return io.NodeOutput(write_layers(stack), merged[..., :3], 1 - merged[..., 3], "\n".join(notes), ui=told(notes) or None)
+        return io.NodeOutput(
+            write_layers(stack), merged[..., :3], 1 - merged[..., 3], "\n".join(notes), ui=told(notes) or None
+        )
 
 
 def _target(prefix: str, canvas: tuple[int, int]) -> tuple[Path, str, str]:
     """(folder, start of the file names, subfolder) that are free in the output folder, by ComfyUI's own rules."""
     # Normalised first: with a / at its end ComfyUI would count from 1 again.
-    root, prefix = folder_paths.get_output_directory(), os.path.normpath(re.sub(r"%date:(.*?)%", lambda found: _date(found[1]), prefix))
+    root, prefix = (
+        folder_paths.get_output_directory(),
+        os.path.normpath(re.sub(r"%date:(.*?)%", lambda found: _date(found[1]), prefix)),
+    )
     if not holds_name(prefix, LONGEST):
-        raise ValueError(f"filename_prefix: {prefix[:60]!r} cannot be the start of a file name; use ordinary characters, at most {LONGEST} bytes a part.")
+        raise ValueError(
+            f"filename_prefix: {prefix[:60]!r} cannot be the start of a file name; use ordinary characters, at most {LONGEST} bytes a part."
+        )
     if not inside(root, os.path.join(root, os.path.dirname(prefix))):
-        raise ValueError(f"filename_prefix: {prefix!r} leads outside ComfyUI's output folder; use a name, or subfolder/name.")
+        raise ValueError(
+            f"filename_prefix: {prefix!r} leads outside ComfyUI's output folder; use a name, or subfolder/name."
+        )
     if os.path.basename(prefix) in ("", ".", ".."):
         raise ValueError(f"filename_prefix: {prefix!r} has no file name; write one, for example layers/strata.")
     try:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, *canvas)
     except OSError as error:  # a file of that name, no rights, a path that is too long
-        raise ValueError(f"filename_prefix: the folder of {prefix[:60]!r} cannot be used ({error.strerror}); use another one.") from error
+        raise ValueError(
+            f"filename_prefix: the folder of {prefix[:60]!r} cannot be used ({error.strerror}); use another one."
+        ) from error
     except Exception as error:  # newer ComfyUI follows links, and raises in several lines when one leads elsewhere
-        raise ValueError(f"filename_prefix: ComfyUI does not save to {prefix!r}, which leads outside its output folder by a link; use another folder, or "
-                         "start ComfyUI with --output-directory.") from error
+        raise ValueError(
+            f"filename_prefix: ComfyUI does not save to {prefix!r}, which leads outside its output folder by a link; use another folder, or "
+            "start ComfyUI with --output-directory."
+        ) from error
     return Path(folder), f"{name}_{counter:05}_", subfolder
 
 

@@ -1,4 +1,5 @@
 """The inputs that every node with a sampler of its own has, as KSampler has them."""
+
 import comfy.samplers
 from comfy_api.latest import io
 
@@ -7,12 +8,47 @@ def sampling_inputs() -> list:
     """negative to denoise, in KSampler's order."""
     return [
         io.Conditioning.Input("negative", tooltip="What no picture should show, from an ordinary text encoding."),
-        io.Latent.Input("latent_image", tooltip="Size and number of the results, from Empty Latent Image, or with denoise below 1 a "
-                        "picture to start all of them from. Each takes memory for every output."),
-        io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="The same seed gives the same pictures."),
+        io.Latent.Input(
+            "latent_image",
+            tooltip="Size and number of the results, from Empty Latent Image, or with denoise below 1 a "
+            "picture to start all of them from. Each takes memory for every output.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=True,
+            tooltip="The same seed gives the same pictures.",
+        ),
         io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Number of steps."),
-        io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="How closely the prompts are followed."),
-        io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="The sampler, as in KSampler."),
-        io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="normal", tooltip="Noise levels, as in KSampler."),
-        io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="1 starts from noise alone, less from the latent."),
+        io.Float.Input(
+            "cfg",
+            default=7.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            tooltip="How closely the prompts are followed.",
+        ),
+        io.Combo.Input(
+            "sampler_name",
+            options=comfy.samplers.KSampler.SAMPLERS,
+            default="euler",
+            tooltip="The sampler, as in KSampler.",
+        ),
+        io.Combo.Input(
+            "scheduler",
+            options=comfy.samplers.KSampler.SCHEDULERS,
+            default="normal",
+            tooltip="Noise levels, as in KSampler.",
+        ),
+        io.Float.Input(
+            "denoise",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="1 starts from noise alone, less from the latent.",
+        ),
     ]

@@ -1,4 +1,5 @@
 """DreamLayer: background, any number of objects and the whole picture sampled together, without training or with trained modules."""
+
 import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
@@ -13,7 +14,19 @@ from ..patches.branches import sample_branches
 from ..patches.harmonize import remaining_sigmas
 from ..patches.inversion import Inversion, invert
 from ..patches.layer_prompts import LAYERS, encode_layers
-from ..patches.shared_layers import MAPS, PATH, RECORD, Maps, Record, Sharing, layer_count, map_context, object_rows, share_layers, without_layers
+from ..patches.shared_layers import (
+    MAPS,
+    PATH,
+    RECORD,
+    Maps,
+    Record,
+    Sharing,
+    layer_count,
+    map_context,
+    object_rows,
+    share_layers,
+    without_layers,
+)
 from ..techniques.compositing import flatten
 from ..techniques.layers import Layer, LayerStack, write_layers
 from ..techniques.shared_layers import map_alphas
@@ -32,16 +45,28 @@ PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01}
 
 def transparency_inputs() -> list:
     return [
-        Transparency.Input("adapter", optional=True, tooltip="Makes the model draw single objects with hidden transparency, from Load transparency; it acts "
-                           "on the objects' layers only."),
-        Transparency.Input("decoder", optional=True, tooltip="Finds the objects' transparency, from Load transparency. Without one their alpha is the last "
-                           "context map, which is coarse."),
+        Transparency.Input(
+            "adapter",
+            optional=True,
+            tooltip="Makes the model draw single objects with hidden transparency, from Load transparency; it acts "
+            "on the objects' layers only.",
+        ),
+        Transparency.Input(
+            "decoder",
+            optional=True,
+            tooltip="Finds the objects' transparency, from Load transparency. Without one their alpha is the last "
+            "context map, which is coarse.",
+        ),
     ]
 
 
 def maps_output() -> io.Output:
-    return io.Image.Output("maps", display_name="maps", tooltip="For each step the context maps, the objects back to front from left to right. A black pixel "
-                           "without Context maps.")
+    return io.Image.Output(
+        "maps",
+        display_name="maps",
+        tooltip="For each step the context maps, the objects back to front from left to right. A black pixel "
+        "without Context maps.",
+    )
 
 
 class LayerPrompts(Node):
@@ -49,34 +74,62 @@ class LayerPrompts(Node):
     def define_schema(cls):
         prompt = {"multiline": True, "dynamic_prompts": True, "default": ""}
         return schema(
-            node_id="Strata_LayerPrompts", display_name="Layer prompts", category="Strata/Generate", search_aliases=[*ALIASES, "objects"],
+            node_id="Strata_LayerPrompts",
+            display_name="Layer prompts",
+            category="Strata/Generate",
+            search_aliases=[*ALIASES, "objects"],
             description="One conditioning for a background, any number of objects in front of it, and the whole picture that they make.",
             inputs=[
                 io.Clip.Input("clip", tooltip="Text encoder of SD1.5, SD2, SDXL or the mini family."),
-                io.String.Input("background", **prompt, tooltip="The place without the objects, as in: an empty street."),
-                io.String.Input("objects", **prompt, tooltip="One object a line, as in: a red apple. The first line is farthest back, the last one in front. "
-                                "Each becomes a layer; empty lines do not count, and no object at all gives the background alone."),
+                io.String.Input(
+                    "background", **prompt, tooltip="The place without the objects, as in: an empty street."
+                ),
+                io.String.Input(
+                    "objects",
+                    **prompt,
+                    tooltip="One object a line, as in: a red apple. The first line is farthest back, the last one in front. "
+                    "Each becomes a layer; empty lines do not count, and no object at all gives the background alone.",
+                ),
             ],
-            outputs=[io.Conditioning.Output("positive", display_name="positive", tooltip="For positive. Negative is an ordinary text encoding.")])
+            outputs=[
+                io.Conditioning.Output(
+                    "positive", display_name="positive", tooltip="For positive. Negative is an ordinary text encoding."
+                )
+            ],
+        )
 
     @classmethod
     def execute(cls, clip, background, objects):
-        return io.NodeOutput(encode_layers(clip, background.strip(), [line.strip() for line in objects.splitlines() if line.strip()]))
+        return io.NodeOutput(
+            encode_layers(clip, background.strip(), [line.strip() for line in objects.splitlines() if line.strip()])
+        )
 
 
 class LoadLayerModules(LayerModelFile):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_LoadLayerModules", display_name="Load layer modules", category="Strata/Generate",
+            node_id="Strata_LoadLayerModules",
+            display_name="Load layer modules",
+            category="Strata/Generate",
             search_aliases=[*ALIASES, "layer_model", "context-aware layers"],
             description="Loads what DreamLayer's training makes: keys and values for layers, the layer embedding, and context-aware layers.",
-            inputs=[io.Combo.Input("file", options=layer_modules.choices(), tooltip=(
-                "A file below models/layer_model that python -m training dreamlayer has made, whatever its name."))],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=layer_modules.choices(),
+                    tooltip=(
+                        "A file below models/layer_model that python -m training dreamlayer has made, whatever its name."
+                    ),
+                )
+            ],
             outputs=[
                 LayerModules.Output("modules", display_name="modules", tooltip="For Shared layers and Context maps."),
-                io.String.Output("found", display_name="found", tooltip="What the file is and which family of models it is for."),
-            ])
+                io.String.Output(
+                    "found", display_name="found", tooltip="What the file is and which family of models it is for."
+                ),
+            ],
+        )
 
     @classmethod
     def execute(cls, file):
@@ -88,18 +141,43 @@ class SharedLayers(Node):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_SharedLayers", display_name="Shared layers", category="Strata/Generate",
+            node_id="Strata_SharedLayers",
+            display_name="Shared layers",
+            category="Strata/Generate",
             search_aliases=[*ALIASES, "LSSA", "layer-shared self-attention"],
             description="DreamLayer's LSSA: in the up blocks every layer sees all layers of its picture, so that they go together.",
             inputs=[
-                io.Model.Input("model", tooltip="SD1.5, SD2, SDXL or the mini family. Put LoRAs and other patches before or behind this node."),
-                io.Float.Input("strength", default=1.0, **PERCENT, tooltip="How much of the sharing: 1 as published, 0 is off and changes nothing."),
-                io.Float.Input("start_percent", default=0.0, **PERCENT, tooltip="When in the sampling it starts, 0 = at once."),
-                io.Float.Input("end_percent", default=1.0, **PERCENT, tooltip="When it ends, 1 = with the last step, as published."),
-                LayerModules.Input("modules", optional=True, tooltip="Trained keys, values and layer embedding, from Load layer modules. They act while "
-                                   "and as strongly as the sharing does."),
+                io.Model.Input(
+                    "model",
+                    tooltip="SD1.5, SD2, SDXL or the mini family. Put LoRAs and other patches before or behind this node.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    **PERCENT,
+                    tooltip="How much of the sharing: 1 as published, 0 is off and changes nothing.",
+                ),
+                io.Float.Input(
+                    "start_percent", default=0.0, **PERCENT, tooltip="When in the sampling it starts, 0 = at once."
+                ),
+                io.Float.Input(
+                    "end_percent", default=1.0, **PERCENT, tooltip="When it ends, 1 = with the last step, as published."
+                ),
+                LayerModules.Input(
+                    "modules",
+                    optional=True,
+                    tooltip="Trained keys, values and layer embedding, from Load layer modules. They act while "
+                    "and as strongly as the sharing does.",
+                ),
             ],
-            outputs=[io.Model.Output("MODEL", display_name="model", tooltip="For Layers sampler, or for Context maps, which may also come first.")])
+            outputs=[
+                io.Model.Output(
+                    "MODEL",
+                    display_name="model",
+                    tooltip="For Layers sampler, or for Context maps, which may also come first.",
+                )
+            ],
+        )
 
     @classmethod
     def execute(cls, model, strength, start_percent, end_percent, modules=None):
@@ -110,18 +188,37 @@ class ContextMaps(Node):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_ContextMaps", display_name="Context maps", category="Strata/Generate",
+            node_id="Strata_ContextMaps",
+            display_name="Context maps",
+            category="Strata/Generate",
             search_aliases=[*ALIASES, "CACA", "context-aware cross-attention", "attention maps"],
             description="DreamLayer's CACA: finds where the whole picture puts each object, and lets the object's layer take over its place and size.",
             inputs=[
                 io.Model.Input("model", tooltip="SD1.5, SD2, SDXL or the mini family, most often from Shared layers."),
-                io.Float.Input("strength", default=1.0, **PERCENT, tooltip="How much of the whole picture goes into an object's layer where its map says that "
-                               "it is: 1 as published, 0 is off and changes nothing."),
-                io.Float.Input("end_percent", default=0.15, **PERCENT, tooltip="Until when: the published 0.15 (timestep 850). Higher keeps the objects closer "
-                               "to their places, and lets more of what is around them into their layers."),
-                LayerModules.Input("modules", optional=True, tooltip="Trained context-aware layers, which clean the maps, from Load layer modules."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    **PERCENT,
+                    tooltip="How much of the whole picture goes into an object's layer where its map says that "
+                    "it is: 1 as published, 0 is off and changes nothing.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=0.15,
+                    **PERCENT,
+                    tooltip="Until when: the published 0.15 (timestep 850). Higher keeps the objects closer "
+                    "to their places, and lets more of what is around them into their layers.",
+                ),
+                LayerModules.Input(
+                    "modules",
+                    optional=True,
+                    tooltip="Trained context-aware layers, which clean the maps, from Load layer modules.",
+                ),
             ],
-            outputs=[io.Model.Output("MODEL", display_name="model", tooltip="For Layers sampler, which shows the maps.")])
+            outputs=[
+                io.Model.Output("MODEL", display_name="model", tooltip="For Layers sampler, which shows the maps.")
+            ],
+        )
 
     @classmethod
     def execute(cls, model, strength, end_percent, modules=None):
@@ -132,39 +229,97 @@ class LayersSampler(Node):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_LayersSampler", display_name="Layers sampler", category="Strata/Generate", search_aliases=[*ALIASES, "ksampler"],
+            node_id="Strata_LayersSampler",
+            display_name="Layers sampler",
+            category="Strata/Generate",
+            search_aliases=[*ALIASES, "ksampler"],
             description="Samples background, objects and whole picture together, one of each for every latent that comes in, and makes layers of them.",
             inputs=[
-                io.Model.Input("model", tooltip="From Shared layers and Context maps. Without them the layers are sampled side by side and know nothing "
-                               "of each other."),
+                io.Model.Input(
+                    "model",
+                    tooltip="From Shared layers and Context maps. Without them the layers are sampled side by side and know nothing "
+                    "of each other.",
+                ),
                 io.Vae.Input("vae", tooltip="The autoencoder of the model."),
                 io.Conditioning.Input("positive", tooltip="From Layer prompts."),
                 *sampling_inputs(),
-                io.Combo.Input("noise", options=list(NOISE), default=next(iter(NOISE)), tooltip="The same noise, as published, makes "
-                               "the layers agree in their layout; half the same lets objects stand apart, and is what the mini family's modules learnt with."),
-                io.Boolean.Input("harmonize", default=True, tooltip="Draws shadows and light into the composite, as Harmonize layers "
-                                 "does; off stacks the layers."),
-                io.Float.Input("harmonize_start", default=0.4, **PERCENT, tooltip="start_percent of Harmonize layers: lower changes more of the background."),
-                io.Float.Input("harmonize_end", default=0.6, **PERCENT, tooltip="end_percent of Harmonize layers: higher keeps the objects closer."),
+                io.Combo.Input(
+                    "noise",
+                    options=list(NOISE),
+                    default=next(iter(NOISE)),
+                    tooltip="The same noise, as published, makes "
+                    "the layers agree in their layout; half the same lets objects stand apart, and is what the mini family's modules learnt with.",
+                ),
+                io.Boolean.Input(
+                    "harmonize",
+                    default=True,
+                    tooltip="Draws shadows and light into the composite, as Harmonize layers "
+                    "does; off stacks the layers.",
+                ),
+                io.Float.Input(
+                    "harmonize_start",
+                    default=0.4,
+                    **PERCENT,
+                    tooltip="start_percent of Harmonize layers: lower changes more of the background.",
+                ),
+                io.Float.Input(
+                    "harmonize_end",
+                    default=0.6,
+                    **PERCENT,
+                    tooltip="end_percent of Harmonize layers: higher keeps the objects closer.",
+                ),
                 *transparency_inputs(),
             ],
             outputs=[
-                Layers.Output("LAYERS", display_name="layers", is_output_list=True, tooltip="One document per picture: background and objects, named as their "
-                              "prompts."),
-                io.Image.Output("composite", display_name="composite", tooltip="The layers over each other, harmonised."),
-                io.Image.Output("whole", display_name="whole", tooltip="The whole picture that was sampled with the layers: what they are to add up to."),
+                Layers.Output(
+                    "LAYERS",
+                    display_name="layers",
+                    is_output_list=True,
+                    tooltip="One document per picture: background and objects, named as their prompts.",
+                ),
+                io.Image.Output(
+                    "composite", display_name="composite", tooltip="The layers over each other, harmonised."
+                ),
+                io.Image.Output(
+                    "whole",
+                    display_name="whole",
+                    tooltip="The whole picture that was sampled with the layers: what they are to add up to.",
+                ),
                 maps_output(),
-                io.Latent.Output("LATENT", display_name="latent", tooltip="All rows: background, objects, whole picture, and again for the next latent."),
-                sockets.Inversion.Output("retained", display_name="retained", is_output_list=True, tooltip="For Harmonize layers: the trajectory of each "
-                                         "picture's layers through the run."),
-            ])
+                io.Latent.Output(
+                    "LATENT",
+                    display_name="latent",
+                    tooltip="All rows: background, objects, whole picture, and again for the next latent.",
+                ),
+                sockets.Inversion.Output(
+                    "retained",
+                    display_name="retained",
+                    is_output_list=True,
+                    tooltip="For Harmonize layers: the trajectory of each picture's layers through the run.",
+                ),
+            ],
+        )
 
     @classmethod
-    def execute(cls, model, vae, positive, noise, harmonize, harmonize_start, harmonize_end, adapter=None, decoder=None, **sampling):
+    def execute(
+        cls,
+        model,
+        vae,
+        positive,
+        noise,
+        harmonize,
+        harmonize_start,
+        harmonize_end,
+        adapter=None,
+        decoder=None,
+        **sampling,
+    ):
         names, record, seen = _layer_names(model, positive, sampling["negative"], decoder), Record(), {}
         count = layer_count(names)
         if count > 1 and decoder is None and sampling["denoise"] == 0:
-            raise ValueError("denoise: at 0 nothing is sampled, so there are no maps to find the objects by; raise it, or connect a decoder.")
+            raise ValueError(
+                "denoise: at 0 nothing is sampled, so there are no maps to find the objects by; raise it, or connect a decoder."
+            )
         if count > 1 and harmonize:
             levels = {key: sampling[key] for key in ("steps", "sampler_name", "scheduler")}
             remaining_sigmas(model, **levels, start_percent=harmonize_start, socket="harmonize_start")
@@ -176,50 +331,110 @@ class LayersSampler(Node):
         latent = _all_rows(branches)
         paths, notes = _paths(model, positive, seen, latent["samples"], names), []
         if count > 1:
-            settings = {**{key: sampling[key] for key in ("seed", "steps", "cfg", "sampler_name", "scheduler")}, "start_percent": harmonize_start,
-                        "end_percent": harmonize_end, "foregrounds": "keep", "feather": 2.0}
-            draw = _harmonizer(without_layers(model), positive, sampling["negative"], vae, settings, notes) if harmonize else _stacked
+            settings = {
+                **{key: sampling[key] for key in ("seed", "steps", "cfg", "sampler_name", "scheduler")},
+                "start_percent": harmonize_start,
+                "end_percent": harmonize_end,
+                "foregrounds": "keep",
+                "feather": 2.0,
+            }
+            draw = (
+                _harmonizer(without_layers(model), positive, sampling["negative"], vae, settings, notes)
+                if harmonize
+                else _stacked
+            )
             composite = torch.cat([draw(*layers) for layers in zip(stacks, paths, strict=True)])
-        return io.NodeOutput([write_layers(stack) for stack in stacks], composite, whole, map_strips(record.steps), latent, paths,
-                             ui=told(notes) or None)
+        return io.NodeOutput(
+            [write_layers(stack) for stack in stacks],
+            composite,
+            whole,
+            map_strips(record.steps),
+            latent,
+            paths,
+            ui=told(notes) or None,
+        )
 
 
 class ImageToLayers(Node):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_ImageToLayers", display_name="Image to layers", category="Strata/Generate",
+            node_id="Strata_ImageToLayers",
+            display_name="Image to layers",
+            category="Strata/Generate",
             search_aliases=[*ALIASES, "decompose", "image decomposition", "inversion"],
             description="DreamLayer's image to layers: takes a picture apart into the background and the objects that are named, without training.",
             inputs=[
-                io.Model.Input("model", tooltip="From Shared layers and Context maps. Without Shared layers the layers do not see the picture."),
+                io.Model.Input(
+                    "model",
+                    tooltip="From Shared layers and Context maps. Without Shared layers the layers do not see the picture.",
+                ),
                 io.Vae.Input("vae", tooltip="The autoencoder of the model."),
-                io.Image.Input("image", tooltip="The picture; the first one of a batch. Sides are cut to multiples of 8."),
-                io.Conditioning.Input("positive", tooltip="From Layer prompts: the background without the objects, and each object, the farthest first."),
+                io.Image.Input(
+                    "image", tooltip="The picture; the first one of a batch. Sides are cut to multiples of 8."
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="From Layer prompts: the background without the objects, and each object, the farthest first.",
+                ),
                 io.Conditioning.Input("negative", tooltip="What no layer should show, from an ordinary text encoding."),
-                io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Steps of the way to noise, and again of the way back."),
-                io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="How closely the layers follow their prompts."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="ddim_uniform", tooltip="The noise levels of the steps; "
-                               "ddim_uniform as in the paper. Both ways are taken with DDIM."),
+                io.Int.Input(
+                    "steps",
+                    default=50,
+                    min=1,
+                    max=1000,
+                    tooltip="Steps of the way to noise, and again of the way back.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=7.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="How closely the layers follow their prompts.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    default="ddim_uniform",
+                    tooltip="The noise levels of the steps; "
+                    "ddim_uniform as in the paper. Both ways are taken with DDIM.",
+                ),
                 *transparency_inputs(),
             ],
             outputs=[
-                Layers.Output("LAYERS", display_name="layers", tooltip="Background and objects, named as their prompts."),
+                Layers.Output(
+                    "LAYERS", display_name="layers", tooltip="Background and objects, named as their prompts."
+                ),
                 io.Image.Output("recomposed", display_name="recomposed", tooltip="The layers over each other."),
                 maps_output(),
-                io.Float.Output("error", display_name="error", tooltip="Mean absolute difference between the picture and the layers over each other, 0..1."),
-            ])
+                io.Float.Output(
+                    "error",
+                    display_name="error",
+                    tooltip="Mean absolute difference between the picture and the layers over each other, 0..1.",
+                ),
+            ],
+        )
 
     @classmethod
     def execute(cls, model, vae, image, positive, negative, steps, cfg, scheduler, adapter=None, decoder=None):
         names = _layer_names(model, positive, negative, decoder)
         if len(names) < 2:
-            raise ValueError("positive: there is no object to take out of the picture; name at least one in Layer prompts.")
+            raise ValueError(
+                "positive: there is no object to take out of the picture; name at least one in Layer prompts."
+            )
         count, image = layer_count(names), encodable(image, vae)[:1, ..., :3]
         sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
         callback = latent_preview.prepare_callback(model, 3 * steps)
-        found = invert(without_layers(model), vae.encode(image), _whole(positive), None, sigmas,
-                       callback=lambda step, denoised, x, total: callback(step, denoised, x, 3 * steps))
+        found = invert(
+            without_layers(model),
+            vae.encode(image),
+            _whole(positive),
+            None,
+            sigmas,
+            callback=lambda step, denoised, x, total: callback(step, denoised, x, 3 * steps),
+        )
         record = Record()
         layered = _prepared(model, adapter, count, record)
         layered.model_options["transformer_options"][PATH] = found.at
@@ -228,45 +443,72 @@ class ImageToLayers(Node):
         # ComfyUI scales noise at the highest level by sqrt(1 + sigma²), 1.0023 times as loud as the trajectory; a latent it leaves alone
         noise, latent = (start / sigmas[0], nothing) if found.flow else (nothing, model.model.process_latent_out(start))
         made = comfy.sample.sample_custom(
-            layered, noise, cfg, comfy.samplers.sampler_object("euler"), sigmas, positive, negative, latent,
-            callback=lambda step, denoised, x, total: callback(2 * steps + step, denoised, x, 3 * steps), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED)
-        stack, = _stacks(vae, names, list(made.split(1)), decoder, record)
+            layered,
+            noise,
+            cfg,
+            comfy.samplers.sampler_object("euler"),
+            sigmas,
+            positive,
+            negative,
+            latent,
+            callback=lambda step, denoised, x, total: callback(2 * steps + step, denoised, x, 3 * steps),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        )
+        (stack,) = _stacks(vae, names, list(made.split(1)), decoder, record)
         recomposed = flatten(stack)[0][None]
         error = (recomposed - centred(image, *recomposed.shape[1:3]).to(recomposed)).abs().mean().item()
-        return io.NodeOutput(write_layers(stack), recomposed, map_strips(record.steps), error, ui=told([f"recomposition error {error:.3f}"]))
+        return io.NodeOutput(
+            write_layers(stack),
+            recomposed,
+            map_strips(record.steps),
+            error,
+            ui=told([f"recomposition error {error:.3f}"]),
+        )
 
 
 def _layer_names(model, positive: list, negative: list, decoder) -> list[str]:
     """The layers' prompts, back to front. Raises ValueError for other conditionings, and where nothing would tell what is transparent."""
     if len(positive) != 1 or LAYERS not in positive[0][1]:
-        raise ValueError("positive: this is not one conditioning with the words of every layer; connect Layer prompts directly.")
+        raise ValueError(
+            "positive: this is not one conditioning with the words of every layer; connect Layer prompts directly."
+        )
     if any(LAYERS in values for _, values in negative):
-        raise ValueError("negative: this is a conditioning of Layer prompts, which has a row for every layer; connect an ordinary text encoding.")
+        raise ValueError(
+            "negative: this is a conditioning of Layer prompts, which has a row for every layer; connect an ordinary text encoding."
+        )
     names = [prompt for prompt, _ in positive[0][1][LAYERS]]
     if decoder is not None:  # before the sampling that it would come after
         with named("decoder"):
             decoder.part("decoder", transparent_latents.DECODER)
             channels = model.get_model_object("latent_format").latent_channels
             if decoder.latent["channels"] != channels:
-                raise ValueError(f"transparency: {decoder.name} is {decoder.describe()} and the model's latents have {channels} channels; load the decoder "
-                                 "of the model's family.")
+                raise ValueError(
+                    f"transparency: {decoder.name} is {decoder.describe()} and the model's latents have {channels} channels; load the decoder "
+                    "of the model's family."
+                )
     if len(names) > 1 and decoder is None and MAPS not in model.model_options["transformer_options"]:
-        raise ValueError("decoder: nothing tells where the objects are transparent; connect a transparent decoder from Load transparency, or put "
-                         "Context maps on the model.")
+        raise ValueError(
+            "decoder: nothing tells where the objects are transparent; connect a transparent decoder from Load transparency, or put "
+            "Context maps on the model."
+        )
     return names
 
 
 def _prepared(model, adapter, count: int, record: Record):
     """A clone that keeps its maps in the record, and whose objects have hidden transparency when there is an adapter."""
     with named("adapter"):
-        layered = model.clone() if adapter is None or count == 1 else transparency_model.apply_to_foreground(model, adapter, object_rows(count))
+        layered = (
+            model.clone()
+            if adapter is None or count == 1
+            else transparency_model.apply_to_foreground(model, adapter, object_rows(count))
+        )
     layered.model_options["transformer_options"][RECORD] = record
     return layered
 
 
 def _stacks(vae, names: list[str], latents: list[torch.Tensor], decoder, record: Record) -> list[LayerStack]:
     """One stack per picture from the latents [N,C,h,w] of background and objects; what follows them is left alone."""
-    background, *objects = (vae.decode(latent) for latent in latents[:len(names)])
+    background, *objects = (vae.decode(latent) for latent in latents[: len(names)])
     rgba = [_with_alpha(objects, latents[1:], decoder, record, number) for number in range(len(objects))]
     return [_stack(names, background[i], [one[i] for one in rgba]) for i in range(len(background))]
 
@@ -280,7 +522,9 @@ def _whole(positive: list) -> list:
     return [[cond[-1:], values]]
 
 
-def _with_alpha(objects: list[torch.Tensor], latents: list[torch.Tensor], decoder, record: Record, number: int) -> torch.Tensor:
+def _with_alpha(
+    objects: list[torch.Tensor], latents: list[torch.Tensor], decoder, record: Record, number: int
+) -> torch.Tensor:
     """[N,H,W,4] of one object."""
     colour = objects[number][..., :3]
     if decoder is None:
@@ -299,7 +543,9 @@ def _all_rows(branches: list[dict]) -> dict:
     return {**latent, "samples": torch.stack([branch["samples"] for branch in branches], 1).flatten(0, 1)}
 
 
-def _paths(model, positive: list, seen: dict[float, torch.Tensor], samples: torch.Tensor, names: list[str]) -> list[Inversion | None]:
+def _paths(
+    model, positive: list, seen: dict[float, torch.Tensor], samples: torch.Tensor, names: list[str]
+) -> list[Inversion | None]:
     """The trajectory of each picture's background and objects, from what the model was called with; None when it was not called."""
     sigmas = sorted((sigma for sigma in seen if sigma > 0), reverse=True)
     rows, flow = layer_count(names), isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
@@ -308,7 +554,7 @@ def _paths(model, positive: list, seen: dict[float, torch.Tensor], samples: torc
     last = model.model.process_latent_in(samples).float().cpu()
     path = torch.stack([*(seen[sigma] for sigma in sigmas), last]).unflatten(1, (-1, rows))
     levels = torch.tensor([*sigmas, 0.0])
-    return [Inversion(path[:, number, :len(names)], levels, positive, "run", flow) for number in range(path.shape[1])]
+    return [Inversion(path[:, number, : len(names)], levels, positive, "run", flow) for number in range(path.shape[1])]
 
 
 def _stack(names: list[str], background: torch.Tensor, objects: list[torch.Tensor]) -> LayerStack:
@@ -326,10 +572,13 @@ def _harmonizer(model, positive: list, negative: list, vae, settings: dict, note
 
     def draw(stack: LayerStack, path: Inversion | None) -> torch.Tensor:
         try:
-            return HarmonizeLayers.execute(model, whole, negative, vae, write_layers(stack), **settings, retained=path).result[0]
+            return HarmonizeLayers.execute(
+                model, whole, negative, vae, write_layers(stack), **settings, retained=path
+            ).result[0]
         except ValueError as error:
             notes.append(f"Not harmonised: {error}")
             return _stacked(stack, path)
+
     return draw
 
 

@@ -1,4 +1,5 @@
 """Every custom socket of the pack, the one way to build a node's schema, and what every node does before its work: look at what has arrived."""
+
 import functools
 import inspect
 from dataclasses import fields
@@ -32,7 +33,9 @@ class Node(io.ComfyNode):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         own = cls.__dict__.get("execute")
-        if own is not None and not hasattr(own.__func__, "__wrapped__"):  # ComfyUI runs copies of the class, locked and checked already
+        if own is not None and not hasattr(
+            own.__func__, "__wrapped__"
+        ):  # ComfyUI runs copies of the class, locked and checked already
             cls.execute = classmethod(_checked(own.__func__))
 
 
@@ -44,11 +47,17 @@ def _checked(execute):
         given = signature.bind(cls, *args, **kwargs).arguments
         rest = next((name for name, one in signature.parameters.items() if one.kind is one.VAR_KEYWORD), None)
         named = {name: value for name, value in given.items() if name != rest} | given.get(rest, {})
-        if not declared or any(one.get_io_type() == "COMBO" and named.get(one.id, one.default) not in (one.options or ()) for one in declared):
-            declared[:] = cls.define_schema().inputs  # which lists folders; a node that looks for its own file checks that itself
+        if not declared or any(
+            one.get_io_type() == "COMBO" and named.get(one.id, one.default) not in (one.options or ())
+            for one in declared
+        ):
+            declared[:] = (
+                cls.define_schema().inputs
+            )  # which lists folders; a node that looks for its own file checks that itself
         for one in declared:
             if one.id in named:
                 named[one.id] = inputs.check(one, named[one.id], files="validate_inputs" in cls.__dict__)
         inputs.check_together(named, {one.id: str(one.get_io_type()) for one in declared})
         return execute(**named)
+
     return run

@@ -1,4 +1,5 @@
 """LayerDiffuse: pictures with transparency, generated, decoded and encoded."""
+
 import torch
 from comfy_api.latest import io
 
@@ -34,16 +35,32 @@ class LoadTransparency(LayerModelFile):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_LoadTransparency", display_name="Load transparency", category="Strata/Transparency",
+            node_id="Strata_LoadTransparency",
+            display_name="Load transparency",
+            category="Strata/Transparency",
             search_aliases=[*NAMES, "layer_model", "load layer diffuse"],
             description="Loads one of LayerDiffuse's weight files from models/layer_model and finds out by itself what it is for.",
-            inputs=[io.Combo.Input("file", options=files.choices(), tooltip=(
-                "A file below models/layer_model, whatever its name. Published files that are missing are in the list too; running one says where "
-                "to get it."))],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=files.choices(),
+                    tooltip=(
+                        "A file below models/layer_model, whatever its name. Published files that are missing are in the list too; running one says where "
+                        "to get it."
+                    ),
+                )
+            ],
             outputs=[
-                Transparency.Output("transparency", display_name="transparency", tooltip="The weights, for the other nodes of this category."),
-                io.String.Output("found", display_name="found", tooltip="What the file is and which family of models it is for."),
-            ])
+                Transparency.Output(
+                    "transparency",
+                    display_name="transparency",
+                    tooltip="The weights, for the other nodes of this category.",
+                ),
+                io.String.Output(
+                    "found", display_name="found", tooltip="What the file is and which family of models it is for."
+                ),
+            ],
+        )
 
     @classmethod
     def execute(cls, file):
@@ -55,20 +72,44 @@ class ApplyTransparency(Node):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_ApplyTransparency", display_name="Apply transparency", category="Strata/Transparency",
+            node_id="Strata_ApplyTransparency",
+            display_name="Apply transparency",
+            category="Strata/Transparency",
             search_aliases=[*NAMES, "transparent background", "layer diffuse apply"],
             description="Makes a model draw one object with hidden transparency, or a layer that goes with given ones. Decode with Decode transparency.",
             inputs=[
-                io.Model.Input("model", tooltip="A model of the weights' family. LoRAs, ControlNets and other patches may come before or after."),
+                io.Model.Input(
+                    "model",
+                    tooltip="A model of the weights' family. LoRAs, ControlNets and other patches may come before or after.",
+                ),
                 weights_input("Weights for a model, from Load transparency."),
-                io.Float.Input("strength", default=1.0, min=-2.0, max=2.0, step=0.05, round=0.001,
-                               tooltip="Strength of the weights; 0 leaves the model as it is. Transparency needs about 1."),
-                io.Latent.Input("layer", optional=True, tooltip=(
-                    "The given foreground or background, encoded by the VAE, for files with more input channels (fg2ble, bg2ble, fgble2bg, bgble2fg). "
-                    "Flatten transparent pictures on mid gray (#808080) first.")),
-                io.Latent.Input("blended", optional=True, tooltip="The given blended picture, encoded by the VAE, for fgble2bg and bgble2fg."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-2.0,
+                    max=2.0,
+                    step=0.05,
+                    round=0.001,
+                    tooltip="Strength of the weights; 0 leaves the model as it is. Transparency needs about 1.",
+                ),
+                io.Latent.Input(
+                    "layer",
+                    optional=True,
+                    tooltip=(
+                        "The given foreground or background, encoded by the VAE, for files with more input channels (fg2ble, bg2ble, fgble2bg, bgble2fg). "
+                        "Flatten transparent pictures on mid gray (#808080) first."
+                    ),
+                ),
+                io.Latent.Input(
+                    "blended",
+                    optional=True,
+                    tooltip="The given blended picture, encoded by the VAE, for fgble2bg and bgble2fg.",
+                ),
             ],
-            outputs=[io.Model.Output("MODEL", display_name="model", tooltip="A copy of the model with the weights on it.")])
+            outputs=[
+                io.Model.Output("MODEL", display_name="model", tooltip="A copy of the model with the weights on it.")
+            ],
+        )
 
     @classmethod
     def execute(cls, model, transparency, strength, layer=None, blended=None):
@@ -80,55 +121,117 @@ class DecodeTransparency(Node):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_DecodeTransparency", display_name="Decode transparency", category="Strata/Transparency",
+            node_id="Strata_DecodeTransparency",
+            display_name="Decode transparency",
+            category="Strata/Transparency",
             search_aliases=[*NAMES, "layer diffuse decode", "latent to RGBA"],
             description="Finds the transparency that is hidden in a latent: a picture with alpha. Any size and batch.",
             inputs=[
                 weights_input("A decoder, from Load transparency."),
                 io.Latent.Input("samples", tooltip="The latent, as it comes from the sampler."),
-                io.Image.Input("image", optional=True, tooltip="The same latent decoded by VAE Decode. Not needed when a VAE is connected."),
-                io.Vae.Input("vae", optional=True, tooltip="The model's VAE, which decodes the latent here. Not used when image is connected."),
-                io.Combo.Input("passes", options=["8", "4", "2", "1"], default="8", tooltip=(
-                    "How often the picture is decoded, mirrored and turned; the median counts. 8 is as published; fewer are faster, with rougher edges "
-                    "and now and then a stain in the alpha.")),
-                io.Int.Input("tile_size", default=0, min=0, max=8192, step=64, tooltip=(
-                    "Sides in pixels of parts that are decoded one by one, which needs less memory; 0 decodes the picture whole. The decoder sees less "
-                    "around it then: use 1024 or more; below 128 counts as 128.")),
-                io.Image.Input("background", optional=True, tooltip=(
-                    "A picture of the same size to go behind it in the layers: one for all, or one for each. LayerFusion sampler and Sample joint "
-                    "layers make such ones.")),
-                io.Combo.Input("clean", options=list(transparent_latents.CLEAN), default=transparent_latents.CLEAN[0], optional=True, tooltip=(
-                    "on: takes away a faint veil and specks apart from the object, of less than 2 % of it. auto: on for the mini family, whose small "
-                    "decoder leaves some; off for all others, as published.")),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="The same latent decoded by VAE Decode. Not needed when a VAE is connected.",
+                ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="The model's VAE, which decodes the latent here. Not used when image is connected.",
+                ),
+                io.Combo.Input(
+                    "passes",
+                    options=["8", "4", "2", "1"],
+                    default="8",
+                    tooltip=(
+                        "How often the picture is decoded, mirrored and turned; the median counts. 8 is as published; fewer are faster, with rougher edges "
+                        "and now and then a stain in the alpha."
+                    ),
+                ),
+                io.Int.Input(
+                    "tile_size",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=64,
+                    tooltip=(
+                        "Sides in pixels of parts that are decoded one by one, which needs less memory; 0 decodes the picture whole. The decoder sees less "
+                        "around it then: use 1024 or more; below 128 counts as 128."
+                    ),
+                ),
+                io.Image.Input(
+                    "background",
+                    optional=True,
+                    tooltip=(
+                        "A picture of the same size to go behind it in the layers: one for all, or one for each. LayerFusion sampler and Sample joint "
+                        "layers make such ones."
+                    ),
+                ),
+                io.Combo.Input(
+                    "clean",
+                    options=list(transparent_latents.CLEAN),
+                    default=transparent_latents.CLEAN[0],
+                    optional=True,
+                    tooltip=(
+                        "on: takes away a faint veil and specks apart from the object, of less than 2 % of it. auto: on for the mini family, whose small "
+                        "decoder leaves some; off for all others, as published."
+                    ),
+                ),
             ],
             outputs=[
-                io.Image.Output("IMAGE", display_name="image", tooltip="RGBA with straight alpha; colours run on where nothing is seen."),
+                io.Image.Output(
+                    "IMAGE",
+                    display_name="image",
+                    tooltip="RGBA with straight alpha; colours run on where nothing is seen.",
+                ),
                 io.Mask.Output("MASK", display_name="mask", tooltip="Transparency, 1 = transparent."),
-                Layers.Output("LAYERS", display_name="layers", is_output_list=True,
-                              tooltip="One document per picture: the background, where one is connected, and the picture."),
-            ])
+                Layers.Output(
+                    "LAYERS",
+                    display_name="layers",
+                    is_output_list=True,
+                    tooltip="One document per picture: the background, where one is connected, and the picture.",
+                ),
+            ],
+        )
 
     @classmethod
-    def execute(cls, transparency, samples, passes, tile_size, image=None, vae=None, background=None,
-                clean=transparent_latents.CLEAN[0]):
+    def execute(
+        cls,
+        transparency,
+        samples,
+        passes,
+        tile_size,
+        image=None,
+        vae=None,
+        background=None,
+        clean=transparent_latents.CLEAN[0],
+    ):
         latent = transparent_latents.check_latent(samples, transparency)
         if image is None and vae is None:
             raise ValueError("image: connect the decoded picture, or connect the model's VAE to vae.")
         image = (vae.decode(latent) if image is None else image)[..., :3]
         if image.shape[:3] != (len(latent), latent.shape[2] * 8, latent.shape[3] * 8):
-            raise ValueError(f"image: {_sizes(image, 'picture')} and {len(latent)} of {latent.shape[3] * 8}×{latent.shape[2] * 8} in the latent do not go "
-                             "together; connect the decoded picture of these samples, unchanged.")
+            raise ValueError(
+                f"image: {_sizes(image, 'picture')} and {len(latent)} of {latent.shape[3] * 8}×{latent.shape[2] * 8} in the latent do not go "
+                "together; connect the decoded picture of these samples, unchanged."
+            )
         if background is not None:
             if background.shape[1:3] != image.shape[1:3] or len(background) not in (1, len(image)):
-                raise ValueError(f"background: {_sizes(background, 'background')} and {_sizes(image, 'picture')} do not go together; connect one "
-                                 "background of that size, or one for each.")
+                raise ValueError(
+                    f"background: {_sizes(background, 'background')} and {_sizes(image, 'picture')} do not go together; connect one "
+                    "background of that size, or one for each."
+                )
             background = background.expand(len(image), -1, -1, -1)
-        colour, alpha = transparent_latents.decode(transparency, image.movedim(-1, 1), latent, int(passes), tile_size, clean)
+        colour, alpha = transparent_latents.decode(
+            transparency, image.movedim(-1, 1), latent, int(passes), tile_size, clean
+        )
         rgba = torch.cat([colour, alpha], 1).movedim(1, -1)
         stacks = []
         for index, picture in enumerate(rgba):
             behind = [] if background is None else [Layer(background[index], "background")]
-            stacks.append(write_layers(LayerStack((picture.shape[1], picture.shape[0]), (*behind, Layer(picture, "foreground")))))
+            stacks.append(
+                write_layers(LayerStack((picture.shape[1], picture.shape[0]), (*behind, Layer(picture, "foreground"))))
+            )
         return io.NodeOutput(rgba, 1 - alpha[:, 0], stacks)
 
 
@@ -136,16 +239,28 @@ class EncodeTransparency(Node):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_EncodeTransparency", display_name="Encode transparency", category="Strata/Transparency",
+            node_id="Strata_EncodeTransparency",
+            display_name="Encode transparency",
+            category="Strata/Transparency",
             search_aliases=[*NAMES, "layer diffuse encode", "RGBA to latent"],
             description="Hides a picture's transparency in its latent, so that a model with transparency can go on from it (denoise below 1).",
             inputs=[
                 weights_input("An encoder, from Load transparency."),
-                io.Image.Input("image", tooltip="RGBA, or RGB with a mask. Sides that are no multiple of 8 are filled up with transparency."),
+                io.Image.Input(
+                    "image",
+                    tooltip="RGBA, or RGB with a mask. Sides that are no multiple of 8 are filled up with transparency.",
+                ),
                 io.Vae.Input("vae", tooltip="The model's VAE."),
-                io.Mask.Input("mask", optional=True, tooltip="Transparency, 1 = transparent, as Load Image gives it; multiplies with the image's alpha."),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Transparency, 1 = transparent, as Load Image gives it; multiplies with the image's alpha.",
+                ),
             ],
-            outputs=[io.Latent.Output("LATENT", display_name="latent", tooltip="For a sampler, or for Decode transparency.")])
+            outputs=[
+                io.Latent.Output("LATENT", display_name="latent", tooltip="For a sampler, or for Decode transparency.")
+            ],
+        )
 
     @classmethod
     def execute(cls, transparency, image, vae, mask=None):
@@ -153,8 +268,10 @@ class EncodeTransparency(Node):
         alpha = image[:, 3:] if image.shape[1] == 4 else torch.ones_like(image[:, :1])
         if mask is not None:
             if mask.shape[1:] != image.shape[2:] or len(mask) not in (1, len(image)):
-                raise ValueError(f"mask: {_sizes(mask, 'mask')} and {_sizes(image.movedim(1, -1), 'picture')} do not go together; make them the same size, "
-                                 "or disconnect a mask that is not the picture's.")
+                raise ValueError(
+                    f"mask: {_sizes(mask, 'mask')} and {_sizes(image.movedim(1, -1), 'picture')} do not go together; make them the same size, "
+                    "or disconnect a mask that is not the picture's."
+                )
             alpha = alpha * (1 - mask[:, None])
         return io.NodeOutput({"samples": transparent_latents.encode(transparency, vae, image[:, :3], alpha)})
 
@@ -163,7 +280,9 @@ class SampleJointLayers(Node):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_SampleJointLayers", display_name="Sample joint layers", category="Strata/Transparency",
+            node_id="Strata_SampleJointLayers",
+            display_name="Sample joint layers",
+            category="Strata/Transparency",
             search_aliases=[*NAMES, "layer diffuse joint", "foreground and background"],
             description="SD1.5: draws foreground, background and blended picture together, so that they agree. Needs layer_sd15_joint.",
             inputs=[
@@ -178,7 +297,8 @@ class SampleJointLayers(Node):
                 io.Latent.Output("FOREGROUND", display_name="foreground", tooltip="For Decode transparency."),
                 io.Latent.Output("BACKGROUND", display_name="background", tooltip="For VAE Decode."),
                 io.Latent.Output("BLENDED", display_name="blended", tooltip="For VAE Decode."),
-            ])
+            ],
+        )
 
     @classmethod
     def execute(cls, model, transparency, foreground, background, blended, **sampling):
@@ -191,32 +311,53 @@ class SampleAroundLayer(Node):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="Strata_SampleAroundLayer", display_name="Sample around a layer", category="Strata/Transparency",
+            node_id="Strata_SampleAroundLayer",
+            display_name="Sample around a layer",
+            category="Strata/Transparency",
             search_aliases=[*NAMES, "fg2bg", "bg2fg", "layer diffuse cond joint"],
             description="SD1.5: draws the other layer and the blended picture for a given one. Needs layer_sd15_fg2bg or layer_sd15_bg2fg.",
             inputs=[
                 io.Model.Input("model", tooltip="An SD1.5 model, without Apply transparency."),
-                weights_input("Attention sharing of two pictures, from Load transparency: fg2bg when a foreground is given, bg2fg for a background."),
-                io.Image.Input("image", tooltip="The given foreground (RGBA) or background. Another size is scaled and centred to fill the frame."),
+                weights_input(
+                    "Attention sharing of two pictures, from Load transparency: fg2bg when a foreground is given, bg2fg for a background."
+                ),
+                io.Image.Input(
+                    "image",
+                    tooltip="The given foreground (RGBA) or background. Another size is scaled and centred to fill the frame.",
+                ),
                 io.Conditioning.Input("layer", tooltip="Prompt of the layer that is drawn."),
                 io.Conditioning.Input("blended", tooltip="Prompt of the whole picture."),
                 *sampling_inputs(),
             ],
             outputs=[
-                io.Latent.Output("LAYER", display_name="layer", tooltip="The new background, for VAE Decode, or foreground, for Decode transparency."),
+                io.Latent.Output(
+                    "LAYER",
+                    display_name="layer",
+                    tooltip="The new background, for VAE Decode, or foreground, for Decode transparency.",
+                ),
                 io.Latent.Output("BLENDED", display_name="blended", tooltip="For VAE Decode."),
-            ])
+            ],
+        )
 
     @classmethod
     def execute(cls, model, transparency, image, layer, blended, **sampling):
         image = image.movedim(-1, 1)
         picture = over_gray(image[:, :3], image[:, 3:]) if image.shape[1] == 4 else image
         shared = transparency_model.share(model, transparency, 2, picture=picture * 2 - 1)
-        return io.NodeOutput(*sample_branches(shared, together([("layer", layer), ("blended", blended)]), 2, **sampling))
+        return io.NodeOutput(
+            *sample_branches(shared, together([("layer", layer), ("blended", blended)]), 2, **sampling)
+        )
 
 
 def _sizes(pictures: torch.Tensor, what: str) -> str:
     return f"{len(pictures)} {what}{'s' * (len(pictures) > 1)} of {pictures.shape[2]}×{pictures.shape[1]}"
 
 
-NODES = [LoadTransparency, ApplyTransparency, DecodeTransparency, EncodeTransparency, SampleJointLayers, SampleAroundLayer]
+NODES = [
+    LoadTransparency,
+    ApplyTransparency,
+    DecodeTransparency,
+    EncodeTransparency,
+    SampleJointLayers,
+    SampleAroundLayer,
+]

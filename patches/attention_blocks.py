@@ -1,4 +1,5 @@
 """The attention blocks of a UNet: where they are, what is known inside of them, and patches put around others' patches."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -12,21 +13,34 @@ Place = tuple[str, int, int]  # block, its number, transformer inside it
 
 def transformers(unet: nn.Module) -> dict[Place, nn.Module]:
     """Every transformer block by its place, in the order of the model; empty for a model that is no UNet."""
-    parts = [*(("input", i, part) for i, part in enumerate(getattr(unet, "input_blocks", ()))), ("middle", 0, getattr(unet, "middle_block", None) or ()),
-             *(("output", i, part) for i, part in enumerate(getattr(unet, "output_blocks", ())))]
-    return {(name, number, index): block for name, number, part in parts for layer in part if isinstance(layer, attention.SpatialTransformer)
-            for index, block in enumerate(layer.transformer_blocks)}
+    parts = [
+        *(("input", i, part) for i, part in enumerate(getattr(unet, "input_blocks", ()))),
+        ("middle", 0, getattr(unet, "middle_block", None) or ()),
+        *(("output", i, part) for i, part in enumerate(getattr(unet, "output_blocks", ()))),
+    ]
+    return {
+        (name, number, index): block
+        for name, number, part in parts
+        for layer in part
+        if isinstance(layer, attention.SpatialTransformer)
+        for index, block in enumerate(layer.transformer_blocks)
+    }
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
     """The host's own attention, as a block without a replacing patch calls it."""
-    return attention.optimized_attention(q, k, v, options["n_heads"], attn_precision=options.get("attn_precision"), transformer_options=options)
+    return attention.optimized_attention(
+        q, k, v, options["n_heads"], attn_precision=options.get("attn_precision"), transformer_options=options
+    )
 
 
 def around(options: dict, name: str, places: list[Place], own: Callable) -> dict:
     """Replacing patches `own(there, q, k, v, options)` at the places, where `there` is the patch that another node has put there, or the attention."""
     there = options.get("patches_replace", {}).get(name, {})
-    return {**there, **{place: partial(_checked, own, there.get(place, there.get(place[:2], attend))) for place in places}}
+    return {
+        **there,
+        **{place: partial(_checked, own, there.get(place, there.get(place[:2], attend))) for place in places},
+    }
 
 
 def _checked(own: Callable, there: Callable, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
@@ -38,8 +52,10 @@ def check_tokens(rows: Tensor, options: dict) -> None:
     """Raises ValueError for queries [B,T,C] that are no longer one row a picture and one token a place: their layers could not be told apart."""
     shape = options.get("activations_shape")
     if shape is not None and rows.shape[:2] != (shape[0], shape[2] * shape[3]):
-        raise ValueError("model: another patch on it (HyperTile, Token merging or one like them) cuts or merges what the attention works on, so layers "
-                         "cannot be told apart any more; remove that patch.")
+        raise ValueError(
+            "model: another patch on it (HyperTile, Token merging or one like them) cuts or merges what the attention works on, so layers "
+            "cannot be told apart any more; remove that patch."
+        )
 
 
 def place_of(options: dict) -> Place:

@@ -1,4 +1,5 @@
 """Attention over several pictures of a batch, as LayerDiffuse's SD1.5 files do it: beside the UNet's own attentions, put there while the model is in use."""
+
 from __future__ import annotations
 
 import re
@@ -22,8 +23,15 @@ from .foreground import FUSION, Rows
 NAME = re.compile(r"(input_blocks|output_blocks|middle_block)\..*\.attn[12]")
 KEY = "strata_sharing_"
 MOST_REPEATED = 4  # as ComfyUI puts conditionings of several lengths into one batch
-OF_A_RUN = ("cond_hint", "timestep_range", "extra_concat", "model_sampling_current")  # a ControlNet's fields that its run sets
-CONTROL = "strata_sharing_picture"  # the picture's features by number of pixels, in the transformer options of one evaluation
+OF_A_RUN = (
+    "cond_hint",
+    "timestep_range",
+    "extra_concat",
+    "model_sampling_current",
+)  # a ControlNet's fields that its run sets
+CONTROL = (
+    "strata_sharing_picture"  # the picture's features by number of pixels, in the transformer options of one evaluation
+)
 
 
 def attentions(unet: nn.Module) -> list[nn.Module]:
@@ -34,9 +42,11 @@ def attentions(unet: nn.Module) -> list[nn.Module]:
 
 def widths(model: ModelPatcher) -> list[dict[str, tuple[int, int]]]:
     """(inputs, outputs) of each attention's projections; empty for a model that is no UNet."""
+
     def of(module: nn.Module, name: str) -> tuple[int, int]:
         layer = module.to_out[0] if name == "to_out" else getattr(module, name)
         return layer.in_features, layer.out_features
+
     return [{name: of(module, name) for name in PROJECTIONS} for module in attentions(model.model.diffusion_model)]
 
 
@@ -58,7 +68,9 @@ def attach_to_foreground(model: ModelPatcher, sharing: ModelPatcher, rows: Rows 
     """A clone in which a file of one frame acts on the foregrounds among the rows, and the others have the model's own attention."""
     clone = model.clone()
     clone.set_additional_models(f"{KEY}foreground", [sharing])
-    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, f"{KEY}foreground", partial(_with_foreground, sharing.model, rows))
+    clone.add_wrapper_with_key(
+        WrappersMP.DIFFUSION_MODEL, f"{KEY}foreground", partial(_with_foreground, sharing.model, rows)
+    )
     return clone
 
 
@@ -90,7 +102,9 @@ def _on_foreground(module: nn.Module, layer: nn.Module, rows: Rows) -> list:
 
     projections = {name: getattr(module, name) for name in PROJECTIONS}
     projections["to_out"] = module.to_out[0]
-    added = [projections[name].register_forward_hook(partial(add, getattr(layer, f"{name}_lora")[0])) for name in PROJECTIONS]
+    added = [
+        projections[name].register_forward_hook(partial(add, getattr(layer, f"{name}_lora")[0])) for name in PROJECTIONS
+    ]
     return [module.to_q.register_forward_pre_hook(enter), *added, projections["to_out"].register_forward_hook(leave)]
 
 
@@ -121,22 +135,40 @@ def shared(module: nn.Module, plain: Callable, layer: nn.Module, strength: float
             check_tokens(x, transformer_options)
 
         def attention(q, k, v):
-            return optimized_attention(q, k, v, module.heads, mask=mask, attn_precision=module.attn_precision, transformer_options=transformer_options)
+            return optimized_attention(
+                q,
+                k,
+                v,
+                module.heads,
+                mask=mask,
+                attn_precision=module.attn_precision,
+                transformer_options=transformer_options,
+            )
 
         features = transformer_options.get(CONTROL, {}).get(x.shape[1]) if hasattr(layer, "control_convs") else None
         out = layer(module, attention, x, context, value, features)
-        return out if strength == 1 else out * strength + plain(x, context, value, mask, transformer_options) * (1 - strength)
+        return (
+            out
+            if strength == 1
+            else out * strength + plain(x, context, value, mask, transformer_options) * (1 - strength)
+        )
+
     return forward
 
 
 def seeing(sharing: AttentionSharing, picture: Tensor) -> Callable:
     """Wrapper of the UNet: the picture's features at the size of this latent go along in its options. Pictures repeat over the batch."""
+
     def wrapper(executor, x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
         fitted = comfy.utils.common_upscale(picture, x.shape[-1] * 8, x.shape[-2] * 8, "bilinear", "center")
         features = sharing.kwargs_encoder(fitted.to(x))
         if len(picture) > 1:
-            features = {count: comfy.utils.repeat_to_batch_size(one, len(x) // sharing.frames) for count, one in features.items()}
+            features = {
+                count: comfy.utils.repeat_to_batch_size(one, len(x) // sharing.frames)
+                for count, one in features.items()
+            }
         return executor(x, timesteps, context, y, control, {**transformer_options, CONTROL: features}, **kwargs)
+
     return wrapper
 
 
@@ -144,18 +176,24 @@ def together(prompts: list[tuple[str, list]]) -> list:
     """One conditioning from those of the frames: a row of tokens per frame, which the host repeats over the batch. Raises ValueError."""
     for name, prompt in prompts:
         if len(prompt) != 1:
-            raise ValueError(f"{name}: it is {len(prompt)} conditionings in one (combined, or of areas), and each frame takes one; connect a plain one.")
+            raise ValueError(
+                f"{name}: it is {len(prompt)} conditionings in one (combined, or of areas), and each frame takes one; connect a plain one."
+            )
     carried = [{key: value for key, value in prompt[0][1].items() if key != "pooled_output"} for _, prompt in prompts]
     for key in sorted(set().union(*carried)):
         holders = [name for (name, _), own in zip(prompts, carried, strict=True) if key in own]
         if len(holders) < len(prompts) or not all(_same(carried[0][key], own[key]) for own in carried):
-            raise ValueError(f"{holders[0]}: it carries {key!r}, which the other prompts lack or have otherwise, and the frames are sampled as one; "
-                             "connect plain prompts here, and put what shall act on all of them on the model or on negative.")
+            raise ValueError(
+                f"{holders[0]}: it carries {key!r}, which the other prompts lack or have otherwise, and the frames are sampled as one; "
+                "connect plain prompts here, and put what shall act on all of them on the model or on negative."
+            )
     tokens = [prompt[0][0][:1] for _, prompt in prompts]
     longest = lcm(*(one.shape[1] for one in tokens))  # repeated tokens change nothing in attention
     if longest > MOST_REPEATED * max(one.shape[1] for one in tokens):
-        raise ValueError(f"{', '.join(name for name, _ in prompts)}: their {', '.join(str(one.shape[1]) for one in tokens)} tokens have no common length "
-                         "that is not many times as long; shorten the longer prompts.")
+        raise ValueError(
+            f"{', '.join(name for name, _ in prompts)}: their {', '.join(str(one.shape[1]) for one in tokens)} tokens have no common length "
+            "that is not many times as long; shorten the longer prompts."
+        )
     return [[torch.cat([one.repeat(1, longest // one.shape[1], 1) for one in tokens]), prompts[-1][1][0][1]]]
 
 
@@ -166,7 +204,9 @@ def _same(one, other) -> bool:
     if isinstance(one, Tensor):
         return torch.equal(one, other)
     if isinstance(one, ControlBase):
-        one, other = ({key: value for key, value in vars(control).items() if key not in OF_A_RUN} for control in (one, other))
+        one, other = (
+            {key: value for key, value in vars(control).items() if key not in OF_A_RUN} for control in (one, other)
+        )
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
     if isinstance(one, list | tuple):

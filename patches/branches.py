@@ -1,4 +1,5 @@
 """Several pictures of every latent, sampled as one batch in which they stand next to each other."""
+
 from __future__ import annotations
 
 import math
@@ -15,8 +16,21 @@ from ..techniques.shared_layers import share_noise
 from .kept import LEVEL
 
 
-def sample_branches(model: ModelPatcher, positive: list, count: int, negative: list, latent_image: dict, seed: int, steps: int, cfg: float,
-                    sampler_name: str, scheduler: str, denoise: float, own_noise: float = 1.0, seen: dict[float, Tensor] | None = None) -> list[dict]:
+def sample_branches(
+    model: ModelPatcher,
+    positive: list,
+    count: int,
+    negative: list,
+    latent_image: dict,
+    seed: int,
+    steps: int,
+    cfg: float,
+    sampler_name: str,
+    scheduler: str,
+    denoise: float,
+    own_noise: float = 1.0,
+    seen: dict[float, Tensor] | None = None,
+) -> list[dict]:
     """One LATENT per branch. positive: with a row per branch, which the host repeats over the batch. own_noise: how much of the noise's
     variance is a branch's own, 0..1; at 0 the branches of a latent have the same.
 
@@ -32,17 +46,33 @@ def sample_branches(model: ModelPatcher, positive: list, count: int, negative: l
     if seen is not None:
         model = watched(model, seen)
     samples = comfy.sample.sample(
-        model, noise, steps, cfg, sampler_name, scheduler, positive, negative, start, denoise=denoise, noise_mask=mask, callback=callback,
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
+        model,
+        noise,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        positive,
+        negative,
+        start,
+        denoise=denoise,
+        noise_mask=mask,
+        callback=callback,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
     return [{**latent_image, "samples": samples[branch::count]} for branch in range(count)]
 
 
 def watched(model: ModelPatcher, seen: dict[float, Tensor]) -> ModelPatcher:
     """A clone that keeps what its sampler asks it for. What samplers hand to their callback is not always the latent of that step (DEIS)."""
+
     def watch(executor, x: Tensor, timestep: Tensor, *args, **kwargs):
         sigma = float(timestep.flatten()[0])
         for level in [level for level in seen if math.isclose(level, sigma, rel_tol=LEVEL)]:
-            del seen[level]  # Heun's first call at a level is a guess, and its second one the step's latent; DPM-Solver++(2S)'s is a rounding beside it
+            del seen[
+                level
+            ]  # Heun's first call at a level is a guess, and its second one the step's latent; DPM-Solver++(2S)'s is a rounding beside it
         seen[sigma] = x.detach().float().cpu().clone()
         return executor(x, timestep, *args, **kwargs)
 
@@ -58,7 +88,9 @@ def _noise(start: Tensor, seed: int, numbers: list[int] | None, count: int, own:
     numbers = range(len(start) // count) if numbers is None else numbers
 
     def drawn(a_latent: int, places: Iterable[int]) -> Tensor:
-        return comfy.sample.prepare_noise(start, seed, [number * a_latent + place for number in numbers for place in places])
+        return comfy.sample.prepare_noise(
+            start, seed, [number * a_latent + place for number in numbers for place in places]
+        )
 
     if own in (0, 1):
         return drawn(count, range(count)) if own else drawn(1, [0] * count)

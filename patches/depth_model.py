@@ -1,4 +1,5 @@
 """Depth estimation models of the transformers library, loaded from ComfyUI's models folder."""
+
 from __future__ import annotations
 
 import json
@@ -11,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CONFIG = json.loads((Path(__file__).parent.parent / "models_config" / "depth_estimation.json").read_text(encoding="utf-8"))
+CONFIG = json.loads(
+    (Path(__file__).parent.parent / "models_config" / "depth_estimation.json").read_text(encoding="utf-8")
+)
 KIND = CONFIG["folder"]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -20,7 +23,11 @@ folder_paths.add_model_folder_path(KIND, str(Path(folder_paths.models_dir) / KIN
 
 def choices() -> list[str]:
     """Folders that hold a model, and the names of those that can be had."""
-    found = [path.parent.name for root in folder_paths.get_folder_paths(KIND) for path in sorted(Path(root).glob("*/config.json"))]
+    found = [
+        path.parent.name
+        for root in folder_paths.get_folder_paths(KIND)
+        for path in sorted(Path(root).glob("*/config.json"))
+    ]
     return list(dict.fromkeys([*found, *(model["name"] for model in CONFIG["models"])]))
 
 
@@ -30,8 +37,10 @@ def find(name: str) -> Path:
         if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
             return folder
     url = next((model["url"] for model in CONFIG["models"] if model["name"] == name), CONFIG["models"][0]["url"])
-    raise ValueError(f"model: config.json and model.safetensors of {name} are not in {Path(folder_paths.get_folder_paths(KIND)[0]) / name}; "
-                     f"download them from {url} into that folder.")
+    raise ValueError(
+        f"model: config.json and model.safetensors of {name} are not in {Path(folder_paths.get_folder_paths(KIND)[0]) / name}; "
+        f"download them from {url} into that folder."
+    )
 
 
 def estimate(image: Tensor, name: str) -> Tensor:
@@ -43,14 +52,20 @@ def estimate(image: Tensor, name: str) -> Tensor:
 
     folder = find(name)
     device = comfy.model_management.get_torch_device()
-    model = AutoModelForDepthEstimation.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval().to(device)
+    model = (
+        AutoModelForDepthEstimation.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        .eval()
+        .to(device)
+    )
     size = input_size(folder, *image.shape[1:3])
     progress = comfy.utils.ProgressBar(len(image))
     depths = []
     for one in image:
         pixels = F.interpolate(one.movedim(-1, 0)[None], size, mode="bicubic", antialias=True).clamp(0, 1).to(device)
         pixels = (pixels - pixels.new_tensor(MEAN).view(3, 1, 1)) / pixels.new_tensor(STD).view(3, 1, 1)
-        depth = F.interpolate(model(pixel_values=pixels).predicted_depth[:, None].float(), image.shape[1:3], mode="bilinear")[0, 0]
+        depth = F.interpolate(
+            model(pixel_values=pixels).predicted_depth[:, None].float(), image.shape[1:3], mode="bilinear"
+        )[0, 0]
         low, high = depth.amin(), depth.amax()
         depths.append(((depth - low) / (high - low).clamp_min(1e-6)).to(comfy.model_management.intermediate_device()))
         progress.update(1)
@@ -63,5 +78,7 @@ def input_size(folder: Path, height: int, width: int) -> tuple[int, int]:
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     side = settings.get("size", {}).get("height", 518)
     multiple = settings.get("ensure_multiple_of", 14)
-    scale = min(side / min(height, width), 4 * side / max(height, width))  # a picture of 1×4096 would be two million wide
+    scale = min(
+        side / min(height, width), 4 * side / max(height, width)
+    )  # a picture of 1×4096 would be two million wide
     return tuple(max(multiple, round(length * scale / multiple) * multiple) for length in (height, width))

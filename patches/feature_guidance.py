@@ -1,4 +1,5 @@
 """FeatGLaC in ComfyUI's sampling: before each step the latent is moved until the decoder's features are those of the scenes that it is composed of."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -24,12 +25,22 @@ STARTS = ("background inversion", "given latent")
 SAMPLERS = ("euler", "ddim")
 UNCONDITIONAL = ("negative", "null-text of the background")
 INPAINTING = ("concat_latent_image", "concat_mask")  # what InpaintModelConditioning leaves in a conditioning
-APART = {"area", "mask", "control", "gligen", "hooks", "default", "timestep_start", "timestep_end"}  # keys of a conditioning that no batch can share
+APART = {
+    "area",
+    "mask",
+    "control",
+    "gligen",
+    "hooks",
+    "default",
+    "timestep_start",
+    "timestep_end",
+}  # keys of a conditioning that no batch can share
 
 
 @dataclass(frozen=True)
 class Plane:
     """mask [H,W], 1 = in the plane, None = everywhere; weight: of its energy."""
+
     inversion: Inversion
     mask: Tensor | None = None
     weight: float = 1.0
@@ -38,6 +49,7 @@ class Plane:
 @dataclass(frozen=True, eq=False)
 class Planes:
     """Back to front. recorded: features of earlier runs, by model and by (levels, sigma, planes in use), in half precision on the CPU."""
+
     planes: tuple[Plane, ...]
     recorded: WeakKeyDictionary = field(default_factory=WeakKeyDictionary)
 
@@ -45,6 +57,7 @@ class Planes:
 @dataclass(frozen=True)
 class Settings:
     """level_weights: as techniques.feature_guidance.parse_level_weights takes them; foreground: lambda, of all planes but the first."""
+
     level_weights: str = "0.2, 8.5"
     foreground: float = 1.0
     iterations: int = 5
@@ -65,27 +78,38 @@ def decoder_levels(unet: nn.Module) -> list[nn.Module]:
     return [module for module in last[:-1] if isinstance(module, Upsample)] + last[-1:]
 
 
-def guider(model: ModelPatcher, positive: list, negative: list, cfg: float, planes: Planes, settings: Settings) -> FeatureGuider:
+def guider(
+    model: ModelPatcher, positive: list, negative: list, cfg: float, planes: Planes, settings: Settings
+) -> FeatureGuider:
     """Raises ValueError for a model that has no decoder of this kind, and for level weights that do not fit it."""
     if not isinstance(model.model.diffusion_model, UNetModel) or is_flow(model):
-        raise ValueError("model: feature guidance works with SD1.5, SD2, SDXL and the Strata mini family; load a checkpoint of one of them.")
+        raise ValueError(
+            "model: feature guidance works with SD1.5, SD2, SDXL and the Strata mini family; load a checkpoint of one of them."
+        )
     if settings.unconditional == UNCONDITIONAL[1]:
         if planes.planes[0].inversion.null is None:
-            raise ValueError("unconditional: the first plane's inversion has no embeddings; invert the background with the method null-text, or "
-                             f"choose {UNCONDITIONAL[0]}.")
+            raise ValueError(
+                "unconditional: the first plane's inversion has no embeddings; invert the background with the method null-text, or "
+                f"choose {UNCONDITIONAL[0]}."
+            )
         if len(negative) != 1:
-            raise ValueError("negative: it combines several conditionings, and the embeddings of null-text can replace only one; connect one "
-                             "text encoding.")
+            raise ValueError(
+                "negative: it combines several conditionings, and the embeddings of null-text can replace only one; connect one "
+                "text encoding."
+            )
     found = FeatureGuider(model)
     found.set_conds(positive, negative)
     found.set_cfg(cfg)
     found.planes, found.settings = planes, settings
-    found.level_weights = featglac.parse_level_weights(settings.level_weights, len(decoder_levels(model.model.diffusion_model)))
+    found.level_weights = featglac.parse_level_weights(
+        settings.level_weights, len(decoder_levels(model.model.diffusion_model))
+    )
     return found
 
 
 class FeatureGuider(comfy.samplers.CFGGuider):
     """A CFG guider whose sampler moves the latent before each step. energies: per guided step of the latest run, one value per iteration."""
+
     planes: Planes
     settings: Settings
     level_weights: dict[int, float]
@@ -97,14 +121,27 @@ class FeatureGuider(comfy.samplers.CFGGuider):
         self.masks = self._check_planes(latent_image)
         self.weights = self._plane_weights()
         # a run that goes on where another one ended (SplitSigmas, DisableNoise) has its latent already
-        self.goes_on = not noise.any() and float(sigmas[0]) < (1 - 1e-4) * float(self.planes.planes[0].inversion.sigmas[0])
+        self.goes_on = not noise.any() and float(sigmas[0]) < (1 - 1e-4) * float(
+            self.planes.planes[0].inversion.sigmas[0]
+        )
         plain, conds = sampler, self.original_conds
         if self.guides():
-            self.original_conds = {**conds, **{f"plane {i}": comfy.sampler_helpers.convert_cond(plane.inversion.positive)
-                                               for i, plane in enumerate(self.planes.planes)}}
-        elif self.settings.start == STARTS[1] and self.settings.paste_percent is None and self.settings.unconditional == UNCONDITIONAL[0]:
+            self.original_conds = {
+                **conds,
+                **{
+                    f"plane {i}": comfy.sampler_helpers.convert_cond(plane.inversion.positive)
+                    for i, plane in enumerate(self.planes.planes)
+                },
+            }
+        elif (
+            self.settings.start == STARTS[1]
+            and self.settings.paste_percent is None
+            and self.settings.unconditional == UNCONDITIONAL[0]
+        ):
             return super().sample(noise, latent_image, plain, sigmas, *args, **kwargs)
-        sampler = comfy.samplers.KSAMPLER(partial(self._walk, plain.sampler_function), plain.extra_options, plain.inpaint_options)
+        sampler = comfy.samplers.KSAMPLER(
+            partial(self._walk, plain.sampler_function), plain.extra_options, plain.inpaint_options
+        )
         try:
             return super().sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
@@ -114,7 +151,9 @@ class FeatureGuider(comfy.samplers.CFGGuider):
     def guides(self) -> bool:
         """Whether anything moves the latent at all. Without a foreground there is nothing to compose, and the sampling is the plain one."""
         settings = self.settings
-        return bool(settings.iterations and settings.step_size and self.level_weights and any(self.weights[1:] or self.weights))
+        return bool(
+            settings.iterations and settings.step_size and self.level_weights and any(self.weights[1:] or self.weights)
+        )
 
     def inner_sample(self, noise, latent_image, device, sampler, sigmas, denoise_mask, *args, **kwargs):
         """The scenes' conditionings are prepared apart: ComfyUI would hand them the composite's ControlNets.
@@ -125,20 +164,30 @@ class FeatureGuider(comfy.samplers.CFGGuider):
         shown = {name: value for name, value in self.conds["positive"][0].items() if name in INPAINTING}
         scenes = [[{**entry, **shown} for entry in self.conds.pop(key)] for key in keys]
         latent = self.inner_model.process_latent_in(latent_image) if latent_image.any() else latent_image
-        self.plane_conds = [comfy.samplers.process_conds(self.inner_model, noise, {"positive": conds}, device, latent, denoise_mask)["positive"]
-                            for conds in scenes]
+        self.plane_conds = [
+            comfy.samplers.process_conds(self.inner_model, noise, {"positive": conds}, device, latent, denoise_mask)[
+                "positive"
+            ]
+            for conds in scenes
+        ]
         return super().inner_sample(noise, latent_image, device, sampler, sigmas, denoise_mask, *args, **kwargs)
 
     def _check_planes(self, latent: Tensor) -> Tensor:
         for plane in self.planes.planes:
             shape = plane.inversion.latents.shape[1:]
             if shape[1:] != latent.shape[1:]:
-                raise ValueError(f"planes: an inversion is of {shape[3] * 8}×{shape[2] * 8} pixels and {shape[1]} latent channels, the latent of "
-                                 f"{latent.shape[3] * 8}×{latent.shape[2] * 8} and {latent.shape[1]}; resize the pictures to one size before inverting them.")
+                raise ValueError(
+                    f"planes: an inversion is of {shape[3] * 8}×{shape[2] * 8} pixels and {shape[1]} latent channels, the latent of "
+                    f"{latent.shape[3] * 8}×{latent.shape[2] * 8} and {latent.shape[1]}; resize the pictures to one size before inverting them."
+                )
             if len(latent) % shape[0]:
-                raise ValueError(f"planes: an inversion of {shape[0]} pictures does not go with {len(latent)} latents; invert one picture, or one for each.")
+                raise ValueError(
+                    f"planes: an inversion of {shape[0]} pictures does not go with {len(latent)} latents; invert one picture, or one for each."
+                )
             if plane.inversion.flow:
-                raise ValueError("planes: an inversion was made with a flow matching model; invert the picture with the model that samples.")
+                raise ValueError(
+                    "planes: an inversion was made with a flow matching model; invert the picture with the model that samples."
+                )
         return featglac.visible_masks([plane.mask for plane in self.planes.planes], *latent.shape[2:])
 
     def _plane_weights(self) -> list[float]:
@@ -148,12 +197,16 @@ class FeatureGuider(comfy.samplers.CFGGuider):
             weights.append(plane.weight * share if mask.any() else 0.0)
         return weights
 
-    def _walk(self, step: Callable, model, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, disable=None, **options) -> Tensor:
+    def _walk(
+        self, step: Callable, model, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, disable=None, **options
+    ) -> Tensor:
         """The sampler, one step of it at a time: it has no memory of its own."""
         settings, sampling = self.settings, self.inner_model.model_sampling
         if settings.start == STARTS[0] and not self.goes_on:
             x = self._scene(0, sigmas[0], x)
-        highest, lowest = (sampling.percent_to_sigma(percent) for percent in (settings.start_percent, settings.end_percent))
+        highest, lowest = (
+            sampling.percent_to_sigma(percent) for percent in (settings.start_percent, settings.end_percent)
+        )
         paste = None if settings.paste_percent is None else sampling.percent_to_sigma(settings.paste_percent)
         self.level_masks = self.masks.to(x.device)
         self._forget_other_levels(sigmas)
@@ -165,9 +218,13 @@ class FeatureGuider(comfy.samplers.CFGGuider):
                 x = self._guide(x, sigma, extra_args["model_options"])
             if settings.unconditional == UNCONDITIONAL[1]:
                 embedding = self.planes.planes[0].inversion.null_at(float(sigma)).to(x)
-                self.conds["negative"] = [with_embedding(self.conds["negative"][0], embedding.repeat(len(x) // len(embedding), 1, 1))]
+                self.conds["negative"] = [
+                    with_embedding(self.conds["negative"][0], embedding.repeat(len(x) // len(embedding), 1, 1))
+                ]
             numbered = None if callback is None else lambda values, number=number: callback({**values, "i": number})
-            x = step(model, x, sigmas[number:number + 2], extra_args=extra_args, callback=numbered, disable=True, **options)
+            x = step(
+                model, x, sigmas[number : number + 2], extra_args=extra_args, callback=numbered, disable=True, **options
+            )
         return x
 
     def _scene(self, number: int, sigma: Tensor, like: Tensor) -> Tensor:
@@ -187,12 +244,20 @@ class FeatureGuider(comfy.samplers.CFGGuider):
                 probe.check(len(x), "positive")
                 with torch.inference_mode(False), torch.enable_grad():
                     masks = self.level_masks[used].clone()
-                    energy = featglac.composition_energy(probe.features, sources, masks, self.level_weights, [self.weights[number] for number in used],
-                                                         settings.norm) * featglac.iteration_factor(iteration, settings.norm)
-                    gradient, = torch.autograd.grad(energy.sum(), probe.latent)
+                    energy = featglac.composition_energy(
+                        probe.features,
+                        sources,
+                        masks,
+                        self.level_weights,
+                        [self.weights[number] for number in used],
+                        settings.norm,
+                    ) * featglac.iteration_factor(iteration, settings.norm)
+                    (gradient,) = torch.autograd.grad(energy.sum(), probe.latent)
                 energies.append(energy.sum().item())
                 if not torch.isfinite(gradient).all():
-                    raise ValueError("step_size: the guidance grew beyond all numbers at this size of step; lower step_size or level_weights.")
+                    raise ValueError(
+                        "step_size: the guidance grew beyond all numbers at this size of step; lower step_size or level_weights."
+                    )
                 x = featglac.guided_update(x, gradient, sigma, settings.step_size)
         self.energies.append(energies)
         return x
@@ -205,7 +270,9 @@ class FeatureGuider(comfy.samplers.CFGGuider):
         key = tuple(self.level_weights), float(sigma), tuple(used), len(x)
         if key not in recorded:
             half = torch.bfloat16 if self.inner_model.get_dtype() == torch.bfloat16 else torch.float16
-            recorded[key] = {level: values.to("cpu", half) for level, values in self._record(used, x, sigma, options).items()}
+            recorded[key] = {
+                level: values.to("cpu", half) for level, values in self._record(used, x, sigma, options).items()
+            }
         return {level: values.to(x.device) for level, values in recorded[key].items()}
 
     def _forget_other_levels(self, sigmas: Tensor) -> None:
@@ -218,14 +285,21 @@ class FeatureGuider(comfy.samplers.CFGGuider):
         """In one batch where the scenes' conditionings allow it, else one scene after the other."""
         latents = [self._scene(number, sigma, x) for number in used]
         joined = _join([self.plane_conds[number] for number in used], len(x))
-        calls = [(torch.cat(latents), joined)] if joined else [(one, self.plane_conds[number]) for one, number in zip(latents, used, strict=True)]
+        calls = (
+            [(torch.cat(latents), joined)]
+            if joined
+            else [(one, self.plane_conds[number]) for one, number in zip(latents, used, strict=True)]
+        )
         found = []
         for rows, conds in calls:
             probe = Probe(self.inner_model.diffusion_model, self.level_weights, gradient=False)
             call_unet(probe, self.inner_model, conds, rows, sigma, options)
             probe.check(len(rows), "the positive of an inversion")
             found.append(probe.features)
-        return {level: torch.cat([one[level] for one in found]).unflatten(0, (len(used), len(x))) for level in self.level_weights}
+        return {
+            level: torch.cat([one[level] for one in found]).unflatten(0, (len(used), len(x)))
+            for level in self.level_weights
+        }
 
 
 class Probe:
@@ -263,7 +337,9 @@ class Probe:
 
     def check(self, rows: int, socket: str) -> None:
         if self.calls != 1 or any(len(values) != rows for values in self.features.values()):
-            raise ValueError(f"{socket}: several conditionings are combined, or none is for this step; feature guidance needs one for the whole picture.")
+            raise ValueError(
+                f"{socket}: several conditionings are combined, or none is for this step; feature guidance needs one for the whole picture."
+            )
 
 
 class _Enough(Exception):
@@ -285,7 +361,12 @@ def _join(scenes: list[list[dict]], batch: int) -> list[dict] | None:
 
 
 def check_sampler(sampler) -> None:
-    euler = isinstance(sampler, comfy.samplers.KSAMPLER) and sampler.sampler_function is comfy.k_diffusion.sampling.sample_euler
+    euler = (
+        isinstance(sampler, comfy.samplers.KSAMPLER)
+        and sampler.sampler_function is comfy.k_diffusion.sampling.sample_euler
+    )
     if not euler or sampler.extra_options.get("s_churn"):
-        raise ValueError(f"sampler: feature guidance moves the latent between two steps, which only samplers without memory and noise of their own allow; "
-                         f"choose one of {', '.join(SAMPLERS)}.")
+        raise ValueError(
+            f"sampler: feature guidance moves the latent between two steps, which only samplers without memory and noise of their own allow; "
+            f"choose one of {', '.join(SAMPLERS)}."
+        )

@@ -1,4 +1,5 @@
 """Weight differences that act on the foregrounds alone, in a batch that has other pictures too: one model and one call serve all of them."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ BRANCHES = 3  # foreground, background, blended, in this order, once for every p
 @dataclass(frozen=True)
 class Rows:
     """Which rows of a batch are foregrounds: those from `first` on, `number` of them, in every `layers` rows. shown: the end of check's sentence."""
+
     layers: int = BRANCHES
     first: int = 0
     number: int = 1
@@ -42,7 +44,7 @@ class Rows:
     def _places(self, rows: Tensor) -> Tensor:
         if _alone.get():
             return rows[:, None]
-        return rows.unflatten(0, (-1, self.layers))[:, self.first:self.first + self.number]
+        return rows.unflatten(0, (-1, self.layers))[:, self.first : self.first + self.number]
 
 
 _alone = ContextVar("strata_alone", default=False)
@@ -63,7 +65,9 @@ def foreground_rows(rows: Tensor) -> Tensor:
     return FUSION.of(rows)
 
 
-def apply_to_foreground(model: ModelPatcher, terms: dict[str, tuple[Tensor, Tensor] | Tensor], strength: float = 1.0, rows: Rows = FUSION) -> ModelPatcher:
+def apply_to_foreground(
+    model: ModelPatcher, terms: dict[str, tuple[Tensor, Tensor] | Tensor], strength: float = 1.0, rows: Rows = FUSION
+) -> ModelPatcher:
     """A clone of the model whose foreground rows see `weight + strength * difference` in the named weights, and whose other rows do not.
 
     terms: {weight key such as "diffusion_model.….to_q.weight": (up [out,rank], down [rank,in]), or a full difference of the weight's or bias's shape}.
@@ -85,14 +89,18 @@ def differences(model: ModelPatcher, terms: dict[str, tuple[Tensor, Tensor] | Te
         module = _submodule(unet, name)
         shape = (term[0].shape[0], term[1].shape[1]) if isinstance(term, tuple) else tuple(term.shape)
         if not isinstance(module, SUPPORTED) or getattr(getattr(module, kind, None), "shape", None) != shape:
-            raise ValueError(f"model: the difference of {key} ({'×'.join(map(str, shape))}) does not fit this model; load the file of the model's family.")
+            raise ValueError(
+                f"model: the difference of {key} ({'×'.join(map(str, shape))}) does not fit this model; load the file of the model's family."
+            )
         parts.setdefault(name, {})[kind] = term
     return {name: _difference(unet.get_submodule(name), **own) for name, own in parts.items()}
 
 
 def load_with(model: ModelPatcher, networks: list[nn.Module]) -> None:
     """From now on ComfyUI holds them where it holds this clone."""
-    helper = comfy.model_patcher.ModelPatcher(nn.ModuleList(networks), load_device=model.load_device, offload_device=model.offload_device)
+    helper = comfy.model_patcher.ModelPatcher(
+        nn.ModuleList(networks), load_device=model.load_device, offload_device=model.offload_device
+    )
     model.set_additional_models(KEY, [*model.get_additional_models_with_key(KEY), helper])
 
 
@@ -103,16 +111,23 @@ def _submodule(module: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _difference(module: nn.Module, weight: tuple[Tensor, Tensor] | Tensor | None = None, bias: Tensor | None = None) -> nn.Module:
+def _difference(
+    module: nn.Module, weight: tuple[Tensor, Tensor] | Tensor | None = None, bias: Tensor | None = None
+) -> nn.Module:
     """What the terms add to the module's output, which is linear in weight and bias: the same layer with the differences for weights."""
     if isinstance(weight, tuple):
         up, down = weight
-        return nn.Sequential(_filled(LAYERS.Linear(down.shape[1], down.shape[0]), down), _filled(LAYERS.Linear(up.shape[1], up.shape[0]), up, bias))
+        return nn.Sequential(
+            _filled(LAYERS.Linear(down.shape[1], down.shape[0]), down),
+            _filled(LAYERS.Linear(up.shape[1], up.shape[0]), up, bias),
+        )
     weight = torch.zeros_like(module.weight) if weight is None else weight
     if isinstance(module, nn.Linear):
         layer = LAYERS.Linear(module.in_features, module.out_features)
     elif isinstance(module, nn.Conv2d):
-        layer = LAYERS.Conv2d(module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding)
+        layer = LAYERS.Conv2d(
+            module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding
+        )
     elif isinstance(module, nn.GroupNorm):
         layer = LAYERS.GroupNorm(module.num_groups, module.num_channels, module.eps)
     else:
@@ -121,7 +136,9 @@ def _difference(module: nn.Module, weight: tuple[Tensor, Tensor] | Tensor | None
 
 
 def _filled(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
-    layer.weight, layer.bias = (None if value is None else nn.Parameter(value, requires_grad=False) for value in (weight, bias))
+    layer.weight, layer.bias = (
+        None if value is None else nn.Parameter(value, requires_grad=False) for value in (weight, bias)
+    )
     return layer
 
 
@@ -134,7 +151,10 @@ def _denoise(added: dict[str, nn.Module], strength: float, rows: Rows, executor,
 @contextmanager
 def acting(unet: nn.Module, added: dict[str, nn.Module], strength: float, rows: Rows) -> Iterator[None]:
     """Hooks for one call only: nothing is left in the model, which its other patchers share."""
-    hooks = [unet.get_submodule(name).register_forward_hook(partial(_add, term, strength, rows)) for name, term in added.items()]
+    hooks = [
+        unet.get_submodule(name).register_forward_hook(partial(_add, term, strength, rows))
+        for name, term in added.items()
+    ]
     try:
         yield
     finally:

@@ -1,4 +1,5 @@
 """LayerFusion: the attention of foreground, background and blended, three rows of one batch, blended in every block while sampling."""
+
 from __future__ import annotations
 
 import json
@@ -19,9 +20,17 @@ from .foreground import BRANCHES, check_batch, foreground_rows, foregrounds_only
 from .kept import Record
 from .layer_prompts import END_TOKENS
 
-STRUCTURE_LAYER = json.loads((Path(__file__).parent.parent / "models_config" / "fusion.json").read_text(encoding="utf-8"))["structure_layer"]
+STRUCTURE_LAYER = json.loads(
+    (Path(__file__).parent.parent / "models_config" / "fusion.json").read_text(encoding="utf-8")
+)["structure_layer"]
 KEY, RUN, RECORD = "strata_fusion", "strata_fusion_run", "strata_fusion_record"
-BLOCKS = {"all": ("input", "middle", "output"), "down": ("input",), "middle": ("middle",), "up": ("output",), "middle and up": ("middle", "output")}
+BLOCKS = {
+    "all": ("input", "middle", "output"),
+    "down": ("input",),
+    "middle": ("middle",),
+    "up": ("output",),
+    "middle and up": ("middle", "output"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class Settings:
 
     wide: after Eq. 2 the blended branch goes on with the foreground through the wide mask instead of the soft one.
     """
+
     strength: float = 1.0
     boundary: float = 10.0
     start_percent: float = 0.0
@@ -47,6 +57,7 @@ class Settings:
 @dataclass
 class Run:
     """One sampling run: the structure prior in use with its size, and the masks of the latest conditional estimate: soft, hard and, where used, wide."""
+
     record: Record | None = None
     structure: tuple[Tensor, tuple[int, int]] | None = None
     masks: dict[tuple[str, Place], tuple[Tensor, ...]] = field(default_factory=dict)
@@ -55,6 +66,7 @@ class Run:
 @dataclass
 class Call:
     """One call of the model, on its way to the patches in transformer_options. phase: prior, conditional or other."""
+
     settings: Settings
     run: Run
     phase: str
@@ -79,9 +91,14 @@ def blend_attention(model: ModelPatcher, settings: Settings) -> ModelPatcher:
 def structure_place(model: ModelPatcher) -> Place:
     """The self-attention that shows the structure: the model's last one in the published families, the mini family's last but one (docs/layerfusion.md)."""
     config = getattr(model.model, "model_config", None)
-    place = next((tuple(STRUCTURE_LAYER[kind.__name__]) for kind in type(config).__mro__ if kind.__name__ in STRUCTURE_LAYER), None)
+    place = next(
+        (tuple(STRUCTURE_LAYER[kind.__name__]) for kind in type(config).__mro__ if kind.__name__ in STRUCTURE_LAYER),
+        None,
+    )
     if place is None or place not in transformers(model.model.diffusion_model):
-        raise ValueError(f"model: {type(config).__name__} is not supported; LayerFusion works with SD1.5, SD2, SDXL and the Strata mini family.")
+        raise ValueError(
+            f"model: {type(config).__name__} is not supported; LayerFusion works with SD1.5, SD2, SDXL and the Strata mini family."
+        )
     return place
 
 
@@ -91,7 +108,9 @@ def _start_run(executor, *args, **kwargs):
     return executor(*args, **kwargs)
 
 
-def _calculate(settings: Settings, place: Place, executor, model, conds: list, x: Tensor, timestep: Tensor, model_options: dict):
+def _calculate(
+    settings: Settings, place: Place, executor, model, conds: list, x: Tensor, timestep: Tensor, model_options: dict
+):
     """The foreground's prior pass, then the conditional estimate, then the others with its masks.
 
     ComfyUI would put conditional and unconditional into one batch, or, short of memory, run the unconditional first, which has no masks to use yet.
@@ -101,9 +120,13 @@ def _calculate(settings: Settings, place: Place, executor, model, conds: list, x
         return executor(model, conds, x, timestep, model_options)
     options = model_options.get("transformer_options", {})
     if KEY in options:
-        raise ValueError("model: two Attention blend nodes act on it at the same time; remove one of them, or give them other start and end percents.")
+        raise ValueError(
+            "model: two Attention blend nodes act on it at the same time; remove one of them, or give them other start and end percents."
+        )
     run = options.get(RUN) or Run()
-    lead = next((i for i, entries in enumerate(conds) if entries and any(END_TOKENS in entry for entry in entries)), None)
+    lead = next(
+        (i for i, entries in enumerate(conds) if entries and any(END_TOKENS in entry for entry in entries)), None
+    )
     _check_conds(conds, lead, run)
     ends = [] if lead is None else conds[lead][0][END_TOKENS]
 
@@ -132,20 +155,28 @@ def _calculate(settings: Settings, place: Place, executor, model, conds: list, x
 
 def _check_conds(conds: list, lead: int | None, run: Run) -> None:
     if lead is None and not run.masks:
-        raise ValueError("positive: this conditioning does not say where the foreground's prompt ends; make it with Encode layer prompts.")
+        raise ValueError(
+            "positive: this conditioning does not say where the foreground's prompt ends; make it with Encode layer prompts."
+        )
     if any("area" in entry for entries in conds if entries for entry in entries):
-        raise ValueError("positive or negative: a conditioning is limited to an area; LayerFusion needs conditionings of the whole picture.")
+        raise ValueError(
+            "positive or negative: a conditioning is limited to an area; LayerFusion needs conditionings of the whole picture."
+        )
     if lead is not None and len(conds[lead]) > 1:
-        raise ValueError("positive: several conditionings are combined; LayerFusion needs the one of Encode layer prompts alone.")
+        raise ValueError(
+            "positive: several conditionings are combined; LayerFusion needs the one of Encode layer prompts alone."
+        )
 
 
 def _foreground(entry: dict, batch: int) -> dict:
     """The conditioning with the foreground's rows alone."""
+
     def rows(cond):
         cond = cond.process_cond(batch_size=batch, area=None)
         if isinstance(cond.cond, Tensor) and len(cond.cond) == batch:
             cond.cond = cond.cond[::BRANCHES]
         return cond
+
     return {**entry, "model_conds": {name: rows(cond) for name, cond in entry["model_conds"].items()}}
 
 
@@ -200,7 +231,9 @@ def _attend_self(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, 
     pair = attend(*map(fusion.shared_tokens, branches), options)
     shared = torch.cat([own, pair], 1).unflatten(1, (BRANCHES, -1)).flatten(0, 1)
     if attend is not attention_blocks.attend and call.settings.strength == 1:
-        attend(q, k, v, options)  # patches that record what they see, as Self-Attention Guidance does, see all rows last
+        attend(
+            q, k, v, options
+        )  # patches that record what they see, as Self-Attention Guidance does, see all rows last
     return _mix(call, shared, lambda: attend(q, k, v, options))
 
 
@@ -226,7 +259,9 @@ def _remember(call: Call, name: str, q: Tensor, k: Tensor, options: dict) -> Non
     wide = [fusion.wide_mask(masks[0], call.settings.boundary)] if call.settings.wide else []
     call.run.masks[name, place] = *masks, *wide
     if call.run.record is not None and name == "attn2" and place == call.structure_place:
-        call.run.record.add(torch.stack([structure, content, *masks], 1).unflatten(2, size), options)  # the paper's Fig. 3
+        call.run.record.add(
+            torch.stack([structure, content, *masks], 1).unflatten(2, size), options
+        )  # the paper's Fig. 3
 
 
 def _blend(name: str, call: Call, hidden: Tensor, options: dict) -> Tensor:

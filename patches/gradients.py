@@ -1,4 +1,5 @@
 """Gradients through a UNet in ComfyUI's executor, which runs in inference mode and loads weights that autograd refuses."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -15,7 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 KEY = "strata_gradients"
 OVERRIDE = "optimized_attention_override"
-BLOCK_PATCHES = ("emb_patch", "input_block_patch", "input_block_patch_after_skip", "middle_block_patch", "output_block_patch")
+BLOCK_PATCHES = (
+    "emb_patch",
+    "input_block_patch",
+    "input_block_patch_after_skip",
+    "middle_block_patch",
+    "output_block_patch",
+)
 MISSING = object()
 
 
@@ -43,8 +50,12 @@ def differentiable(unet: nn.Module, checkpointing: bool = False) -> Iterator[Non
                             own = nn.Parameter(view, requires_grad=False) if isinstance(value, nn.Parameter) else view
                             _swap(undo, table, name, own)
         if checkpointing:
-            for table, name, block in [(parent._modules, name, block) for parent in unet.modules() for name, block in parent._modules.items()
-                                       if isinstance(block, ResBlock | SpatialTransformer)]:
+            for table, name, block in [
+                (parent._modules, name, block)
+                for parent in unet.modules()
+                for name, block in parent._modules.items()
+                if isinstance(block, ResBlock | SpatialTransformer)
+            ]:
                 _swap(undo, table, name, _checkpointed(block))
         yield
 
@@ -58,8 +69,11 @@ def _swap(undo: ExitStack, table: dict, name: str, value) -> None:
 def _casts(module: nn.Module) -> bool:
     """Whether a layer asks the host for its parameters at each call, in place of using them as they are."""
     return hasattr(module, "weight_function") and bool(
-        getattr(module, "comfy_cast_weights", False) or module.weight_function or module.bias_function
-        or any(type(value) not in (Tensor, nn.Parameter, type(None)) for value in module._parameters.values()))
+        getattr(module, "comfy_cast_weights", False)
+        or module.weight_function
+        or module.bias_function
+        or any(type(value) not in (Tensor, nn.Parameter, type(None)) for value in module._parameters.values())
+    )
 
 
 def _copied(value: Tensor) -> Tensor:
@@ -83,7 +97,9 @@ def _recomputing(self, *args, **kwargs):
     forward = super(type(self), self).forward
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *map(_kept, args), use_reentrant=False, **{name: _kept(value) for name, value in kwargs.items()})
+    return checkpoint(
+        forward, *map(_kept, args), use_reentrant=False, **{name: _kept(value) for name, value in kwargs.items()}
+    )
 
 
 def _kept(value):
@@ -101,15 +117,30 @@ def call_unet(around: Callable, model, conds: list[dict], x: Tensor, sigma: Tens
     options = model_options.get("transformer_options", {})
     wrappers = options.get("wrappers", {})
     unet_wrappers = {**wrappers.get(WrappersMP.DIFFUSION_MODEL, {}), KEY: [around]}
-    replaced = {name: {place: partial(_checked, patch) for place, patch in patches.items()} if name.startswith("attn") else patches
-                for name, patches in options.get("patches_replace", {}).items()}
-    patches = {name: [partial(_OnCopies.run, patch) for patch in there] if name in BLOCK_PATCHES else there
-               for name, there in options.get("patches", {}).items()}
-    options = {**options, "wrappers": {**wrappers, WrappersMP.DIFFUSION_MODEL: unet_wrappers}, "patches": patches, "patches_replace": replaced,
-               OVERRIDE: partial(_attention, options.get(OVERRIDE))}
-    with torch.inference_mode():  # a ControlNet changes tensors that it made in it, so autograd is switched on within `around` alone
+    replaced = {
+        name: {place: partial(_checked, patch) for place, patch in patches.items()}
+        if name.startswith("attn")
+        else patches
+        for name, patches in options.get("patches_replace", {}).items()
+    }
+    patches = {
+        name: [partial(_OnCopies.run, patch) for patch in there] if name in BLOCK_PATCHES else there
+        for name, there in options.get("patches", {}).items()
+    }
+    options = {
+        **options,
+        "wrappers": {**wrappers, WrappersMP.DIFFUSION_MODEL: unet_wrappers},
+        "patches": patches,
+        "patches_replace": replaced,
+        OVERRIDE: partial(_attention, options.get(OVERRIDE)),
+    }
+    with (
+        torch.inference_mode()
+    ):  # a ControlNet changes tensors that it made in it, so autograd is switched on within `around` alone
         timestep = sigma.expand(len(x)).contiguous()
-        return comfy.samplers.calc_cond_batch(model, [conds], x, timestep, {**model_options, "transformer_options": options})[0]
+        return comfy.samplers.calc_cond_batch(
+            model, [conds], x, timestep, {**model_options, "transformer_options": options}
+        )[0]
 
 
 def _attention(override: Callable | None, own: Callable, q: Tensor, *args, **kwargs) -> Tensor:
@@ -128,8 +159,10 @@ def _cut(found: Tensor, *inputs) -> bool:
 def _checked(patch: Callable, *args, **kwargs) -> Tensor:
     found = patch(*args, **kwargs)
     if _cut(found, *args):
-        raise ValueError("model: a patch on it replaces an attention block by one without gradients, which guidance and null-text need; "
-                         "remove that patch, or start ComfyUI with --use-pytorch-cross-attention.")
+        raise ValueError(
+            "model: a patch on it replaces an attention block by one without gradients, which guidance and null-text need; "
+            "remove that patch, or start ComfyUI with --use-pytorch-cross-attention."
+        )
     return found
 
 
@@ -140,11 +173,15 @@ class _OnCopies(torch.autograd.Function):
     def run(cls, patch: Callable, *args):
         if not any(isinstance(value, Tensor) and value.requires_grad for value in args):
             return patch(*args)
-        return cls.apply(patch, *(value.clone() if isinstance(value, Tensor) and value.is_inference() else value for value in args))
+        return cls.apply(
+            patch, *(value.clone() if isinstance(value, Tensor) and value.is_inference() else value for value in args)
+        )
 
     @staticmethod
     def forward(ctx, patch: Callable, *args):
-        ctx.call = partial(_with_tensors, patch, [MISSING if isinstance(value, Tensor) else _kept(value) for value in args])
+        ctx.call = partial(
+            _with_tensors, patch, [MISSING if isinstance(value, Tensor) else _kept(value) for value in args]
+        )
         ctx.save_for_backward(*(value for value in args if isinstance(value, Tensor)))
         ctx.tensors = [isinstance(value, Tensor) for value in args]
         return ctx.call([value.clone() for value in args if isinstance(value, Tensor)])
@@ -154,10 +191,17 @@ class _OnCopies(torch.autograd.Function):
         with torch.enable_grad(), torch.autograd.graph.allow_mutation_on_saved_tensors():
             leaves = [value.detach().clone().requires_grad_(value.is_floating_point()) for value in ctx.saved_tensors]
             found = ctx.call([value.clone() for value in leaves])
-            pairs = [(value, gradient) for value, gradient in zip(found if isinstance(found, tuple) else (found,), gradients, strict=True)
-                     if isinstance(value, Tensor) and value.requires_grad]
+            pairs = [
+                (value, gradient)
+                for value, gradient in zip(found if isinstance(found, tuple) else (found,), gradients, strict=True)
+                if isinstance(value, Tensor) and value.requires_grad
+            ]
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
-            by = iter(torch.autograd.grad([value for value, _ in pairs], wanted, [gradient for _, gradient in pairs], allow_unused=True))
+            by = iter(
+                torch.autograd.grad(
+                    [value for value, _ in pairs], wanted, [gradient for _, gradient in pairs], allow_unused=True
+                )
+            )
         own = iter([next(by) if leaf.requires_grad else None for leaf in leaves])
         return None, *(next(own) if tensor else None for tensor in ctx.tensors)
 

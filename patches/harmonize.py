@@ -1,4 +1,5 @@
 """Information Retained Harmonization as a sampler: in a range of noise levels the layers are put back at every step, after it the model is free."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -22,14 +23,25 @@ class HarmonizingSampler(comfy.samplers.Sampler):
     first, in the model's scale, instead of noise on the layers.
     """
 
-    def __init__(self, rest: comfy.samplers.Sampler, foregrounds: Tensor, alphas: Tensor, until: float, retained: Callable[[float], Tensor] | None = None):
+    def __init__(
+        self,
+        rest: comfy.samplers.Sampler,
+        foregrounds: Tensor,
+        alphas: Tensor,
+        until: float,
+        retained: Callable[[float], Tensor] | None = None,
+    ):
         self.rest, self.foregrounds, self.alphas, self.until, self.retained = rest, foregrounds, alphas, until, retained
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+    def sample(
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ):
         model, steps = model_wrap.inner_model, len(sigmas) - 1
         fused = int((sigmas[:-1] >= self.until).sum())
         if fused == 0:
-            return self.rest.sample(model_wrap, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+            return self.rest.sample(
+                model_wrap, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar
+            )
         foregrounds = model.process_latent_in(self.foregrounds.to(latent_image))
         alphas = self.alphas.to(latent_image)
         pinned = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
@@ -42,7 +54,12 @@ class HarmonizingSampler(comfy.samplers.Sampler):
             if self.retained is not None:
                 return self.retained(float(sigmas[step]))[:, None].to(latent_image)
             clean = [latent_image, *(layer[None] for layer in foregrounds)]
-            return torch.stack([model.model_sampling.noise_scaling(sigmas[step], noise.clone(), layer, full and step == 0) for layer in clean])
+            return torch.stack(
+                [
+                    model.model_sampling.noise_scaling(sigmas[step], noise.clone(), layer, full and step == 0)
+                    for layer in clean
+                ]
+            )
 
         x = None
         for step in range(fused):
@@ -56,22 +73,49 @@ class HarmonizingSampler(comfy.samplers.Sampler):
             return model.model_sampling.inverse_noise_scaling(sigmas[-1], x)
         go_on = None if callback is None else lambda i, clean, x, total: callback(fused + i, clean, x, steps)
         left = model.model_sampling.inverse_noise_scaling(sigmas[fused], x)
-        return self.rest.sample(model_wrap, sigmas[fused:], extra_args, go_on, torch.zeros_like(noise), left, denoise_mask, disable_pbar)
+        return self.rest.sample(
+            model_wrap, sigmas[fused:], extra_args, go_on, torch.zeros_like(noise), left, denoise_mask, disable_pbar
+        )
 
 
-def remaining_sigmas(model: ModelPatcher, steps: int, sampler_name: str, scheduler: str, start_percent: float, socket: str = "start_percent") -> Tensor:
+def remaining_sigmas(
+    model: ModelPatcher,
+    steps: int,
+    sampler_name: str,
+    scheduler: str,
+    start_percent: float,
+    socket: str = "start_percent",
+) -> Tensor:
     """The noise levels of a whole denoising that come after start_percent. Raises ValueError, naming the socket, when no step is left."""
     start = float(model.get_model_object("model_sampling").percent_to_sigma(start_percent))
-    sigmas = comfy.samplers.KSampler(model, steps, model.load_device, sampler_name, scheduler, 1.0, model_options=model.model_options).sigmas
-    sigmas = sigmas[int((sigmas[:-1] > start * (1 + 1e-4)).sum()):]
+    sigmas = comfy.samplers.KSampler(
+        model, steps, model.load_device, sampler_name, scheduler, 1.0, model_options=model.model_options
+    ).sigmas
+    sigmas = sigmas[int((sigmas[:-1] > start * (1 + 1e-4)).sum()) :]
     if len(sigmas) < 2:
-        raise ValueError(f"{socket}: no step of {steps} is left after {start_percent}; start earlier or take more steps.")
+        raise ValueError(
+            f"{socket}: no step of {steps} is left after {start_percent}; start earlier or take more steps."
+        )
     return sigmas
 
 
-def harmonize(model: ModelPatcher, positive, negative, background: Tensor, foregrounds: Tensor, alphas: Tensor, seed: int, steps: int, cfg: float,
-              sampler_name: str, scheduler: str, start_percent: float, end_percent: float, callback,
-              retained: Callable[[float], Tensor] | None = None) -> Tensor:
+def harmonize(
+    model: ModelPatcher,
+    positive,
+    negative,
+    background: Tensor,
+    foregrounds: Tensor,
+    alphas: Tensor,
+    seed: int,
+    steps: int,
+    cfg: float,
+    sampler_name: str,
+    scheduler: str,
+    start_percent: float,
+    end_percent: float,
+    callback,
+    retained: Callable[[float], Tensor] | None = None,
+) -> Tensor:
     """The harmonised latent [1,C,...,h,w].
 
     background: [1,C,...,h,w]. foregrounds: [K,C,...,h,w]. alphas: [K,1,H,W] in pixels. The noise added is that of start_percent
@@ -82,5 +126,16 @@ def harmonize(model: ModelPatcher, positive, negative, background: Tensor, foreg
     until = float(model.get_model_object("model_sampling").percent_to_sigma(end_percent))
     alphas = masks_at_level(alphas[:, 0], background.shape[-2:])[:, None]
     sampler = HarmonizingSampler(comfy.samplers.sampler_object(sampler_name), foregrounds, alphas, until, retained)
-    return comfy.sample.sample_custom(model, comfy.sample.prepare_noise(background, seed), cfg, sampler, sigmas, positive, negative, background,
-                                      callback=callback(len(sigmas) - 1), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
+    return comfy.sample.sample_custom(
+        model,
+        comfy.sample.prepare_noise(background, seed),
+        cfg,
+        sampler,
+        sigmas,
+        positive,
+        negative,
+        background,
+        callback=callback(len(sigmas) - 1),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )

@@ -1,4 +1,5 @@
 """A picture's path to noise through a model, recorded while ComfyUI samples: DDIM inversion, null-text inversion, or plain noising."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -16,7 +17,15 @@ from ..techniques import inversion
 from .gradients import call_unet, differentiable
 from .kept import Kept
 
-LIMITS = {"start_percent", "end_percent", "area", "mask", "control", "gligen", "hooks"}  # keys of a conditioning that is not plain
+LIMITS = {
+    "start_percent",
+    "end_percent",
+    "area",
+    "mask",
+    "control",
+    "gligen",
+    "hooks",
+}  # keys of a conditioning that is not plain
 METHODS = ("ddim", "null-text", "noise only")
 
 
@@ -27,6 +36,7 @@ class Inversion(Kept):
     positive: the CONDITIONING that the path was taken with. null: one unconditional embedding per step [N-1,B,T,D], of null-text.
     reconstruction: the latent, in the VAE's scale, that sampling from latents[0] gives back; None for noise only.
     """
+
     latents: Tensor
     sigmas: Tensor
     positive: list
@@ -50,11 +60,24 @@ def is_flow(model: ModelPatcher) -> bool:
         return True
     if isinstance(sampling, comfy.model_sampling.EPS) and getattr(sampling, "sigma_data", 1.0) == 1.0:
         return False
-    raise ValueError("model: its kind of prediction cannot be inverted; noise prediction, v prediction and flow matching can (SD1.5, SD2, SDXL, Flux, …).")
+    raise ValueError(
+        "model: its kind of prediction cannot be inverted; noise prediction, v prediction and flow matching can (SD1.5, SD2, SDXL, Flux, …)."
+    )
 
 
-def invert(model: ModelPatcher, latent: Tensor, positive: list, negative: list | None, sigmas: Tensor, method: str = "ddim", cfg: float = 7.5,
-           inner_steps: int = 5, seed: int = 0, callback: Callable | None = None, checkpointing: bool = False) -> Inversion:
+def invert(
+    model: ModelPatcher,
+    latent: Tensor,
+    positive: list,
+    negative: list | None,
+    sigmas: Tensor,
+    method: str = "ddim",
+    cfg: float = 7.5,
+    inner_steps: int = 5,
+    seed: int = 0,
+    callback: Callable | None = None,
+    checkpointing: bool = False,
+) -> Inversion:
     """The path of a latent [B,C,H,W] from the VAE. negative, cfg and inner_steps are of use to null-text, seed to noise only.
 
     checkpointing: of null-text, as patches.gradients.differentiable takes it.
@@ -65,33 +88,46 @@ def invert(model: ModelPatcher, latent: Tensor, positive: list, negative: list |
     if method == "noise only":
         clean = model.model.process_latent_in(latent.float().cpu())
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
-        return Inversion(inversion.noised_trajectory(clean, noise, sigmas.cpu().float(), flow), sigmas.cpu(), positive, method, flow)
+        return Inversion(
+            inversion.noised_trajectory(clean, noise, sigmas.cpu().float(), flow), sigmas.cpu(), positive, method, flow
+        )
     if method == "null-text":
         _check_null_text(model, negative, cfg)
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative if method == "null-text" else positive)
     walk = _Walk(flow, cfg if method == "null-text" else None, inner_steps, checkpointing)
-    found = guider.sample(torch.zeros_like(latent), latent, walk, sigmas, callback=callback, disable_pbar=True, seed=seed)
+    found = guider.sample(
+        torch.zeros_like(latent), latent, walk, sigmas, callback=callback, disable_pbar=True, seed=seed
+    )
     null = torch.stack(walk.null) if walk.null else None
     return Inversion(torch.stack(walk.path[::-1]), sigmas.cpu(), positive, method, flow, null, found.cpu())
 
 
 def _check_null_text(model: ModelPatcher, negative: list | None, cfg: float) -> None:
     if not isinstance(model.model.diffusion_model, UNetModel):
-        raise ValueError("model: null-text inversion works with SD1.5, SD2, SDXL and the Strata mini family; take the method ddim for this one.")
+        raise ValueError(
+            "model: null-text inversion works with SD1.5, SD2, SDXL and the Strata mini family; take the method ddim for this one."
+        )
     if negative is None or len(negative) != 1:
-        raise ValueError("negative: null-text starts from one plain conditioning; connect the text encoding of an empty prompt.")
+        raise ValueError(
+            "negative: null-text starts from one plain conditioning; connect the text encoding of an empty prompt."
+        )
     limits = sorted(LIMITS & negative[0][1].keys())
     if limits:
-        raise ValueError(f"negative: it carries {', '.join(limits)}, and null-text takes one plain conditioning for the whole picture and the whole way; "
-                         "connect the text encoding of an empty prompt.")
+        raise ValueError(
+            f"negative: it carries {', '.join(limits)}, and null-text takes one plain conditioning for the whole picture and the whole way; "
+            "connect the text encoding of an empty prompt."
+        )
     if cfg == 1:
-        raise ValueError("cfg: at 1 there is no unconditional embedding to optimise; raise it, or take the method ddim.")
+        raise ValueError(
+            "cfg: at 1 there is no unconditional embedding to optimise; raise it, or take the method ddim."
+        )
 
 
 @dataclass
 class _Walk(comfy.samplers.Sampler):
     """One run: up from the picture to noise, then down again to see what comes back. cfg None goes down with the conditional prediction."""
+
     flow: bool
     cfg: float | None
     inner_steps: int
@@ -99,7 +135,9 @@ class _Walk(comfy.samplers.Sampler):
     path: list[Tensor] = field(default_factory=list)  # from the picture to noise
     null: list[Tensor] = field(default_factory=list)  # from noise to the picture
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False) -> Tensor:
+    def sample(
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ) -> Tensor:
         self.model, self.conds, self.options = model_wrap.inner_model, model_wrap.conds, extra_args["model_options"]
         steps = len(sigmas) - 1
 
@@ -129,26 +167,41 @@ class _Walk(comfy.samplers.Sampler):
         return x
 
     def predict(self, conds: list[dict], x: Tensor, sigma: Tensor) -> Tensor:
-        return comfy.samplers.calc_cond_batch(self.model, [conds], x, sigma.expand(len(x)).contiguous(), self.options)[0]
+        return comfy.samplers.calc_cond_batch(self.model, [conds], x, sigma.expand(len(x)).contiguous(), self.options)[
+            0
+        ]
 
     def unconditional(self, embedding: Tensor) -> dict:
         return with_embedding(self.conds["negative"][0], embedding)
 
-    def optimise(self, embedding: Tensor | None, x: Tensor, conditional: Tensor, sigma: Tensor, below: Tensor, target: Tensor,
-                 step: int, steps: int) -> Tensor:
+    def optimise(
+        self,
+        embedding: Tensor | None,
+        x: Tensor,
+        conditional: Tensor,
+        sigma: Tensor,
+        below: Tensor,
+        target: Tensor,
+        step: int,
+        steps: int,
+    ) -> Tensor:
         """The embedding [B,T,D] with which one step of guided sampling from x comes closest to target."""
         if embedding is None:
             embedding = self.conds["negative"][0]["model_conds"]["c_crossattn"].cond.float().expand(len(x), -1, -1)
         with torch.inference_mode(False), torch.enable_grad():
-            x, conditional, target, sigma, below = (value.detach().clone() for value in (x, conditional, target, sigma, below))
+            x, conditional, target, sigma, below = (
+                value.detach().clone() for value in (x, conditional, target, sigma, below)
+            )
             leaf = embedding.detach().to(x.device).clone().requires_grad_()
             adam = torch.optim.Adam([leaf], inversion.null_text_learning_rate(step, steps))
             with differentiable(self.model.diffusion_model, self.checkpointing):
                 for _ in range(self.inner_steps):
                     unconditional = self.predict_from(leaf, x, sigma)
-                    found = inversion.ode_step(x, x, unconditional + (conditional - unconditional) * self.cfg, sigma, sigma, below)
+                    found = inversion.ode_step(
+                        x, x, unconditional + (conditional - unconditional) * self.cfg, sigma, sigma, below
+                    )
                     loss = inversion.null_text_loss(found, target, below, self.flow)
-                    leaf.grad, = torch.autograd.grad(loss.sum(), leaf)
+                    (leaf.grad,) = torch.autograd.grad(loss.sum(), leaf)
                     adam.step()
                     if loss.max().item() < inversion.null_text_tolerance(step, steps):
                         break
@@ -160,10 +213,13 @@ class _Walk(comfy.samplers.Sampler):
 
         def around(executor, x, timesteps, context, *args, **kwargs):
             if len(context) != len(leaf) or context.shape[2] != leaf.shape[2]:
-                raise ValueError("negative: null-text takes one plain conditioning for the whole picture; connect the text encoding of an empty prompt.")
+                raise ValueError(
+                    "negative: null-text takes one plain conditioning for the whole picture; connect the text encoding of an empty prompt."
+                )
             with torch.inference_mode(False), torch.enable_grad():
                 kept.append(executor(x, timesteps, leaf.to(context.dtype), *args, **kwargs))
             return kept[-1].detach()
+
         call_unet(around, self.model, [self.unconditional(leaf.detach())], x, sigma, self.options)
         return self.model.model_sampling.calculate_denoised(sigma, kept[0].float(), x)
 

@@ -1,4 +1,5 @@
 """Inversions on disk, found by what they were made from: the picture's latent, the texts, the noise levels, the settings and the model."""
+
 from __future__ import annotations
 
 import hashlib
@@ -58,7 +59,10 @@ def store(name: str, tensors: dict[str, Tensor]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({key: value.contiguous() for key, value in tensors.items()}, part)
         os.replace(part, path)
-        files = sorted(((file.stat().st_mtime_ns, file.stat().st_size, file) for file in path.parent.glob("*.safetensors")), reverse=True)
+        files = sorted(
+            ((file.stat().st_mtime_ns, file.stat().st_size, file) for file in path.parent.glob("*.safetensors")),
+            reverse=True,
+        )
         total = 0
         for _time, size, file in files:
             total += size

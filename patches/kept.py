@@ -1,4 +1,5 @@
 """What travels in a model's options and is one object for all clones of the model."""
+
 from __future__ import annotations
 
 import math
@@ -20,6 +21,7 @@ class Kept:
 class Record(Kept):
     """Maps of a run by noise level, the first of each: samplers that call the model twice a step, and patches that call it once more (PAG, say),
     add nothing to what one entry a step shows."""
+
     levels: dict[float, Tensor] = field(default_factory=dict)
     schedule: Tensor | None = None
 
@@ -34,5 +36,9 @@ class Record(Kept):
         if self.schedule is None:
             return list(self.levels.values())
         nearest = [min(self.levels, key=lambda level: abs(level - sigma)) for sigma in self.schedule.tolist()]
-        planned = [self.levels[level] for level, sigma in zip(nearest, self.schedule.tolist(), strict=True) if math.isclose(level, sigma, rel_tol=LEVEL)]
+        planned = [
+            self.levels[level]
+            for level, sigma in zip(nearest, self.schedule.tolist(), strict=True)
+            if math.isclose(level, sigma, rel_tol=LEVEL)
+        ]
         return planned if len(planned) > 1 else list(self.levels.values())

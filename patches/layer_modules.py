@@ -9,6 +9,7 @@ Keys, by ComfyUI's names of the model's weights, for SD1.5 and the mini family a
 
 Differences, so that LoRAs, adapters and other checkpoints of the family go with them. `python -m training dreamlayer` makes such files.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ SHIPPED = "strata_mini_dreamlayer.safetensors"
 @dataclass(frozen=True)
 class LayerModules:
     """One file. families: the models it is for. shared, foreground: differences by the weight's key."""
+
     name: str
     families: tuple[str, ...]
     embedding: Tensor
@@ -44,13 +46,16 @@ class LayerModules:
 
     def describe(self) -> str:
         count = len(self.context)
-        return (f"layer modules for {self.family}, trained with up to {len(self.embedding) - 1} objects, {count} context-aware "
-                f"layer{'s' * (count != 1)}")
+        return (
+            f"layer modules for {self.family}, trained with up to {len(self.embedding) - 1} objects, {count} context-aware "
+            f"layer{'s' * (count != 1)}"
+        )
 
 
 @dataclass(frozen=True)
 class Terms(Kept):
     """A file's part for one model: by the name of the UNet's module, what goes to the output of keys and values."""
+
     embedding: Tensor
     shared: dict[str, nn.Module]
     foreground: dict[str, nn.Module]
@@ -77,12 +82,19 @@ def load(name: str) -> LayerModules:
 def recognise(name: str, weights: dict[str, Tensor]) -> LayerModules:
     """Raises ValueError."""
     if EMBEDDING not in weights:
-        raise ValueError(f"file: {name} holds no layer modules of DreamLayer; choose {SHIPPED}, or a file that python -m training dreamlayer has made.")
-    shared, objects, context = ({key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-                                for prefix in ("shared.", "foreground.", CONTEXT))
+        raise ValueError(
+            f"file: {name} holds no layer modules of DreamLayer; choose {SHIPPED}, or a file that python -m training dreamlayer has made."
+        )
+    shared, objects, context = (
+        {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        for prefix in ("shared.", "foreground.", CONTEXT)
+    )
     differences = [*shared.items(), *objects.items()]
-    families = tuple(family for family in transparency.FAMILIES
-                     if all(transparency.structure(family).get(key) == tuple(value.shape) for key, value in differences))
+    families = tuple(
+        family
+        for family in transparency.FAMILIES
+        if all(transparency.structure(family).get(key) == tuple(value.shape) for key, value in differences)
+    )
     width = context["0.norm.weight"].shape[0] if "0.norm.weight" in context else 0
     layers = ContextLayers(len({key.split(".")[0] for key in context}) if width else 0, width, comfy.ops.manual_cast)
     return LayerModules(name, families, weights[EMBEDDING], shared, objects, transparency.filled(name, layers, context))
@@ -94,5 +106,6 @@ def terms(model: ModelPatcher, modules: LayerModules) -> Terms:
     for key, value in [*modules.shared.items(), *modules.foreground.items()]:
         if key not in weights or weights[key].shape != value.shape:
             raise ValueError(transparency_model.wrong_family(model, modules, "modules"))
-    return Terms(modules.embedding, *(foreground.differences(model, part) for part in (modules.shared, modules.foreground)))
-
+    return Terms(
+        modules.embedding, *(foreground.differences(model, part) for part in (modules.shared, modules.foreground))
+    )

@@ -1,4 +1,5 @@
 """Several prompts as the rows of one conditioning, which knows where in it the words of a layer are."""
+
 from __future__ import annotations
 
 import torch
@@ -7,7 +8,9 @@ from torch import Tensor
 from ..techniques.shared_layers import global_embedding
 
 END_TOKENS = "strata_end_tokens"  # positions of the ends of the foreground's prompt
-LAYERS = "strata_layers"  # (prompt, positions of its words in the whole picture's embedding) for each layer, back to front
+LAYERS = (
+    "strata_layers"  # (prompt, positions of its words in the whole picture's embedding) for each layer, back to front
+)
 
 
 def encode_prompts(clip, prompts: tuple[str, str, str]) -> list:
@@ -51,11 +54,15 @@ def end_tokens(tokens: dict[str, list], tokenizer) -> list[int]:
     for name, chunks in tokens.items():
         end = getattr(getattr(tokenizer, f"clip_{name}", None), "end_token", None)
         if end is None:
-            raise ValueError(f"clip: the text encoder {name} has no end token of CLIP's kind; layer prompts work with those of SD1.5, SD2 and SDXL.")
+            raise ValueError(
+                f"clip: the text encoder {name} has no end token of CLIP's kind; layer prompts work with those of SD1.5, SD2 and SDXL."
+            )
         start = 0
         for chunk in chunks:
             ids = [token[0] for token in chunk]
-            found.add(start + next(i for i, token in enumerate(ids) if not isinstance(token, Tensor | dict) and token == end))
+            found.add(
+                start + next(i for i, token in enumerate(ids) if not isinstance(token, Tensor | dict) and token == end)
+            )
             start += len(chunk)
     return sorted(found)
 
@@ -76,11 +83,17 @@ def _join(entries: list[list], clip) -> tuple[Tensor, dict]:
         values["pooled_output"] = torch.cat(pooled)
     if any(length % cond.shape[1] for cond in conds):
         empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))[0][0]
-        conds = [torch.cat([cond, empty.repeat(1, (length - cond.shape[1]) // empty.shape[1], 1)], 1) if length % cond.shape[1] else cond
-                 for cond in conds]
+        conds = [
+            torch.cat([cond, empty.repeat(1, (length - cond.shape[1]) // empty.shape[1], 1)], 1)
+            if length % cond.shape[1]
+            else cond
+            for cond in conds
+        ]
     return torch.cat([cond.repeat(1, length // cond.shape[1], 1) for cond in conds]), values
 
 
 def _repeated(places: list[int], own: int, length: int) -> list[int]:
     """Positions in the first `own` tokens, in all repetitions up to `length`; those alone when it is no multiple of `own`."""
-    return [start + place for start in range(0, own if length % own else length, own) for place in places if place < own]
+    return [
+        start + place for start in range(0, own if length % own else length, own) for place in places if place < own
+    ]

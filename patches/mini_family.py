@@ -1,4 +1,5 @@
 """The mini family for ComfyUI's stock loaders: how its checkpoints are told from all others, and where this pack's model files lie."""
+
 from __future__ import annotations
 
 import json
@@ -22,6 +23,7 @@ TOKEN_ROWS = "cond_stage_model.transformer.text_model.embeddings.token_embedding
 
 class StrataMiniLatent(comfy.latent_formats.LatentFormat):
     """Latents as the autoencoder makes them, which trains it to about unit deviation; previews need rgb_factors [4,3] and rgb_bias [3]."""
+
     latent_channels = LATENT["channels"]
     scale_factor = LATENT["scale_factor"]
     latent_rgb_factors = LATENT["rgb_factors"]
@@ -30,8 +32,13 @@ class StrataMiniLatent(comfy.latent_formats.LatentFormat):
 
 class StrataMini(comfy.supported_models.SD15):
     """Matched by everything that ComfyUI reads from a UNet's weights; the number of heads cannot be read and is set."""
-    unet_config = {**{key: value for key, value in UNET.items() if key != "num_heads"},
-                   "use_linear_in_transformer": False, "adm_in_channels": None, "use_temporal_attention": False}
+
+    unet_config = {
+        **{key: value for key, value in UNET.items() if key != "num_heads"},
+        "use_linear_in_transformer": False,
+        "adm_in_channels": None,
+        "use_temporal_attention": False,
+    }
     unet_extra_config = {"num_heads": UNET["num_heads"], "num_head_channels": -1}
     latent_format = StrataMiniLatent
 
@@ -47,8 +54,10 @@ class StrataMini(comfy.supported_models.SD15):
 
     def clip_target(self, state_dict=None):
         text_model = partial(SDClipModel, textmodel_json_config=dict(TEXT), return_projected_pooled=False)
-        return ClipTarget(partial(SD1Tokenizer, tokenizer=partial(SDTokenizer, embedding_size=TEXT["hidden_size"])),
-                          partial(SD1ClipModel, clip_model=text_model))
+        return ClipTarget(
+            partial(SD1Tokenizer, tokenizer=partial(SDTokenizer, embedding_size=TEXT["hidden_size"])),
+            partial(SD1ClipModel, clip_model=text_model),
+        )
 
 
 class StrataMiniInpaint(StrataMini):

@@ -2,6 +2,7 @@
 
 Settings and state travel in the transformer options, so that the order of the two nodes in a graph does not matter.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -21,12 +22,15 @@ from .foreground import Rows
 from .kept import Kept, Record
 from .layer_prompts import LAYERS
 
-KEY, SHARING, MAPS, RUN, RECORD, PATH = (f"strata_layers{name}" for name in ("", "_sharing", "_maps", "_run", "_record", "_path"))
+KEY, SHARING, MAPS, RUN, RECORD, PATH = (
+    f"strata_layers{name}" for name in ("", "_sharing", "_maps", "_run", "_record", "_path")
+)
 
 
 @dataclass(frozen=True)
 class Sharing(Kept):
     """LSSA. strength 0..1 of the joint attention and of trained terms, between two percents of the sampling."""
+
     strength: float = 1.0
     start_percent: float = 0.0
     end_percent: float = 1.0
@@ -36,6 +40,7 @@ class Sharing(Kept):
 @dataclass(frozen=True)
 class Maps(Kept):
     """CACA. strength 0..1 of Eq. 9's mixing until that percent of the sampling; the published T_G of 850 is 0.15. refine: Eq. 5's layers."""
+
     strength: float = 1.0
     end_percent: float = 0.15
     refine: ContextLayers | None = None
@@ -47,6 +52,7 @@ class Run:
 
     path: the whole picture at each noise level, when it is a given one. No layer then changes it, and it alone is what the others look at.
     """
+
     words: list[list[int]]
     tokens: int
     record: Record | None = None
@@ -61,6 +67,7 @@ class Run:
 @dataclass
 class Call:
     """One call of the model. sharing and mixing: strengths; looked_at: where maps are taken from; lead: number of the conditional estimate."""
+
     run: Run
     sharing: float
     mixing: float
@@ -74,7 +81,7 @@ class Call:
     def whole(self, values: Tensor, options: dict) -> Tensor:
         """The whole picture's rows of the conditional estimate."""
         chunks = options["cond_or_uncond"]
-        return values.chunk(len(chunks))[chunks.index(self.lead)][self.run.layers - 1::self.run.layers]
+        return values.chunk(len(chunks))[chunks.index(self.lead)][self.run.layers - 1 :: self.run.layers]
 
 
 def layer_count(words: list) -> int:
@@ -84,11 +91,18 @@ def layer_count(words: list) -> int:
 
 def object_rows(count: int) -> Rows:
     """The objects among the rows of scenes of `count` rows."""
-    return Rows(count, 1, count - 2, f"scenes of {count} layers (background, {count - 2} objects and the whole picture), as many as there are prompts; "
-                "use Layers sampler, or a latent batch that is a multiple of it.")
+    return Rows(
+        count,
+        1,
+        count - 2,
+        f"scenes of {count} layers (background, {count - 2} objects and the whole picture), as many as there are prompts; "
+        "use Layers sampler, or a latent batch that is a multiple of it.",
+    )
 
 
-def share_layers(model: ModelPatcher, settings: Sharing, modules: layer_modules.LayerModules | None = None) -> ModelPatcher:
+def share_layers(
+    model: ModelPatcher, settings: Sharing, modules: layer_modules.LayerModules | None = None
+) -> ModelPatcher:
     """The model with layer-shared self-attention in its up blocks; with strength 0 the model as it is. Raises ValueError for models without them."""
     if modules is None:
         return _attach(model, SHARING, settings)
@@ -116,8 +130,10 @@ def map_places(model: ModelPatcher) -> list[Place]:
     """The cross-attentions of the down blocks at their lowest resolution, which is the published one on SD1.5: 16×16 for 512 pixels."""
     blocks = [place for place in transformers(model.model.diffusion_model) if place[0] == "input"]
     if not blocks:
-        raise ValueError(f"model: {type(model.model.model_config).__name__} has no cross-attention in down and up blocks; layers that share attention "
-                         "work with SD1.5, SD2, SDXL and the Strata mini family.")
+        raise ValueError(
+            f"model: {type(model.model.model_config).__name__} has no cross-attention in down and up blocks; layers that share attention "
+            "work with SD1.5, SD2, SDXL and the Strata mini family."
+        )
     parts, level, levels = model.model.diffusion_model.input_blocks, 0, []
     for part in parts:
         level += any(hasattr(layer, "op") for layer in part)
@@ -145,9 +161,13 @@ def _start_run(executor, noise: Tensor, *args, **kwargs):
     entries = [entry for entries in guider.conds.values() for entry in entries]
     layered = next((entry for entry in entries if LAYERS in entry), None)
     if layered is None:
-        raise ValueError("positive: this conditioning does not say which words belong to which layer; make it with Layer prompts.")
+        raise ValueError(
+            "positive: this conditioning does not say which words belong to which layer; make it with Layer prompts."
+        )
     if any("area" in entry for entry in entries):
-        raise ValueError("positive or negative: a conditioning is limited to an area; layers need conditionings of the whole picture.")
+        raise ValueError(
+            "positive or negative: a conditioning is limited to an area; layers need conditionings of the whole picture."
+        )
     if any(len(entries) > 1 and any(LAYERS in entry for entry in entries) for entries in guider.conds.values()):
         raise ValueError("positive: several conditionings are combined; layers need the one of Layer prompts alone.")
     options = guider.model_options["transformer_options"]  # this run's own copy
@@ -165,18 +185,28 @@ def _calculate(executor, model, conds: list, x: Tensor, timestep: Tensor, model_
         return executor(model, conds, x, timestep, model_options)
     if run.path is not None:
         x = x.clone()
-        x[run.layers - 1::run.layers] = run.path(float(timestep.max())).to(x)
+        x[run.layers - 1 :: run.layers] = run.path(float(timestep.max())).to(x)
     sharing, maps = options.get(SHARING), options.get(MAPS)
     sampling, sigma = model.model_sampling, float(timestep.max())
 
     def strength(settings, start: float = 0.0) -> float:
-        inside = settings is not None and sampling.percent_to_sigma(settings.end_percent) <= sigma <= sampling.percent_to_sigma(start)
+        inside = settings is not None and sampling.percent_to_sigma(
+            settings.end_percent
+        ) <= sigma <= sampling.percent_to_sigma(start)
         return settings.strength if inside else 0.0
 
     lead = next((i for i, entries in enumerate(conds) if entries and any(LAYERS in entry for entry in entries)), None)
     mixing = strength(maps)
     places = map_places(model.current_patcher) if maps is not None and (mixing or run.record is not None) else []
-    call = Call(run, strength(sharing, sharing.start_percent) if sharing else 0.0, mixing, places, lead, sharing and sharing.terms, maps and maps.refine)
+    call = Call(
+        run,
+        strength(sharing, sharing.start_percent) if sharing else 0.0,
+        mixing,
+        places,
+        lead,
+        sharing and sharing.terms,
+        maps and maps.refine,
+    )
     if not (call.sharing or call.looked_at):
         return executor(model, conds, x, timestep, model_options)
 
@@ -195,11 +225,15 @@ def _calculate(executor, model, conds: list, x: Tensor, timestep: Tensor, model_
 def _denoise(executor, x: Tensor, timesteps: Tensor, context: Tensor, y, control, options: dict, **kwargs):
     call: Call | None = options.get(KEY)
     if call is not None:
-        options = _with_patches(options, call, [place for place in transformers(executor.class_obj) if place[0] == "output"])
+        options = _with_patches(
+            options, call, [place for place in transformers(executor.class_obj) if place[0] == "output"]
+        )
     if call is None or call.terms is None or not call.sharing:
         return executor(x, timesteps, context, y, control, options, **kwargs)
     with call.terms.acting(executor.class_obj, call.sharing, call.run.layers):
-        return executor(x, timesteps, _labelled(call, context, options["cond_or_uncond"]), y, control, options, **kwargs)
+        return executor(
+            x, timesteps, _labelled(call, context, options["cond_or_uncond"]), y, control, options, **kwargs
+        )
 
 
 def _labelled(call: Call, context: Tensor, chunks: list[int]) -> Tensor:
@@ -209,11 +243,17 @@ def _labelled(call: Call, context: Tensor, chunks: list[int]) -> Tensor:
     parts = list(context.chunk(len(chunks)))
     rows = parts[chunks.index(call.lead)]
     offsets = dreamlayer.layer_offsets(call.terms.embedding.to(rows), call.run.words, call.run.tokens) * call.sharing
-    parts[chunks.index(call.lead)] = rows + offsets.repeat(len(rows) // len(offsets), rows.shape[1] // call.run.tokens, 1)
+    parts[chunks.index(call.lead)] = rows + offsets.repeat(
+        len(rows) // len(offsets), rows.shape[1] // call.run.tokens, 1
+    )
     return torch.cat(parts)
 
 
-_WRAPPERS = {WrappersMP.OUTER_SAMPLE: _start_run, WrappersMP.CALC_COND_BATCH: _calculate, WrappersMP.DIFFUSION_MODEL: _denoise}
+_WRAPPERS = {
+    WrappersMP.OUTER_SAMPLE: _start_run,
+    WrappersMP.CALC_COND_BATCH: _calculate,
+    WrappersMP.DIFFUSION_MODEL: _denoise,
+}
 
 
 def _with_patches(options: dict, call: Call, up: list[Place]) -> dict:
@@ -231,7 +271,9 @@ def _with_patches(options: dict, call: Call, up: list[Place]) -> dict:
 
 
 def _attend_jointly(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
-    joint = dreamlayer.joint_attention(q, k, v, call.run.layers, lambda *joined: attend(*joined, options), call.run.path is not None)
+    joint = dreamlayer.joint_attention(
+        q, k, v, call.run.layers, lambda *joined: attend(*joined, options), call.run.path is not None
+    )
     return joint if call.sharing == 1 else torch.lerp(attend(q, k, v, options), joint, call.sharing)
 
 
@@ -243,7 +285,9 @@ def _see(call: Call, n: Tensor, context: Tensor, value: Tensor, options: dict) -
 
 def _look(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
     """Takes the maps from the whole picture's rows of the conditional estimate; the last place makes the run's maps of the sum."""
-    call.shares.append(dreamlayer.token_shares(call.whole(q, options), call.whole(k, options), options["n_heads"], call.run.words[1:]))
+    call.shares.append(
+        dreamlayer.token_shares(call.whole(q, options), call.whole(k, options), options["n_heads"], call.run.words[1:])
+    )
     if place_of(options) == call.looked_at[-1]:
         maps = dreamlayer.context_maps(torch.stack(call.shares).sum(0))
         if call.refine is not None:

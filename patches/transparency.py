@@ -1,4 +1,5 @@
 """LayerDiffuse's weight files, told apart by what is in them, and the networks among them as ComfyUI holds models."""
+
 from __future__ import annotations
 
 import json
@@ -25,7 +26,13 @@ CONFIG = json.loads((CONFIGS / "transparency.json").read_text(encoding="utf-8"))
 KIND, FAMILIES, LATENTS, FILES = (CONFIG[key] for key in ("folder", "families", "latents", "files"))
 FIRST = "diffusion_model.input_blocks.0.0.weight"  # the convolution that the latent enters by
 FLUX_LAYER = re.compile(r"(transformer_blocks|double_blocks|single_blocks)[._]\d+[._]")
-WHAT = {"adapter": "an adapter", "flux": "an adapter", "sharing": "attention sharing", "decoder": "a decoder", "encoder": "an encoder"}
+WHAT = {
+    "adapter": "an adapter",
+    "flux": "an adapter",
+    "sharing": "attention sharing",
+    "decoder": "a decoder",
+    "encoder": "an encoder",
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class Transparency:
     families: the models it is for. extra_channels: what an adapter adds to the UNet's input. frames: pictures that share attention.
     latent: how a decoder or encoder sees latents, an entry of `latents` in models_config.
     """
+
     name: str
     families: tuple[str, ...]
     parts: dict = field(default_factory=dict)
@@ -92,7 +100,9 @@ def read(name: str) -> dict[str, Tensor]:
         weights = comfy.utils.load_torch_file(path, safe_load=True)
     except Exception as error:
         reason = re.split(r"[.:]\s|\n", str(error).strip())[0].rstrip(".")[:120]
-        raise ValueError(f"file: {name} cannot be read ({reason}); it is damaged or not a file of weights, so download it again.") from error
+        raise ValueError(
+            f"file: {name} cannot be read ({reason}); it is damaged or not a file of weights, so download it again."
+        ) from error
     return {key: value for key, value in weights.items() if isinstance(value, Tensor)}
 
 
@@ -111,7 +121,9 @@ def recognise(name: str, weights: dict[str, Tensor], own: bool = False) -> Trans
     if any(key.startswith("hookers.layers.0.to_q_lora.") for key in weights):
         return _sharing(name, weights)
     if "lora" in next(iter(weights), "") and any(FLUX_LAYER.search(key) for key in weights):
-        return Transparency(name, tuple(family for family in FAMILIES if "unet" not in FAMILIES[family]), {"flux": weights})
+        return Transparency(
+            name, tuple(family for family in FAMILIES if "unet" not in FAMILIES[family]), {"flux": weights}
+        )
     return _pair(name, weights, own)
 
 
@@ -123,12 +135,18 @@ def _adapter(name: str, weights: dict[str, Tensor]) -> Transparency:
         adapter.setdefault(weight, {})["::".join(form)] = value
     for key, parts in adapter.items():
         if set(parts) not in ({"lora::0", "lora::1"}, {"diff::0"}):
-            raise ValueError(f"file: {name} is incomplete or not LayerDiffuse's at {key} ({', '.join(parts)}); download it again.")
+            raise ValueError(
+                f"file: {name} is incomplete or not LayerDiffuse's at {key} ({', '.join(parts)}); download it again."
+            )
     named = tuple(family for family in FAMILIES if adapter.keys() <= structure(family).keys())
     if not named:
-        raise ValueError(f"file: {name} changes weights that no model of {', '.join(FAMILIES)} has, such as {next(iter(adapter))}; "
-                         "it is for another kind of model.")
-    exact = tuple(family for family in named if all(fits(key, parts, structure(family)[key]) for key, parts in adapter.items()))
+        raise ValueError(
+            f"file: {name} changes weights that no model of {', '.join(FAMILIES)} has, such as {next(iter(adapter))}; "
+            "it is for another kind of model."
+        )
+    exact = tuple(
+        family for family in named if all(fits(key, parts, structure(family)[key]) for key, parts in adapter.items())
+    )
     first = adapter.get(FIRST, {}).get("diff::0")
     extra = 0 if first is None else first.shape[1] - LATENTS[FAMILIES[named[0]]["latent"]]["channels"]
     return Transparency(name, exact or named, {"adapter": adapter}, extra)
@@ -136,11 +154,16 @@ def _adapter(name: str, weights: dict[str, Tensor]) -> Transparency:
 
 def _sharing(name: str, weights: dict[str, Tensor]) -> Transparency:
     shape = read_shape(weights)
-    count = {family: len([key for key in structure(family) if re.search(r"attn[12]\.to_q\.weight$", key)]) for family in FAMILIES}
+    count = {
+        family: len([key for key in structure(family) if re.search(r"attn[12]\.to_q\.weight$", key)])
+        for family in FAMILIES
+    }
     families = tuple(family for family in FAMILIES if count[family] == len(shape["attentions"]))
     if not families:
-        raise ValueError(f"file: {name} shares {len(shape['attentions'])} attentions, and no model of {', '.join(FAMILIES)} has so many; "
-                         "it is for another kind of model.")
+        raise ValueError(
+            f"file: {name} shares {len(shape['attentions'])} attentions, and no model of {', '.join(FAMILIES)} has so many; "
+            "it is for another kind of model."
+        )
     network = filled(name, AttentionSharing(**shape, operations=comfy.ops.manual_cast), weights)
     device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     return Transparency(name, families, {"sharing": ModelPatcher(network, device, offload)}, frames=shape["frames"])
@@ -149,9 +172,15 @@ def _sharing(name: str, weights: dict[str, Tensor]) -> Transparency:
 def _pair(name: str, weights: dict[str, Tensor], trained_here: bool) -> Transparency:
     """A decoder, an encoder, or one file with both below `decoder.` and `encoder.` (beside them may be the whole autoencoder)."""
     parts, found = {}, None
-    for kind, probe, build, shape in (("decoder", "latent_conv_in.weight", TransparentDecoder, decoder_shape),
-                                      ("encoder", "blocks.0.weight", OffsetEncoder, encoder_shape)):
-        own = weights if probe in weights else {key.removeprefix(f"{kind}."): value for key, value in weights.items() if key.startswith(f"{kind}.")}
+    for kind, probe, build, shape in (
+        ("decoder", "latent_conv_in.weight", TransparentDecoder, decoder_shape),
+        ("encoder", "blocks.0.weight", OffsetEncoder, encoder_shape),
+    ):
+        own = (
+            weights
+            if probe in weights
+            else {key.removeprefix(f"{kind}."): value for key, value in weights.items() if key.startswith(f"{kind}.")}
+        )
         if probe not in own:
             continue
         try:
@@ -164,8 +193,12 @@ def _pair(name: str, weights: dict[str, Tensor], trained_here: bool) -> Transpar
         network.to(dtype=comfy.model_management.vae_dtype(device, [float16]), memory_format=channels_last)
         parts[kind] = ModelPatcher(network, device, comfy.model_management.vae_offload_device())
     if not parts:
-        raise ValueError(f"file: {name} holds none of LayerDiffuse's weights; choose one of the files that the help page names.")
-    return Transparency(name, tuple(family for family in FAMILIES if FAMILIES[family]["latent"] == found), parts, latent=LATENTS[found])
+        raise ValueError(
+            f"file: {name} holds none of LayerDiffuse's weights; choose one of the files that the help page names."
+        )
+    return Transparency(
+        name, tuple(family for family in FAMILIES if FAMILIES[family]["latent"] == found), parts, latent=LATENTS[found]
+    )
 
 
 def filled(name: str, network: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
@@ -173,7 +206,9 @@ def filled(name: str, network: nn.Module, weights: dict[str, Tensor]) -> nn.Modu
         network.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"file: {name} does not have the weights of {type(network).__name__} ({reason} …); download it again.") from error
+        raise ValueError(
+            f"file: {name} does not have the weights of {type(network).__name__} ({reason} …); download it again."
+        ) from error
     return network.eval().requires_grad_(False)
 
 
@@ -181,21 +216,32 @@ def _latent(kind: str, options: dict, trained_here: bool) -> str:
     """The entry of `latents` that a network of this shape belongs to; widths that are not published are this pack's own as well."""
     same = [key for key, latent in LATENTS.items() if latent["channels"] == options["latent_channels"]]
     if not same:
-        raise ValueError(f"file: it is for latents of {options['latent_channels']} channels, which no model of {', '.join(FAMILIES)} has.")
-    return next((key for key in same if LATENTS[key].get(f"{kind}_widths") == options["widths"] and not trained_here), same[-1])
+        raise ValueError(
+            f"file: it is for latents of {options['latent_channels']} channels, which no model of {', '.join(FAMILIES)} has."
+        )
+    return next(
+        (key for key in same if LATENTS[key].get(f"{kind}_widths") == options["widths"] and not trained_here), same[-1]
+    )
 
 
 def decoder_shape(weights: dict[str, Tensor]) -> dict:
     levels = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("down_blocks."))
-    return {"widths": [weights[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)],
-            "attention_levels": len({key.split(".")[1] for key in weights if re.match(r"down_blocks\.\d+\.attentions\.", key)}),
-            "layers": len({key.split(".")[3] for key in weights if key.startswith("down_blocks.0.resnets.")}),
-            "latent_channels": weights["latent_conv_in.weight"].shape[1]}
+    return {
+        "widths": [weights[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)],
+        "attention_levels": len(
+            {key.split(".")[1] for key in weights if re.match(r"down_blocks\.\d+\.attentions\.", key)}
+        ),
+        "layers": len({key.split(".")[3] for key in weights if key.startswith("down_blocks.0.resnets.")}),
+        "latent_channels": weights["latent_conv_in.weight"].shape[1],
+    }
 
 
 def encoder_shape(weights: dict[str, Tensor]) -> dict:
     last = max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
-    return {"widths": [weights[f"blocks.{i}.weight"].shape[0] for i in range(0, last, 4)], "latent_channels": weights[f"blocks.{last}.weight"].shape[0]}
+    return {
+        "widths": [weights[f"blocks.{i}.weight"].shape[0] for i in range(0, last, 4)],
+        "latent_channels": weights[f"blocks.{last}.weight"].shape[0],
+    }
 
 
 @cache
@@ -206,7 +252,14 @@ def structure(family: str) -> dict[str, tuple[int, ...]]:
         return {}
     if isinstance(unet, str):
         unet = json.loads((CONFIGS / unet).read_text(encoding="utf-8"))["unet"]
-    network = UNetModel(image_size=32, use_spatial_transformer=True, legacy=False, **unet, device="meta", operations=comfy.ops.disable_weight_init)
+    network = UNetModel(
+        image_size=32,
+        use_spatial_transformer=True,
+        legacy=False,
+        **unet,
+        device="meta",
+        operations=comfy.ops.disable_weight_init,
+    )
     return {f"diffusion_model.{key}": tuple(value.shape) for key, value in network.state_dict().items()}
 
 

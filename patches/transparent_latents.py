@@ -1,4 +1,5 @@
 """Transparency read out of latents and written into them, in ComfyUI's devices, memory and number formats."""
+
 from __future__ import annotations
 
 import comfy.model_management
@@ -19,8 +20,9 @@ STRIDE = 8  # pixels per latent pixel
 OVERLAP = 8  # latent pixels over which tiles fade into each other
 
 
-def decode(transparency: Transparency, image: Tensor, latent: Tensor, passes: int = 8, tile: int = 0,
-           clean: str = CLEAN[0]) -> tuple[Tensor, Tensor]:
+def decode(
+    transparency: Transparency, image: Tensor, latent: Tensor, passes: int = 8, tile: int = 0, clean: str = CLEAN[0]
+) -> tuple[Tensor, Tensor]:
     """image: [B,3,8h,8w] in 0..1; latent: [B,C,h,w] in the autoencoder's own space, as LATENT has it -> straight colours [B,3,·,·], alpha [B,1,·,·].
 
     tile: sides in pixels of the parts that are decoded alone, 0 for the whole picture.
@@ -31,7 +33,9 @@ def decode(transparency: Transparency, image: Tensor, latent: Tensor, passes: in
     multiple = patcher.model.multiple
     height, width = latent.shape[-2:]
     side = max(tile // STRIDE, 2 * OVERLAP) if tile else max(height, width)
-    progress = comfy.utils.ProgressBar(len(latent) * passes * comfy.utils.get_tiled_scale_steps(width, height, side, side, OVERLAP))
+    progress = comfy.utils.ProgressBar(
+        len(latent) * passes * comfy.utils.get_tiled_scale_steps(width, height, side, side, OVERLAP)
+    )
 
     def once(image: Tensor, latent: Tensor) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -41,15 +45,17 @@ def decode(transparency: Transparency, image: Tensor, latent: Tensor, passes: in
 
     def part(joined: Tensor) -> Tensor:
         """Both at the latent's size in one tensor, so that the host's tiling cuts them alike."""
-        latent = joined[:, :-3 * STRIDE**2].to(device, dtype)
-        image = F.pixel_shuffle(joined[:, -3 * STRIDE**2:], STRIDE).to(device, dtype)
+        latent = joined[:, : -3 * STRIDE**2].to(device, dtype)
+        image = F.pixel_shuffle(joined[:, -3 * STRIDE**2 :], STRIDE).to(device, dtype)
         size = image.shape[-2:]
         image = F.pad(image, _padding(size, multiple), mode="replicate")
         latent = F.pad(latent, _padding(latent.shape[-2:], multiple // STRIDE), mode="replicate")
-        return median_of_passes(once, image, latent, passes)[..., :size[0], :size[1]].float()
+        return median_of_passes(once, image, latent, passes)[..., : size[0], : size[1]].float()
 
     joined = torch.cat([latent.float(), F.pixel_unshuffle(image, STRIDE).to(latent.device)], 1)
-    found = comfy.utils.tiled_scale(joined, part, side, side, OVERLAP, STRIDE, 4, comfy.model_management.intermediate_device())
+    found = comfy.utils.tiled_scale(
+        joined, part, side, side, OVERLAP, STRIDE, 4, comfy.model_management.intermediate_device()
+    )
     alpha, colour = (found[:, :1], found[:, 1:]) if transparency.latent["alpha_first"] else (found[:, 3:], found[:, :3])
     if clean == "on" or clean == "auto" and transparency.families == (MINI,):
         alpha = clean_alpha(alpha)
@@ -60,22 +66,31 @@ def check_latent(samples: dict, transparency: Transparency) -> Tensor:
     """The tensor [B,C,h,w] of a LATENT that goes with a decoder. Raises ValueError."""
     latent, settings = samples["samples"], transparency.latent
     if settings is not None and (latent.ndim != 4 or latent.shape[1] != settings["channels"]):
-        raise ValueError(f"samples: the latent has {latent.shape[1]} channels and {transparency.name} is {transparency.describe()}, which has "
-                         f"{settings['channels']}; load the decoder of the model's family.")
+        raise ValueError(
+            f"samples: the latent has {latent.shape[1]} channels and {transparency.name} is {transparency.describe()}, which has "
+            f"{settings['channels']}; load the decoder of the model's family."
+        )
     return latent
 
 
 def encode(transparency: Transparency, vae, colour: Tensor, alpha: Tensor) -> Tensor:
     """colour: [B,3,H,W] in 0..1, alpha: [B,1,H,W] -> [B,C,⌈H/8⌉,⌈W/8⌉] in the autoencoder's own space; sides are filled up with transparency."""
-    patcher, settings = transparency.part("encoder", "an encoder such as vae_transparent_encoder.safetensors"), transparency.latent
+    patcher, settings = (
+        transparency.part("encoder", "an encoder such as vae_transparent_encoder.safetensors"),
+        transparency.latent,
+    )
     padding = _padding(colour.shape[-2:], STRIDE)
     colour, alpha = F.pad(colour, padding), F.pad(alpha, padding)
     mean, deviation = posterior(vae, over_gray(colour, alpha))
     if mean.shape[1] != settings["channels"]:
-        raise ValueError(f"vae: it makes latents of {mean.shape[1]} channels and {transparency.name} is {transparency.describe()}; load the VAE of its family.")
+        raise ValueError(
+            f"vae: it makes latents of {mean.shape[1]} channels and {transparency.name} is {transparency.describe()}; load the VAE of its family."
+        )
     if settings["offset_in_deviations"]:
         if deviation is None:
-            raise ValueError(f"vae: it gives no deviation, which {transparency.name} scales by; load the full VAE of {transparency.family}.")
+            raise ValueError(
+                f"vae: it gives no deviation, which {transparency.name} scales by; load the full VAE of {transparency.family}."
+            )
         scale = settings["offset"] * deviation
     else:
         scale = torch.full_like(mean, settings["offset"])
@@ -84,10 +99,12 @@ def encode(transparency: Transparency, vae, colour: Tensor, alpha: Tensor) -> Te
     latents = []
     for index in range(len(colour)):
         comfy.model_management.throw_exception_if_processing_interrupted()
-        own, opacity = colour[index:index + 1], alpha[index:index + 1]
+        own, opacity = colour[index : index + 1], alpha[index : index + 1]
         parts = [opacity, extend_colours(own, opacity)]
-        offset = patcher.model(torch.cat(parts if settings["alpha_first"] else parts[::-1], 1).to(device, dtype)).to(mean)
-        latents.append(mean[index:index + 1] + scale[index:index + 1] * offset)
+        offset = patcher.model(torch.cat(parts if settings["alpha_first"] else parts[::-1], 1).to(device, dtype)).to(
+            mean
+        )
+        latents.append(mean[index : index + 1] + scale[index : index + 1] * offset)
         progress.update(1)
     return torch.cat(latents)
 
@@ -97,7 +114,9 @@ def posterior(vae, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
     network = vae.first_stage_model
     if not hasattr(network, "regularization"):
         return vae.encode(pictures.movedim(1, -1)), None
-    comfy.model_management.load_models_gpu([vae.patcher], memory_required=vae.memory_used_encode(pictures[:1].shape, vae.vae_dtype))
+    comfy.model_management.load_models_gpu(
+        [vae.patcher], memory_required=vae.memory_used_encode(pictures[:1].shape, vae.vae_dtype)
+    )
     found = []
     for picture in pictures.split(1):
         moments = network.encoder(vae.process_input(picture).to(vae.device, vae.vae_dtype))

@@ -3,6 +3,7 @@
 The camera looks level over a plane. `t` is 0 at the horizon and 1 at the lower edge of the picture, so z = 1/t is the distance along the
 plane; one unit of world length is one picture height at z = 1.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ TILE = 256
 @dataclass(frozen=True)
 class Light:
     """shadow: where the shadow of a point one unit high falls, (right, away from the viewer). color: tint of lit things. strength: 0..1."""
+
     shadow: tuple[float, float]
     color: tuple[float, float, float]
     strength: float
@@ -26,6 +28,7 @@ class Light:
 @dataclass(frozen=True)
 class Place:
     """image: [H,W,3] sRGB 0..1. depth: [H,W], 0 = nearest, 1 = farthest; on the ground exactly 1 - t. horizon: row as a fraction of H."""
+
     image: np.ndarray
     depth: np.ndarray
     horizon: float
@@ -145,7 +148,11 @@ def beach(plane, rng):
 def snow(plane, rng):
     back = sky(plane, rng, rgb(140, 176, 214), rgb(224, 234, 242), 0.25)
     mountain = ridge(plane, rng, 0.22, 2.4)
-    back = mix(back, mix(rgb(146, 164, 190), rgb(246, 250, 255), np.clip(0.5 + noise(rng, plane.x * 12, plane.y * 9), 0, 1)), mountain)
+    back = mix(
+        back,
+        mix(rgb(146, 164, 190), rgb(246, 250, 255), np.clip(0.5 + noise(rng, plane.x * 12, plane.y * 9), 0, 1)),
+        mountain,
+    )
     back = mix(back, rgb(58, 84, 86), ridge(plane, rng, 0.045, 26))
     drift = 0.6 * plane.texture(rng, 0.5) + 0.25 * plane.texture(rng, 0.12, 2) + 0.2 * plane.texture(rng, 0.02)
     ground = mix(rgb(196, 212, 236), rgb(250, 252, 255), np.clip(0.6 + 0.5 * drift, 0, 1))
@@ -181,7 +188,11 @@ def autumn(plane, rng):
     back = sky(plane, rng, rgb(176, 196, 214), rgb(240, 228, 206), 0.3)
     leaves = np.clip(0.5 + 0.6 * noise(rng, plane.x * 26, plane.y * 26), 0, 1)
     back = mix(back, mix(rgb(168, 80, 28), rgb(236, 170, 60), leaves), ridge(plane, rng, 0.3, 4.5))
-    trunks = np.clip((noise(rng, plane.x * 45, 0) - 0.45) * 6, 0, 1) * (plane.y > plane.horizon - 0.07) * (plane.y < plane.horizon)
+    trunks = (
+        np.clip((noise(rng, plane.x * 45, 0) - 0.45) * 6, 0, 1)
+        * (plane.y > plane.horizon - 0.07)
+        * (plane.y < plane.horizon)
+    )
     back = mix(back, rgb(74, 48, 32), trunks)
     litter = 0.6 * plane.texture(rng, 0.045) + 0.5 * plane.texture(rng, 0.02) + 0.3 * plane.texture(rng, 0.5)
     ground = mix(rgb(118, 66, 28), rgb(226, 142, 48), np.clip(0.5 + 0.5 * litter, 0, 1))
@@ -211,7 +222,10 @@ def table(plane, rng):
     blobs = noise(rng, plane.x * 4, plane.y * 4)
     wall = mix(wall, rgb(250, 246, 226), np.clip(blobs, 0, 1) * 0.4) + np.zeros((*plane.u.shape, 1), np.float32)
     plank = np.floor(plane.u / 0.34).astype(np.int32)
-    grain = noise(rng, plane.u * 26, plane.v * 1.5 + plank * 9) * np.clip(0.04 / plane.step * 2, 0, 1) + 0.7 * _tile()[11, plank % TILE]
+    grain = (
+        noise(rng, plane.u * 26, plane.v * 1.5 + plank * 9) * np.clip(0.04 / plane.step * 2, 0, 1)
+        + 0.7 * _tile()[11, plank % TILE]
+    )
     wood = mix(rgb(132, 78, 38), rgb(206, 146, 86), np.clip(0.5 + 0.4 * grain, 0, 1))
     wood = mix(wood, rgb(74, 42, 20), plane.stripes(plane.u, 0.34, 0.006))
     return *_indoor(plane, wall, wood, rng.uniform(0.14, 0.22)), rgb(255, 246, 226), 0.5, rgb(40, 20, 8)
@@ -254,8 +268,18 @@ def tiles(plane, rng):
     return *_indoor(plane, wall, floor, rng.uniform(0.12, 0.2)), rgb(250, 250, 255), 0.42, rgb(24, 28, 36)
 
 
-PLACES = {"meadow": meadow, "beach": beach, "snow": snow, "night": night, "desert": desert, "table": table, "room": room, "tiles": tiles,
-          "autumn": autumn, "street": street}
+PLACES = {
+    "meadow": meadow,
+    "beach": beach,
+    "snow": snow,
+    "night": night,
+    "desert": desert,
+    "table": table,
+    "room": room,
+    "tiles": tiles,
+    "autumn": autumn,
+    "street": street,
+}
 
 
 def render(kind: str, height: int, width: int, rng) -> Place:
@@ -264,5 +288,15 @@ def render(kind: str, height: int, width: int, rng) -> Place:
     image, depth, color, strength, shade = PLACES[kind](plane, rng)
     shadow = (float(rng.uniform(0.35, 0.9) * rng.choice([-1, 1])), float(rng.uniform(0.25, 0.6) * rng.choice([-1, 1])))
     exposure = rng.uniform(0.92, 1.05)
-    light = Light(shadow, tuple(float(c) for c in color), float(strength * rng.uniform(0.85, 1.15)), tuple(float(c) for c in shade))
-    return Place(np.clip(image * exposure, 0, 1).astype(np.float32), np.ascontiguousarray(depth, np.float32), plane.horizon, light)
+    light = Light(
+        shadow,
+        tuple(float(c) for c in color),
+        float(strength * rng.uniform(0.85, 1.15)),
+        tuple(float(c) for c in shade),
+    )
+    return Place(
+        np.clip(image * exposure, 0, 1).astype(np.float32),
+        np.ascontiguousarray(depth, np.float32),
+        plane.horizon,
+        light,
+    )

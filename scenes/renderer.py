@@ -5,6 +5,7 @@
 Every picture is float32 sRGB in 0..1 at one resolution; alpha is straight, 1 = opaque. Layers go from back to front, farthest object first,
 and laying them over the background gives the composite.
 """
+
 from __future__ import annotations
 
 import json
@@ -42,6 +43,7 @@ NEAREST, FARTHEST = 0.97, 0.42  # where feet may stand, as t of the ground plane
 @dataclass(frozen=True)
 class ObjectKind:
     """size: height relative to the others. hover: gap to the ground, in heights. material: solid, glass, bubble, smoke or flame."""
+
     name: str
     file: str
     prompts: tuple[str, ...]
@@ -54,6 +56,7 @@ class ObjectKind:
 @dataclass(frozen=True)
 class Request:
     """What to render; None is drawn from the seed. train: leave out the objects and pairs kept for tests; held_out: only those pairs."""
+
     kind: str | None = None
     objects: tuple[str, ...] | None = None
     count: int | None = None
@@ -66,6 +69,7 @@ class SceneObject:
     """rgba: without shadow. shadow: shadow alone. rgba_with_shadow: both. mask: [H,W], 1 where this is the frontmost thing with alpha over 1/2.
     depth: 0 = nearest .. 1 = farthest, of the ground at its foot. box: (left, top, right, bottom) pixels of the whole object, right and bottom
     exclusive. visible: share of the object's alpha that nearer ones leave."""
+
     name: str
     prompt: str
     rgba: np.ndarray
@@ -81,6 +85,7 @@ class SceneObject:
 class Scene:
     """composite, background: [H,W,3]. depth, background_depth: [H,W], 0 = nearest, 1 = farthest. objects: farthest first. horizon: row as a
     fraction of the height."""
+
     composite: np.ndarray
     background: np.ndarray
     depth: np.ndarray
@@ -104,7 +109,12 @@ class Scene:
 def catalogue() -> dict[str, ObjectKind]:
     """Every object by name, in a fixed order."""
     entries = json.loads((OBJECTS / "objects.json").read_text(encoding="utf-8"))
-    return {e["name"]: ObjectKind(e["name"], e["file"], tuple(e["prompts"]), e["size"], e["hover"], e["material"], e["held_out"]) for e in entries}
+    return {
+        e["name"]: ObjectKind(
+            e["name"], e["file"], tuple(e["prompts"]), e["size"], e["hover"], e["material"], e["held_out"]
+        )
+        for e in entries
+    }
 
 
 def is_held_out_pair(name: str, kind: str) -> bool:
@@ -150,10 +160,23 @@ def render(request: Request, height: int, width: int, seed: int, light: Light | 
         visible = float((alpha * clear).sum() / max(alpha.sum(), 1e-6))
         covered, clear = covered | mask, clear * (1 - alpha)
         whole = _stack(rgba, shadow)
-        objects.insert(0, SceneObject(entry.name, words, rgba, shadow, whole, mask.astype(np.float32), float(1 - t), box, visible))
+        objects.insert(
+            0, SceneObject(entry.name, words, rgba, shadow, whole, mask.astype(np.float32), float(1 - t), box, visible)
+        )
     where, prompt = _sentence(kind, [o.prompt for o in objects], rng)
-    return Scene(composite.astype(np.float32), place.image, depth.astype(np.float32), place.depth, tuple(objects), kind, prompt,
-                 f"{EMPTY} {where}", place.horizon, place.light, seed)
+    return Scene(
+        composite.astype(np.float32),
+        place.image,
+        depth.astype(np.float32),
+        place.depth,
+        tuple(objects),
+        kind,
+        prompt,
+        f"{EMPTY} {where}",
+        place.horizon,
+        place.light,
+        seed,
+    )
 
 
 def describe(kind: str, names: list[str], rng: np.random.Generator) -> str:
@@ -180,7 +203,9 @@ def choose(request: Request, rng: np.random.Generator) -> tuple[str, list[str]]:
         raise ValueError(f"kind: {request.kind!r} is not one of the places; use {', '.join(KINDS)}.")
     kind = request.kind or str(rng.choice(KINDS))
     if len(request.objects or ()) > MOST_OBJECTS:
-        raise ValueError(f"objects: there are {len(request.objects)} of them and a scene holds at most {MOST_OBJECTS}; name fewer.")
+        raise ValueError(
+            f"objects: there are {len(request.objects)} of them and a scene holds at most {MOST_OBJECTS}; name fewer."
+        )
     if request.objects is not None:
         return kind, list(request.objects)
     pool = list(known)
@@ -203,13 +228,17 @@ def _arrange(entries: list[ObjectKind], horizon: float, height: int, width: int,
             full = _sprite_size(entry)
             tall = SIZE * entry.size * t * height * rng.uniform(0.92, 1.08)
             wide = tall * full[1] / full[0]
-            shrink = min(1.0, 0.62 * width / wide, 0.9 * (horizon + (1 - horizon) * t) * height / (tall * (1 + entry.hover)))
+            shrink = min(
+                1.0, 0.62 * width / wide, 0.9 * (horizon + (1 - horizon) * t) * height / (tall * (1 + entry.hover))
+            )
             size = max(4, round(tall * shrink)), max(4, round(wide * shrink))
             room = width - size[1]
             left = int(rng.integers(0, room + 1)) if len(entries) > 1 else int(round(room * rng.uniform(0.2, 0.8)))
             foot = (horizon + (1 - horizon) * t) * height
             for _, other_left, other_size, other_foot in boxes:
-                wide_share = max(0, min(left + size[1], other_left + other_size[1]) - max(left, other_left)) / other_size[1]
+                wide_share = (
+                    max(0, min(left + size[1], other_left + other_size[1]) - max(left, other_left)) / other_size[1]
+                )
                 tall_share = np.clip((other_foot - (foot - size[0])) / other_size[0], 0, 1)
                 hidden = max(hidden, wide_share * tall_share)
             spots.append((entry, t, left, size))
@@ -227,7 +256,10 @@ def _depths(count: int, rng) -> list[float]:
         return [float(rng.uniform(0.66, NEAREST))] * count
     edges = np.linspace(FARTHEST, NEAREST, count + 1)
     gap = 0.25 * (edges[1] - edges[0])
-    return [float(rng.uniform(low + gap * (i > 0), high)) for i, (low, high) in enumerate(zip(edges, edges[1:], strict=False))]
+    return [
+        float(rng.uniform(low + gap * (i > 0), high))
+        for i, (low, high) in enumerate(zip(edges, edges[1:], strict=False))
+    ]
 
 
 @lru_cache(maxsize=256)
@@ -291,7 +323,7 @@ def _stand(sprite, entry: ObjectKind, place, t: float, left: int, height: int, w
     bottom = min(height, round(foot * height) - round(entry.hover * tall))
     top = max(0, bottom - tall)
     rgba = np.zeros((height, width, 4), np.float32)
-    rgba[top:bottom, left:left + wide] = sprite[tall - (bottom - top):]
+    rgba[top:bottom, left : left + wide] = sprite[tall - (bottom - top) :]
     alpha = _cast(sprite[..., 3], entry, place, t, left, height, width)
     shadow = np.empty((height, width, 4), np.float32)
     shadow[..., :3] = place.light.shade
@@ -311,17 +343,19 @@ def _cast(alpha, entry: ObjectKind, place, t: float, left: int, height: int, wid
     z = (1 - place.horizon) / (rows - place.horizon)
     columns = np.arange(width, dtype=np.float32)[None] + 0.5
     right, away = place.light.shadow
-    up = (z - 1 / t) * FOCAL / away                      # height, in world units, of the point that shades this row
-    scale = height * t                                   # pixels per world unit at the foot
+    up = (z - 1 / t) * FOCAL / away  # height, in world units, of the point that shades this row
+    scale = height * t  # pixels per world unit at the foot
     centre = left + wide / 2
     across = ((columns - width / 2) / height * z - (centre - width / 2) / scale - up * right) * scale / wide + 0.5
     level = up * scale / tall - entry.hover
     grain = int(np.clip(tall * 0.4, 10, 64))
-    small = Image.fromarray(np.round(alpha * 255).astype(np.uint8)).resize((max(4, grain * wide // tall), grain), Image.Resampling.BOX)
+    small = Image.fromarray(np.round(alpha * 255).astype(np.uint8)).resize(
+        (max(4, grain * wide // tall), grain), Image.Resampling.BOX
+    )
     soft = np.asarray(small.filter(ImageFilter.GaussianBlur(grain / 22)), np.float32) / 255
     penumbra = 1 - 0.45 * np.clip(level, 0, 1)
     fall = _sample(soft, across, 1 - level) * penumbra * place.light.strength
-    touch = np.flatnonzero(alpha[int(tall * 0.88):].max(0) > 0.3)
+    touch = np.flatnonzero(alpha[int(tall * 0.88) :].max(0) > 0.3)
     low, high = (touch[0], touch[-1] + 1) if len(touch) else (0, wide)
     radius = max(1.5, (high - low) * 0.56)
     flat = max(1.0, radius * t * (1 - place.horizon) / FOCAL * 0.8)
@@ -342,7 +376,9 @@ def _sample(image: np.ndarray, across: np.ndarray, down: np.ndarray) -> np.ndarr
     ix, iy = x.astype(np.int32), y.astype(np.int32)
     fx, fy = x - ix, y - iy
     row, flat = iy * (width + 2) + ix, padded.ravel()
-    return (flat[row] * (1 - fx) + flat[row + 1] * fx) * (1 - fy) + (flat[row + width + 2] * (1 - fx) + flat[row + width + 3] * fx) * fy
+    return (flat[row] * (1 - fx) + flat[row + 1] * fx) * (1 - fy) + (
+        flat[row + width + 2] * (1 - fx) + flat[row + width + 3] * fx
+    ) * fy
 
 
 def _stack(rgba: np.ndarray, shadow: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
 """Layers chosen by number or name, put in another order, renamed, merged, and made from or into image batches."""
+
 from __future__ import annotations
 
 import re
@@ -34,10 +35,14 @@ def select(stack: LayerStack, text: str, socket: str = "select") -> list[int]:
             raise ValueError(f"{socket}: there is no layer {quoted or plain!r}; the layers are {names}.")
         chosen += found
     if not chosen:
-        raise ValueError(f"{socket}: {text[:60]!r} names no layer; write numbers, ranges and names, or leave it empty for all.")
+        raise ValueError(
+            f"{socket}: {text[:60]!r} names no layer; write numbers, ranges and names, or leave it empty for all."
+        )
     twice = next((index for index in chosen if chosen.count(index) > 1), None)
     if twice is not None:
-        raise ValueError(f"{socket}: {text!r} names layer {twice + 1} ({stack.layers[twice].name!r}) twice; name every layer once.")
+        raise ValueError(
+            f"{socket}: {text!r} names layer {twice + 1} ({stack.layers[twice].name!r}) twice; name every layer once."
+        )
     return chosen
 
 
@@ -59,13 +64,19 @@ def arrange(stack: LayerStack, action: str, text: str, names: str = "") -> Layer
     if action == "rename":
         return rename(stack, indices, names)
     if action == "reverse":
-        return stack.with_layers(_put(stack.layers, sorted(indices), [stack.layers[index] for index in sorted(indices, reverse=True)]))
+        return stack.with_layers(
+            _put(stack.layers, sorted(indices), [stack.layers[index] for index in sorted(indices, reverse=True)])
+        )
     if action == "drop" and not others:
         raise ValueError("select: this drops every layer, and a LAYERS document needs at least one; select fewer.")
     if action == "reorder" and others:
         missing = ", ".join(repr(layer.name) for layer in others)
-        raise ValueError(f"select: the new order leaves out {missing}; name every layer once, back to front, or use another action.")
-    return stack.with_layers({"drop": others, "bring to front": others + chosen, "send to back": chosen + others}.get(action, chosen))
+        raise ValueError(
+            f"select: the new order leaves out {missing}; name every layer once, back to front, or use another action."
+        )
+    return stack.with_layers(
+        {"drop": others, "bring to front": others + chosen, "send to back": chosen + others}.get(action, chosen)
+    )
 
 
 def rename(stack: LayerStack, indices: Sequence[int], names: str) -> LayerStack:
@@ -75,7 +86,9 @@ def rename(stack: LayerStack, indices: Sequence[int], names: str) -> LayerStack:
     """
     lines = _lines(names)
     if len(lines) != len(indices):
-        raise ValueError(f"names: there are {len(lines)} names for {len(indices)} selected layers; write one name per line for each.")
+        raise ValueError(
+            f"names: there are {len(lines)} names for {len(indices)} selected layers; write one name per line for each."
+        )
     named = [replace(stack.layers[index], name=name) for index, name in zip(indices, lines, strict=True)]
     return stack.with_layers(_put(stack.layers, indices, named))
 
@@ -93,16 +106,25 @@ def merge(stack: LayerStack, indices: Sequence[int], name: str = "") -> LayerSta
     group = stack.with_layers(stack.layers[index] for index in indices)
     boxes = [box for layer in group.layers if layer.visible and (box := place(layer, stack.canvas))]
     if not boxes:
-        raise ValueError("select: none of the selected layers is visible on the canvas, so there is nothing to merge; drop them or show one.")
+        raise ValueError(
+            "select: none of the selected layers is visible on the canvas, so there is nothing to merge; drop them or show one."
+        )
     left, top = min(box.left for box in boxes), min(box.top for box in boxes)
     right, bottom = max(box.right for box in boxes), max(box.bottom for box in boxes)
-    window = LayerStack((right - left, bottom - top), tuple(replace(layer, x=layer.x - left, y=layer.y - top) for layer in group.layers))
+    window = LayerStack(
+        (right - left, bottom - top), tuple(replace(layer, x=layer.x - left, y=layer.y - top) for layer in group.layers)
+    )
     merged = Layer(flatten_image(window, (0, 0, 0, 0))[0], name or group.layers[-1].name, x=left, y=top)
-    return stack.with_layers((*stack.layers[:indices[0]], merged, *stack.layers[indices[-1] + 1:]))
+    return stack.with_layers((*stack.layers[: indices[0]], merged, *stack.layers[indices[-1] + 1 :]))
 
 
-def from_images(images: Tensor, masks: Tensor | None = None, names: str = "", below: LayerStack | None = None,
-                sockets: tuple[str, str] = ("images", "masks")) -> LayerStack:
+def from_images(
+    images: Tensor,
+    masks: Tensor | None = None,
+    names: str = "",
+    below: LayerStack | None = None,
+    sockets: tuple[str, str] = ("images", "masks"),
+) -> LayerStack:
     """One layer per image [B,H,W,3|4], the first at the back, on top of `below` when given; otherwise the canvas is the image's size.
 
     masks: [B,H,W] or one for all, 1 = transparent. names: one per line, "Layer N" beyond the last line. sockets: what errors call the first two.
@@ -111,17 +133,23 @@ def from_images(images: Tensor, masks: Tensor | None = None, names: str = "", be
     _check_mask(images, masks, *sockets)
     before = below.layers if below else ()
     if len(before) + len(images) > MAX_LAYERS:
-        raise ValueError(f"{sockets[0]}: this makes {len(before) + len(images)} layers and a LAYERS document holds at most {MAX_LAYERS}; pass fewer.")
+        raise ValueError(
+            f"{sockets[0]}: this makes {len(before) + len(images)} layers and a LAYERS document holds at most {MAX_LAYERS}; pass fewer."
+        )
     lines = _lines(names)
     if len(lines) > len(images):
-        raise ValueError(f"names: there are {len(lines)} names for {len(images)} images; write one name per line, at most one for each image.")
+        raise ValueError(
+            f"names: there are {len(lines)} names for {len(images)} images; write one name per line, at most one for each image."
+        )
     lines += [f"Layer {len(before) + number}" for number in range(len(lines) + 1, len(images) + 1)]
     mask = [None] * len(images) if masks is None else masks.expand(len(images), -1, -1)
     layers = tuple(Layer(image, name, one) for image, name, one in zip(images, lines, mask, strict=True))
     return LayerStack(below.canvas if below else (images.shape[2], images.shape[1]), before + layers)
 
 
-def insert(stack: LayerStack | None, images: Tensor, masks: Tensor | None, below: str | None, fields: dict[str, Any]) -> LayerStack:
+def insert(
+    stack: LayerStack | None, images: Tensor, masks: Tensor | None, below: str | None, fields: dict[str, Any]
+) -> LayerStack:
     """The images as new layers with these fields, on top, or just behind the layer that `below` names; on their own without a stack.
 
     Raises ValueError naming the input. Source: ours, ComfyUI's "Add Layer".
@@ -135,19 +163,25 @@ def insert(stack: LayerStack | None, images: Tensor, masks: Tensor | None, below
     if below is not None and stack:
         targets = select(stack, below, "layer")
         if len(targets) != 1:
-            raise ValueError(f"layer: {below!r} stands for {len(targets)} layers; name the one layer that the new one goes behind.")
+            raise ValueError(
+                f"layer: {below!r} stands for {len(targets)} layers; name the one layer that the new one goes behind."
+            )
         position = targets[0]
     return grown.with_layers((*grown.layers[:position], *new, *grown.layers[position:before]))
 
 
-def change(stack: LayerStack, text: str, images: Tensor | None, masks: Tensor | None, fields: dict[str, Any]) -> LayerStack:
+def change(
+    stack: LayerStack, text: str, images: Tensor | None, masks: Tensor | None, fields: dict[str, Any]
+) -> LayerStack:
     """The stack with these fields, and the image and mask when given, set on the selected layers.
 
     Raises ValueError naming the input. Source: ours, ComfyUI's layer document.
     """
     for tensor, socket in ((images, "image"), (masks, "mask")):
         if tensor is not None and len(tensor) != 1:
-            raise ValueError(f"{socket}: there are {len(tensor)} frames and a layer has one; pass a single one to change a layer.")
+            raise ValueError(
+                f"{socket}: there are {len(tensor)} frames and a layer has one; pass a single one to change a layer."
+            )
     indices = select(stack, text, "layer")
     changed = []
     for layer in (stack.layers[index] for index in indices):
@@ -164,7 +198,9 @@ def transform_layers(stack: LayerStack, text: str, how: str = "none", **changes:
     Raises ValueError naming the input. Source: ours, similarity transform of ComfyUI's layer fields.
     """
     indices = select(stack, text)
-    return stack.with_layers(_put(stack.layers, indices, [transform(fit(stack.layers[i], stack.canvas, how), **changes) for i in indices]))
+    return stack.with_layers(
+        _put(stack.layers, indices, [transform(fit(stack.layers[i], stack.canvas, how), **changes) for i in indices])
+    )
 
 
 def chosen_fields(values: dict[str, Any], text: str) -> dict[str, Any]:
@@ -177,7 +213,11 @@ def chosen_fields(values: dict[str, Any], text: str) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"fields: {unknown[0]!r} is not a field of a layer; use {', '.join(values)}.")
     plain = {"name": ""}
-    return {name: value for name, value in values.items() if (name in names if names else value != plain.get(name, getattr(Layer, name)))}
+    return {
+        name: value
+        for name, value in values.items()
+        if (name in names if names else value != plain.get(name, getattr(Layer, name)))
+    }
 
 
 def to_batch(stack: LayerStack, at_canvas_size: bool = True) -> Tensor:
@@ -190,7 +230,9 @@ def to_batch(stack: LayerStack, at_canvas_size: bool = True) -> Tensor:
     sizes = {tuple(layer.image.shape[:2]) for layer in stack.layers}
     if len(sizes) > 1:
         listed = ", ".join(f"{width}×{height}" for height, width in sorted(sizes))
-        raise ValueError(f"at_canvas_size: the layers have different sizes ({listed}) and a batch has one; turn at_canvas_size on.")
+        raise ValueError(
+            f"at_canvas_size: the layers have different sizes ({listed}) and a batch has one; turn at_canvas_size on."
+        )
     return torch.stack([layer.rgba() * layer.image.new_tensor((1, 1, 1, layer.opacity)) for layer in stack.layers])
 
 
@@ -200,9 +242,13 @@ def _check_mask(images: Tensor, masks: Tensor | None, image_socket: str, mask_so
         return
     height, width = images.shape[1:3]
     if tuple(masks.shape[1:]) != (height, width):
-        raise ValueError(f"{mask_socket}: it is {masks.shape[2]}×{masks.shape[1]} and {image_socket} is {width}×{height}; make them the same size.")
+        raise ValueError(
+            f"{mask_socket}: it is {masks.shape[2]}×{masks.shape[1]} and {image_socket} is {width}×{height}; make them the same size."
+        )
     if len(masks) not in (1, len(images)):
-        raise ValueError(f"{mask_socket}: there are {len(masks)} masks for {len(images)} {image_socket}; pass one for all or one for each.")
+        raise ValueError(
+            f"{mask_socket}: there are {len(masks)} masks for {len(images)} {image_socket}; pass one for all or one for each."
+        )
 
 
 def _parts(text: str, socket: str) -> list[tuple[str, str]]:
@@ -210,7 +256,9 @@ def _parts(text: str, socket: str) -> list[tuple[str, str]]:
     while position < len(text):
         match = _PART.match(text, position)
         if not match:
-            raise ValueError(f'{socket}: {text!r} cannot be read; write numbers, ranges and names with commas between, as in: 1, 3-5, "Sky, left".')
+            raise ValueError(
+                f'{socket}: {text!r} cannot be read; write numbers, ranges and names with commas between, as in: 1, 3-5, "Sky, left".'
+            )
         if match[1] or (match[2] and match[2].strip()):
             parts.append((match[1] or "", (match[2] or "").strip()))
         position = match.end()
@@ -224,8 +272,10 @@ def _numbered(stack: LayerStack, part: str, socket: str) -> list[int]:
     first, last = int(match[1]), int(match[2] or match[1])
     for number in (first, last):
         if not 1 <= number <= len(stack.layers):
-            raise ValueError(f"{socket}: there is no layer {number}; numbers run from 1 at the back to {len(stack.layers)} "
-                             "(put a name that is a number in double quotes).")
+            raise ValueError(
+                f"{socket}: there is no layer {number}; numbers run from 1 at the back to {len(stack.layers)} "
+                "(put a name that is a number in double quotes)."
+            )
     return list(range(first - 1, last)) if first <= last else list(range(first - 1, last - 2, -1))
 
 

@@ -1,4 +1,5 @@
 """Layers put over each other: the formulas of W3C Compositing and Blending Level 1, on strips of the canvas."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -98,8 +99,12 @@ def to_srgb(colour: Tensor) -> Tensor:
     return torch.where(colour <= 0.04045 / 12.92, colour * 12.92, 1.055 * colour.clamp(min=1e-6) ** (1 / 2.4) - 0.055)
 
 
-def flatten(stack: LayerStack, background: tuple[float, float, float, float] = (0, 0, 0, 0), linear: bool = False,
-            socket: str = "layers") -> tuple[Tensor, Tensor]:
+def flatten(
+    stack: LayerStack,
+    background: tuple[float, float, float, float] = (0, 0, 0, 0),
+    linear: bool = False,
+    socket: str = "layers",
+) -> tuple[Tensor, Tensor]:
     """The picture of a stack: colour [H,W,3] straight, sRGB in 0..1, and alpha [H,W], 1 = opaque; colour is 0 where alpha is.
 
     background: sRGB and alpha behind the layers. linear: mix light (as ComfyUI's layer editor does) and not sRGB values.
@@ -131,7 +136,9 @@ def flatten(stack: LayerStack, background: tuple[float, float, float, float] = (
     return colour, alpha
 
 
-def flatten_image(stack: LayerStack, background: tuple[float, float, float, float], linear: bool = False) -> tuple[Tensor, Tensor]:
+def flatten_image(
+    stack: LayerStack, background: tuple[float, float, float, float], linear: bool = False
+) -> tuple[Tensor, Tensor]:
     """(image, alpha [H,W]) of a stack; the image is [H,W,3] on an opaque background and otherwise [H,W,4].
 
     Source: ours, see `flatten`.
@@ -149,7 +156,9 @@ def preview(stack: LayerStack, longest: int = 512, square: int = 8) -> Tensor:
     width, height = stack.canvas
     ratio = min(1, longest / max(width, height))
     size = max(1, round(height * ratio)), max(1, round(width * ratio))
-    y, x = torch.meshgrid(*(torch.arange(side, device=stack.layers[0].image.device) // square for side in size), indexing="ij")
+    y, x = torch.meshgrid(
+        *(torch.arange(side, device=stack.layers[0].image.device) // square for side in size), indexing="ij"
+    )
     board = (0.6 + 0.2 * ((x + y) % 2))[..., None]
     pictures = [_on_board(flatten_image(stack, (0, 0, 0, 0))[0], board)]
     return torch.stack(pictures + [_on_board(rasterise(layer, stack.canvas), board) for layer in stack.layers])
@@ -165,11 +174,15 @@ def _on_board(rgba: Tensor, board: Tensor) -> Tensor:
 def _check_modes(layers: list[Layer], socket: str) -> None:
     for layer in layers:
         if layer.blend_mode not in _BLENDS:
-            raise ValueError(f"{socket}: layer {layer.name!r} has the blend mode {layer.blend_mode!r}, which has no W3C formula and cannot be "
-                             f"flattened; hide the layer or give it one of {', '.join(W3C_MODES)}.")
+            raise ValueError(
+                f"{socket}: layer {layer.name!r} has the blend mode {layer.blend_mode!r}, which has no W3C formula and cannot be "
+                f"flattened; hide the layer or give it one of {', '.join(W3C_MODES)}."
+            )
 
 
-def _put_over(strip: Tensor, strip_alpha: Tensor, top: int, bottom: int, layer: Layer, box: Placement, linear: bool) -> None:
+def _put_over(
+    strip: Tensor, strip_alpha: Tensor, top: int, bottom: int, layer: Layer, box: Placement, linear: bool
+) -> None:
     """One layer over a strip of the canvas, in place; the strip's colour is premultiplied."""
     first, last = max(top, box.top), min(bottom, box.bottom)
     if first >= last:

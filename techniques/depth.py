@@ -2,6 +2,7 @@
 
 Depth here is 0..1 with 0 = nearest. Slices and layers are ordered back to front: index 0 is the farthest.
 """
+
 from __future__ import annotations
 
 import math
@@ -21,8 +22,13 @@ RIM = 8  # pixels
 RANGES = ("each image", "whole batch", "fixed")
 
 
-def normalise_depth(depth: Tensor, near_is_white: bool, zero_is_missing: bool, spread: str = RANGES[0],
-                    limits: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+def normalise_depth(
+    depth: Tensor,
+    near_is_white: bool,
+    zero_is_missing: bool,
+    spread: str = RANGES[0],
+    limits: tuple[float, float] = (0.0, 1.0),
+) -> Tensor:
     """Raw depth or disparity [B,H,W] -> 0..1, 0 = nearest; missing values filled.
 
     spread: each image is stretched to its own range, or all to that of the whole batch (a video, whose cuts would jump otherwise), or the values
@@ -33,10 +39,14 @@ def normalise_depth(depth: Tensor, near_is_white: bool, zero_is_missing: bool, s
     """
     valid = depth.isfinite() & ((depth != 0) | (not zero_is_missing))
     if not valid.flatten(1).any(1).all():
-        raise ValueError("depth: there is no valid value in it (all are missing, NaN or infinite); connect the depth of this picture.")
+        raise ValueError(
+            "depth: there is no valid value in it (all are missing, NaN or infinite); connect the depth of this picture."
+        )
     if spread == "fixed":
         if not limits[0] < limits[1]:
-            raise ValueError(f"range_low, range_high: {limits[0]:g} is not below {limits[1]:g}; enter the lowest and the highest value of the depth.")
+            raise ValueError(
+                f"range_low, range_high: {limits[0]:g} is not below {limits[1]:g}; enter the lowest and the highest value of the depth."
+            )
         low, high = (depth.new_tensor(limit) for limit in limits)
     else:
         over = (1, 2) if spread == RANGES[0] else (0, 1, 2)
@@ -58,7 +68,9 @@ def fill_missing(depth: Tensor, valid: Tensor) -> Tensor:
     """
     while not valid.all():
         holes = (~valid).nonzero(as_tuple=True)
-        distances, depths = zip(*(_nearest(depth, valid, holes, axis, reverse) for axis in (1, 2) for reverse in (False, True)), strict=True)
+        distances, depths = zip(
+            *(_nearest(depth, valid, holes, axis, reverse) for axis in (1, 2) for reverse in (False, True)), strict=True
+        )
         distances, depths = (torch.stack(ends).unflatten(0, (2, 2)) for ends in (distances, depths))  # axis, side, hole
         width = torch.where(distances.isinf().any(1), 2 * distances.amin(1), distances.sum(1))
         one_side_closer = (width <= RIM) & (distances[:, 0] != distances[:, 1])
@@ -72,11 +84,15 @@ def fill_missing(depth: Tensor, valid: Tensor) -> Tensor:
     return depth
 
 
-def _nearest(depth: Tensor, valid: Tensor, holes: tuple[Tensor, ...], axis: int, reverse: bool) -> tuple[Tensor, Tensor]:
+def _nearest(
+    depth: Tensor, valid: Tensor, holes: tuple[Tensor, ...], axis: int, reverse: bool
+) -> tuple[Tensor, Tensor]:
     """Distance to, and depth of, the last valid pixel before each hole along an axis (after it when reversed); infinity, −1 if none."""
     length = depth.shape[axis]
     seen = (valid.flip(axis) if reverse else valid).cpu().numpy()
-    place = np.where(seen, np.arange(length, dtype=np.int32).reshape([-1 if i == axis else 1 for i in range(3)]), np.int32(-1))
+    place = np.where(
+        seen, np.arange(length, dtype=np.int32).reshape([-1 if i == axis else 1 for i in range(3)]), np.int32(-1)
+    )
     last = torch.from_numpy(np.maximum.accumulate(place, axis, out=place))
     last = last.flip(axis)[holes] if reverse else last[holes]
     none = last < 0
@@ -95,11 +111,18 @@ def resize_depth(depth: Tensor, height: int, width: int, edge: float = 0.02) -> 
     """
     if depth.shape[1:] == (height, width):
         return depth
-    rows, columns = ((torch.arange(n, device=depth.device) + 0.5) * old / n - 0.5 for n, old in ((height, depth.shape[1]), (width, depth.shape[2])))
+    rows, columns = (
+        (torch.arange(n, device=depth.device) + 0.5) * old / n - 0.5
+        for n, old in ((height, depth.shape[1]), (width, depth.shape[2]))
+    )
     y, x = (p.floor().long() for p in (rows, columns))
-    corners = torch.stack([
-        depth[:, (y + i).clamp(0, depth.shape[1] - 1)][:, :, (x + j).clamp(0, depth.shape[2] - 1)] for i in (0, 1) for j in (0, 1)
-    ])
+    corners = torch.stack(
+        [
+            depth[:, (y + i).clamp(0, depth.shape[1] - 1)][:, :, (x + j).clamp(0, depth.shape[2] - 1)]
+            for i in (0, 1)
+            for j in (0, 1)
+        ]
+    )
     v, u = (rows - y)[:, None].to(depth.dtype), (columns - x).to(depth.dtype)
     smooth = corners[0] * (1 - v) * (1 - u) + corners[1] * (1 - v) * u + corners[2] * v * (1 - u) + corners[3] * v * u
     closest = corners.gather(0, (corners - smooth).abs().argmin(0, keepdim=True))[0]
@@ -107,7 +130,7 @@ def resize_depth(depth: Tensor, height: int, width: int, edge: float = 0.02) -> 
 
 
 def parse_thresholds(text: str) -> list[float]:
-    """"0.35, 0.6" -> [0.35, 0.6]; an empty text is no threshold. Raises ValueError naming the input.
+    """ "0.35, 0.6" -> [0.35, 0.6]; an empty text is no threshold. Raises ValueError naming the input.
 
     Source: deglad, Sec. 3.2 (a set of depth values {d_1..d_k}).
     """
@@ -116,14 +139,18 @@ def parse_thresholds(text: str) -> list[float]:
     except ValueError as error:
         raise ValueError(f"thresholds: {text!r} is not a list of numbers; write for example 0.35, 0.6.") from error
     if outside := [value for value in values if not 0 < value < 1]:
-        raise ValueError(f"thresholds: {outside[0]:g} is outside of 0 to 1; 0 is the nearest depth of the picture and 1 the farthest.")
+        raise ValueError(
+            f"thresholds: {outside[0]:g} is outside of 0 to 1; 0 is the nearest depth of the picture and 1 the farthest."
+        )
     if values != sorted(set(values)):
-        raise ValueError(f"thresholds: {text!r} is not in ascending order without repeats; write them from near to far.")
+        raise ValueError(
+            f"thresholds: {text!r} is not in ascending order without repeats; write them from near to far."
+        )
     return values
 
 
 def parse_points(text: str) -> list[tuple[float, float]]:
-    """"0.5, 0.4; 0.2, 0.7" -> [(0.5, 0.4), (0.2, 0.7)]: x, y as fractions of width and height. Raises ValueError naming the input.
+    """ "0.5, 0.4; 0.2, 0.7" -> [(0.5, 0.4), (0.2, 0.7)]: x, y as fractions of width and height. Raises ValueError naming the input.
 
     Source: ours, one click per slice as in the paper's interface.
     """
@@ -151,8 +178,8 @@ def threshold_behind(depth: Tensor, x: float, y: float) -> float:
     height, width = depth.shape
     row, column = min(int(y * height), height - 1), min(int(x * width), width - 1)
     scale = 2 * (0.15 * max(width, height)) ** 2
-    rows = torch.exp(-(torch.arange(height, dtype=torch.float64) - row) ** 2 / scale)
-    columns = torch.exp(-(torch.arange(width, dtype=torch.float64) - column) ** 2 / scale)
+    rows = torch.exp(-((torch.arange(height, dtype=torch.float64) - row) ** 2) / scale)
+    columns = torch.exp(-((torch.arange(width, dtype=torch.float64) - column) ** 2) / scale)
     bins = (depth.double().cpu() * BINS).long().clamp(0, BINS - 1)
     histogram = torch.bincount(bins.flatten(), (rows[:, None] * columns).flatten(), BINS)
     for _ in range(3):
@@ -210,7 +237,9 @@ def over_alphas(weights: Tensor, opacity: Tensor | None = None) -> Tensor:
     Source: ours, the inverse of dreamlayer Eq. 1 (composite of layers by "over").
     """
     alphas, behind = torch.empty_like(weights), torch.zeros_like(weights[:, 0])
-    for weight, alpha in zip(weights.unbind(1), alphas.unbind(1), strict=True):  # one layer at a time stays in the processor's cache
+    for weight, alpha in zip(
+        weights.unbind(1), alphas.unbind(1), strict=True
+    ):  # one layer at a time stays in the processor's cache
         behind += weight
         let_through = behind if opacity is None else torch.lerp(torch.ones_like(behind), behind, opacity)
         torch.div(weight if opacity is None else weight * opacity, let_through.clamp_min(1e-4), out=alpha)
@@ -232,7 +261,11 @@ def grow_nearer(weights: Tensor, pixels: int) -> Tensor:
     Source: ours, the rim of a hard cut is mixed of both sides, and belongs to the nearer one when the farther one is made whole.
     """
     nearer = weights.flip(1).cumsum(1).flip(1)
-    grown = torch.cat([nearer[:, :1], F.max_pool2d(nearer[:, 1:], 2 * pixels + 1, 1, pixels)], 1) if weights.shape[1] > 1 else nearer
+    grown = (
+        torch.cat([nearer[:, :1], F.max_pool2d(nearer[:, 1:], 2 * pixels + 1, 1, pixels)], 1)
+        if weights.shape[1] > 1
+        else nearer
+    )
     return grown - torch.cat([grown[:, 1:], torch.zeros_like(grown[:, :1])], 1)
 
 
@@ -262,7 +295,9 @@ def push_pull(values: Tensor, weights: Tensor) -> Tensor:
     weight = weights.flatten(0, 1)[:, None]
     levels = [(image, weight)]
     while max(image.shape[-2:]) > 1:
-        image, weight = (F.avg_pool2d(level, 2, ceil_mode=True, count_include_pad=False) * 4 for level in (image, weight))
+        image, weight = (
+            F.avg_pool2d(level, 2, ceil_mode=True, count_include_pad=False) * 4 for level in (image, weight)
+        )
         excess = weight.clamp_min(1)
         image, weight = image / excess, weight / excess
         levels.append((image, weight))
@@ -281,8 +316,10 @@ def _depth_layers(colours: Tensor, alphas: Tensor, thresholds: list[float]) -> L
     edges = [0.0, *thresholds, 1.0]
     ranges = list(zip(edges[:-1], edges[1:], strict=True))[::-1]
     images = torch.cat([colours, alphas[..., None]], -1)
-    layers = [Layer(image, f"Depth {near:.2f}-{far:.2f}", extra={"strata": {"depth": (near, far)}})
-              for image, (near, far) in zip(images, ranges, strict=True)]
+    layers = [
+        Layer(image, f"Depth {near:.2f}-{far:.2f}", extra={"strata": {"depth": (near, far)}})
+        for image, (near, far) in zip(images, ranges, strict=True)
+    ]
     return LayerStack((images.shape[2], images.shape[1]), tuple(layers))
 
 
@@ -294,7 +331,9 @@ def amodal_mask(region: Tensor, depth: Tensor, threshold: float) -> Tensor:
     return region * (depth >= threshold)
 
 
-def compose_by_depth(front: Tensor, back: Tensor, front_depth: Tensor, back_depth: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def compose_by_depth(
+    front: Tensor, back: Tensor, front_depth: Tensor, back_depth: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
     """Image [B,H,W,3] and depth [B,H,W] of one scene's foreground pasted over another scene; weights [B,H,W] 1 = foreground.
 
     Source: deglad, Eq. 3 in image space (the paste baseline); the depth as the released code composes it.
@@ -330,14 +369,25 @@ def all_thresholds(depth: Tensor, given: list[float], points: list[tuple[float, 
         if not used or value - used[-1] >= 1 / BINS or (value in given and value != used[-1]):
             used.append(value)
     if not used:
-        raise ValueError("thresholds: there is no threshold and no point; write one, for example 0.5, or click in the node's views.")
+        raise ValueError(
+            "thresholds: there is no threshold and no point; write one, for example 0.5, or click in the node's views."
+        )
     if len(used) >= MAX_LAYERS:
-        raise ValueError(f"thresholds: there are {len(used)} cuts and a document holds {MAX_LAYERS} layers; give at most {MAX_LAYERS - 1}.")
+        raise ValueError(
+            f"thresholds: there are {len(used)} cuts and a document holds {MAX_LAYERS} layers; give at most {MAX_LAYERS - 1}."
+        )
     return used
 
 
-def cut_layers(colours: Tensor, weights: Tensor, thresholds: list[float], fill: bool, opacity: Tensor | None = None, rim: int = 2,
-               soft_edge: float = 0) -> LayerStack:
+def cut_layers(
+    colours: Tensor,
+    weights: Tensor,
+    thresholds: list[float],
+    fill: bool,
+    opacity: Tensor | None = None,
+    rim: int = 2,
+    soft_edge: float = 0,
+) -> LayerStack:
     """The layers of one picture from colours [1,N,H,W,3] and weights [1,N,H,W], back to front, made whole behind nearer ones if asked.
 
     rim: by how many pixels nearer layers grow then, for colours that are the picture's for every layer; 0 for colours that are cleaned already.

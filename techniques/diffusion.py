@@ -1,4 +1,5 @@
 """The noise process of Stable Diffusion and its deterministic sampler, as pure functions."""
+
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,5 @@
 """FeatGLaC: the energy between the decoder features of a composite and those of the scenes it is made of, and the update that lowers it."""
+
 from __future__ import annotations
 
 import torch
@@ -18,7 +19,10 @@ def visible_masks(masks: list[Tensor | None], height: int, width: int) -> Tensor
     A plane is seen where no nearer one covers it, so that with one foreground the background's mask is 1 - the foreground's.
     Source: deglad, Eq. 2 and Sec. 3.2 (several depths), with planes that may overlap
     """
-    own = [torch.ones(1, height, width) if mask is None else masks_at_level(mask[None].float(), (height, width)) for mask in masks]
+    own = [
+        torch.ones(1, height, width) if mask is None else masks_at_level(mask[None].float(), (height, width))
+        for mask in masks
+    ]
     return visible_shares(torch.stack(own))[1][:, 0]
 
 
@@ -49,8 +53,14 @@ def feature_energy_l1(features: Tensor, source: Tensor, mask: Tensor) -> Tensor:
     return (mask * (source - features)).abs().mean(1).sum((1, 2)) / mask.sum().clamp_min(torch.finfo(mask.dtype).tiny)
 
 
-def composition_energy(features: dict[int, Tensor], sources: dict[int, Tensor], masks: Tensor, level_weights: dict[int, float],
-                       plane_weights: list[float], norm: str = "l2") -> Tensor:
+def composition_energy(
+    features: dict[int, Tensor],
+    sources: dict[int, Tensor],
+    masks: Tensor,
+    level_weights: dict[int, float],
+    plane_weights: list[float],
+    norm: str = "l2",
+) -> Tensor:
     """[B]: G of a composite; features {level: [B,C,h,w]}, sources {level: [P,B,C,h,w]}, masks [P,H,W] of what is seen of each plane.
 
     plane_weights [P]: 1 for the background and lambda for the foreground in the paper.
@@ -102,7 +112,11 @@ def parse_level_weights(text: str, levels: int) -> dict[int, float]:
     except ValueError:
         raise ValueError(f"level_weights: {text[:60]!r} is not a list of numbers; write them like 0.2, 8.5.") from None
     if len(values) > levels:
-        raise ValueError(f"level_weights: there are {len(values)} numbers and this model's decoder has {levels} levels; leave some out at the front.")
+        raise ValueError(
+            f"level_weights: there are {len(values)} numbers and this model's decoder has {levels} levels; leave some out at the front."
+        )
     if any(value < 0 or value == float("inf") or value != value for value in values):
-        raise ValueError(f"level_weights: {text[:60]!r} has a number that is negative or not finite; weights start at 0.")
+        raise ValueError(
+            f"level_weights: {text[:60]!r} has a number that is negative or not finite; weights start at 0."
+        )
     return {levels - len(values) + index: value for index, value in enumerate(values) if value}

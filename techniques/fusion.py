@@ -1,4 +1,5 @@
 """LayerFusion's masks from a foreground model's attention, and its blending of attention outputs."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -16,8 +17,10 @@ def structure_prior(q: Tensor, k: Tensor, heads: int) -> Tensor:
     Exact, in chunks of rows: the extra memory grows with tokens, not with their square.
     Source: layerfusion, Alg. 1
     """
+
     def density(probabilities: Tensor) -> Tensor:
         return 1 / probabilities.mean(0).square().sum(-1)
+
     return 1 - stretched(over_rows(q, k, heads, density))
 
 
@@ -46,7 +49,10 @@ def wide_mask(soft: Tensor, boundary: float = 10.0) -> Tensor:
     Source: ours, in place of the soft mask of layerfusion, Eq. 1, for what the blended branch goes on with
     """
     count = soft.shape[1]
-    low, sums = torch.arange(count + 1, device=soft.device), F.pad(soft.sort(1).values.cumsum(1), (1, 0))  # of the 0 to M lowest
+    low, sums = (
+        torch.arange(count + 1, device=soft.device),
+        F.pad(soft.sort(1).values.cumsum(1), (1, 0)),
+    )  # of the 0 to M lowest
     below, above = sums / low.clamp_min(1), (sums[:, -1:] - sums) / (count - low).clamp_min(1)
     spread, best = (low * (count - low) * (above - below).square()).max(1, keepdim=True)
     level = torch.where(spread > 0, (below + above).gather(1, best) / 2, 0.5)
@@ -90,7 +96,11 @@ def resize_prior(prior: Tensor, size: tuple[int, int], new_size: tuple[int, int]
 
     Source: ours, the paper takes s from one layer and uses it at every resolution
     """
-    return prior if size == new_size else F.interpolate(prior.unflatten(1, size)[:, None], new_size, mode="area").flatten(1)
+    return (
+        prior
+        if size == new_size
+        else F.interpolate(prior.unflatten(1, size)[:, None], new_size, mode="area").flatten(1)
+    )
 
 
 def stretched(values: Tensor) -> Tensor:
@@ -112,9 +122,11 @@ def over_rows(q: Tensor, k: Tensor, heads: int, reduce: Callable[[Tensor], Tenso
         start = 0
         for part in _probabilities(one, keys, heads):
             values = reduce(part)
-            if found is None:  # made before the large parts come and go: small results kept between them would keep the heap from shrinking
+            if (
+                found is None
+            ):  # made before the large parts come and go: small results kept between them would keep the heap from shrinking
                 found = values.new_empty(len(q), q.shape[1], *values.shape[1:])
-            found[row, start:start + len(values)] = values
+            found[row, start : start + len(values)] = values
             start += len(values)
     return found
 

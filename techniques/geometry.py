@@ -3,6 +3,7 @@
 A pixel is a unit square: pixel i covers [i, i + 1). Layers are [H,W,C] as in the document; pixels come out planar, [C,rows,W],
 which is what makes compositing fast.
 """
+
 from __future__ import annotations
 
 import math
@@ -25,6 +26,7 @@ class Placement:
     `source` [1,3|4,h,w] is the (premultiplied) picture and `inverse` (a, b, c, d, e, f) takes a canvas point to the layer's own
     display coordinates: u = a·x + b·y + c, v = d·x + e·y + f, inside the layer where 0 ≤ u ≤ size[0] and 0 ≤ v ≤ size[1].
     """
+
     left: int
     top: int
     right: int
@@ -94,7 +96,7 @@ def rasterise(layer: Layer, canvas: tuple[int, int]) -> Tensor:
     placed = place(layer, canvas)
     if placed:
         colour, alpha = placed.rows(placed.top, placed.bottom)
-        box = pixels[placed.top:placed.bottom, placed.left:placed.right]
+        box = pixels[placed.top : placed.bottom, placed.left : placed.right]
         box[..., :3] = colour.permute(1, 2, 0)
         box[..., 3] = alpha if layer.opacity == 1 else alpha * layer.opacity
     return pixels
@@ -119,8 +121,15 @@ def fit(layer: Layer, canvas: tuple[int, int], how: str) -> Layer:
     return replace(layer, w=width, h=height, x=(canvas[0] - width) // 2, y=(canvas[1] - height) // 2)
 
 
-def transform(layer: Layer, pivot: tuple[float, float] | None = None, move: tuple[float, float] = (0, 0), scale: float = 1.0,
-              rotation: float = 0.0, flip_h: bool = False, flip_v: bool = False) -> Layer:
+def transform(
+    layer: Layer,
+    pivot: tuple[float, float] | None = None,
+    move: tuple[float, float] = (0, 0),
+    scale: float = 1.0,
+    rotation: float = 0.0,
+    flip_h: bool = False,
+    flip_v: bool = False,
+) -> Layer:
     """The layer flipped as it is seen, scaled and turned (radians, clockwise) about the pivot, then moved; canvas pixels throughout.
 
     pivot: a point of the canvas, or None for the layer's own centre. Positions and sizes are whole pixels in the document; their fractions go along
@@ -128,17 +137,33 @@ def transform(layer: Layer, pivot: tuple[float, float] | None = None, move: tupl
     Source: ours, similarity transform of ComfyUI's layer fields.
     """
     if scale <= 0:
-        raise ValueError(f"scale: {scale} is not a size; use a number above 0 (1 keeps the size, flip_h and flip_v mirror).")
+        raise ValueError(
+            f"scale: {scale} is not a size; use a number above 0 (1 keeps the size, flip_h and flip_v mirror)."
+        )
     *centre, width, height = _exact(layer)
     pivot = pivot or centre
     dx, dy = (centre[0] - pivot[0]) * scale, (centre[1] - pivot[1]) * scale
     dx, dy = (-dx if flip_h else dx), (-dy if flip_v else dy)
     cos, sin = math.cos(rotation), math.sin(rotation)
-    exact = (pivot[0] + dx * cos - dy * sin + move[0], pivot[1] + dx * sin + dy * cos + move[1], width * scale, height * scale)
+    exact = (
+        pivot[0] + dx * cos - dy * sin + move[0],
+        pivot[1] + dx * sin + dy * cos + move[1],
+        width * scale,
+        height * scale,
+    )
     x, y, width, height = _whole(exact)
     angle = -layer.rotation if flip_h != flip_v else layer.rotation
     sides = (layer.w, layer.h) if scale == 1 else (width, height)
-    moved = replace(layer, x=x, y=y, w=sides[0], h=sides[1], rotation=angle + rotation, flip_h=layer.flip_h != flip_h, flip_v=layer.flip_v != flip_v)
+    moved = replace(
+        layer,
+        x=x,
+        y=y,
+        w=sides[0],
+        h=sides[1],
+        rotation=angle + rotation,
+        flip_h=layer.flip_h != flip_h,
+        flip_v=layer.flip_v != flip_v,
+    )
     return _with_exact(moved, None if exact == (x + width / 2, y + height / 2, width, height) else exact)
 
 
@@ -147,8 +172,12 @@ def _exact(layer: Layer) -> tuple[float, ...]:
     whole = layer.x, layer.y, *layer.size
     ours = layer.extra.get("strata")
     exact = ours.get("exact") if isinstance(ours, dict) else None
-    if isinstance(exact, list | tuple) and len(exact) == 4 and all(isinstance(value, int | float) and math.isfinite(value) for value in exact) \
-            and _whole(exact) == whole:
+    if (
+        isinstance(exact, list | tuple)
+        and len(exact) == 4
+        and all(isinstance(value, int | float) and math.isfinite(value) for value in exact)
+        and _whole(exact) == whole
+    ):
         return tuple(exact)
     return layer.x + layer.size[0] / 2, layer.y + layer.size[1] / 2, *layer.size
 
@@ -194,7 +223,12 @@ def _rotated_box(layer: Layer) -> tuple[int, int, int, int]:
     # Half a pixel more on every side: that is how far the antialiased border reaches.
     half_width, half_height = (width * cos + height * sin + 1) / 2, (width * sin + height * cos + 1) / 2
     x, y = layer.x + width / 2, layer.y + height / 2
-    return math.floor(x - half_width), math.floor(y - half_height), math.ceil(x + half_width), math.ceil(y + half_height)
+    return (
+        math.floor(x - half_width),
+        math.floor(y - half_height),
+        math.ceil(x + half_width),
+        math.ceil(y + half_height),
+    )
 
 
 def _copy(layer: Layer, box: tuple[int, int, int, int], left: int, top: int, quarter: int) -> Placement:
@@ -204,7 +238,8 @@ def _copy(layer: Layer, box: tuple[int, int, int, int], left: int, top: int, qua
         flips = [axis for axis, flipped in ((0, layer.flip_v), (1, layer.flip_h)) if flipped]
         pixels = torch.flip(pixels, flips) if flips else pixels
         pixels = torch.rot90(pixels, -quarter, (0, 1)) if quarter else pixels
-        return pixels[box[1] - top:box[3] - top, box[0] - left:box[2] - left]
+        return pixels[box[1] - top : box[3] - top, box[0] - left : box[2] - left]
+
     return Placement(*box, image=turned(layer.image), mask=turned(layer.mask))
 
 

@@ -1,4 +1,5 @@
 """Information Retained Harmonization: layers fused while they are denoised, so that the model draws shadows and light that belong together."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -39,12 +40,16 @@ def on_canvas(latent: Tensor, layer: Layer, canvas: tuple[int, int], side: int) 
     """
     height, width = layer.image.shape[:2]
     y, x = torch.meshgrid(*((torch.arange(length) + 0.5) / length for length in (height, width)), indexing="ij")
-    origins = rasterise(replace(layer, image=torch.stack([x, y, x], -1), mask=None, opacity=1.0), canvas).permute(2, 0, 1)
+    origins = rasterise(replace(layer, image=torch.stack([x, y, x], -1), mask=None, opacity=1.0), canvas).permute(
+        2, 0, 1
+    )
     origins = F.pad(origins, (0, -canvas[0] % side, 0, -canvas[1] % side), mode="replicate")
     origins = F.avg_pool2d(torch.cat([origins[:2] * origins[3:], origins[3:]]), side)
     share = torch.tensor([width / latent.shape[2], height / latent.shape[1]]) / side
     grid = (origins[:2] / origins[2:].clamp_min(1e-6)).permute(1, 2, 0) * share * 2 - 1
-    return F.grid_sample(latent[None].float(), grid[None], mode="nearest", padding_mode="border", align_corners=False)[0].to(latent)
+    return F.grid_sample(latent[None].float(), grid[None], mode="nearest", padding_mode="border", align_corners=False)[
+        0
+    ].to(latent)
 
 
 def feathered(alpha: Tensor, radius: float) -> Tensor:
@@ -77,4 +82,6 @@ def _blurred(image: Tensor, sigma: float, reach: float) -> Tensor:
     weights = torch.exp(-0.5 * (distance / sigma) ** 2)
     weights = weights / weights.sum()
     padded = F.pad(image, [reach] * 4, mode="replicate").flatten(0, 1)[:, None]
-    return F.conv2d(F.conv2d(padded, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1))[:, 0].unflatten(0, image.shape[:2])
+    return F.conv2d(F.conv2d(padded, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1))[:, 0].unflatten(
+        0, image.shape[:2]
+    )

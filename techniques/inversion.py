@@ -2,6 +2,7 @@
 
 Latents are ComfyUI's: clean + sigma * noise for noise and v prediction, (1 - sigma) * clean + sigma * noise for flow matching.
 """
+
 from __future__ import annotations
 
 import torch

@@ -3,6 +3,7 @@
 A document comes from any node of any pack, so everything in it is checked here and nowhere else. The rest of the pack works
 with `LayerStack` and `Layer`: one frame per layer, every field present, back to front.
 """
+
 from __future__ import annotations
 
 import math
@@ -15,11 +16,50 @@ from torch import Tensor
 MAX_LAYERS = 50
 MAX_SIDE = 16384
 BLEND_MODES = (
-    "normal", "multiply", "screen", "overlay", "darken", "lighten", "color-dodge", "color-burn", "hard-light", "soft-light",
-    "difference", "exclusion", "linear-dodge", "linear-burn", "vivid-light", "pin-light", "linear-light", "hard-mix", "subtract",
-    "divide", "grain-extract", "grain-merge", "hue", "saturation", "color", "luminosity",
+    "normal",
+    "multiply",
+    "screen",
+    "overlay",
+    "darken",
+    "lighten",
+    "color-dodge",
+    "color-burn",
+    "hard-light",
+    "soft-light",
+    "difference",
+    "exclusion",
+    "linear-dodge",
+    "linear-burn",
+    "vivid-light",
+    "pin-light",
+    "linear-light",
+    "hard-mix",
+    "subtract",
+    "divide",
+    "grain-extract",
+    "grain-merge",
+    "hue",
+    "saturation",
+    "color",
+    "luminosity",
 )
-_FIELDS = {"type", "image", "mask", "name", "x", "y", "w", "h", "rotation", "flip_h", "flip_v", "z_index", "opacity", "blend_mode", "visible"}
+_FIELDS = {
+    "type",
+    "image",
+    "mask",
+    "name",
+    "x",
+    "y",
+    "w",
+    "h",
+    "rotation",
+    "flip_h",
+    "flip_v",
+    "z_index",
+    "opacity",
+    "blend_mode",
+    "visible",
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +70,7 @@ class Layer:
     layer on the canvas, pixels. w, h: display size in pixels, 0 = native. rotation: radians, clockwise, about the centre.
     extra: keys that are not ComfyUI's, carried through unchanged; ours are under extra["strata"].
     """
+
     image: Tensor
     name: str = "Layer"
     mask: Tensor | None = None
@@ -62,6 +103,7 @@ class Layer:
 @dataclass(frozen=True)
 class LayerStack:
     """canvas: (width, height) in pixels. layers: back to front."""
+
     canvas: tuple[int, int]
     layers: tuple[Layer, ...]
 
@@ -76,7 +118,9 @@ def read_layers(document: Any, socket: str = "layers") -> LayerStack:
     Source: ours, ComfyUI's layer document, version 1.
     """
     if not isinstance(document, dict) or "layers" not in document:
-        raise ValueError(f"{socket}: this is not a LAYERS document (got {type(document).__name__}); connect the output of a node that makes layers.")
+        raise ValueError(
+            f"{socket}: this is not a LAYERS document (got {type(document).__name__}); connect the output of a node that makes layers."
+        )
     if document.get("version") != 1:
         raise ValueError(
             f"{socket}: the LAYERS document has version {document.get('version')!r} and only version 1 is known; "
@@ -104,9 +148,21 @@ def write_layers(stack: LayerStack) -> dict[str, Any]:
     entries = []
     for index, layer in enumerate(stack.layers):
         entry = {
-            **layer.extra, "type": "raster", "image": layer.image[None], "name": layer.name, "x": layer.x, "y": layer.y, "w": layer.w, "h": layer.h,
-            "rotation": layer.rotation, "flip_h": layer.flip_h, "flip_v": layer.flip_v, "z_index": index, "opacity": layer.opacity,
-            "blend_mode": layer.blend_mode, "visible": layer.visible,
+            **layer.extra,
+            "type": "raster",
+            "image": layer.image[None],
+            "name": layer.name,
+            "x": layer.x,
+            "y": layer.y,
+            "w": layer.w,
+            "h": layer.h,
+            "rotation": layer.rotation,
+            "flip_h": layer.flip_h,
+            "flip_v": layer.flip_v,
+            "z_index": index,
+            "opacity": layer.opacity,
+            "blend_mode": layer.blend_mode,
+            "visible": layer.visible,
         }
         if layer.mask is not None:
             entry["mask"] = layer.mask[None]
@@ -116,7 +172,9 @@ def write_layers(stack: LayerStack) -> dict[str, Any]:
 
 def _check_count(count: int, socket: str) -> None:
     if not 1 <= count <= MAX_LAYERS:
-        raise ValueError(f"{socket}: there are {count} layers and a LAYERS document holds 1 to {MAX_LAYERS}; drop or merge some.")
+        raise ValueError(
+            f"{socket}: there are {count} layers and a LAYERS document holds 1 to {MAX_LAYERS}; drop or merge some."
+        )
 
 
 def _read_entry(entry: Any, position: int, socket: str) -> list[Layer]:
@@ -136,7 +194,9 @@ def _read_entry(entry: Any, position: int, socket: str) -> list[Layer]:
         mask = _read_tensor(mask, (2, 3), where, "mask", "[frames, height, width]")
         mask = mask[None] if mask.ndim == 2 else mask
         if mask.shape[1:] != image.shape[1:3] or mask.shape[0] not in (1, image.shape[0]):
-            raise ValueError(f"{where} has a mask of {_size(mask)} and an image of {_size(image[..., 0])}; make them the same size.")
+            raise ValueError(
+                f"{where} has a mask of {_size(mask)} and an image of {_size(image[..., 0])}; make them the same size."
+            )
         mask = mask.expand(image.shape[0], -1, -1)
     blend_mode = entry.get("blend_mode", "normal")
     if blend_mode not in BLEND_MODES:
@@ -147,12 +207,22 @@ def _read_entry(entry: Any, position: int, socket: str) -> list[Layer]:
     values = {key: _integer(entry, key, 0, where) for key in ("x", "y", "w", "h")}
     if max(values["w"], values["h"]) > MAX_SIDE:
         raise ValueError(f"{where} is shown at {values['w']}×{values['h']}; sides must be at most {MAX_SIDE} pixels.")
-    flags = {key: bool(entry.get(key, default)) for key, default in (("flip_h", False), ("flip_v", False), ("visible", True))}
+    flags = {
+        key: bool(entry.get(key, default)) for key, default in (("flip_h", False), ("flip_v", False), ("visible", True))
+    }
     frames = image.shape[0]
     return [
-        Layer(image[i], name if frames == 1 else f"{name} {i + 1}", None if mask is None else mask[i], **values,
-              rotation=_number(entry, "rotation", 0.0, where), **flags, opacity=opacity, blend_mode=blend_mode,
-              extra={key: value for key, value in entry.items() if key not in _FIELDS})
+        Layer(
+            image[i],
+            name if frames == 1 else f"{name} {i + 1}",
+            None if mask is None else mask[i],
+            **values,
+            rotation=_number(entry, "rotation", 0.0, where),
+            **flags,
+            opacity=opacity,
+            blend_mode=blend_mode,
+            extra={key: value for key, value in entry.items() if key not in _FIELDS},
+        )
         for i in range(frames)
     ]
 
@@ -162,7 +232,9 @@ def _read_tensor(value: Any, ndims: tuple[int, ...], where: str, key: str, shape
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{where} has {got} as its {key}; it must be a tensor {shape}.")
     if max(value.shape[1:3]) > MAX_SIDE:
-        raise ValueError(f"{where} has a {key} of {value.shape[2]}×{value.shape[1]}; sides must be at most {MAX_SIDE} pixels.")
+        raise ValueError(
+            f"{where} has a {key} of {value.shape[2]}×{value.shape[1]}; sides must be at most {MAX_SIDE} pixels."
+        )
     if not torch.isfinite(value).all():
         raise ValueError(f"{where} has NaN or infinite values in its {key}; look at the node that made it.")
     return value.float()
@@ -186,8 +258,14 @@ def _read_canvas(canvas: Any, layers: tuple[Layer, ...], socket: str) -> tuple[i
     if canvas is None:
         sides = [(layer.x + layer.size[0], layer.y + layer.size[1]) for layer in layers]
         return max(1, max(x for x, _ in sides)), max(1, max(y for _, y in sides))
-    if not isinstance(canvas, (list, tuple)) or len(canvas) != 2 or not all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in canvas):
-        raise ValueError(f"{socket}: the canvas is {canvas!r}; it must be (width, height) with sides from 1 to {MAX_SIDE}.")
+    if (
+        not isinstance(canvas, (list, tuple))
+        or len(canvas) != 2
+        or not all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in canvas)
+    ):
+        raise ValueError(
+            f"{socket}: the canvas is {canvas!r}; it must be (width, height) with sides from 1 to {MAX_SIDE}."
+        )
     return int(canvas[0]), int(canvas[1])
 
 

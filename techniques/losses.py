@@ -1,4 +1,5 @@
 """Training losses and quality measures, as pure functions."""
+
 import torch
 from torch import Tensor
 

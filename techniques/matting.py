@@ -1,4 +1,5 @@
 """Cuts whose edges are partly transparent and carry no colour of the other side: matting along the edge of each slice."""
+
 from __future__ import annotations
 
 import functools
@@ -15,7 +16,9 @@ FAINT = 0.03  # less than this of a layer is noise of the solution, which would 
 MAX_SOLVED = 1_000_000  # pixels: the closed-form system grows with them, and finer than this no eye sees it in an edge
 
 
-def refine_slices(image: Tensor, masks: Tensor, width: int, step: Callable[[], None] = lambda: None) -> tuple[Tensor, Tensor]:
+def refine_slices(
+    image: Tensor, masks: Tensor, width: int, step: Callable[[], None] = lambda: None
+) -> tuple[Tensor, Tensor]:
     """Weights [N,H,W] and colours [N,H,W,3] of slices whose edges were refined by matting.
 
     image: [H,W,3] in 0..1. masks: [N,H,W] of 0 or 1, back to front, sum one. width: pixels around each edge that are open to
@@ -58,12 +61,16 @@ def matte(image: Tensor, mask: Tensor, width: int) -> Tensor:
     if not unknown.any():
         return mask
     rows, columns = unknown.any(1).nonzero(), unknown.any(0).nonzero()
-    box = tuple(slice(max(0, int(places[0]) - 2 * reach), int(places[-1]) + 2 * reach + 1) for places in (rows, columns))
+    box = tuple(
+        slice(max(0, int(places[0]) - 2 * reach), int(places[-1]) + 2 * reach + 1) for places in (rows, columns)
+    )
     height, wide = unknown[box].shape
     scale = min(1.0, (MAX_SOLVED / (height * wide)) ** 0.5)
     size = (max(1, round(height * scale)), max(1, round(wide * scale)))
     known = _resize((~unknown[box]).to(mask)[..., None], size, "nearest-exact")[..., 0] > 0.5
-    solved = _closed_form(_numpy(_resize(image[box], size)), _numpy(_resize(mask[box][..., None], size)[..., 0]), known.cpu().numpy())
+    solved = _closed_form(
+        _numpy(_resize(image[box], size)), _numpy(_resize(mask[box][..., None], size)[..., 0]), known.cpu().numpy()
+    )
     alpha = _resize(torch.from_numpy(solved).to(image)[..., None], (height, wide))[..., 0].clamp(0, 1)
     refined = mask.clone()
     alpha = torch.where(alpha < FAINT, 0.0, torch.where(alpha > 1 - FAINT, 1.0, alpha))
@@ -73,6 +80,7 @@ def matte(image: Tensor, mask: Tensor, width: int) -> Tensor:
 
 def _keeping_threads(call: Callable) -> Callable:
     """numba's OpenMP layer sets the number of threads of the calling thread, torch's too, and leaves it there."""
+
     @functools.wraps(call)
     def kept(*args):
         threads = torch.get_num_threads()
@@ -80,6 +88,7 @@ def _keeping_threads(call: Callable) -> Callable:
             return call(*args)
         finally:
             torch.set_num_threads(threads)
+
     return kept
 
 
@@ -109,7 +118,9 @@ def separate_colours(image: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     more, less = torch.where(mostly_front, front, back), torch.where(mostly_front, back, front)
     more = more + share * (image - share * more - (1 - share) * less) / (share**2 + (1 - share) ** 2)
     # the other colour is within 0..1 exactly when this one is between these two
-    more = torch.minimum(torch.maximum(more, ((image - (1 - share)) / share).clamp_min(0)), (image / share).clamp_max(1))
+    more = torch.minimum(
+        torch.maximum(more, ((image - (1 - share)) / share).clamp_min(0)), (image / share).clamp_max(1)
+    )
     less = torch.where(1 - share > 1e-6, (image - share * more) / (1 - share).clamp_min(1e-6), less).clamp(0, 1)
     return torch.where(mostly_front, more, less), torch.where(mostly_front, less, more)
 

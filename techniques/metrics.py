@@ -2,6 +2,7 @@
 
 A measure over a mask is nan for a picture whose mask is empty. psnr is in techniques.losses.
 """
+
 from __future__ import annotations
 
 import torch
@@ -17,7 +18,14 @@ def ssim(prediction: Tensor, target: Tensor) -> Tensor:
     Source: Wang et al. 2004 by scikit-image, with the paper's Gaussian window of 1.5 pixels.
     """
     from skimage.metrics import structural_similarity
-    options = {"channel_axis": 0, "data_range": 1.0, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+
+    options = {
+        "channel_axis": 0,
+        "data_range": 1.0,
+        "gaussian_weights": True,
+        "sigma": 1.5,
+        "use_sample_covariance": False,
+    }
     pairs = zip(prediction.double().cpu().numpy(), target.double().cpu().numpy(), strict=True)
     return torch.tensor([structural_similarity(a, b, **options) for a, b in pairs])
 
@@ -40,7 +48,10 @@ def alpha_iou(prediction: Tensor, target: Tensor) -> Tensor:
 
     Source: LayerD (Suzuki et al., ICCV 2025), its alpha IoU. Differs: LayerD's code gives 0 when both are empty.
     """
-    both, either = torch.minimum(prediction, target).flatten(1).sum(1), torch.maximum(prediction, target).flatten(1).sum(1)
+    both, either = (
+        torch.minimum(prediction, target).flatten(1).sum(1),
+        torch.maximum(prediction, target).flatten(1).sum(1),
+    )
     return torch.where(either > 0, both / either.clamp_min(1e-12), 1.0)
 
 
@@ -74,6 +85,7 @@ def beyond_shadow(picture: Tensor, background: Tensor, darkest: float = 0.5, win
     that moved by a pixel does not count. Source: ours.
     """
     from scipy.ndimage import median_filter
+
     shadows = torch.linspace(darkest, 1, 33, device=picture.device)
     difference = torch.stack([(picture - background * share).abs().amax(1, keepdim=True) for share in shadows]).amin(0)
     return torch.from_numpy(median_filter(difference.cpu().numpy(), (1, 1, window, window), mode="nearest"))

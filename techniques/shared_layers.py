@@ -1,4 +1,5 @@
 """DreamLayer's prompts of many layers, the maps of where each object is in the whole picture, and attention shared by all layers of a scene."""
+
 from __future__ import annotations
 
 import math
@@ -19,10 +20,13 @@ def global_embedding(layers: list[Tensor], ends: list[list[int]], chunk: int = 7
     Source: dreamlayer, Sec. 3 Overview, the tokens between start and end of every prompt, concatenated
     Differs: the paper does not say what stands before and behind them; here the layers' starts, and their ends with the padding, averaged.
     """
-    words = [torch.cat([layer[i * chunk + 1:end] for i, end in enumerate(own)]) for layer, own in zip(layers, ends, strict=True)]
+    words = [
+        torch.cat([layer[i * chunk + 1 : end] for i, end in enumerate(own)])
+        for layer, own in zip(layers, ends, strict=True)
+    ]
     count = sum(map(len, words))
     rest = chunk * math.ceil((count + 2) / chunk) - count - 1
-    tails = [layer[own[-1]:] for layer, own in zip(layers, ends, strict=True)]
+    tails = [layer[own[-1] :] for layer, own in zip(layers, ends, strict=True)]
     tail = torch.stack([tail[torch.arange(rest).clamp(max=len(tail) - 1)] for tail in tails]).mean(0)
     start = torch.stack([layer[0] for layer in layers]).mean(0)
     positions, first = [], 1
@@ -52,7 +56,9 @@ def token_shares(q: Tensor, k: Tensor, heads: int, tokens: list[list[int]]) -> T
     q: [B,M,C] of the whole picture, k: [B,T,C] of the global embedding, projected, C = heads × width. tokens: the F objects' positions in T.
     Source: dreamlayer, Eq. 3 and the sum over an object's tokens in Eq. 4
     """
-    return over_rows(q, k, heads, lambda parts: torch.stack([parts[..., own].sum(-1).mean(0) for own in tokens], -1)).transpose(1, 2)
+    return over_rows(
+        q, k, heads, lambda parts: torch.stack([parts[..., own].sum(-1).mean(0) for own in tokens], -1)
+    ).transpose(1, 2)
 
 
 def share_noise(shared: Tensor, own: Tensor, own_share: float) -> Tensor:
@@ -60,7 +66,7 @@ def share_noise(shared: Tensor, own: Tensor, own_share: float) -> Tensor:
 
     Source: ours, between the paper's same noise for all layers (0) and layers that know nothing of each other (1)
     """
-    return (1 - own_share) ** 0.5 * shared + own_share ** 0.5 * own
+    return (1 - own_share) ** 0.5 * shared + own_share**0.5 * own
 
 
 def context_maps(shares: Tensor) -> Tensor:
@@ -79,7 +85,9 @@ def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     larger = size[0] >= maps.shape[-2]
-    return F.interpolate(maps, size, mode="bilinear" if larger else "area", **({"align_corners": False} if larger else {}))
+    return F.interpolate(
+        maps, size, mode="bilinear" if larger else "area", **({"align_corners": False} if larger else {})
+    )
 
 
 def mix_global_in(layers: Tensor, maps: Tensor) -> Tensor:
@@ -91,7 +99,14 @@ def mix_global_in(layers: Tensor, maps: Tensor) -> Tensor:
     return torch.cat([layers[:, :1], objects, layers[:, -1:]], 1)
 
 
-def joint_attention(q: Tensor, k: Tensor, v: Tensor, layers: int, attend: Callable[[Tensor, Tensor, Tensor], Tensor], isolated: bool = False) -> Tensor:
+def joint_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layers: int,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    isolated: bool = False,
+) -> Tensor:
     """[B·L,M,C]: attention of every layer's queries [B·L,M,C] to the keys and values [B·L,T,C] of all L layers of its scene.
 
     All layers see the same keys, so one call of `attend` over sequences as long as the layers together does it without repeating any.

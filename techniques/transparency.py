@@ -1,4 +1,5 @@
 """Colours of transparent pictures, as LayerDiffuse prepares them."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -9,8 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FACTOR = 1.2
-PASSES = {8: [(flip, turns) for flip in (False, True) for turns in range(4)], 4: [(False, 0), (False, 2), (True, 1), (True, 3)],
-          2: [(False, 0), (True, 2)], 1: [(False, 0)]}
+PASSES = {
+    8: [(flip, turns) for flip in (False, True) for turns in range(4)],
+    4: [(False, 0), (False, 2), (True, 1), (True, 3)],
+    2: [(False, 0), (True, 2)],
+    1: [(False, 0)],
+}
 
 
 def extend_colours(colour: Tensor, alpha: Tensor) -> Tensor:
@@ -49,7 +54,9 @@ def over_gray(colour: Tensor, alpha: Tensor) -> Tensor:
     return 0.5 + (colour - 0.5) * alpha
 
 
-def median_of_passes(decode: Callable[[Tensor, Tensor], Tensor], image: Tensor, latent: Tensor, passes: int = 8) -> Tensor:
+def median_of_passes(
+    decode: Callable[[Tensor, Tensor], Tensor], image: Tensor, latent: Tensor, passes: int = 8
+) -> Tensor:
     """[B,4,H,W] in 0..1: what decode(image [B,3,H,W], latent [B,C,H/8,W/8]) finds in mirrored and turned copies, turned back, their median.
 
     Source: layerdiffuse, as published: two flips times four quarter turns, of eight values the lower middle one.
@@ -61,7 +68,7 @@ def median_of_passes(decode: Callable[[Tensor, Tensor], Tensor], image: Tensor, 
         out = torch.rot90(decode(*views).clamp(0, 1), -turns, (2, 3))
         found.append(out.flip(3) if flip else out)
     ordered = torch.stack(found).sort(0).values
-    return ordered[3] if passes == 8 else ordered[(passes - 1) // 2:passes // 2 + 1].mean(0)
+    return ordered[3] if passes == 8 else ordered[(passes - 1) // 2 : passes // 2 + 1].mean(0)
 
 
 def clean_alpha(alpha: Tensor, veil: float = 10 / 255, speck: float = 0.02) -> Tensor:
@@ -72,6 +79,7 @@ def clean_alpha(alpha: Tensor, veil: float = 10 / 255, speck: float = 0.02) -> T
     Source: ours, what a small decoder is unsure of is no part of the object.
     """
     from scipy import ndimage
+
     cleaned = []
     for one in alpha[:, 0]:
         values = one.cpu().double().numpy()

@@ -1,4 +1,5 @@
 """The pack as one importable module named `strata`, and a real ComfyUI for the tests that need one."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -13,7 +14,9 @@ SHARED = PACK.parent / "shared"
 
 def _register_pack() -> None:
     # A folder named nodes/ stands beside ours in ComfyUI, so the pack is never put on sys.path: its modules are strata.*
-    spec = importlib.util.spec_from_file_location("strata", PACK / "__init__.py", submodule_search_locations=[str(PACK)])
+    spec = importlib.util.spec_from_file_location(
+        "strata", PACK / "__init__.py", submodule_search_locations=[str(PACK)]
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules["strata"] = module
     spec.loader.exec_module(module)

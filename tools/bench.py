@@ -1,8 +1,9 @@
 """Time and memory of the pack against plain ways of doing the same, side by side in one run.
 
-    make bench            # every bench
-    make bench ARGS=depth # those whose name contains "depth"
+make bench            # every bench
+make bench ARGS=depth # those whose name contains "depth"
 """
+
 from __future__ import annotations
 
 import importlib
@@ -23,8 +24,11 @@ def import_seconds() -> str:
 
 def table(name: str) -> None:
     module = importlib.import_module(name)
-    print(f"\n{module.__doc__.strip().splitlines()[0]}\n| what, seconds of the fastest turn unless it says otherwise | ours | plain | "
-          "ratio | ratio of medians |\n|---|---|---|---|---|", flush=True)
+    print(
+        f"\n{module.__doc__.strip().splitlines()[0]}\n| what, seconds of the fastest turn unless it says otherwise | ours | plain | "
+        "ratio | ratio of medians |\n|---|---|---|---|---|",
+        flush=True,
+    )
     for what, *figures in module.rows():
         print(f"| {what} | " + " | ".join(f"{figure:.2f}" for figure in figures) + " |", flush=True)
 

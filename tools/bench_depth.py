@@ -1,4 +1,5 @@
 """Slicing a 3840×2160 picture into 8 layers, against plain NumPy doing the same."""
+
 from __future__ import annotations
 
 import sys
@@ -46,7 +47,9 @@ def plain(image: np.ndarray, depth: np.ndarray, soft_edge: float) -> list[np.nda
         depth = depth[tuple(nearest)]
     normal = (depth - depth.min()) / (depth.max() - depth.min())
     edges = [-np.inf, *THRESHOLDS, np.inf]
-    masks = [((normal >= near) & (normal < far)).astype(np.float32) for near, far in zip(edges[:-1], edges[1:], strict=True)][::-1]
+    masks = [
+        ((normal >= near) & (normal < far)).astype(np.float32) for near, far in zip(edges[:-1], edges[1:], strict=True)
+    ][::-1]
     if soft_edge:
         masks = [ndimage.gaussian_filter(mask, soft_edge / 2, mode="nearest", truncate=2) for mask in masks]
     layers, behind = [], np.zeros_like(normal)
@@ -58,7 +61,11 @@ def plain(image: np.ndarray, depth: np.ndarray, soft_edge: float) -> list[np.nda
 
 
 def rows():
-    cases = (("hard edges", False, 0.0), ("hard edges, 2 % of the depth missing", True, 0.0), ("soft edges of 4 pixels", False, 4.0))
+    cases = (
+        ("hard edges", False, 0.0),
+        ("hard edges, 2 % of the depth missing", True, 0.0),
+        ("soft edges of 4 pixels", False, 4.0),
+    )
     for name, missing, soft_edge in cases:
         image, depth = scene(missing)
         yield from compared(name, partial(ours, image, depth, soft_edge), partial(plain, image, depth, soft_edge))

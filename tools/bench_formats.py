@@ -1,4 +1,5 @@
 """Saving ten 4K layers, against plain scripts with NumPy, Pillow and psd-tools' public calls that write files with the same content."""
+
 from __future__ import annotations
 
 import io
@@ -26,12 +27,17 @@ WIDTH, HEIGHT, LAYERS = 3840, 2160, 10
 def scene() -> LayerStack:
     """A smooth picture with grain, cut into ten full-canvas layers of a tenth each, as slicing by depth leaves it."""
     random = np.random.default_rng(0)
-    small = Image.fromarray(random.integers(0, 256, (54, 96, 3), np.uint8)).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+    small = Image.fromarray(random.integers(0, 256, (54, 96, 3), np.uint8)).resize(
+        (WIDTH, HEIGHT), Image.Resampling.BICUBIC
+    )
     grain = random.integers(-3, 4, (HEIGHT, WIDTH, 3))
     colour = torch.from_numpy(np.clip(np.asarray(small) + grain, 0, 255).astype(np.float32) / 255)
     depth = torch.from_numpy(np.asarray(small.convert("L"), np.float32) / 256 * LAYERS).int()
     alphas = [(depth == number).float()[..., None] for number in range(LAYERS)]
-    return LayerStack((WIDTH, HEIGHT), tuple(Layer(torch.cat([colour * alpha, alpha], -1), f"Layer {n}") for n, alpha in enumerate(alphas)))
+    return LayerStack(
+        (WIDTH, HEIGHT),
+        tuple(Layer(torch.cat([colour * alpha, alpha], -1), f"Layer {n}") for n, alpha in enumerate(alphas)),
+    )
 
 
 def plain_pixels(stack: LayerStack) -> list[Image.Image]:
@@ -72,9 +78,12 @@ def plain_pictures(stack: LayerStack, folder: Path, suffix: str, **options) -> N
 
 
 PLAIN = {
-    "PSD": plain_psd, "OpenRaster": plain_openraster,
+    "PSD": plain_psd,
+    "OpenRaster": plain_openraster,
     "PNG layers": lambda stack, folder: plain_pictures(stack, folder, "png", compress_level=4),
-    "WebP layers": lambda stack, folder: plain_pictures(stack, folder, "webp", lossless=True, exact=True, quality=0, method=0),
+    "WebP layers": lambda stack, folder: plain_pictures(
+        stack, folder, "webp", lossless=True, exact=True, quality=0, method=0
+    ),
 }
 
 
@@ -91,11 +100,16 @@ def rows(formats=files.FORMATS):
             ours, plain = in_turns(partial(saved, own, stack, format), partial(PLAIN[format], stack, other))
             megabytes = [sum(path.stat().st_size for path in made.glob("*")) / 1e6 for made in (own, other)]
             sizes = f"{megabytes[0]:.0f} MB, plain {megabytes[1]:.0f} MB"
-            yield from rows_of(f"{LAYERS} layers {WIDTH}×{HEIGHT} flattened and saved as {format} ({sizes})", ours, plain)
+            yield from rows_of(
+                f"{LAYERS} layers {WIDTH}×{HEIGHT} flattened and saved as {format} ({sizes})", ours, plain
+            )
         if "PSD" in formats:
             merged = picture(stack)
-            yield from compared("the PSD alone, the flattened picture being there", partial(saved, own, stack, "PSD", merged),
-                                partial(plain_psd, stack, folder))
+            yield from compared(
+                "the PSD alone, the flattened picture being there",
+                partial(saved, own, stack, "PSD", merged),
+                partial(plain_psd, stack, folder),
+            )
             (path,) = saved(folder, stack, "PSD", merged)
             yield from compared("the PSD loaded again", partial(files.load, path), partial(plain_load, path))
 
@@ -109,6 +123,7 @@ def saved(folder: Path, stack: LayerStack, format: str, merged: Image.Image | No
 
 def plain_load(path: Path) -> list[np.ndarray]:
     from psd_tools import PSDImage
+
     return [np.asarray(layer.topil(), np.float32) / 255 for layer in PSDImage.open(path)]
 
 

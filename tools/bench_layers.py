@@ -1,4 +1,5 @@
 """Flattening 8 layers of 3840×2160 against plain NumPy and Pillow loops over whole pictures."""
+
 from __future__ import annotations
 
 import math
@@ -45,9 +46,15 @@ def rows():
     pictures = torch.rand((8, 2160, 3840, 4), generator=torch.Generator().manual_seed(1))
     arrays = [picture.numpy() for picture in pictures]
     for name, fields, linear, plain in (
-            ("8 layers of 4K, NumPy", {}, False, lambda: plain_flatten(arrays)),
-            ("8 layers of 4K in linear light, NumPy", {}, True, lambda: plain_flatten(arrays, True)),
-            ("8 layers of 4K turned by 10°, Pillow in 8 bits", {"rotation": math.radians(10)}, False, lambda: plain_turned(arrays, 10))):
+        ("8 layers of 4K, NumPy", {}, False, lambda: plain_flatten(arrays)),
+        ("8 layers of 4K in linear light, NumPy", {}, True, lambda: plain_flatten(arrays, True)),
+        (
+            "8 layers of 4K turned by 10°, Pillow in 8 bits",
+            {"rotation": math.radians(10)},
+            False,
+            lambda: plain_turned(arrays, 10),
+        ),
+    ):
         stack = LayerStack((3840, 2160), tuple(Layer(picture, **fields) for picture in pictures))
         yield from compared(name, partial(flatten_image, stack, (0, 0, 0, 0), linear), plain)
 

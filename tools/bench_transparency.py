@@ -5,6 +5,7 @@ structure, with an adapter of rank 256 on the foreground, against a step of each
 ComfyUI's choice on NVIDIA cards; `default`: its choice on the processor, three times as slow there.
 `python tools/host.py exec tools/bench_transparency.py small` only shows that it works.
 """
+
 from __future__ import annotations
 
 import sys
@@ -27,6 +28,7 @@ def load(default_attention: bool = False) -> None:
     """ComfyUI as a library in this process."""
     sys.path.insert(0, str(host.find_or_install().root))
     from comfy.cli_args import args
+
     args.cpu, args.use_pytorch_cross_attention = not torch.cuda.is_available(), not default_attention
 
 
@@ -42,11 +44,14 @@ def plain_decode(network, image, latent):
 
 
 @torch.inference_mode()
-def decode_rows(side: int, widths: Sequence[int] = (32, 32, 64, 128, 256, 512, 512), attention_levels: int = 3) -> Iterator[tuple]:
+def decode_rows(
+    side: int, widths: Sequence[int] = (32, 32, 64, 128, 256, 512, 512), attention_levels: int = 3
+) -> Iterator[tuple]:
     import comfy.model_management
     from patches.test_networks import Reference
     from strata.networks.transparency import TransparentDecoder
     from strata.patches import transparency
+
     torch.manual_seed(0)
     weights = TransparentDecoder(widths, attention_levels).state_dict()
     published = Reference(widths, attention_levels)
@@ -59,8 +64,11 @@ def decode_rows(side: int, widths: Sequence[int] = (32, 32, 64, 128, 256, 512, 5
     for dtype, file in files.items():
         own = published.to(device, dtype)
         values = image.to(dtype), latent.to(dtype)
-        ours, plain = in_turns(partial(_alpha, file, image, latent), lambda own=own, values=values: plain_decode(own, *values)[:, :1],
-                               results=True)
+        ours, plain = in_turns(
+            partial(_alpha, file, image, latent),
+            lambda own=own, values=values: plain_decode(own, *values)[:, :1],
+            results=True,
+        )
         assert (ours.result.cpu() - plain.result.cpu()).abs().max() < {torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
         yield from rows_of(f"decode in {str(dtype).removeprefix('torch.')}, 8 passes; plain in the same", ours, plain)
 
@@ -68,6 +76,7 @@ def decode_rows(side: int, widths: Sequence[int] = (32, 32, 64, 128, 256, 512, 5
 @torch.inference_mode()
 def _alpha(file, image, latent) -> torch.Tensor:
     from strata.patches import transparent_latents
+
     return transparent_latents.decode(file, image, latent, clean="off")[1]
 
 
@@ -78,7 +87,15 @@ def sd15(**changes):
     import comfy.model_patcher
     import comfy.supported_models
     from strata.patches.transparency import FAMILIES
-    unet = {**FAMILIES["SD1.5"]["unet"], "image_size": 32, "use_spatial_transformer": True, "legacy": False, "dtype": torch.float32, **changes}
+
+    unet = {
+        **FAMILIES["SD1.5"]["unet"],
+        "image_size": 32,
+        "use_spatial_transformer": True,
+        "legacy": False,
+        "dtype": torch.float32,
+        **changes,
+    }
     model = comfy.model_base.BaseModel(comfy.supported_models.SD15(unet))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0, 0.02)
@@ -90,6 +107,7 @@ def a_step(models, side: int, pictures: int, end: int | None = None) -> float:
     """Seconds of the second sampling step with guidance, of each model one behind the other. end: position of the prompt's end, for LayerFusion."""
     import comfy.sample
     from strata.patches.layer_prompts import END_TOKENS
+
     seconds = 0.0
     for model in models:
         width = model.model.model_config.unet_config["context_dim"]
@@ -97,8 +115,20 @@ def a_step(models, side: int, pictures: int, end: int | None = None) -> float:
         if end is not None:
             positive[0][1][END_TOKENS] = [end]
         latent, times = torch.zeros(pictures, 4, side // 8, side // 8), []
-        comfy.sample.sample(model, torch.randn_like(latent), 2, 7.0, "euler", "normal", positive, negative, latent, disable_pbar=True, seed=1,
-                            callback=lambda *_, times=times: times.append(now()))
+        comfy.sample.sample(
+            model,
+            torch.randn_like(latent),
+            2,
+            7.0,
+            "euler",
+            "normal",
+            positive,
+            negative,
+            latent,
+            disable_pbar=True,
+            seed=1,
+            callback=lambda *_, times=times: times.append(now()),
+        )
         seconds += times[1] - times[0]
     return seconds
 
@@ -107,13 +137,22 @@ def a_step(models, side: int, pictures: int, end: int | None = None) -> float:
 def layerfusion_rows(side: int, rank: int, **changes) -> Iterator[tuple]:
     from strata.patches import transparency, transparency_model
     from strata.patches.fusion import Settings, blend_attention
+
     model = sd15(**changes)
     dtype = str(model.model.model_config.unet_config["dtype"]).removeprefix("torch.")
-    shapes = {key: tuple(value.shape) for key, value in model.model.state_dict().items() if key.startswith("diffusion_model.")}
+    shapes = {
+        key: tuple(value.shape) for key, value in model.model.state_dict().items() if key.startswith("diffusion_model.")
+    }
     files = transparency.recognise("adapter", random_transparency.adapter(shapes, rank=rank, scale=0.02))
     alone, layered = transparency_model.apply(model, files, 1.0), transparency_model.apply_to_foreground(model, files)
-    blends = {name: blend_attention(layered, Settings(reuse=reuse)) for name, reuse in (("with prior pass", False), ("reusing the step before", True))}
-    plain, *ours = in_turns(partial(a_step, (alone, model, model), side, 1), *(partial(a_step, (one,), side, 3, 5) for one in blends.values()))
+    blends = {
+        name: blend_attention(layered, Settings(reuse=reuse))
+        for name, reuse in (("with prior pass", False), ("reusing the step before", True))
+    }
+    plain, *ours = in_turns(
+        partial(a_step, (alone, model, model), side, 1),
+        *(partial(a_step, (one,), side, 3, 5) for one in blends.values()),
+    )
     for name, own in zip(blends, ours, strict=True):
         yield from rows_of(f"LayerFusion step {name}, {dtype}; plain: three runs' steps", own, plain)
 

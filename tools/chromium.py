@@ -1,4 +1,5 @@
 """Say whether the browser tests can run, and install Chromium first where that is allowed (Debian or Ubuntu, as root)."""
+
 import os
 import shutil
 import subprocess
@@ -28,4 +29,7 @@ if __name__ == "__main__":
     if not find():
         install()
     if not find():
-        print("The browser tests will be skipped: there is no Chromium or Chrome here. Install one, or set CHROMIUM to its path.", file=sys.stderr)
+        print(
+            "The browser tests will be skipped: there is no Chromium or Chrome here. Install one, or set CHROMIUM to its path.",
+            file=sys.stderr,
+        )

@@ -1,8 +1,9 @@
 """Run the bundled workflows through ComfyUI's API and lay what they made out on one contact sheet.
 
-    make demo
-    make demo IMAGE=photo.jpg DEPTH=depth.png      # one's own picture; DEPTH_IS=black when near is dark (sensor depth)
+make demo
+make demo IMAGE=photo.jpg DEPTH=depth.png      # one's own picture; DEPTH_IS=black when near is dark (sensor depth)
 """
+
 from __future__ import annotations
 
 import argparse
@@ -15,17 +16,40 @@ import run
 from PIL import Image, ImageDraw, ImageOps
 
 SLICE = "depth_slice_to_psd"
-PHOTOGRAPH = ["LoadImage.image=motorcycle_left.png", "Strata_LoadDepth.file=motorcycle_disp.npz", "Strata_SliceByDepth.near_is=white",
-              "Strata_SliceByDepth.thresholds=0.42, 0.72", "Strata_SliceByDepth.refine_edges=matting", "Strata_SliceByDepth.refine_width=10",
-              "Strata_SliceByDepth.fill_holes=blurred"]
-PHOTOGRAPHS = ["Foreground.image=strata_astronaut.jpg", "Depth of the foreground.file=strata_astronaut_depth.png", "Background.image=strata_rocket.jpg",
-               "Depth of the background.file=strata_rocket_depth.png", "Strata_ComposeByDepth.threshold=0.5", "Strata_ComposeByDepth.soft_edge=2"]
+PHOTOGRAPH = [
+    "LoadImage.image=motorcycle_left.png",
+    "Strata_LoadDepth.file=motorcycle_disp.npz",
+    "Strata_SliceByDepth.near_is=white",
+    "Strata_SliceByDepth.thresholds=0.42, 0.72",
+    "Strata_SliceByDepth.refine_edges=matting",
+    "Strata_SliceByDepth.refine_width=10",
+    "Strata_SliceByDepth.fill_holes=blurred",
+]
+PHOTOGRAPHS = [
+    "Foreground.image=strata_astronaut.jpg",
+    "Depth of the foreground.file=strata_astronaut_depth.png",
+    "Background.image=strata_rocket.jpg",
+    "Depth of the background.file=strata_rocket_depth.png",
+    "Strata_ComposeByDepth.threshold=0.5",
+    "Strata_ComposeByDepth.soft_edge=2",
+]
 # (name of the run, workflow, settings)
-RUNS = [("scene", SLICE, []), ("photograph", SLICE, PHOTOGRAPH), ("swap_background", "depth_swap_background", []),
-        ("swap_photographs", "depth_swap_background", PHOTOGRAPHS), ("layers_roundtrip", "layers_roundtrip", []), ("text_to_image", "mini_text_to_image", []),
-        ("transparent_object", "mini_transparent_object", []), ("layerfusion", "layerfusion_mini", []), ("layers_from_text", "layers_from_text_mini", []),
-        ("image_to_layers", "image_to_layers_mini", []), ("inpaint", "mini_inpaint", []), ("object_insertion", "object_insertion_mini", []),
-        ("scene_composition", "scene_composition_mini", []), ("harmonize_layers", "harmonize_layers_mini", [])]
+RUNS = [
+    ("scene", SLICE, []),
+    ("photograph", SLICE, PHOTOGRAPH),
+    ("swap_background", "depth_swap_background", []),
+    ("swap_photographs", "depth_swap_background", PHOTOGRAPHS),
+    ("layers_roundtrip", "layers_roundtrip", []),
+    ("text_to_image", "mini_text_to_image", []),
+    ("transparent_object", "mini_transparent_object", []),
+    ("layerfusion", "layerfusion_mini", []),
+    ("layers_from_text", "layers_from_text_mini", []),
+    ("image_to_layers", "image_to_layers_mini", []),
+    ("inpaint", "mini_inpaint", []),
+    ("object_insertion", "object_insertion_mini", []),
+    ("scene_composition", "scene_composition_mini", []),
+    ("harmonize_layers", "harmonize_layers_mini", []),
+]
 OUT = host.PACK / "output" / "demo"
 CELL = (300, 240)
 LABEL = 22
@@ -34,13 +58,16 @@ LABEL = 22
 def checkerboard(size: tuple[int, int], square: int = 12) -> Image.Image:
     board = Image.new("L", ((size[0] + square - 1) // square, (size[1] + square - 1) // square))
     board.putdata([225 if (i % board.width + i // board.width) % 2 else 170 for i in range(board.width * board.height)])
-    return board.resize((board.width * square, board.height * square), Image.NEAREST).crop((0, 0, *size)).convert("RGBA")
+    return (
+        board.resize((board.width * square, board.height * square), Image.NEAREST).crop((0, 0, *size)).convert("RGBA")
+    )
 
 
 def pictures(path: Path) -> list[tuple[str, Image.Image]]:
     """(caption, picture) of a file: every layer of a PSD or OpenRaster file on its canvas, or the picture itself."""
     if path.suffix == ".psd":
         from psd_tools import PSDImage
+
         psd = PSDImage.open(path)
         return [(layer.name, layer.composite(viewport=psd.viewbox).convert("RGBA")) for layer in psd]
     if path.suffix in (".png", ".webp"):
@@ -70,7 +97,11 @@ def contact_sheet(rows: list[tuple[str, list[tuple[str, Image.Image]]]]) -> Imag
 
 def own(options: argparse.Namespace) -> list[tuple[str, str, list[str]]]:
     """The one run of `make demo IMAGE=… DEPTH=…`."""
-    changes = [f"LoadImage.image={options.image}", f"Strata_LoadDepth.file={options.depth}", f"Strata_SliceByDepth.near_is={options.depth_is}"]
+    changes = [
+        f"LoadImage.image={options.image}",
+        f"Strata_LoadDepth.file={options.depth}",
+        f"Strata_SliceByDepth.near_is={options.depth_is}",
+    ]
     return [(options.image.stem, SLICE, changes)]
 
 
@@ -95,7 +126,9 @@ def main() -> int:
             client = run.Client(server.url)
             for name, workflow, settings in own(options) if options.image else RUNS:
                 print(f"{name} ...", flush=True)
-                files = run.run_file(client, host.PACK / "workflows" / f"{workflow}.json", settings, OUT / name, sys.stderr.isatty())
+                files = run.run_file(
+                    client, host.PACK / "workflows" / f"{workflow}.json", settings, OUT / name, sys.stderr.isatty()
+                )
                 made += files
                 rows.append((name, [picture for path in files for picture in pictures(Path(path))]))
     except (run.RunError, host.HostError, requests.RequestException) as error:

@@ -4,6 +4,7 @@ Settings were chosen on seeds below 1000 (TUNING). What is told is measured on s
 nothing after having seen them. docs/figures.json keeps mean, standard deviation and number of each figure, docs/figures.md shows them with
 their standard errors and the differences of methods seed by seed. `make test` measures a small sample of the tuning seeds again, see check.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,14 +25,18 @@ SMALLEST = 0.01  # for figures that were the same on every seed: rounding on ano
 
 
 def sample(module) -> range:
-    return TUNING[:module.SAMPLE]
+    return TUNING[: module.SAMPLE]
 
 
 def summary(values) -> dict[str, float]:
     """Mean, standard deviation and number of those that are not nan."""
     values = np.asarray(values, float)
     values = values[~np.isnan(values)]
-    return {"mean": float(values.mean()), "deviation": float(values.std(ddof=1)) if len(values) > 1 else 0.0, "count": len(values)}
+    return {
+        "mean": float(values.mean()),
+        "deviation": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
+        "count": len(values),
+    }
 
 
 def error(found: dict[str, float]) -> float:
@@ -45,17 +50,31 @@ def check(name: str, measured: dict[str, dict[str, list[float]]]) -> None:
         for figure, values in figures.items():
             kept, now = table[column][figure], summary(values)
             room = ERRORS * math.hypot(error(kept), kept["deviation"] / math.sqrt(now["count"])) + SMALLEST
-            assert abs(now["mean"] - kept["mean"]) <= room, f"{name}, {column}, {figure}: {now['mean']:.4f}, and the table has {kept['mean']:.4f} ± {room:.4f}"
+            assert abs(now["mean"] - kept["mean"]) <= room, (
+                f"{name}, {column}, {figure}: {now['mean']:.4f}, and the table has {kept['mean']:.4f} ± {room:.4f}"
+            )
 
 
 def run(name: str, count: int | None) -> None:
     module = importlib.import_module(f"figures_{name}")
     seeds = range(REPORTED, REPORTED + (count or module.COUNT))
     measured = module.measure(seeds)
-    entry = {"seeds": [seeds.start, seeds.stop - 1],
-             "figures": {column: {figure: summary(values) for figure, values in figures.items()} for column, figures in measured.items()},
-             "differences": [{"of": first, "from": second, "figure": figure, **summary(np.subtract(measured[first][figure], measured[second][figure]))}
-                             for first, second, figure in module.CLAIMS]}
+    entry = {
+        "seeds": [seeds.start, seeds.stop - 1],
+        "figures": {
+            column: {figure: summary(values) for figure, values in figures.items()}
+            for column, figures in measured.items()
+        },
+        "differences": [
+            {
+                "of": first,
+                "from": second,
+                "figure": figure,
+                **summary(np.subtract(measured[first][figure], measured[second][figure])),
+            }
+            for first, second, figure in module.CLAIMS
+        ],
+    }
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     table[name] = entry
     TABLE.write_text(json.dumps(table, indent=1) + "\n")
@@ -63,17 +82,33 @@ def run(name: str, count: int | None) -> None:
 
 
 def page(table: dict) -> str:
-    lines = ["# Figures of the mini family", "", "Written by `make figures` from docs/figures.json; do not edit. Mean ± standard error.",
-             f"Settings were chosen on seeds below {REPORTED}, these are of seeds that nobody looked at before."]
+    lines = [
+        "# Figures of the mini family",
+        "",
+        "Written by `make figures` from docs/figures.json; do not edit. Mean ± standard error.",
+        f"Settings were chosen on seeds below {REPORTED}, these are of seeds that nobody looked at before.",
+    ]
     for name, entry in sorted(table.items()):
         columns = list(entry["figures"])
-        lines += ["", f"## {name}", "", f"Seeds {entry['seeds'][0]} to {entry['seeds'][1]}.", "", "| figure | " + " | ".join(columns) + " |",
-                  "|---" * (len(columns) + 1) + "|"]
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            f"Seeds {entry['seeds'][0]} to {entry['seeds'][1]}.",
+            "",
+            "| figure | " + " | ".join(columns) + " |",
+            "|---" * (len(columns) + 1) + "|",
+        ]
         for figure in entry["figures"][columns[0]]:
-            lines.append(f"| {figure} | " + " | ".join(shown(entry["figures"][column][figure]) for column in columns) + " |")
+            lines.append(
+                f"| {figure} | " + " | ".join(shown(entry["figures"][column][figure]) for column in columns) + " |"
+            )
         if entry["differences"]:
             lines += ["", "| difference, seed by seed | figure | mean ± standard error | pairs |", "|---|---|---|---|"]
-            lines += [f"| {one['of']} minus {one['from']} | {one['figure']} | {shown(one)} | {one['count']} |" for one in entry["differences"]]
+            lines += [
+                f"| {one['of']} minus {one['from']} | {one['figure']} | {shown(one)} | {one['count']} |"
+                for one in entry["differences"]
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -91,7 +126,9 @@ def main() -> int:
         run(options.names[0], options.count)
         return 0
     for name in options.names or names():  # each in a process of its own, so that a long one leaves nothing to the next
-        subprocess.run([sys.executable, __file__, name, *(["--count", str(options.count)] if options.count else [])], check=True)
+        subprocess.run(
+            [sys.executable, __file__, name, *(["--count", str(options.count)] if options.count else [])], check=True
+        )
     return 0
 
 
@@ -104,6 +141,7 @@ def prepare() -> None:
     sys.path.insert(0, str(PACK / "tests"))
     import conftest  # noqa: F401
     import patches.conftest  # noqa: F401
+
     (PACK / "output").mkdir(exist_ok=True)
 
 

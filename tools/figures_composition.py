@@ -3,6 +3,7 @@
 Each object is photographed in one place and put into another, where the truth has it at the same spot in the new place's light. The pictures go
 to output/composition.png, one row a pair: photo, new place, the methods in their order, truth.
 """
+
 from __future__ import annotations
 
 import comfy.samplers
@@ -19,7 +20,9 @@ COUNT, SAMPLE = 24, 6
 STEPS, CFG = 25, 4.0
 EARLY, LATE = 5, 20  # steps of 25 that the paper's tau of 40 and 10, of 50, leave behind
 METHODS = ("image pasting", "latent pasting, tau 10", "latent pasting, tau 40", "FeatGLaC")
-CLAIMS = [("FeatGLaC", other, figure) for other in METHODS[:3] for figure in ("features", "object", "lighting", "shadow band")]
+CLAIMS = [
+    ("FeatGLaC", other, figure) for other in METHODS[:3] for figure in ("features", "object", "lighting", "shadow band")
+]
 KNOWN = [entry for entry in renderer.catalogue().values() if not entry.held_out and entry.material == "solid"]
 
 
@@ -31,7 +34,11 @@ def photographs(number):
     truth = renderer.render(renderer.Request(there, (entry.name,)), 128, 128, number)
     other = renderer.render(renderer.Request(there, (entry.name,)), 128, 128, number, empty.light).objects[0]
     photo = renderer.over(other.rgba_with_shadow, empty.background)
-    return (f"{other.prompt} {renderer.PLACE_WORDS[here][0]}", picture(photo)), (truth.background_prompt, picture(truth.background)), truth
+    return (
+        (f"{other.prompt} {renderer.PLACE_WORDS[here][0]}", picture(photo)),
+        (truth.background_prompt, picture(truth.background)),
+        truth,
+    )
 
 
 def composed(family, number):
@@ -41,8 +48,10 @@ def composed(family, number):
     alpha = torch.from_numpy(truth.objects[0].rgba[..., 3])
     mask = (alpha > 0.5).float()
     euler = comfy.samplers.sampler_object("euler")
-    inversions = [invert(family.model, family.vae.encode(shown.movedim(1, -1)), family.text(prompt), None, sigmas)
-                  for shown, prompt in ((background, place), (photo, words))]
+    inversions = [
+        invert(family.model, family.vae.encode(shown.movedim(1, -1)), family.text(prompt), None, sigmas)
+        for shown, prompt in ((background, place), (photo, words))
+    ]
     positive, nothing = family.text(truth.prompt), torch.zeros_like(inversions[0].latents[0])
     latents = [family.vae.encode((mask * photo + (1 - mask) * background).movedim(1, -1))]
     for start in (LATE, EARLY):
@@ -52,11 +61,24 @@ def composed(family, number):
         back, front = (inversion.at(float(sigmas[start])) for inversion in inversions)
         pasted = composite_latent(front, back, masks_at_level(mask[None], back.shape[2:])[:, None])
         latents.append(plain.sample(pasted / sigmas[start], nothing, euler, sigmas[start:], disable_pbar=True))
-    found = guider(family.model, positive, family.negative, CFG, Planes((Plane(inversions[0]), Plane(inversions[1], mask))), Settings())
+    found = guider(
+        family.model,
+        positive,
+        family.negative,
+        CFG,
+        Planes((Plane(inversions[0]), Plane(inversions[1], mask))),
+        Settings(),
+    )
     latents.append(found.sample(nothing, nothing, euler, sigmas, disable_pbar=True))
     made = torch.cat([family.vae.decode(latent) for latent in latents]).movedim(-1, 1)[:, :3].clamp(0, 1)
-    return {"made": made, "photo": photo, "place": background, "truth": picture(truth.composite), "alpha": alpha[None, None],
-            "shadow": torch.from_numpy(truth.objects[0].shadow[..., 3])[None, None]}
+    return {
+        "made": made,
+        "photo": photo,
+        "place": background,
+        "truth": picture(truth.composite),
+        "alpha": alpha[None, None],
+        "shadow": torch.from_numpy(truth.objects[0].shadow[..., 3])[None, None],
+    }
 
 
 @torch.inference_mode()
@@ -67,12 +89,18 @@ def measure(seeds: range) -> dict[str, dict[str, list[float]]]:
     for seed in seeds:
         pair = composed(family, seed)
         made, count = pair["made"], len(METHODS)
-        truth, photo, alpha, shadow = (pair[key].expand(count, -1, -1, -1) for key in ("truth", "photo", "alpha", "shadow"))
+        truth, photo, alpha, shadow = (
+            pair[key].expand(count, -1, -1, -1) for key in ("truth", "photo", "alpha", "shadow")
+        )
         mask = (alpha > 0.5).float()
-        values = {"features": judge.similarity(oracle.cut_out(made, mask), oracle.cut_out(photo, mask)),
-                  "object": metrics.mask_error(made, truth, mask), "lighting": metrics.lighting_error(made, truth, mask),
-                  "shadow band": metrics.mask_error(made, truth, metrics.shadow_band(shadow, alpha, 4)),
-                  "seam": metrics.seam_error(made, truth, mask), "background": metrics.mask_error(made, truth, 1 - mask)}
+        values = {
+            "features": judge.similarity(oracle.cut_out(made, mask), oracle.cut_out(photo, mask)),
+            "object": metrics.mask_error(made, truth, mask),
+            "lighting": metrics.lighting_error(made, truth, mask),
+            "shadow band": metrics.mask_error(made, truth, metrics.shadow_band(shadow, alpha, 4)),
+            "seam": metrics.seam_error(made, truth, mask),
+            "background": metrics.mask_error(made, truth, 1 - mask),
+        }
         for figure, one in values.items():
             for method, value in zip(METHODS, one.tolist(), strict=True):
                 found[method].setdefault(figure, []).append(value)

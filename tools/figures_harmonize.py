@@ -1,5 +1,6 @@
 """Harmonize layers against plain stacking, by the rendered truth. The pictures go to output/harmonize.png, one column a scene: plain stacking,
 harmonised, truth."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -13,8 +14,17 @@ from strata.training import loop
 
 COUNT, SAMPLE = 48, 12
 FIRST = 5 * 10**9  # numbers of scenes that nothing was trained on
-SETTINGS = {"steps": 30, "cfg": 2.5, "sampler_name": "euler", "scheduler": "normal", "start_percent": 0.85, "end_percent": 0.95, "foregrounds": "keep",
-            "feather": 0.0, "detail": 10.0}
+SETTINGS = {
+    "steps": 30,
+    "cfg": 2.5,
+    "sampler_name": "euler",
+    "scheduler": "normal",
+    "start_percent": 0.85,
+    "end_percent": 0.95,
+    "foregrounds": "keep",
+    "feather": 0.0,
+    "detail": 10.0,
+}
 CLAIMS = [("harmonised", "plain stacking", "shadow band"), ("harmonised", "plain stacking", "darker at the new place")]
 
 
@@ -24,20 +34,33 @@ def stacked(scene, moved=0):
     below = scene.background
     for thing in things:
         below = renderer.over(thing, below)
-    layers = [Layer(torch.from_numpy(np.ascontiguousarray(pixels)), str(number)) for number, pixels in enumerate((scene.background, *things))]
+    layers = [
+        Layer(torch.from_numpy(np.ascontiguousarray(pixels)), str(number))
+        for number, pixels in enumerate((scene.background, *things))
+    ]
     return write_layers(LayerStack((128, 128), tuple(layers))), picture(below)
 
 
 def band(scene, moved=0):
     """Where the objects' shadows are seen around them, [1,1,H,W]."""
-    shadows, alphas = (np.roll(np.stack([values[..., 3] for values in found]), moved, 2)[None] for found in
-                       ([thing.shadow for thing in scene.objects], [thing.rgba for thing in scene.objects]))
+    shadows, alphas = (
+        np.roll(np.stack([values[..., 3] for values in found]), moved, 2)[None]
+        for found in ([thing.shadow for thing in scene.objects], [thing.rgba for thing in scene.objects])
+    )
     return metrics.shadow_band(torch.from_numpy(shadows), torch.from_numpy(alphas), 3)
 
 
 def harmonised(family, scene, moved=0):
     layers, plain = stacked(scene, moved)
-    result = HarmonizeLayers.execute(family.model, family.text(scene.prompt), family.negative, family.vae, layers, seed=scene.seed % 2**32, **SETTINGS)
+    result = HarmonizeLayers.execute(
+        family.model,
+        family.text(scene.prompt),
+        family.negative,
+        family.vae,
+        layers,
+        seed=scene.seed % 2**32,
+        **SETTINGS,
+    )
     return result.args[0].movedim(-1, 1)[:, :3], plain
 
 
@@ -50,7 +73,10 @@ def measure(seeds: range) -> dict[str, dict[str, list[float]]]:
     """{method: {figure: one value a seed}}. Shadow band: mean error there. Darker: how much darker than the stack the ground is, where the
     shadow of an object that was moved belongs now, and where it was; 0 for plain stacking by its definition."""
     family, shown = Family(), []
-    found = {method: {"shadow band": [], "darker at the new place": [], "darker at the old place": []} for method in ("plain stacking", "harmonised")}
+    found = {
+        method: {"shadow band": [], "darker at the new place": [], "darker at the old place": []}
+        for method in ("plain stacking", "harmonised")
+    }
     for seed in seeds:
         scene = scene_of(seed, 1 + seed % 3)
         made, plain = harmonised(family, scene)

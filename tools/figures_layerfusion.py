@@ -4,6 +4,7 @@ wide: as in layerfusion_mini.json, at boundary 15 and cfg 2; soft: the paper's s
 output/layerfusion_soft.png, one row a picture: foreground, background, blended, layers flattened, an independent foreground pasted in, and foreground and
 blended picture for another background.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -45,7 +46,9 @@ class Family:
 def family_of(checkpoint, adapter, decoder):
     mini_family.register()
     model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(checkpoint))
-    return Family(model, clip, vae, transparency.recognise("adapter", adapter), transparency.recognise("decoder", decoder))
+    return Family(
+        model, clip, vae, transparency.recognise("adapter", adapter), transparency.recognise("decoder", decoder)
+    )
 
 
 def pictures(family, latent):
@@ -77,27 +80,44 @@ def drawn(family, seeds: range, steps=15, wide=True):
 
     Object i is drawn with the noise of seed seeds.start + i.
     """
-    layered = blend_attention(transparency_model.apply_to_foreground(family.model, family.adapter), Settings(boundary=15.0 if wide else 10.0, wide=wide))
+    layered = blend_attention(
+        transparency_model.apply_to_foreground(family.model, family.adapter),
+        Settings(boundary=15.0 if wide else 10.0, wide=wide),
+    )
     alone = transparency_model.apply(family.model, family.adapter, 1.0)
     negative = family.clip.encode_from_tokens_scheduled(family.clip.tokenize(""))
     each = -(-len(seeds) // len(OBJECTS))
     names, found = [], {}
-    for number, name in enumerate(OBJECTS[:-(-len(seeds) // each)]):
+    for number, name in enumerate(OBJECTS[: -(-len(seeds) // each)]):
         what = renderer.catalogue()[name].prompts[0]
         first, second = (renderer.PLACE_WORDS[PLACES[(number + step) % len(PLACES)]][0] for step in (0, 3))
-        settings = {"negative": negative, "latent_image": {"samples": torch.zeros(each, 4, SIDE // 8, SIDE // 8)}, "steps": steps,
-                    "seed": seeds.start + number, **SAMPLING}
+        settings = {
+            "negative": negative,
+            "latent_image": {"samples": torch.zeros(each, 4, SIDE // 8, SIDE // 8)},
+            "steps": steps,
+            "seed": seeds.start + number,
+            **SAMPLING,
+        }
 
         def triplet(where, what=what, settings=settings):
             positive = encode_prompts(family.clip, (what, f"{renderer.EMPTY} {where}", f"{what} {where}"))
             front, back, both = sample_branches(layered, positive, 3, **settings, own_noise=0.0)
             colour, alpha = foreground(family, front)
-            return {"colour": colour, "alpha": alpha, "background": pictures(family, back), "blended": pictures(family, both)}
+            return {
+                "colour": colour,
+                "alpha": alpha,
+                "background": pictures(family, back),
+                "blended": pictures(family, both),
+            }
 
         positive = family.clip.encode_from_tokens_scheduled(family.clip.tokenize(what))
         colour, alpha = foreground(family, sample_branches(alone, positive, 1, **settings)[0])
-        parts = {**triplet(first), **{f"other {key}": value for key, value in triplet(second).items()}, "independent colour": colour,
-                 "independent alpha": alpha}
+        parts = {
+            **triplet(first),
+            **{f"other {key}": value for key, value in triplet(second).items()},
+            "independent colour": colour,
+            "independent alpha": alpha,
+        }
         for key, value in parts.items():
             found.setdefault(key, []).append(value.float())
         names += [name] * each
@@ -114,8 +134,10 @@ def rendered_overlap(family, names):
     """The same of rendered scenes, whose truth is known, after they went through the autoencoder: as much as can be asked for."""
     requests = [renderer.Request(kind=PLACES[OBJECTS.index(name)], objects=(name,)) for name in names]
     shown = [renderer.render(request, SIDE, SIDE, seed) for seed, request in enumerate(requests)]
-    picture, background = (pictures(family, {"samples": family.vae.encode(torch.from_numpy(np.stack(part)))})
-                           for part in ([scene.composite for scene in shown], [scene.background for scene in shown]))
+    picture, background = (
+        pictures(family, {"samples": family.vae.encode(torch.from_numpy(np.stack(part)))})
+        for part in ([scene.composite for scene in shown], [scene.background for scene in shown])
+    )
     alpha = torch.from_numpy(np.stack([scene.objects[0].rgba[..., 3] for scene in shown]))[:, None]
     return overlap(alpha, picture.float(), background.float())
 
@@ -124,19 +146,34 @@ def measured(shown, names, judge, grid):
     """The figures of the three claims, one per seed; writes the grid."""
     flat = flattened(shown["colour"], shown["alpha"], shown["background"])
     pasted = flattened(shown["independent colour"], shown["independent alpha"], shown["background"])
-    plain = torch.from_numpy(renderer.render(renderer.Request(kind="tiles", objects=()), SIDE, SIDE, 5).background).permute(2, 0, 1).float()[None]
-    seen = [judge.text_agreement(over(shown[f"{key}colour"], shown[f"{key}alpha"], plain), [None] * len(names), [[name] for name in names])[1]
-            for key in ("", "other ")]
+    plain = (
+        torch.from_numpy(renderer.render(renderer.Request(kind="tiles", objects=()), SIDE, SIDE, 5).background)
+        .permute(2, 0, 1)
+        .float()[None]
+    )
+    seen = [
+        judge.text_agreement(
+            over(shown[f"{key}colour"], shown[f"{key}alpha"], plain), [None] * len(names), [[name] for name in names]
+        )[1]
+        for key in ("", "other ")
+    ]
     gray = [over(shown[f"{key}colour"], shown[f"{key}alpha"], torch.tensor(0.5)) for key in ("", "other ")]
     columns = [gray[0], shown["background"], shown["blended"], flat, pasted, gray[1], shown["other blended"]]
     loop.save_grid(grid, torch.stack(columns, 1).flatten(0, 1), len(columns))
     near, far = ((values - shown["blended"]).abs().flatten(1).mean(1) for values in (flat, pasted))
     return {
         "iou": overlap(shown["alpha"], shown["blended"], shown["background"]),
-        "layers to blended": near, "pasted to blended": far, "layers nearer than pasted": (near < far).float(),
-        "class": seen[0], "class in another place": seen[1],
-        "class in the blended picture": judge.text_agreement(shown["blended"], [None] * len(names), [[name] for name in names])[1].float(),
-        "change by the place": metrics.mask_error(gray[0], gray[1], torch.maximum(shown["alpha"], shown["other alpha"])),
+        "layers to blended": near,
+        "pasted to blended": far,
+        "layers nearer than pasted": (near < far).float(),
+        "class": seen[0],
+        "class in another place": seen[1],
+        "class in the blended picture": judge.text_agreement(
+            shown["blended"], [None] * len(names), [[name] for name in names]
+        )[1].float(),
+        "change by the place": metrics.mask_error(
+            gray[0], gray[1], torch.maximum(shown["alpha"], shown["other alpha"])
+        ),
     }
 
 

@@ -3,6 +3,7 @@
 The pictures go to output/layers.png, for each scene one row a method: background, objects on a checkerboard, empty places, layers over each
 other, whole picture.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -22,8 +23,14 @@ from strata.training.transparency import checkerboard
 COUNT, SAMPLE = 32, 6
 SIDE, MOST = 128, 3
 SAME, HALF = "same for all layers", "half the same"
-METHODS = {"none": (0, 0, SAME), "LSSA": (1, 0, SAME), "CACA": (0, 1, SAME), "both": (1, 1, SAME), "both, trained": (1, 1, SAME),
-           "both, trained, half the same noise": (1, 1, HALF)}
+METHODS = {
+    "none": (0, 0, SAME),
+    "LSSA": (1, 0, SAME),
+    "CACA": (0, 1, SAME),
+    "both": (1, 1, SAME),
+    "both, trained": (1, 1, SAME),
+    "both, trained, half the same noise": (1, 1, HALF),
+}
 CLAIMS = [("both, trained", "none", figure) for figure in ("overlap", "layers to whole", "objects seen in the whole")]
 SAMPLING = {"steps": 15, "cfg": 4.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0}
 EMPTY = 0.5  # an object's layer whose alpha stays below is taken for empty
@@ -31,7 +38,9 @@ EMPTY = 0.5  # an object's layer whose alpha stays below is taken for empty
 
 def content(number):
     """Place and objects of a scene of one to three objects, as often each."""
-    return renderer.choose(renderer.Request(train=True, count=1 + number % MOST), np.random.default_rng(7 * 10**9 + number))
+    return renderer.choose(
+        renderer.Request(train=True, count=1 + number % MOST), np.random.default_rng(7 * 10**9 + number)
+    )
 
 
 def overlap(alphas):
@@ -49,16 +58,30 @@ def sampled(family, seed, method):
     where = renderer.PLACE_WORDS[kind][0]
     prompts = [renderer.catalogue()[name].prompts[0] for name in names]
     sharing, mixing, noise = METHODS[method]
-    adapter, decoder = (transparency.recognise(name, load_file(LAYER_MODEL / f"strata_mini_transparent_{name}.safetensors"))
-                        for name in ("attn", "decoder"))
+    adapter, decoder = (
+        transparency.recognise(name, load_file(LAYER_MODEL / f"strata_mini_transparent_{name}.safetensors"))
+        for name in ("attn", "decoder")
+    )
     path = LAYER_MODEL / "strata_mini_dreamlayer.safetensors"
     terms = layer_modules.recognise(path.name, load_file(path)) if "trained" in method else None
     model = map_context(share_layers(family.model, Sharing(sharing), terms), Maps(mixing), terms)
-    positive, = LayerPrompts.execute(family.clip, f"{renderer.EMPTY} {where}", "\n".join(prompts)).args
+    (positive,) = LayerPrompts.execute(family.clip, f"{renderer.EMPTY} {where}", "\n".join(prompts)).args
     latent = {"samples": torch.zeros(1, 4, SIDE // 8, SIDE // 8)}
     layers, _composite, whole, *_ = LayersSampler.execute(
-        model, family.vae, positive, noise, False, 0.4, 0.6, adapter, decoder, negative=family.negative, latent_image=latent,
-        seed=seed, **SAMPLING).args
+        model,
+        family.vae,
+        positive,
+        noise,
+        False,
+        0.4,
+        0.6,
+        adapter,
+        decoder,
+        negative=family.negative,
+        latent_image=latent,
+        seed=seed,
+        **SAMPLING,
+    ).args
     return read_layers(layers[0]), whole[0].movedim(-1, 0).clamp(0, 1), kind, names
 
 
@@ -74,12 +97,20 @@ def measure(seeds: range, methods=tuple(METHODS)) -> dict[str, dict[str, list[fl
             objects = torch.stack(objects)
             flat = flatten(stack)[0].movedim(-1, 0)
             place, share = judge.text_agreement(torch.stack([flat, whole]), [kind] * 2, [names] * 2)
-            values = {"overlap": overlap(objects[:, 3:]), "layers to whole": (flat - whole).abs().mean(), "objects seen in the layers": share[0],
-                      "objects seen in the whole": share[1], "place of the layers": place[0],
-                      "empty layers": (objects[:, 3].flatten(1).amax(1) < EMPTY).float().mean()}
+            values = {
+                "overlap": overlap(objects[:, 3:]),
+                "layers to whole": (flat - whole).abs().mean(),
+                "objects seen in the layers": share[0],
+                "objects seen in the whole": share[1],
+                "place of the layers": place[0],
+                "empty layers": (objects[:, 3].flatten(1).amax(1) < EMPTY).float().mean(),
+            }
             for figure, value in values.items():
                 found[method].setdefault(figure, []).append(float(value))
-            shown = [*(objects[:, :3] * objects[:, 3:] + board * (1 - objects[:, 3:])), *[torch.ones(3, SIDE, SIDE)] * (MOST - len(names))]
+            shown = [
+                *(objects[:, :3] * objects[:, 3:] + board * (1 - objects[:, 3:])),
+                *[torch.ones(3, SIDE, SIDE)] * (MOST - len(names)),
+            ]
             rows.append(torch.stack([background[:3], *shown, flat, whole]))
     loop.save_grid(OUTPUT / "layers.png", torch.cat(rows), len(rows[0]))
     return found

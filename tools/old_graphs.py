@@ -5,6 +5,7 @@
 
 With today's models/, so that new weights alone are no difference. The graphs, in tests/old_graphs, are never written.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -41,15 +42,23 @@ def pictures(client: run.Client, entry: dict) -> dict[str, list[Image.Image]]:
     """By node id, every picture of a run, in the order of its outputs; of a layer file its layers. All RGBA."""
     found = {}
     for node, output in sorted(entry["outputs"].items(), key=lambda pair: int(pair[0])):
-        files = [item for _, items in sorted(output.items()) for item in items if isinstance(item, dict) and "filename" in item]
+        files = [
+            item
+            for _, items in sorted(output.items())
+            for item in items
+            if isinstance(item, dict) and "filename" in item
+        ]
         data = [client.download({key: file[key] for key in ("filename", "subfolder", "type")}) for file in files]
-        found[node] = [picture for file, content in zip(files, data, strict=True) for picture in _read(file["filename"], content)]
+        found[node] = [
+            picture for file, content in zip(files, data, strict=True) for picture in _read(file["filename"], content)
+        ]
     return found
 
 
 def _read(name: str, data: bytes) -> list[Image.Image]:
     if name.endswith(".psd"):
         from psd_tools import PSDImage
+
         layers = PSDImage.open(io.BytesIO(data)).descendants()
         return [layer.topil().convert("RGBA") for layer in layers if layer.has_pixels()]
     if name.endswith(".ora"):
@@ -67,10 +76,12 @@ def small(found: dict[str, list[Image.Image]]) -> dict[str, np.ndarray]:
     """By node id, its pictures side by side, each SIDE × SIDE; what cannot be seen does not count, for colours are
     multiplied by alpha.
     """
+
     def one(picture: Image.Image) -> np.ndarray:
         values = np.asarray(picture, np.float32)
         values = np.concatenate([values[..., :3] * values[..., 3:] / 255, values[..., 3:]], -1).round().astype(np.uint8)
         return np.asarray(Image.fromarray(values).resize((SIDE, SIDE), Image.BOX))
+
     return {node: np.concatenate([one(picture) for picture in items], 1) for node, items in found.items() if items}
 
 

@@ -6,6 +6,7 @@
 is uploaded first, under another name where ComfyUI has a different file of that name. --list shows what can be set.
 Without --server a ComfyUI with this pack is started for the run.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -40,9 +41,13 @@ class Client:
         try:
             answer = requests.get(self.url + path, params=query, timeout=60)
         except requests.ConnectionError as error:
-            raise RunError(f"No ComfyUI answers at {self.url}; start it, or leave --server out to have one started.") from error
+            raise RunError(
+                f"No ComfyUI answers at {self.url}; start it, or leave --server out to have one started."
+            ) from error
         except requests.RequestException as error:
-            raise RunError(f"{self.url} cannot be asked ({error}); give --server as in http://127.0.0.1:8188.") from error
+            raise RunError(
+                f"{self.url} cannot be asked ({error}); give --server as in http://127.0.0.1:8188."
+            ) from error
         answer.raise_for_status()
         return answer
 
@@ -67,16 +72,24 @@ class Client:
         missing = sorted({node["class_type"] for node in prompt.values()} - self.object_info().keys())
         if missing:
             raise RunError(f"This ComfyUI has no node {', '.join(missing)}; install the node pack that it belongs to.")
-        for node in prompt.values():  # buttons leave an empty value, which the converter gives to the input that has come after them
+        for node in (
+            prompt.values()
+        ):  # buttons leave an empty value, which the converter gives to the input that has come after them
             optional = self.object_info()[node["class_type"]]["input"].get("optional", {})
-            node["inputs"] = {name: value for name, value in node["inputs"].items() if value is not None or name not in optional}
+            node["inputs"] = {
+                name: value for name, value in node["inputs"].items() if value is not None or name not in optional
+            }
         return prompt
 
     def run(self, prompt: dict, progress: bool = False) -> dict:
         """Queue a prompt, wait for it and return its history entry; raises RunError with ComfyUI's own words."""
         socket = websocket.create_connection(f"ws{self.url[4:]}/ws?clientId={self.id}", timeout=1800)
         try:
-            request = {"prompt": prompt, "client_id": self.id, "extra_data": {"extra_pnginfo": {"workflow": {"api": prompt}}}}
+            request = {
+                "prompt": prompt,
+                "client_id": self.id,
+                "extra_data": {"extra_pnginfo": {"workflow": {"api": prompt}}},
+            }
             answer = requests.post(self.url + "/prompt", json=request, timeout=60)
             if answer.status_code != 200:
                 raise RunError(_node_errors(answer.json(), prompt))
@@ -111,7 +124,9 @@ class Client:
                         raise RunError("The workflow was removed from ComfyUI's queue before it ran.") from None
                     continue
                 except (websocket.WebSocketException, OSError) as error:
-                    raise RunError(f"The ComfyUI at {self.url} ended while the workflow ran; its log says why.") from error
+                    raise RunError(
+                        f"The ComfyUI at {self.url} ended while the workflow ran; its log says why."
+                    ) from error
                 if not message:
                     raise RunError(f"The ComfyUI at {self.url} ended while the workflow ran; its log says why.")
                 if isinstance(message, bytes):  # a preview picture
@@ -145,7 +160,11 @@ class Client:
         found = []
         for output in entry["outputs"].values():
             for items in output.values():
-                found += [item for item in items if isinstance(item, dict) and item.get("type") == "output" and item not in found]
+                found += [
+                    item
+                    for item in items
+                    if isinstance(item, dict) and item.get("type") == "output" and item not in found
+                ]
         return found
 
     def download(self, reference: dict) -> bytes:
@@ -160,7 +179,8 @@ def _label(prompt: dict, node_id: str) -> str:
 def _node_errors(answer: dict, prompt: dict) -> str:
     lines = [
         f"{_label(prompt, node_id)}: {error['message']} ({error['details']})"
-        for node_id, node in (answer.get("node_errors") or {}).items() for error in node["errors"]
+        for node_id, node in (answer.get("node_errors") or {}).items()
+        for error in node["errors"]
     ]
     return "\n".join(lines) or answer.get("error", {}).get("message", "ComfyUI refused the workflow.")
 
@@ -180,7 +200,11 @@ def set_input(prompt: dict, assignment: str, client: Client) -> None:
     node_key, dot, name = target.rpartition(".")
     if not found or not dot:
         raise RunError(f"--set {assignment}: write NODE.INPUT=VALUE.")
-    nodes = [node for node_id, node in prompt.items() if node_key in (node_id, node.get("_meta", {}).get("title"), node["class_type"])]
+    nodes = [
+        node
+        for node_id, node in prompt.items()
+        if node_key in (node_id, node.get("_meta", {}).get("title"), node["class_type"])
+    ]
     if len(nodes) != 1:
         labels = ", ".join(f"{node_id} ({_label(prompt, node_id)})" for node_id in prompt)
         raise RunError(f"--set {assignment}: {len(nodes)} nodes are called {node_key!r}; the workflow has {labels}.")
@@ -210,7 +234,16 @@ def typed(value: str, spec: list, old, assignment: str, client: Client):
         except ValueError:
             raise RunError(f"--set {assignment}: {value!r} is not a number.") from None
     if kind == "BOOLEAN":
-        words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+        words = {
+            "true": True,
+            "1": True,
+            "yes": True,
+            "on": True,
+            "false": False,
+            "0": False,
+            "no": False,
+            "off": False,
+        }
         if value.lower() not in words:
             raise RunError(f"--set {assignment}: write true or false.")
         return words[value.lower()]
@@ -241,7 +274,9 @@ def listed(prompt: dict, client: Client) -> str:
     return "\n".join(lines)
 
 
-def run_file(client: Client, path: Path, settings: list[str], out: Path | None, progress: bool = True) -> list[Path | str]:
+def run_file(
+    client: Client, path: Path, settings: list[str], out: Path | None, progress: bool = True
+) -> list[Path | str]:
     """Run a workflow file; returns the files: copies in `out`, or their names in ComfyUI's output folder."""
     prompt = client.to_api(read_workflow(path))
     for assignment in settings:
@@ -263,7 +298,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workflow", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE")
-    parser.add_argument("--out", type=Path, help="copy the files there (default: leave them in ComfyUI's output folder)")
+    parser.add_argument(
+        "--out", type=Path, help="copy the files there (default: leave them in ComfyUI's output folder)"
+    )
     parser.add_argument("--server", help="URL of a running ComfyUI; started for the run when not given")
     parser.add_argument("--list", action="store_true", help="show what --set can change, and run nothing")
     options = parser.parse_args()

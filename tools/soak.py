@@ -5,6 +5,7 @@
 
 Ends with status 1 when a prompt fails that should not, a probe's picture changes, the server stops, or its memory grows without end.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -21,7 +22,15 @@ import requests
 import run
 
 PROBES = ("mini_transparent_object", "layerfusion_mini", "harmonize_layers_mini", "depth_slice_to_psd")
-GRAPHS = (*PROBES, "mini_text_to_image", "object_insertion_mini", "edit_and_harmonize_mini", "layers_roundtrip", "mini_inpaint", "depth_swap_background")
+GRAPHS = (
+    *PROBES,
+    "mini_text_to_image",
+    "object_insertion_mini",
+    "edit_and_harmonize_mini",
+    "layers_roundtrip",
+    "mini_inpaint",
+    "depth_swap_background",
+)
 WRONG = ("no such choice", -(10**9), 10**12, "", None, "nan")
 GROWTH = 600 * 2**20  # bytes that the server may hold more at the end than after the first quarter
 
@@ -50,7 +59,9 @@ def shown(client: run.Client, name: str) -> str:
     """The probe's pictures as one hash. ComfyUI is told to free its models and results before; what ran last it may still take from there."""
     requests.post(client.url + "/free", json={"unload_models": True, "free_memory": True}, timeout=60)
     entry = client.run(old_graphs.read_prompt(name))
-    found = [old_graphs.digest(picture) for pictures in old_graphs.pictures(client, entry).values() for picture in pictures]
+    found = [
+        old_graphs.digest(picture) for pictures in old_graphs.pictures(client, entry).values() for picture in pictures
+    ]
     return hashlib.sha256("".join(found).encode()).hexdigest()[:16]
 
 
@@ -98,11 +109,17 @@ def main() -> int:
                 break
             memory.append(held(server))
             time.sleep(0.05)
-            print(f"\r{number + 1} of {options.count}, {memory[-1] / 2**20:.0f} MB, {len(faults)} faults", end="", flush=True)
+            print(
+                f"\r{number + 1} of {options.count}, {memory[-1] / 2**20:.0f} MB, {len(faults)} faults",
+                end="",
+                flush=True,
+            )
         print()
-        quarter = memory[len(memory) // 4:len(memory) // 2] or memory
-        if server.process.poll() is None and memory and min(memory[-len(memory) // 4:]) > max(quarter) + GROWTH:
-            faults.append(f"the server held {max(quarter) / 2**20:.0f} MB after a quarter and {memory[-1] / 2**20:.0f} MB at the end")
+        quarter = memory[len(memory) // 4 : len(memory) // 2] or memory
+        if server.process.poll() is None and memory and min(memory[-len(memory) // 4 :]) > max(quarter) + GROWTH:
+            faults.append(
+                f"the server held {max(quarter) / 2**20:.0f} MB after a quarter and {memory[-1] / 2**20:.0f} MB at the end"
+            )
     print("\n".join(faults) or f"{options.count} prompts, nothing failed or grew, every probe bit-equal")
     return 1 if faults else 0
 

@@ -3,6 +3,7 @@
 No build of torchvision has native operators for that torch, and its import then fails on `torchvision::nms`. ComfyUI and transformers use only its
 Python parts, so it is enough to declare the two operators that it asks for.
 """
+
 import sys
 
 
@@ -12,8 +13,11 @@ class Finder:
         if name == "torchvision":
             sys.meta_path.remove(Finder)
             import torch
+
             for operator in ("nms", "qnms"):
-                torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                torch.library.define(
+                    f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                )
 
 
 sys.meta_path.insert(0, Finder)

@@ -2,6 +2,7 @@
 
 The parent computes with one thread until then, since threads do not survive a fork; the processes use all that torch would.
 """
+
 from __future__ import annotations
 
 import multiprocessing
@@ -22,6 +23,7 @@ torch.set_num_threads(1)
 @dataclass(frozen=True)
 class Measured:
     """seconds: of each turn; gib: the most memory beyond what the process held before its first run; result: what the first run returned, where asked for."""
+
     seconds: list[float]
     gib: float
     result: object
@@ -43,8 +45,10 @@ def in_turns(*ways: Callable[[], object], results: bool = False) -> list[Measure
             workers = [stack.enter_context(fork.Pool(1, torch.set_num_threads, (THREADS,))) for _ in ways]
             first = [worker.apply(_warm_up, (number,)) for number, worker in enumerate(workers)]
             turns = [[worker.apply(_once, (number,)) for number, worker in enumerate(workers)] for _ in range(TURNS)]
-    return [Measured([seconds for seconds, _ in own], max(gib for _, gib in own), result)
-            for own, result in zip(zip(*turns, strict=True), first, strict=True)]
+    return [
+        Measured([seconds for seconds, _ in own], max(gib for _, gib in own), result)
+        for own, result in zip(zip(*turns, strict=True), first, strict=True)
+    ]
 
 
 def compared(name: str, ours: Callable[[], object], plain: Callable[[], object]) -> Iterator[tuple]:
@@ -54,7 +58,11 @@ def compared(name: str, ours: Callable[[], object], plain: Callable[[], object])
 
 def rows_of(name: str, ours: Measured, plain: Measured) -> Iterator[tuple]:
     """(what, ours, plain, ratio of the fastest turns, ratio of the median turns), and the same for memory, whose ratio is one."""
-    yield name, *(min(one.seconds) for one in (ours, plain)), *(take(ours.seconds) / take(plain.seconds) for take in (min, statistics.median))
+    yield (
+        name,
+        *(min(one.seconds) for one in (ours, plain)),
+        *(take(ours.seconds) / take(plain.seconds) for take in (min, statistics.median)),
+    )
     ratio = ours.gib / max(plain.gib, 1e-9)
     yield f"{name}: peak memory in GiB", ours.gib, plain.gib, ratio, ratio
 
@@ -88,4 +96,6 @@ def _once(number: int) -> tuple[float, float]:
 
 
 def _kibibytes(name: str) -> int:
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return next(
+        int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
+    )

@@ -2,6 +2,7 @@
 
 Its second run, `decoder`, leaves the encoder as it is: what was trained on its latents stays valid while pictures get sharper.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -32,7 +33,9 @@ def build(config: dict) -> Joined:
     model = Joined(config["channels"], config["latent_channels"])
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, torch.nn.Sequential) and len(module) == 5:  # the last convolution of a residual branch
+            if (
+                isinstance(module, torch.nn.Sequential) and len(module) == 5
+            ):  # the last convolution of a residual branch
                 module[4].weight.mul_(0.15)
         for layer in (*model.taesd_encoder, *model.taesd_decoder):
             if isinstance(layer, torch.nn.Conv2d):
@@ -58,7 +61,9 @@ def losses(config: dict, latent: Tensor, decoded: Tensor, image: Tensor) -> dict
     square = (decoded - image).square().mean()
     gradient = gradient_loss(decoded, image)
     spread = (latent.mean((0, 2, 3)).square() + (latent.std((0, 2, 3)) - 1).square()).mean()
-    total = l1 + config["square_weight"] * square + config["gradient_weight"] * gradient + config["latent_weight"] * spread
+    total = (
+        l1 + config["square_weight"] * square + config["gradient_weight"] * gradient + config["latent_weight"] * spread
+    )
     return {"loss": total, "l1": l1, "square": square, "gradient": gradient, "spread": spread}
 
 
@@ -77,8 +82,15 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
         decoded = decoded.clamp(0, 1).cpu()
         shown = torch.stack([check[:8], decoded[:8], check[8:16], decoded[8:16]]).flatten(0, 1)
         loop.save_grid(folder / "grid.png", shown, 8)
-        metrics = {"psnr": psnr(decoded, check).mean().item(), "latent_mean": latent.mean().item(), "latent_std": latent.std().item()}
-        print(f"held-out pairs at step {step}: " + "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()), flush=True)
+        metrics = {
+            "psnr": psnr(decoded, check).mean().item(),
+            "latent_mean": latent.mean().item(),
+            "latent_std": latent.std().item(),
+        }
+        print(
+            f"held-out pairs at step {step}: " + "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()),
+            flush=True,
+        )
         return metrics
 
     model = build(config)

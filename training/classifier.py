@@ -3,6 +3,7 @@
 It learns all sixty objects, those that are held out from the other trainers too, because it has to judge them; what it never sees
 are the held-out pairs of object and place, on which it is measured.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -21,6 +22,7 @@ PLAIN = -1  # the place of an object that was cut out
 
 class Extra(data.ScenePool):
     """What the common pool lacks: the held-out objects (even numbers), and every object cut out on a flat colour (odd numbers)."""
+
     name = "extra"
 
     def request(self, index: int) -> renderer.Request:
@@ -51,11 +53,16 @@ class Mixture:
     """The common pool and the extra scenes, drawn alike."""
 
     def __init__(self, folder: Path, config: dict):
-        self.pools = [data.ScenePool(folder, config["scenes"], config["side"]), Extra(folder, config["extra_scenes"], config["side"])]
+        self.pools = [
+            data.ScenePool(folder, config["scenes"], config["side"]),
+            Extra(folder, config["extra_scenes"], config["side"]),
+        ]
         labels = [pool.labels for pool in self.pools]
         self.places = torch.from_numpy(np.concatenate([entry.places for entry in labels]))
         objects = torch.from_numpy(np.concatenate([entry.objects for entry in labels]))
-        self.objects = torch.zeros(len(objects), len(renderer.catalogue()) + 1).scatter_(1, objects % (len(renderer.catalogue()) + 1), 1.0)[:, :-1]
+        self.objects = torch.zeros(len(objects), len(renderer.catalogue()) + 1).scatter_(
+            1, objects % (len(renderer.catalogue()) + 1), 1.0
+        )[:, :-1]
 
     def batch(self, config: dict, step: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """Pictures [B,3,S,S] in 0..1, places [B], objects [B,objects] of 0 or 1; a function of the numbers alone."""
@@ -70,6 +77,7 @@ class Mixture:
 
 def disturb(image: Tensor, rng: np.random.Generator) -> Tensor:
     """[B,3,S,S] as a generator might have drawn it: tinted, less or more saturated, every other one soft, some noisy."""
+
     def factors(low: float, high: float, channels: int = 1) -> Tensor:
         return torch.from_numpy(rng.uniform(low, high, (len(image), channels, 1, 1))).float()
 
@@ -108,9 +116,16 @@ def checks(count: int, side: int, first: int = 2 * 10**9) -> dict[str, tuple[Ten
         entries = [pair for pair in pairs if renderer.is_held_out_pair(*pair) == held]
         order = np.random.default_rng(0).permutation(len(entries))
         taken = [entries[order[i % len(order)]] for i in range(count)]
-        shown = [renderer.render(renderer.Request(kind=kind, objects=(name,)), side, side, first + i).composite for i, (name, kind) in enumerate(taken)]
+        shown = [
+            renderer.render(renderer.Request(kind=kind, objects=(name,)), side, side, first + i).composite
+            for i, (name, kind) in enumerate(taken)
+        ]
         pixels = torch.from_numpy(np.round(np.stack(shown) * 255).astype(np.uint8)).permute(0, 3, 1, 2)
-        found[title] = pixels, torch.tensor([renderer.KINDS.index(kind) for _, kind in taken]), torch.tensor([names.index(name) for name, _ in taken])
+        found[title] = (
+            pixels,
+            torch.tensor([renderer.KINDS.index(kind) for _, kind in taken]),
+            torch.tensor([names.index(name) for name, _ in taken]),
+        )
     return found
 
 
@@ -128,8 +143,14 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
         for title, (pixels, places, objects) in sets.items():
             logits = [model(part.to(device).float() / 255) for part in pixels.split(60)]
             place, thing = (torch.cat(parts).argmax(1).cpu() for parts in zip(*logits, strict=True))
-            metrics |= {f"{title}_place": (place == places).float().mean().item(), f"{title}_object": (thing == objects).float().mean().item()}
-        print(f"held-out scenes at step {step}: " + "  ".join(f"{key} {value:.4f}" for key, value in metrics.items()), flush=True)
+            metrics |= {
+                f"{title}_place": (place == places).float().mean().item(),
+                f"{title}_object": (thing == objects).float().mean().item(),
+            }
+        print(
+            f"held-out scenes at step {step}: " + "  ".join(f"{key} {value:.4f}" for key, value in metrics.items()),
+            flush=True,
+        )
         return metrics
 
     return loop.fit(build(config), loss, validate, config, folder, minutes, save_every)

@@ -1,4 +1,5 @@
 """The command line of the trainers."""
+
 from __future__ import annotations
 
 import argparse
@@ -25,27 +26,56 @@ TRAINERS = {
     "inpaint": "The denoiser with nine input channels, which paints inside a mask; starts from the one before.",
 }
 # Trainers that are another one's code with another config.
-MODULES = {"decoder": "autoencoder", "inpaint": "diffusion", "transparent_decoder": "transparency", "dreamlayer_apart": "dreamlayer"}
+MODULES = {
+    "decoder": "autoencoder",
+    "inpaint": "diffusion",
+    "transparent_decoder": "transparency",
+    "dreamlayer_apart": "dreamlayer",
+}
 # With its default settings glibc gives memory back and takes it again on every step, which costs seconds at random.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m training", description="Train the mini models on rendered scenes. A run that was stopped "
-                                     "continues where its last checkpoint left off when the same command is given again.")
+    parser = argparse.ArgumentParser(
+        prog="python -m training",
+        description="Train the mini models on rendered scenes. A run that was stopped "
+        "continues where its last checkpoint left off when the same command is given again.",
+    )
     verbs = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for name, text in TRAINERS.items():
-        verb = verbs.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        verb = verbs.add_parser(
+            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
         verb.add_argument("--config", type=Path, default=CONFIGS / f"{name}.json", help="sizes, rates and seeds")
-        verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of the config; may be repeated")
+        verb.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="change one value of the config; may be repeated",
+        )
         verb.add_argument("--folder", type=Path, default=cache() / name, help="checkpoints, grids and losses go there")
-        verb.add_argument("--minutes", type=float, default=None, help="stop with a checkpoint after so long (the schedule is not shortened)")
+        verb.add_argument(
+            "--minutes",
+            type=float,
+            default=None,
+            help="stop with a checkpoint after so long (the schedule is not shortened)",
+        )
         verb.add_argument("--save-every", type=float, default=180, metavar="SECONDS", help="time between checkpoints")
-    verb = verbs.add_parser("publish", help="Write the trained weights as the files in models/ that ComfyUI loads.", description=publish.__doc__)
+    verb = verbs.add_parser(
+        "publish",
+        help="Write the trained weights as the files in models/ that ComfyUI loads.",
+        description=publish.__doc__,
+    )
     verb.add_argument("--folder", type=Path, default=cache(), help="where the trainers' folders are")
     verb.add_argument("--models", type=Path, default=MODELS, help="where the files go")
-    verb = verbs.add_parser("judge", help="Ask the classifier whether generated pictures show what their prompts say.", description=judge.__doc__,
-                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    verb = verbs.add_parser(
+        "judge",
+        help="Ask the classifier whether generated pictures show what their prompts say.",
+        description=judge.__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     verb.add_argument("--folder", type=Path, default=cache(), help="judge.png goes there")
     verb.add_argument("--models", type=Path, default=MODELS, help="where the checkpoint to judge is")
     verb.add_argument("--cfg", type=float, default=4.0, help="strength of the classifier-free guidance")
@@ -63,7 +93,9 @@ def publish(options: argparse.Namespace) -> int:
 
 def judge(options: argparse.Namespace) -> int:
     """Generate one picture of every object in every place and print in how many the classifier sees what the prompt says."""
-    found = family.agreement(options.models, options.cfg, options.steps, options.side, options.folder / "judge.png", options.seed)
+    found = family.agreement(
+        options.models, options.cfg, options.steps, options.side, options.folder / "judge.png", options.seed
+    )
     for key, value in found.items():
         print(f"{key}: {value.mean():.1%} ± {value.std(correction=1) / len(value) ** 0.5:.1%} ({len(value)} pictures)")
     return 0
@@ -77,7 +109,9 @@ def read_config(path: Path, changes: list[str]) -> dict:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise SystemExit(f"error: cannot read the config {path} ({error.strerror}); give an existing file with --config.") from error
+        raise SystemExit(
+            f"error: cannot read the config {path} ({error.strerror}); give an existing file with --config."
+        ) from error
     except ValueError as error:
         raise SystemExit(f"error: the config {path} is not JSON ({error}).") from error
     for change in changes:
@@ -87,7 +121,9 @@ def read_config(path: Path, changes: list[str]) -> dict:
         try:
             config[key] = json.loads(value)
         except ValueError as error:
-            raise SystemExit(f"error: --set {change}: {value!r} is not a number, true, false or quoted text.") from error
+            raise SystemExit(
+                f"error: --set {change}: {value!r} is not a number, true, false or quoted text."
+            ) from error
     return config
 
 
@@ -101,23 +137,34 @@ def main(arguments: list[str] | None = None) -> int:
 def run(arguments: list[str] | None) -> int:
     options = parse(arguments)
     if importlib.util.find_spec("accelerate") is None:
-        raise SystemExit(f'error: the trainers need the package accelerate: {sys.executable} -m pip install "accelerate>=1.0"')
+        raise SystemExit(
+            f'error: the trainers need the package accelerate: {sys.executable} -m pip install "accelerate>=1.0"'
+        )
     if sys.platform == "linux" and "MALLOC_MMAP_MAX_" not in os.environ:
         os.environ.update(ALLOCATOR)
-        os.execv(sys.executable, [sys.executable, "-m", "training", *(arguments if arguments is not None else sys.argv[1:])])
+        os.execv(
+            sys.executable, [sys.executable, "-m", "training", *(arguments if arguments is not None else sys.argv[1:])]
+        )
     if options.what in OTHERS:
         return OTHERS[options.what](options)
     config = read_config(options.config, options.set)
     trainer = importlib.import_module(f".{MODULES.get(options.what, options.what)}", __package__)
     least = 2 * getattr(trainer, "CHECK", 0)  # scenes kept for validation
     if config.get("scenes", least) < least:
-        raise SystemExit(f"error: scenes is {config['scenes']}, and {trainer.CHECK} of them are kept for validation; set it to {least} or more.")
+        raise SystemExit(
+            f"error: scenes is {config['scenes']}, and {trainer.CHECK} of them are kept for validation; set it to {least} or more."
+        )
     try:
         trainer.train(config, options.folder, options.minutes, options.save_every)
     except KeyboardInterrupt:
-        print(f"Stopped; give the same command again to go on from the last checkpoint in {options.folder}.", file=sys.stderr)
+        print(
+            f"Stopped; give the same command again to go on from the last checkpoint in {options.folder}.",
+            file=sys.stderr,
+        )
         return 130
     except OSError as error:
-        raise SystemExit(f"error: {error.strerror or error} ({error.filename or options.folder}); free some space or choose another --folder, "
-                         "then give the same command again.") from error
+        raise SystemExit(
+            f"error: {error.strerror or error} ({error.filename or options.folder}); free some space or choose another --folder, "
+            "then give the same command again."
+        ) from error
     return 0

@@ -1,4 +1,5 @@
 """Rendered pictures for the trainers, drawn by number, so that step N sees the same batch in every run."""
+
 from __future__ import annotations
 
 from functools import cached_property
@@ -16,6 +17,7 @@ RENDERER = 1  # raise when the renderer's pictures change: kept pictures of anot
 
 class Draw(NamedTuple):
     """Which scenes a batch holds, [size]; the top left corners of the cuts, [size,2] as y, x; which of them are mirrored, [size]."""
+
     scenes: np.ndarray
     corners: np.ndarray
     flip: np.ndarray
@@ -23,12 +25,14 @@ class Draw(NamedTuple):
 
 class Labels(NamedTuple):
     """Places as indices into renderer.KINDS, [count]; objects as indices into the catalogue, [count, most objects], filled up with -1."""
+
     places: np.ndarray
     objects: np.ndarray
 
 
 class ScenePool:
     """Scene i of a side, rendered when first asked for and kept on disk as bytes. 49 KB each at 128 pixels."""
+
     name = "scenes"
     channels = 3
 
@@ -61,7 +65,7 @@ class ScenePool:
         for index in range(self.count):
             kind, shown = self.content(index)
             places[index] = renderer.KINDS.index(kind)
-            objects[index, :len(shown)] = [names[name] for name in shown]
+            objects[index, : len(shown)] = [names[name] for name in shown]
         return Labels(places, objects)
 
     def prompt(self, index: int, draw: int = 0) -> str:
@@ -84,7 +88,9 @@ class ScenePool:
     def batch(self, size: int, crop: int, seed: int, step: int, rank: int = 0) -> Tensor:
         """[size,channels,crop,crop] in 0..1, cut and mirrored at random; a function of these numbers alone."""
         draw = self.draw(size, crop, seed, step, rank)
-        picked = np.stack([self[i][y:y + crop, x:x + crop] for i, (y, x) in zip(draw.scenes, draw.corners, strict=True)])
+        picked = np.stack(
+            [self[i][y : y + crop, x : x + crop] for i, (y, x) in zip(draw.scenes, draw.corners, strict=True)]
+        )
         picked[draw.flip] = picked[draw.flip][:, :, ::-1]
         return to_tensor(picked)
 

@@ -1,4 +1,5 @@
 """Trains the denoiser and the text encoder together: noise prediction on latents of rendered scenes, Stable Diffusion 1.x's schedule."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -20,7 +21,9 @@ def build(config: dict) -> TextToImage:
     return TextToImage(settings.family(), config["in_channels"], len(text.token_ids()))
 
 
-def loss_of(model: nn.Module, batch: latents.Batch, config: dict, levels: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
+def loss_of(
+    model: nn.Module, batch: latents.Batch, config: dict, levels: Tensor, rng: np.random.Generator
+) -> dict[str, Tensor]:
     """Weighted squared error of the predicted noise; one prompt in `1 / empty_prompt` is left out, for classifier-free guidance."""
     device, size = next(model.parameters()).device, len(batch.prompts)
     timesteps = torch.from_numpy(rng.integers(0, len(levels), size))
@@ -39,11 +42,20 @@ def loss_of(model: nn.Module, batch: latents.Batch, config: dict, levels: Tensor
 
 
 @torch.no_grad()
-def sample(model: nn.Module, prompts: list[str], side: int, condition: Tensor | None = None, steps: int = 20, guidance: float = 4.0,
-           seed: int = 0) -> Tensor:
+def sample(
+    model: nn.Module,
+    prompts: list[str],
+    side: int,
+    condition: Tensor | None = None,
+    steps: int = 20,
+    guidance: float = 4.0,
+    seed: int = 0,
+) -> Tensor:
     """[B,4,side/8,side/8] of B prompts. condition: [B,5,side/8,side/8] of a model that inpaints."""
     device = next(model.parameters()).device
-    latent = torch.randn(len(prompts), 4, side // latents.FACTOR, side // latents.FACTOR, generator=torch.Generator().manual_seed(seed)).to(device)
+    latent = torch.randn(
+        len(prompts), 4, side // latents.FACTOR, side // latents.FACTOR, generator=torch.Generator().manual_seed(seed)
+    ).to(device)
     rows = text.rows(prompts + [""] * len(prompts)).to(device)
 
     def noise(latent, timestep):
@@ -74,12 +86,16 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
 
     def loss(model, step, rank):
         rng = np.random.default_rng((config["seed"], step, rank))
-        return loss_of(model, pool.batch(rng.integers(0, config["scenes"] - CHECK, config["batch"]), step), config, levels, rng)
+        return loss_of(
+            model, pool.batch(rng.integers(0, config["scenes"] - CHECK, config["batch"]), step), config, levels, rng
+        )
 
     @torch.no_grad()
     def validate(model, step):
         batch = pool.batch(last, 0)
-        error = loss_of(model, batch, {**config, "empty_prompt": 0, "unknown_words": 0}, levels, np.random.default_rng(0))
+        error = loss_of(
+            model, batch, {**config, "empty_prompt": 0, "unknown_words": 0}, levels, np.random.default_rng(0)
+        )
         condition = None if batch.condition is None else batch.condition[:32]
         prompts = grid_prompts() if condition is None else batch.prompts[:32]
         decoded = autoencoder.decode(sample(model, prompts, config["side"], condition).cpu()).clamp(0, 1)

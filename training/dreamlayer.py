@@ -3,6 +3,7 @@
 Its second run, `dreamlayer_apart`, gives each layer noise that is in part its own. With one noise for all, the difference of two noisy layers shows where
 their things are, however noisy they are, and sampling begins without any difference; that is thought to be why things collide.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ GUIDANCE, SAMPLING_STEPS, SHOWN = 4.0, 20, 3
 @dataclass(frozen=True)
 class Batch:
     """latent: [B,L,4,h,w] of background, objects back to front and whole picture; alphas: [B,L-2,h,w]; prompts: of all but the whole picture."""
+
     latent: Tensor
     alphas: Tensor
     prompts: list[list[str]]
@@ -76,8 +78,8 @@ class SceneLayers:
         objects = sum(hidden(rgba, self.autoencoder, self.encoder))
         found = torch.zeros(self.values.shape[1:])
         layers = torch.stack([background, *objects, whole])
-        found[:len(layers), :4] = layers
-        found[1:len(layers) - 1, 4:] = resize_maps(rgba[:, 3:], layers.shape[-2:])
+        found[: len(layers), :4] = layers
+        found[1 : len(layers) - 1, 4:] = resize_maps(rgba[:, 3:], layers.shape[-2:])
         return found.numpy()
 
 
@@ -97,27 +99,41 @@ def prompt_rows(prompts: list[list[str]]) -> Tensor:
     return torch.stack([text.rows(scene) for scene in prompts])
 
 
-def loss_of(model: nn.Module, batch: Batch, config: dict, levels: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
+def loss_of(
+    model: nn.Module, batch: Batch, config: dict, levels: Tensor, rng: np.random.Generator
+) -> dict[str, Tensor]:
     """Eq. 8. All layers of a scene have one timestep and, but for the share `own_noise`, the same noise; a scene in `1 / empty_prompt` has no words, and
     its alphas for maps. A step at low signal-to-noise ratio, where layouts form, counts up to `early_weight` times as much.
     """
     device, size = next(model.parameters()).device, len(batch.prompts)
     timesteps = torch.from_numpy(rng.integers(0, len(levels), size))
-    noise = torch.from_numpy(rng.standard_normal((size, 1, *batch.latent.shape[2:]), np.float32)).expand_as(batch.latent)
+    noise = torch.from_numpy(rng.standard_normal((size, 1, *batch.latent.shape[2:]), np.float32)).expand_as(
+        batch.latent
+    )
     if config["own_noise"]:
-        noise = share_noise(noise, torch.from_numpy(rng.standard_normal(batch.latent.shape, np.float32)), config["own_noise"])
+        noise = share_noise(
+            noise, torch.from_numpy(rng.standard_normal(batch.latent.shape, np.float32)), config["own_noise"]
+        )
     kept = rng.random(size) >= config["empty_prompt"]
-    rows = prompt_rows([prompts if keep else [""] * len(prompts) for prompts, keep in zip(batch.prompts, kept, strict=True)])
+    rows = prompt_rows(
+        [prompts if keep else [""] * len(prompts) for prompts, keep in zip(batch.prompts, kept, strict=True)]
+    )
     level, alphas = levels[timesteps], batch.alphas.to(device)
     given = formulas.add_noise(batch.latent, noise, level)
-    predicted, maps, own = model(given.to(device), timesteps.to(device), rows.to(device), (timesteps >= EARLY).float().to(device), alphas)
+    predicted, maps, own = model(
+        given.to(device), timesteps.to(device), rows.to(device), (timesteps >= EARLY).float().to(device), alphas
+    )
     error = (predicted - noise.to(device)).square().mean((1, 2, 3, 4))
-    weight = formulas.noise_loss_weight(level, config["snr_gamma"]) * ((1 - level) / level).clamp(1, config["early_weight"])
+    weight = formulas.noise_loss_weight(level, config["snr_gamma"]) * ((1 - level) / level).clamp(
+        1, config["early_weight"]
+    )
     weight = weight.float().to(device)
     told = torch.from_numpy(kept).float().to(device)
     wanted = resize_maps(alphas, maps.shape[-2:]).flatten(2)
     context = (map_distance(maps.flatten(2), wanted) * told).mean()
-    layout = (map_distance(maps.flatten(2).detach(), own.flatten(2)) * told).mean()  # the whole picture guides the objects, not they it
+    layout = (
+        map_distance(maps.flatten(2).detach(), own.flatten(2)) * told
+    ).mean()  # the whole picture guides the objects, not they it
     total = (weight * error).mean() + config["context_weight"] * context + config["layout_weight"] * layout
     return {"loss": total, "error": error.mean().detach(), "context": context.detach(), "layout": layout.detach()}
 
@@ -127,8 +143,13 @@ def build(config: dict, root: Path) -> LayeredDenoiser:
     torch.manual_seed(config["seed"])
     plain = diffusion.build({**config, "in_channels": 4})
     loop.start_from(plain, root / "diffusion" / "model.safetensors")
-    model = LayeredDenoiser(plain, adapter_terms(root / config["adapter"]) if config["adapter"] else {}, MOST, config["context_layers"],
-                            len(text.token_ids()) - 1)
+    model = LayeredDenoiser(
+        plain,
+        adapter_terms(root / config["adapter"]) if config["adapter"] else {},
+        MOST,
+        config["context_layers"],
+        len(text.token_ids()) - 1,
+    )
     if config["start"]:
         learns = {name for name, value in model.named_parameters() if value.requires_grad}
         loop.start_from(model, root / config["start"] / "model.safetensors", learns)
@@ -139,11 +160,18 @@ def adapter_terms(folder: Path) -> dict[str, Tensor]:
     """What the trained adapter adds to each projection. Raises TrainingError when it is not there."""
     path = folder / "model.safetensors"
     if not path.exists():
-        raise settings.TrainingError(f"{path} is missing; train it first: python -m training adapter, or set adapter to null.")
+        raise settings.TrainingError(
+            f"{path} is missing; train it first: python -m training adapter, or set adapter to null."
+        )
     parts = published_adapter(load_file(path))
     downs = [key for key in parts if key.endswith("::lora::1")]
-    return {key.removeprefix("diffusion_model.").removesuffix(".weight::lora::1"): parts[key.replace("::lora::1", "::lora::0")] @ parts[key]
-            for key in downs}
+    return {
+        key.removeprefix("diffusion_model.").removesuffix(".weight::lora::1"): parts[
+            key.replace("::lora::1", "::lora::0")
+        ]
+        @ parts[key]
+        for key in downs
+    }
 
 
 @torch.no_grad()
@@ -156,7 +184,9 @@ def sample(model: nn.Module, prompts: list[list[str]], side: int, own_noise: flo
     rows, nothing = (prompt_rows(words).to(device) for words in (prompts, [[""] * len(prompts[0])] * len(prompts)))
 
     def noise(latent, timestep):
-        timesteps, early = (torch.full((len(prompts),), value, device=device) for value in (timestep, float(timestep >= EARLY)))
+        timesteps, early = (
+            torch.full((len(prompts),), value, device=device) for value in (timestep, float(timestep >= EARLY))
+        )
         wanted, maps, _ = model(latent, timesteps, rows, early)
         return wanted, model(latent, timesteps, nothing, early, maps)[0]
 
@@ -181,8 +211,10 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
         found = []
         first = (config["scenes"] - CHECK) // MOST * MOST
         for count in range(1, MOST + 1):
-            indices = np.arange(first + count - 1, config["scenes"], MOST)[:CHECK // MOST]
-            found.append(loss_of(model, pool.batch(indices, 0), {**config, "empty_prompt": 0}, levels, np.random.default_rng(0)))
+            indices = np.arange(first + count - 1, config["scenes"], MOST)[: CHECK // MOST]
+            found.append(
+                loss_of(model, pool.batch(indices, 0), {**config, "empty_prompt": 0}, levels, np.random.default_rng(0))
+            )
         shown = [_shown(model, pool, count, autoencoder, decoder, config["own_noise"]) for count in range(1, MOST + 1)]
         loop.save_grid(folder / "grid.png", torch.cat(shown), MOST + 2)
         return {key: float(np.mean([one[key].item() for one in found])) for key in found[0]}
@@ -190,7 +222,9 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
     return loop.fit(build(config, root), loss, validate, config, folder, minutes, save_every)
 
 
-def _shown(model: nn.Module, pool: SceneLayers, count: int, autoencoder: Autoencoder, decoder: nn.Module, own_noise: float) -> Tensor:
+def _shown(
+    model: nn.Module, pool: SceneLayers, count: int, autoencoder: Autoencoder, decoder: nn.Module, own_noise: float
+) -> Tensor:
     """[SHOWN·(MOST+2),3,S,S]: background, objects on a checkerboard, empty places, whole picture of a few scenes, by the prompts of the pool's first."""
     layers = sample(model, [pool.words(count - 1 + MOST * i, 0) for i in range(SHOWN)], pool.side, own_noise).cpu()
     pictures = autoencoder.decode(layers.flatten(0, 1)).clamp(0, 1)

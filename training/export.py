@@ -1,4 +1,5 @@
 """Finished weights: one safetensors file, fp16 or smaller, that says how it came to be."""
+
 from __future__ import annotations
 
 import csv
@@ -21,11 +22,14 @@ def save(path: Path, state: dict[str, Tensor], metadata: dict[str, str], fp8: st
     A file that says the same already stays as it is, byte for byte: the format does not fix the metadata's order.
     """
     from safetensors.torch import save_file
+
     state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
     for key, value in half.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise settings.TrainingError(f"{key} is too large for the fp16 of {path.name}; train again with a lower learning_rate in a new --folder.")
+            raise settings.TrainingError(
+                f"{key} is too large for the fp16 of {path.name}; train again with a lower learning_rate in a new --folder."
+            )
         if fp8 is not None and key.startswith(fp8) and value.ndim > 1:
             half[key] = value.to(torch.float8_e4m3fn)
     metadata = {"format": "pt", **metadata}
@@ -40,16 +44,26 @@ def save(path: Path, state: dict[str, Tensor], metadata: dict[str, str], fp8: st
 
 def _holds(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> bool:
     from safetensors import safe_open
+
     with safe_open(path, "pt") as file:
         if file.metadata() != metadata or set(file.keys()) != set(state):
             return False
         stored = {key: file.get_tensor(key) for key in state}  # fp8 has no comparison of its own
-    return all(stored[key].dtype == value.dtype and torch.equal(stored[key].float(), value.float()) for key, value in state.items())
+    return all(
+        stored[key].dtype == value.dtype and torch.equal(stored[key].float(), value.float())
+        for key, value in state.items()
+    )
 
 
 def describe(what: str, folder: Path, config: dict, data: str) -> dict[str, str]:
     """Metadata of a run in that folder: command, config, data, steps, the last row of its metrics, licence."""
     with open(folder / "metrics.csv", newline="") as file:
         metrics = list(csv.DictReader(file))[-1]
-    return {"command": f"python -m training {what}", "config": json.dumps(config), "data": data, "steps": metrics.pop("step"),
-            "metrics": json.dumps({key: round(float(value), 5) for key, value in metrics.items()}), "licence": LICENCE}
+    return {
+        "command": f"python -m training {what}",
+        "config": json.dumps(config),
+        "data": data,
+        "steps": metrics.pop("step"),
+        "metrics": json.dumps({key: round(float(value), 5) for key, value in metrics.items()}),
+        "licence": LICENCE,
+    }

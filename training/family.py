@@ -1,4 +1,5 @@
 """The finished family: trained parts put together into the files that ComfyUI loads, and how well they do what prompts say."""
+
 from __future__ import annotations
 
 import json
@@ -40,7 +41,10 @@ def inpainting_unet(root: Path) -> dict[str, Tensor]:
 
 def half_of_pair(part: str, run: str) -> Callable[[Path], dict[str, Tensor]]:
     def take(root: Path) -> dict[str, Tensor]:
-        return {key.removeprefix(part + "."): value for key, value in _trained(root / run).items() if key.startswith(part)}
+        return {
+            key.removeprefix(part + "."): value for key, value in _trained(root / run).items() if key.startswith(part)
+        }
+
     return take
 
 
@@ -49,14 +53,29 @@ def classifier(root: Path) -> dict[str, Tensor]:
     return {key: value for key, value in _trained(root / "classifier").items() if value.is_floating_point()}
 
 
-FP8 = {"checkpoints/strata_mini_sd.safetensors": UNET, "diffusion_models/strata_mini_inpaint.safetensors": ""}  # see export.save
+FP8 = {
+    "checkpoints/strata_mini_sd.safetensors": UNET,
+    "diffusion_models/strata_mini_inpaint.safetensors": "",
+}  # see export.save
 FILES = {  # trainer, file, weights
     "checkpoints/strata_mini_sd.safetensors": ("diffusion", checkpoint),
     "diffusion_models/strata_mini_inpaint.safetensors": ("inpaint", inpainting_unet),
-    "layer_model/strata_mini_transparent_attn.safetensors": ("adapter", lambda root: published_adapter(_trained(root / "adapter"))),
-    "layer_model/strata_mini_transparent_decoder.safetensors": ("transparent_decoder", half_of_pair("decoder", "transparent_decoder")),
-    "layer_model/strata_mini_transparent_encoder.safetensors": ("transparency", half_of_pair("encoder", "transparency")),
-    "layer_model/strata_mini_dreamlayer.safetensors": ("dreamlayer_apart", lambda root: layered_denoiser.published_form(_trained(root / "dreamlayer_apart"))),
+    "layer_model/strata_mini_transparent_attn.safetensors": (
+        "adapter",
+        lambda root: published_adapter(_trained(root / "adapter")),
+    ),
+    "layer_model/strata_mini_transparent_decoder.safetensors": (
+        "transparent_decoder",
+        half_of_pair("decoder", "transparent_decoder"),
+    ),
+    "layer_model/strata_mini_transparent_encoder.safetensors": (
+        "transparency",
+        half_of_pair("encoder", "transparency"),
+    ),
+    "layer_model/strata_mini_dreamlayer.safetensors": (
+        "dreamlayer_apart",
+        lambda root: layered_denoiser.published_form(_trained(root / "dreamlayer_apart")),
+    ),
     "strata/mini_classifier.safetensors": ("classifier", classifier),
 }
 
@@ -68,8 +87,14 @@ def publish(root: Path, models: Path = settings.MODELS) -> None:
             print(f"{name}: not written, python -m training {what} has not run", flush=True)
             continue
         config = json.loads((root / what / "config.json").read_text())
-        names = {"places": json.dumps(renderer.KINDS), "objects": json.dumps(list(renderer.catalogue()))} if what == "classifier" else {}
-        export.save(models / name, weights(root), export.describe(what, root / what, config, SCENES) | names, FP8.get(name))
+        names = (
+            {"places": json.dumps(renderer.KINDS), "objects": json.dumps(list(renderer.catalogue()))}
+            if what == "classifier"
+            else {}
+        )
+        export.save(
+            models / name, weights(root), export.describe(what, root / what, config, SCENES) | names, FP8.get(name)
+        )
         print(f"{name}: {(models / name).stat().st_size / 2**20:.1f} MiB", flush=True)
     if models.resolve() == settings.MODELS and (root / "autoencoder" / "model.safetensors").exists():
         _fit_preview(latents.load_autoencoder(root), settings.CONFIGS / "sd.json")
@@ -85,7 +110,9 @@ def _fit_preview(autoencoder, path: Path) -> None:
     gray = autoencoder.encode(torch.full((1, 3, 128, 128), 0.5))[0, :, 4:-4, 4:-4].mean((1, 2))
     config = json.loads(path.read_text())
     config["latent"].update(rgb_factors=_rounded(factors[:4]), rgb_bias=_rounded(factors[4]), gray=_rounded(gray))
-    short = re.sub(r"\[\s+([^\[\]]*?)\s+\]", lambda found: "[" + " ".join(found[1].split()) + "]", json.dumps(config, indent=2))
+    short = re.sub(
+        r"\[\s+([^\[\]]*?)\s+\]", lambda found: "[" + " ".join(found[1].split()) + "]", json.dumps(config, indent=2)
+    )
     path.write_text(short + "\n")
 
 
@@ -122,7 +149,7 @@ def agreement(models: Path, guidance: float, steps: int, side: int, report: Path
     pairs = [(entry, kind) for entry in known for kind in renderer.KINDS]
     pictures = []
     for start in range(0, len(pairs), 50):
-        prompts = [f"{entry.prompts[0]} {renderer.PLACE_WORDS[kind][0]}" for entry, kind in pairs[start:start + 50]]
+        prompts = [f"{entry.prompts[0]} {renderer.PLACE_WORDS[kind][0]}" for entry, kind in pairs[start : start + 50]]
         latent = diffusion.sample(model, prompts, side, steps=steps, guidance=guidance, seed=seed + start // 50)
         with torch.no_grad():
             pictures.append(autoencoder.decode(latent).clamp(0, 1))
@@ -132,4 +159,9 @@ def agreement(models: Path, guidance: float, steps: int, side: int, report: Path
     unseen = torch.tensor([renderer.is_held_out(entry.name, kind) for entry, kind in pairs])
     report.parent.mkdir(parents=True, exist_ok=True)
     loop.save_grid(report, torch.nn.functional.interpolate(pictures, size=96, mode="area"), len(renderer.KINDS))
-    return {"place": place, "object": shown, "place of pairs not trained": place[unseen], "object of pairs not trained": shown[unseen]}
+    return {
+        "place": place,
+        "object": shown,
+        "place of pairs not trained": place[unseen],
+        "object of pairs not trained": shown[unseen],
+    }

@@ -1,4 +1,5 @@
 """Rendered scenes as latents with their prompts, drawn by number and kept on disk, for the trainers of denoisers."""
+
 from __future__ import annotations
 
 import hashlib
@@ -22,6 +23,7 @@ AT_ONCE = 16
 @dataclass(frozen=True)
 class Batch:
     """latent: [B,4,h,w]. condition: [B,5,h,w], the mask (1 = to paint) and the latent of the picture with that part gray; None without inpainting."""
+
     latent: Tensor
     condition: Tensor | None
     prompts: list[str]
@@ -32,7 +34,9 @@ def load_autoencoder(root: Path) -> Autoencoder:
     paths = [root / what / "model.safetensors" for what in ("decoder", "autoencoder")]
     path = next((path for path in paths if path.exists()), None)
     if path is None:
-        raise settings.TrainingError(f"{paths[1]} is missing; train the autoencoder first: python -m training autoencoder.")
+        raise settings.TrainingError(
+            f"{paths[1]} is missing; train the autoencoder first: python -m training autoencoder."
+        )
     state = load_file(path)
     channels, latent_channels = state["taesd_decoder.1.weight"].shape[:2]
     model = Autoencoder(channels, latent_channels)
@@ -55,7 +59,10 @@ class LatentPool(data.ScenePool):
     def __init__(self, folder: Path, autoencoder: Autoencoder, count: int, side: int, inpaint: bool = False):
         folder.mkdir(parents=True, exist_ok=True)
         self.autoencoder, self.count, self.side, self.inpaint = autoencoder, count, side, inpaint
-        path = folder / f"latents-{data.RENDERER}-{side}-{count}-{'inpaint-' if inpaint else ''}{digest(autoencoder.taesd_encoder)}"
+        path = (
+            folder
+            / f"latents-{data.RENDERER}-{side}-{count}-{'inpaint-' if inpaint else ''}{digest(autoencoder.taesd_encoder)}"
+        )
         self.values = self._open(path, (count, 9 if inpaint else 4, side // FACTOR, side // FACTOR), np.float16)
         self.holes = self._open(path.with_name(path.name + "-holes"), (count,), np.int16) if inpaint else None
 
@@ -76,7 +83,7 @@ class LatentPool(data.ScenePool):
         """The scenes of these numbers; `draw` chooses among the prompts that fit."""
         missing = [int(i) for i in np.unique(indices) if not self.values[i].any()]
         for start in range(0, len(missing), AT_ONCE):
-            self._encode(missing[start:start + AT_ONCE])
+            self._encode(missing[start : start + AT_ONCE])
         values = torch.from_numpy(self.values[indices]).float()
         prompts = [self.words(int(i), draw) for i in indices]
         return Batch(values[:, :4], values[:, 4:] if self.inpaint else None, prompts)
@@ -96,7 +103,11 @@ class LatentPool(data.ScenePool):
         device = next(self.autoencoder.parameters()).device
 
         def encode(pictures) -> np.ndarray:
-            return self.autoencoder.encode(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(device)).cpu().numpy()
+            return (
+                self.autoencoder.encode(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(device))
+                .cpu()
+                .numpy()
+            )
 
         pictures = [self.render(index) for index in indices]
         values = encode(pictures)

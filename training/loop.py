@@ -1,4 +1,5 @@
 """The loop that every trainer shares: learning rate, moving average, checkpoints that continue to the same curve, loss table, grids."""
+
 from __future__ import annotations
 
 import contextlib
@@ -25,7 +26,10 @@ from . import settings
 from .muon import Muon
 
 SHOW_EVERY = 20
-OPTIMIZERS = {"muon": Muon, "adam": lambda model, rate: torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, betas=(0.9, 0.99))}
+OPTIMIZERS = {
+    "muon": Muon,
+    "adam": lambda model, rate: torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, betas=(0.9, 0.99)),
+}
 
 
 def learning_rate(step: int, config: dict) -> float:
@@ -62,6 +66,7 @@ class Average:
 
 class Progress:
     """How far the run is; a part of the checkpoint."""
+
     step = 0
 
     def state_dict(self) -> dict:
@@ -78,8 +83,15 @@ def has_fast_bf16() -> bool:
     return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
-def fit(model: nn.Module, loss: Callable[[nn.Module, int, int], dict[str, Tensor]], validate: Callable[[nn.Module, int], dict[str, float]],
-        config: dict, folder: Path, minutes: float | None, save_every: float) -> nn.Module:
+def fit(
+    model: nn.Module,
+    loss: Callable[[nn.Module, int, int], dict[str, Tensor]],
+    validate: Callable[[nn.Module, int], dict[str, float]],
+    config: dict,
+    folder: Path,
+    minutes: float | None,
+    save_every: float,
+) -> nn.Module:
     """Train until config["steps"]; returns the averaged model. loss(model, step, rank) returns {"loss": scalar, ...} of one batch."""
     from accelerate import Accelerator
     from accelerate.utils import set_seed
@@ -116,10 +128,14 @@ def fit(model: nn.Module, loss: Callable[[nn.Module, int, int], dict[str, Tensor
         while progress.step < config["steps"]:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(progress.step, config)
-            terms = loss(model, progress.step, accelerator.process_index)  # bf16 inside the prepared model alone: frozen networks beside it stay exact
+            terms = loss(
+                model, progress.step, accelerator.process_index
+            )  # bf16 inside the prepared model alone: frozen networks beside it stay exact
             if not torch.isfinite(terms["loss"]):
-                raise settings.TrainingError(f"the loss is {terms['loss'].item()} at step {progress.step}; "
-                                 "lower learning_rate and train again in a new --folder.")
+                raise settings.TrainingError(
+                    f"the loss is {terms['loss'].item()} at step {progress.step}; "
+                    "lower learning_rate and train again in a new --folder."
+                )
             optimizer.zero_grad(set_to_none=True)
             accelerator.backward(terms["loss"])
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
@@ -171,7 +187,10 @@ def _save(accelerator, folder: Path) -> None:
     """The new checkpoint is complete before the old one goes. Raises OSError when it cannot be written, whatever the writer raised."""
     try:
         accelerator.save_state(str(folder / "next"))
-    except (SafetensorError, RuntimeError) as error:  # safetensors' and PyTorch's own ways of saying that the disk is full
+    except (
+        SafetensorError,
+        RuntimeError,
+    ) as error:  # safetensors' and PyTorch's own ways of saying that the disk is full
         raise OSError(errno.EIO, f"the checkpoint could not be written: {error}", str(folder)) from error
     if (folder / "last").exists():
         (folder / "last").rename(folder / "old")
@@ -189,7 +208,7 @@ def start_from(model: nn.Module, path: Path, only: set[str] | None = None) -> No
     for key, value in state.items():
         if value.shape != own[key].shape:
             wide = torch.zeros_like(own[key])
-            wide[:, :value.shape[1]] = value
+            wide[:, : value.shape[1]] = value
             state[key] = wide
     model.load_state_dict(state)
 
@@ -197,7 +216,9 @@ def start_from(model: nn.Module, path: Path, only: set[str] | None = None) -> No
 def _same_config(config: dict, folder: Path) -> None:
     path = folder / "config.json"
     if (folder / "last").exists() and json.loads(path.read_text()) != config:
-        raise settings.TrainingError(f"{folder} holds a run with another config; go on with that one ({path}) or choose another --folder.")
+        raise settings.TrainingError(
+            f"{folder} holds a run with another config; go on with that one ({path}) or choose another --folder."
+        )
     path.write_text(json.dumps(config, indent=2))
 
 

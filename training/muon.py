@@ -1,4 +1,5 @@
 """Muon (Jordan et al. 2024) for weight matrices and convolution kernels up to 128 wide, Adam for everything else."""
+
 from __future__ import annotations
 
 import torch
@@ -15,12 +16,20 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, model: nn.Module, lr: float, momentum: float = 0.95, betas: tuple[float, float] = (0.9, 0.99)):
-        excluded = {id(p) for module in model.modules() if isinstance(module, NOT_MATRICES) for p in module.parameters()}
-        matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1 and min(p.flatten(1).shape) in SIDES and id(p) not in excluded]
+        excluded = {
+            id(p) for module in model.modules() if isinstance(module, NOT_MATRICES) for p in module.parameters()
+        }
+        matrices = [
+            p
+            for p in model.parameters()
+            if p.requires_grad and p.ndim > 1 and min(p.flatten(1).shape) in SIDES and id(p) not in excluded
+        ]
         chosen = {id(p) for p in matrices}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
         groups = [{"params": matrices, "matrices": True}, {"params": rest, "matrices": False}]
-        super().__init__([group for group in groups if group["params"]], {"lr": lr, "momentum": momentum, "betas": betas})
+        super().__init__(
+            [group for group in groups if group["params"]], {"lr": lr, "momentum": momentum, "betas": betas}
+        )
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -69,7 +78,9 @@ def orthogonalised(matrices: list[Tensor]) -> list[Tensor]:
         places = [i for i, matrix in enumerate(wide) if matrix.shape[0] == side]
         for i, total in zip(places, _polynomial(torch.stack([wide[i] @ wide[i].T for i in places])), strict=True):
             found[i] = total @ wide[i]
-    return [result if result.shape == matrix.shape else result.T for result, matrix in zip(found, matrices, strict=True)]
+    return [
+        result if result.shape == matrix.shape else result.T for result, matrix in zip(found, matrices, strict=True)
+    ]
 
 
 def _polynomial(gram: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 """The trained classifier as a judge: does a picture show what was asked for, is it the same thing, are two sets of pictures alike."""
+
 from __future__ import annotations
 
 import json
@@ -35,16 +36,23 @@ class Oracle:
         features = self.features(image).to(next(self.model.parameters()).device)
         return self.model.place(features).cpu(), self.model.objects(features).cpu()
 
-    def text_agreement(self, image: Tensor, places: Sequence[str | None], objects: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+    def text_agreement(
+        self, image: Tensor, places: Sequence[str | None], objects: Sequence[Sequence[str]]
+    ) -> tuple[Tensor, Tensor]:
         """Per picture, [B] each: 1 where the place is the one asked for, and the share of the n objects asked for that are among the n likeliest.
 
         A place of None counts as right. Where no object was asked for, 1 stands for a picture in which none is more likely there than not.
         """
         unknown = {*places, *(name for names in objects for name in names)} - {None, *self.places, *self.objects}
         if unknown:
-            raise ValueError(f"text_agreement: the classifier does not know {', '.join(sorted(unknown))}; ask for what the scene renderer knows.")
+            raise ValueError(
+                f"text_agreement: the classifier does not know {', '.join(sorted(unknown))}; ask for what the scene renderer knows."
+            )
         seen_places, seen_objects = self.logits(image)
-        place = [float(place is None or self.places[int(row.argmax())] == place) for place, row in zip(places, seen_places, strict=True)]
+        place = [
+            float(place is None or self.places[int(row.argmax())] == place)
+            for place, row in zip(places, seen_places, strict=True)
+        ]
         share = []
         for names, row in zip(objects, seen_objects, strict=True):
             found = {self.objects[i] for i in row.topk(len(names)).indices}
@@ -59,8 +67,11 @@ class Oracle:
 def load(path: Path = FILE) -> Oracle:
     """The shipped classifier, or another one written by its trainer. Raises FileNotFoundError or ValueError with what to do."""
     from safetensors import safe_open
+
     if not path.exists():
-        raise FileNotFoundError(f"{path}: the classifier's weights are not there; python -m training classifier makes them.")
+        raise FileNotFoundError(
+            f"{path}: the classifier's weights are not there; python -m training classifier makes them."
+        )
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a dictionary)
@@ -89,6 +100,6 @@ def cut_out(image: Tensor, alpha: Tensor) -> Tensor:
         small = F.interpolate(premultiplied[None], size, mode="bilinear", antialias=True)[0]
         top, left = ((HEIGHT - side) // 2 for side in size)
         canvas = torch.full((3, HEIGHT, HEIGHT), 0.5)
-        canvas[:, top:top + size[0], left:left + size[1]] = small[:3] + 0.5 * (1 - small[3:])
+        canvas[:, top : top + size[0], left : left + size[1]] = small[:3] + 0.5 * (1 - small[3:])
         cut.append(canvas)
     return torch.stack(cut)

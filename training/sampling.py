@@ -1,4 +1,5 @@
 """Deterministic sampling with classifier-free guidance, for the pictures that trainers show and judge."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -12,7 +13,9 @@ from ..techniques import diffusion
 
 
 @torch.no_grad()
-def ddim(noise: Callable[[Tensor, int], tuple[Tensor, Tensor]], latent: Tensor, steps: int = 20, guidance: float = 4.0) -> Tensor:
+def ddim(
+    noise: Callable[[Tensor, int], tuple[Tensor, Tensor]], latent: Tensor, steps: int = 20, guidance: float = 4.0
+) -> Tensor:
     """A clean latent from pure noise of the same shape.
 
     noise: (latent, timestep) -> the estimates with and without the prompt, each of the latent's shape.

@@ -1,4 +1,5 @@
 """Where trainers find and leave files, and the one error with which they stop."""
+
 from __future__ import annotations
 
 import json

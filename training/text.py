@@ -1,4 +1,5 @@
 """The words that prompts of rendered scenes are made of, as CLIP's tokens."""
+
 from __future__ import annotations
 
 from functools import lru_cache
@@ -18,6 +19,7 @@ PLAIN = "{what} on a plain gray background"
 def tokenizer():
     """CLIP's tokenizer, from the files that ComfyUI ships."""
     from transformers import CLIPTokenizer
+
     return CLIPTokenizer.from_pretrained(str(settings.clip_tokenizer()))
 
 

@@ -3,6 +3,7 @@
 Its second run, `transparent_decoder`, leaves the encoder as it is: an adapter that was trained on its latents stays valid. It sees cut-outs turned
 and mirrored, since the decoder's passes do so too.
 """
+
 from __future__ import annotations
 
 import json
@@ -29,6 +30,7 @@ class CutOuts(data.ScenePool):
 
     longer_side: least and most length of an object, in picture sides, anywhere in the picture; None leaves it as it is in its scene.
     """
+
     channels = 4
 
     def __init__(self, folder: Path, count: int, side: int, longer_side: tuple[float, float] | None):
@@ -47,15 +49,20 @@ class CutOuts(data.ScenePool):
             large = round(self.side * rng.uniform(*self.longer_side) * self.side / max(right - left, bottom - top))
             shown = renderer.render(self.request(index), large, large, index).objects[0]
         rgba = shown.rgba_with_shadow if shadow else shown.rgba
-        picture = torch.from_numpy(self._window(rgba, shown.box, rng) if self.longer_side else rgba).permute(2, 0, 1)[None]
+        picture = torch.from_numpy(self._window(rgba, shown.box, rng) if self.longer_side else rgba).permute(2, 0, 1)[
+            None
+        ]
         colour = extend_colours(picture[:, :3], picture[:, 3:])
         return torch.cat([colour, picture[:, 3:]], 1)[0].permute(1, 2, 0).numpy()
 
     def _window(self, canvas: np.ndarray, box: tuple[int, int, int, int], rng) -> np.ndarray:
         """[side,side,4] of a canvas, the box anywhere in it; transparent where the canvas ends."""
-        corner = [low - int(rng.integers(0, max(1, self.side - (high - low) + 1))) for low, high in zip(box[:2], box[2:], strict=True)]
+        corner = [
+            low - int(rng.integers(0, max(1, self.side - (high - low) + 1)))
+            for low, high in zip(box[:2], box[2:], strict=True)
+        ]
         left, top = (value + self.side for value in corner)
-        return np.pad(canvas, [(self.side,) * 2] * 2 + [(0, 0)])[top:top + self.side, left:left + self.side]
+        return np.pad(canvas, [(self.side,) * 2] * 2 + [(0, 0)])[top : top + self.side, left : left + self.side]
 
 
 class Pair(nn.Module):
@@ -66,7 +73,9 @@ class Pair(nn.Module):
         self.encoder = OffsetEncoder(config["encoder_widths"])
         self.decoder = TransparentDecoder(config["decoder_widths"], config["attention_levels"])
 
-    def forward(self, rgba: Tensor, autoencoder: Autoencoder, kept: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
+    def forward(
+        self, rgba: Tensor, autoencoder: Autoencoder, kept: tuple[Tensor, ...] | None = None
+    ) -> tuple[Tensor, ...]:
         """rgba: [B,4,S,S], colours that run on, then alpha -> the latent, its offset, the decoded picture, and [B,4,S,S], alpha first.
 
         kept: the first three, where they are known.
@@ -76,7 +85,9 @@ class Pair(nn.Module):
             latent = clean + offset
             kept = latent, offset, autoencoder.decode(latent)
         latent, _, picture = kept
-        return *kept, self.decoder(picture.clamp(0, 1).contiguous(memory_format=torch.channels_last), latent)  # a third faster on two cores
+        return *kept, self.decoder(
+            picture.clamp(0, 1).contiguous(memory_format=torch.channels_last), latent
+        )  # a third faster on two cores
 
 
 def hidden(rgba: Tensor, autoencoder: Autoencoder, encoder: OffsetEncoder) -> tuple[Tensor, Tensor]:
@@ -104,8 +115,13 @@ class Hidden:
             picture = self.autoencoder.decode(clean + offset)
             for i, *parts in zip(missing, clean + offset, offset, picture, strict=True):
                 self.kept[i] = [part.half().cpu() for part in parts]
-        rows = zip(*([torch.from_numpy(self.pool[i]).permute(2, 0, 1) / 255, *self.kept[int(i)]] for i in indices), strict=True)
-        return tuple(torch.stack([_turned(one.float(), view) for one, view in zip(part, views, strict=True)]).to(device) for part in rows)
+        rows = zip(
+            *([torch.from_numpy(self.pool[i]).permute(2, 0, 1) / 255, *self.kept[int(i)]] for i in indices), strict=True
+        )
+        return tuple(
+            torch.stack([_turned(one.float(), view) for one, view in zip(part, views, strict=True)]).to(device)
+            for part in rows
+        )
 
 
 def _turned(picture: Tensor, view: int) -> Tensor:
@@ -118,11 +134,13 @@ def losses(config: dict, rgba: Tensor, offset: Tensor, picture: Tensor, found: T
     overlap counts small and faint objects as much as large ones.
     """
     colour, alpha = rgba[:, :3], rgba[:, 3:]
-    terms = {"alpha": (found[:, :1] - alpha).abs().mean(),
-             "colour": ((found[:, 1:] - colour).abs() * (alpha + config["hidden_colour_weight"])).mean(),
-             "overlap": 1 - metrics.alpha_iou(found[:, :1].clamp(0, 1), alpha).mean(),
-             "picture": (picture - over_gray(colour, alpha)).abs().mean(),
-             "offset": offset.square().mean()}
+    terms = {
+        "alpha": (found[:, :1] - alpha).abs().mean(),
+        "colour": ((found[:, 1:] - colour).abs() * (alpha + config["hidden_colour_weight"])).mean(),
+        "overlap": 1 - metrics.alpha_iou(found[:, :1].clamp(0, 1), alpha).mean(),
+        "picture": (picture - over_gray(colour, alpha)).abs().mean(),
+        "offset": offset.square().mean(),
+    }
     weighted = [config[f"{name}_weight"] * terms[name] for name in ("overlap", "picture", "offset")]
     return {"loss": terms["alpha"] + terms["colour"] + sum(weighted), **terms}
 
@@ -155,15 +173,29 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
         parts = []
         for part in check.split(16):
             latent, offset, picture, once = model(part.to(device), autoencoder)
-            parts.append((offset, picture, once.clamp(0, 1), median_of_passes(model.decoder, picture.clamp(0, 1), latent)))
+            parts.append(
+                (offset, picture, once.clamp(0, 1), median_of_passes(model.decoder, picture.clamp(0, 1), latent))
+            )
         offset, picture, once, found = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
         alpha, board = check[:, 3:], checkerboard(config["side"])
-        shown = [found[:16, 1:] * found[:16, :1] + board * (1 - found[:16, :1]), check[:16, :3] * alpha[:16] + board * (1 - alpha[:16])]
+        shown = [
+            found[:16, 1:] * found[:16, :1] + board * (1 - found[:16, :1]),
+            check[:16, :3] * alpha[:16] + board * (1 - alpha[:16]),
+        ]
         loop.save_grid(folder / "grid.png", torch.cat(shown), 8)
-        report = {name: metrics.alpha_iou(seen[:, :1], alpha).mean().item() for name, seen in (("iou", found), ("iou of one pass", once))}
-        report |= {"sad": metrics.alpha_sad(found[:, :1], alpha).mean().item(),
-                   "picture": (picture - over_gray(check[:, :3], alpha)).abs().mean().item(), "offset": offset.std().item()}
-        print(f"held-out cut-outs at step {step}: " + "  ".join(f"{key} {value:.4g}" for key, value in report.items()), flush=True)
+        report = {
+            name: metrics.alpha_iou(seen[:, :1], alpha).mean().item()
+            for name, seen in (("iou", found), ("iou of one pass", once))
+        }
+        report |= {
+            "sad": metrics.alpha_sad(found[:, :1], alpha).mean().item(),
+            "picture": (picture - over_gray(check[:, :3], alpha)).abs().mean().item(),
+            "offset": offset.std().item(),
+        }
+        print(
+            f"held-out cut-outs at step {step}: " + "  ".join(f"{key} {value:.4g}" for key, value in report.items()),
+            flush=True,
+        )
         return report
 
     pair = build(config)

@@ -1,4 +1,5 @@
 """The real frontend in Chromium, on the session's ComfyUI."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -9,21 +10,47 @@ import requests
 
 PICTURES = Path(__file__).resolve().parents[2] / "output" / "browser"
 # No GPU, and none of the browser's own errands on the network
-ARGS = ["--no-sandbox", "--disable-gpu", "--use-gl=swiftshader", "--enable-unsafe-swiftshader", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--disable-default-apps", "--no-first-run", "--disable-dev-shm-usage"]
+ARGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--use-gl=swiftshader",
+    "--enable-unsafe-swiftshader",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-default-apps",
+    "--no-first-run",
+    "--disable-dev-shm-usage",
+]
 READY = """() => window.app?.graph && window.LiteGraph && LiteGraph.registered_node_types.Strata_SliceByDepth
     && !document.querySelector('#comfyui-body-loading') && window.app.vueAppReady"""
 # What the frontend reports of itself on an older or offline host: addresses that it asks for and does not get
-FOREIGN = ("favicon", "/userdata", "/releases", "api.comfy.org", "user.css", "/jobs", "[Jobs API]", "JobsApiError",
-           "huggingface.co", "fetching file size", "workflow_templates", "net::ERR")
+FOREIGN = (
+    "favicon",
+    "/userdata",
+    "/releases",
+    "api.comfy.org",
+    "user.css",
+    "/jobs",
+    "[Jobs API]",
+    "JobsApiError",
+    "huggingface.co",
+    "fetching file size",
+    "workflow_templates",
+    "net::ERR",
+)
 
 
 @pytest.fixture(scope="session")
 def browser():
     path = chromium.find()
     if path is None:
-        pytest.skip("no Chromium on PATH: `make test` installs it where it may; elsewhere install chromium or set CHROMIUM to its path")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
+        pytest.skip(
+            "no Chromium on PATH: `make test` installs it where it may; elsewhere install chromium or set CHROMIUM to its path"
+        )
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed (pip install playwright)"
+    )
     with playwright.sync_playwright() as engine:
         process = engine.chromium.launch(executable_path=path, args=ARGS)
         yield process
@@ -73,25 +100,33 @@ class Editor:
 
     def show(self, node_type: str) -> None:
         """Bring the first node of a type to the left of the window, at 100 %."""
-        self.page.evaluate("""(type) => {
+        self.page.evaluate(
+            """(type) => {
             const node = app.graph.nodes.find((node) => node.type === type);
             app.canvas.ds.scale = 1;
             app.canvas.ds.offset = [150 - node.pos[0], 140 - node.pos[1]];
             app.canvas.setDirty(true, true);
-        }""", node_type)
+        }""",
+            node_type,
+        )
 
     def widget(self, node_type: str, name: str):
-        script = "([type, name]) => app.graph.nodes.find((n) => n.type === type).widgets.find((w) => w.name === name).value"
+        script = (
+            "([type, name]) => app.graph.nodes.find((n) => n.type === type).widgets.find((w) => w.name === name).value"
+        )
         return self.page.evaluate(script, [node_type, name])
 
     def set_widget(self, node_type: str, name: str, value) -> None:
         """As the frontend does when somebody has typed into it."""
-        self.page.evaluate("""([type, name, value]) => {
+        self.page.evaluate(
+            """([type, name, value]) => {
             const node = app.graph.nodes.find((n) => n.type === type);
             const widget = node.widgets.find((w) => w.name === name);
             widget.value = value;
             widget.callback?.(value, app.canvas, node);
-        }""", [node_type, name, value])
+        }""",
+            [node_type, name, value],
+        )
 
     def picture(self, name: str) -> None:
         PICTURES.mkdir(parents=True, exist_ok=True)
@@ -108,7 +143,9 @@ def site(comfy) -> str:
 @pytest.fixture(scope="module", params=["canvas", "nodes2"])
 def opened(request, browser, site):
     """The page, once with the classic canvas and once with Nodes 2.0."""
-    requests.post(site + "/settings/Comfy.VueNodes.Enabled", json=request.param == "nodes2", timeout=10).raise_for_status()
+    requests.post(
+        site + "/settings/Comfy.VueNodes.Enabled", json=request.param == "nodes2", timeout=10
+    ).raise_for_status()
     context = browser.new_context(viewport={"width": 1600, "height": 1400})
     page = context.new_page()
     page.set_default_timeout(20_000)

@@ -1,4 +1,5 @@
 """The depth picker on Slice by depth, driven with mouse and keyboard in the real frontend."""
+
 from __future__ import annotations
 
 import io
@@ -36,7 +37,9 @@ def prompt(site) -> dict:
     for name, image in zip(("picker_scene.png", "picker_depth.png"), scene(), strict=True):
         data = io.BytesIO()
         image.save(data, "PNG")
-        requests.post(site + "/upload/image", files={"image": (name, data.getvalue())}, data={"overwrite": "true"}, timeout=30).raise_for_status()
+        requests.post(
+            site + "/upload/image", files={"image": (name, data.getvalue())}, data={"overwrite": "true"}, timeout=30
+        ).raise_for_status()
     return {
         "1": {"class_type": "LoadImage", "inputs": {"image": "picker_scene.png"}},
         "2": {"class_type": "LoadImage", "inputs": {"image": "picker_depth.png"}},
@@ -59,18 +62,25 @@ class Picker:
 
     def wait_value(self, *expected: float, within: float = 0.011) -> None:
         """Until the widget holds these numbers, as three decimals."""
-        self.page.wait_for_function("""([type, expected, within]) => {
+        self.page.wait_for_function(
+            """([type, expected, within]) => {
             const text = app.graph.nodes.find((n) => n.type === type).widgets.find((w) => w.name === 'thresholds').value;
             const found = text.split(', ');
             return found.length === expected.length && found.every((part, i) => /^[01]\\.\\d{3}$/.test(part) && Math.abs(part - expected[i]) <= within);
-        }""", arg=[SLICE, list(expected), within], timeout=5000)
+        }""",
+            arg=[SLICE, list(expected), within],
+            timeout=5000,
+        )
 
     def wait_shown(self, value: float, within: float = 0.011) -> None:
         """Until the one line is there: after undo the node was made anew, and its own picker must be on the page."""
-        self.page.wait_for_function("""([value, within]) => {
+        self.page.wait_for_function(
+            """([value, within]) => {
             const own = document.querySelector('.strata-depth-picker:not([data-gone])');
             return own?.isConnected && Math.abs(own.shadowRoot.querySelector('.line')?.ariaValueNow - value) <= within;
-        }""", arg=[value, within])
+        }""",
+            arg=[value, within],
+        )
         self.root.wait_for()
 
     def shown(self) -> list[float]:
@@ -99,11 +109,14 @@ class Picker:
         """What the front view shows at a point of the picture."""
         self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
         place = self.on_picture(x, y)
-        return self.root.evaluate("""(host, [x, y]) => {
+        return self.root.evaluate(
+            """(host, [x, y]) => {
             const canvas = host.shadowRoot.querySelector('.front canvas');
             const ratio = canvas.width / canvas.getBoundingClientRect().width;
             return [...canvas.getContext('2d').getImageData(x * ratio, y * ratio, 1, 1).data.slice(0, 3)];
-        }""", [place["x"], place["y"]])
+        }""",
+            [place["x"], place["y"]],
+        )
 
 
 @pytest.fixture
@@ -122,7 +135,10 @@ def picker(prompt, editor) -> Picker:
 def no_run(picker):
     """Fails when the test made the page queue anything."""
     requested = []
-    picker.page.on("request", lambda request: request.method == "POST" and request.url.endswith("/prompt") and requested.append(request.url))
+    picker.page.on(
+        "request",
+        lambda request: request.method == "POST" and request.url.endswith("/prompt") and requested.append(request.url),
+    )
     yield
     assert not requested
 
@@ -148,7 +164,9 @@ def test_drag_changes_widget_and_tint_without_a_run(picker, no_run):
     assert picker.colour(0.75, 0.3) == wall
     picker.editor.picture(f"picker_dragged_{picker.editor.mode}")
     picker.page.keyboard.press("Control+z")
-    picker.page.wait_for_function("() => app.graph.nodes.find((n) => n.type === 'Strata_SliceByDepth').widgets[0].value === '0.3'")
+    picker.page.wait_for_function(
+        "() => app.graph.nodes.find((n) => n.type === 'Strata_SliceByDepth').widgets[0].value === '0.3'"
+    )
     picker.wait_shown(0.3)
     picker.drag(0.3, 0.45)
     picker.wait_value(0.45)
@@ -160,18 +178,24 @@ def test_each_drag_is_one_step_of_undo(picker, no_run):
 
     def recorded(value):
         """The frontend has put it into its history; it takes the next change, or key, when it has finished this one."""
-        picker.page.wait_for_function("""([type, value]) => {
+        picker.page.wait_for_function(
+            """([type, value]) => {
             const { activeState } = app.extensionManager.workflow.activeWorkflow.changeTracker;
             return activeState.nodes.some((node) => node.type === type && Math.abs(node.widgets_values[0] - value) < 0.011);
-        }""", arg=[SLICE, value])
+        }""",
+            arg=[SLICE, value],
+        )
 
     def only_layout() -> bool:
         """Nodes 2.0 of 1.32.9 enlarges all nodes by 1.2 when it loads a state, as undo does, and on a busy machine records that as a step."""
-        return picker.page.evaluate("""(type) => {
+        return picker.page.evaluate(
+            """(type) => {
             const { activeState, redoQueue } = app.extensionManager.workflow.activeWorkflow.changeTracker;
             const [now, undone] = [activeState, redoQueue.at(-1)].map((state) => state.nodes.find((node) => node.type === type));
             return now.widgets_values[0] === undone.widgets_values[0] && Math.abs(undone.size[0] / now.size[0] - 1.2) < 0.001;
-        }""", SLICE)
+        }""",
+            SLICE,
+        )
 
     for start, end in ((0.3, 0.5), (0.5, 0.7), (0.7, 0.9)):
         picker.drag(start, end)
@@ -238,7 +262,9 @@ def test_keyboard(picker, no_run):
     first, second = picker.shown()
     picker.wait_value(first, second, within=1e-6)
     assert second - first == pytest.approx(0.006)
-    described = picker.lines.nth(1).evaluate("(line) => [line.role ?? line.getAttribute('role'), line.ariaLabel, line.ariaValueMin, line.ariaValueMax]")
+    described = picker.lines.nth(1).evaluate(
+        "(line) => [line.role ?? line.getAttribute('role'), line.ariaLabel, line.ariaValueMin, line.ariaValueMax]"
+    )
     assert described == ["slider", "Threshold 2 of 2", "0", "1"]
     picker.editor.picture(f"picker_focus_{picker.editor.mode}")
     picker.page.keyboard.press("Delete")
@@ -251,7 +277,9 @@ def test_keyboard(picker, no_run):
 
 def test_it_follows_the_typed_value(picker):
     picker.editor.set_widget(SLICE, "thresholds", "0.1, 0.45, 0.9")
-    picker.page.wait_for_function("() => document.querySelector('.strata-depth-picker').shadowRoot.querySelectorAll('.line:not(.fixed)').length === 3")
+    picker.page.wait_for_function(
+        "() => document.querySelector('.strata-depth-picker').shadowRoot.querySelectorAll('.line:not(.fixed)').length === 3"
+    )
     assert picker.shown() == [0.1, 0.45, 0.9]
     picker.editor.set_widget(SLICE, "thresholds", "0.9, near")
     hint = picker.root.locator(".hint.wrong")
@@ -306,9 +334,12 @@ def test_a_side_panel_leaves_its_width_alone(picker):
     picker.page.evaluate(set_open, True)
     try:
         picker.drag(0.3, 0.5)
-        picker.page.evaluate("""(type) => {
+        picker.page.evaluate(
+            """(type) => {
             app.graph.nodes.find((n) => n.type === type).widgets.find((w) => w.name === 'depth_picker').width = 120;
-        }""", SLICE)
+        }""",
+            SLICE,
+        )
         picker.drag(0.5, 0.6)
         picker.page.evaluate("() => new Promise((done) => setTimeout(done, 500))")
         picker.editor.picture(f"picker_panel_{picker.editor.mode}")
@@ -325,10 +356,14 @@ def test_run_then_reload_keeps_the_views(picker):
     picker.page.keyboard.up("Shift")
     picker.wait_value(0.3, 0.8)
     picker.editor.queue()
-    used = picker.page.evaluate("() => app.graph.nodes.find((n) => n.type === 'Strata_SliceByDepth').properties.strata_slice.thresholds")
+    used = picker.page.evaluate(
+        "() => app.graph.nodes.find((n) => n.type === 'Strata_SliceByDepth').properties.strata_slice.thresholds"
+    )
     assert used == pytest.approx([0.3, float(picker.value().split(", ")[1])])
     # flattened picture and three layers
-    picker.page.wait_for_function("() => app.nodeOutputs[app.graph.nodes.find((n) => n.type === 'Strata_PreviewLayers').id]?.images.length === 4")
+    picker.page.wait_for_function(
+        "() => app.nodeOutputs[app.graph.nodes.find((n) => n.type === 'Strata_PreviewLayers').id]?.images.length === 4"
+    )
     saved = picker.page.evaluate("() => app.graph.serialize()")
     picker.editor.open()
     picker.editor.load(saved)
@@ -393,10 +428,13 @@ def test_it_resizes_and_leaves_with_its_node(picker):
     picker.page.mouse.move(x + 100, y + 10, steps=4)
     picker.page.mouse.move(x + 196, y + 16, steps=4)
     picker.page.mouse.up()
-    picker.page.wait_for_function("""(width) => {
+    picker.page.wait_for_function(
+        """(width) => {
         const host = document.querySelector('.strata-depth-picker'), canvas = host.shadowRoot.querySelector('.front canvas');
         return Math.abs(host.clientWidth - width - 200) < 10 && Math.abs(canvas.width - canvas.clientWidth * devicePixelRatio) <= 1;
-    }""", arg=width)
+    }""",
+        arg=width,
+    )
     picker.editor.picture(f"picker_wide_{picker.editor.mode}")
     picker.page.evaluate("() => app.graph.remove(app.graph.nodes.find((n) => n.type === 'Strata_SliceByDepth'))")
     picker.root.wait_for(state="detached")
@@ -442,7 +480,9 @@ def test_top_view_counts_every_pixel_once(calculate):
     depth[0, 0], depth[1, 0] = 0, 1
     picture = np.concatenate([rng.integers(0, 256, (12, 5, 3)), np.full((12, 5, 1), 255)], -1)
     rows = 8
-    seen = np.asarray(calculate("topView", picture.reshape(-1).tolist(), {"floats": depth.reshape(-1).tolist()}, 5, rows)).reshape(rows, 5, 4)
+    seen = np.asarray(
+        calculate("topView", picture.reshape(-1).tolist(), {"floats": depth.reshape(-1).tolist()}, 5, rows)
+    ).reshape(rows, 5, 4)
     for column in range(5):
         for row in range(rows):
             near = (rows - 1 - row) / rows
@@ -459,7 +499,9 @@ def test_threshold_behind_equals_python(calculate):
     for _ in range(25):
         height, width = rng.integers(4, 40, 2)
         levels = np.sort(rng.random(rng.integers(2, 6)))
-        depth = np.clip(levels[rng.integers(0, len(levels), (height, width))] + rng.normal(0, 0.01, (height, width)), 0, 1).astype(np.float32)
+        depth = np.clip(
+            levels[rng.integers(0, len(levels), (height, width))] + rng.normal(0, 0.01, (height, width)), 0, 1
+        ).astype(np.float32)
         x, y = rng.random(2)
         ours = calculate("thresholdBehind", {"floats": depth.reshape(-1).tolist()}, int(width), int(height), x, y)
         assert ours == pytest.approx(technique.threshold_behind(torch.from_numpy(depth), x, y), abs=0.01)

@@ -1,4 +1,5 @@
 """Every bundled workflow in the real frontend: opens whole, means the same to the frontend and to our runner, and runs."""
+
 import itertools
 import json
 from pathlib import Path
@@ -13,8 +14,15 @@ TITLE = 30  # height of a node's title, which is above its position
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_nodes_do_not_overlap(path):
-    boxes = [(node["pos"][0], node["pos"][1] - TITLE, *(a + b for a, b in zip(node["pos"], node["size"], strict=True)), node["id"])
-             for node in json.loads(path.read_text())["nodes"]]
+    boxes = [
+        (
+            node["pos"][0],
+            node["pos"][1] - TITLE,
+            *(a + b for a, b in zip(node["pos"], node["size"], strict=True)),
+            node["id"],
+        )
+        for node in json.loads(path.read_text())["nodes"]
+    ]
     for left, right in itertools.combinations(boxes, 2):
         apart = left[2] <= right[0] or right[2] <= left[0] or left[3] <= right[1] or right[3] <= left[1]
         assert apart, f"nodes {left[4]} and {right[4]} overlap"
@@ -24,22 +32,41 @@ def test_nodes_do_not_overlap(path):
 def test_model_files_are_named_with_their_place_for_people_and_for_the_frontend(path):
     nodes = json.loads(path.read_text())["nodes"]
     notes = " ".join(node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote")
-    known = {file["name"]: file["url"] for file in json.loads((PACK / "models_config" / "transparency.json").read_text())["files"]}
+    known = {
+        file["name"]: file["url"]
+        for file in json.loads((PACK / "models_config" / "transparency.json").read_text())["files"]
+    }
     for node in nodes:
         hints = node["properties"].get("models", [])
-        files = [value for value in node.get("widgets_values", []) if str(value).endswith(MODELS) and not value.startswith("strata_")]
+        files = [
+            value
+            for value in node.get("widgets_values", [])
+            if str(value).endswith(MODELS) and not value.startswith("strata_")
+        ]
         assert [hint["name"] for hint in hints] == files
         for hint in hints:
-            assert hint["directory"] == {"CheckpointLoaderSimple": "checkpoints", "Strata_LoadTransparency": "layer_model"}[node["type"]]
-            assert hint["url"] == known.get(hint["name"], hint["url"]) and hint["url"].endswith("/resolve/main/" + hint["name"])
+            assert (
+                hint["directory"]
+                == {"CheckpointLoaderSimple": "checkpoints", "Strata_LoadTransparency": "layer_model"}[node["type"]]
+            )
+            assert hint["url"] == known.get(hint["name"], hint["url"]) and hint["url"].endswith(
+                "/resolve/main/" + hint["name"]
+            )
             assert f"[{hint['name']}]({hint['url']}) → `models/{hint['directory']}`" in notes
 
 
 def without_file(prompt: dict, comfy) -> set[str]:
     """Types of the nodes that name a model file which this ComfyUI does not have."""
-    there = {name for folder in ("checkpoints", "diffusion_models", "layer_model") for name in comfy.get(f"/models/{folder}").json()}
-    return {node["class_type"] for node in prompt.values()
-            if any(str(value).endswith(MODELS) and value not in there for value in node["inputs"].values())}
+    there = {
+        name
+        for folder in ("checkpoints", "diffusion_models", "layer_model")
+        for name in comfy.get(f"/models/{folder}").json()
+    }
+    return {
+        node["class_type"]
+        for node in prompt.values()
+        if any(str(value).endswith(MODELS) and value not in there for value in node["inputs"].values())
+    }
 
 
 @pytest.fixture(params=WORKFLOWS, ids=lambda path: path.stem)
@@ -78,9 +105,12 @@ def test_opens_and_runs(editor, workflow, comfy):
         return
     editor.queue()
     kinds = ("Strata_PreviewLayers", "Strata_SaveLayers", "SaveImage")
-    page.wait_for_function("""(kinds) => app.graph.nodes.filter((n) => kinds.includes(n.type))
+    page.wait_for_function(
+        """(kinds) => app.graph.nodes.filter((n) => kinds.includes(n.type))
         .every((n) => n.imgs?.length && n.imgs.every((i) => i.naturalWidth))
-        || [...document.querySelectorAll('[data-node-id] img')].length >= app.graph.nodes.filter((n) => kinds.includes(n.type)).length""", arg=kinds)
+        || [...document.querySelectorAll('[data-node-id] img')].length >= app.graph.nodes.filter((n) => kinds.includes(n.type)).length""",
+        arg=kinds,
+    )
     editor.fit()
     page.wait_for_function("() => app.canvas.ds.scale < 1")
     editor.picture(f"{workflow.stem}_{editor.mode}")
@@ -109,8 +139,11 @@ def test_the_slicing_workflow_from_start_to_layers(editor, comfy):
     layers = next(output["images"] for output in entry["outputs"].values() if len(output.get("images", [])) > 1)
     assert len(layers) == 1 + 4, "the flattened picture and four layers"
     # Nodes 2.0 of the floor frontend shows a batch one picture at a time
-    editor.page.wait_for_function("""(name) => [...document.images, ...app.graph.nodes.flatMap((n) => n.imgs ?? [])]
-        .some((image) => image.src.includes(name) && image.naturalWidth)""", arg=layers[0]["filename"])
+    editor.page.wait_for_function(
+        """(name) => [...document.images, ...app.graph.nodes.flatMap((n) => n.imgs ?? [])]
+        .some((image) => image.src.includes(name) && image.naturalWidth)""",
+        arg=layers[0]["filename"],
+    )
     editor.picture(f"slicing_{editor.mode}")
     assert any(file["filename"].endswith(".psd") for file in comfy.files(entry))
     assert editor.errors == []
@@ -124,5 +157,12 @@ def test_graphs_of_the_first_version_open_with_the_new_inputs_at_their_defaults(
     prompt, saved = editor.prompt(), json.loads((old / "api" / f"{name}.json").read_text(encoding="utf-8"))
     for node_id, node in saved.items():
         assert {key: prompt[node_id]["inputs"][key] for key in node["inputs"]} == node["inputs"]
-    new = {key: value for node_id, node in prompt.items() for key, value in node["inputs"].items() if key not in saved[node_id]["inputs"]}
-    assert new == ({"groups": "leaves"} if name == "layers_roundtrip" else {"range": "each image", "range_low": 0, "range_high": 1})
+    new = {
+        key: value
+        for node_id, node in prompt.items()
+        for key, value in node["inputs"].items()
+        if key not in saved[node_id]["inputs"]
+    }
+    assert new == (
+        {"groups": "leaves"} if name == "layers_roundtrip" else {"range": "each image", "range_low": 0, "range_high": 1}
+    )

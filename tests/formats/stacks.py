@@ -1,4 +1,5 @@
 """Stacks of layers for the tests of every format: 8-bit colours, the ones under alpha 0 included."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -20,12 +21,15 @@ def example() -> LayerStack:
     """Opaque back, a masked layer that begins outside the canvas, a hidden one that ends outside, one over transparent black."""
     soft = pixels(4, 9, 20, 4)
     soft[:4, :, 3] = 0
-    return LayerStack((40, 30), (
-        Layer(pixels(1, 30, 40, 3), "Back"),
-        Layer(pixels(2, 10, 12, 4), "ünï 漢 😀", pixels(3, 10, 12), -3, -2, opacity=0.5, blend_mode="multiply"),
-        Layer(soft, "a/b\\c:<d>&\"e\"", None, 30, 25, visible=False, blend_mode="luminosity"),
-        Layer(pixels(5, 1, 1, 4), "dot", None, 39, 29, opacity=0.25),
-    ))
+    return LayerStack(
+        (40, 30),
+        (
+            Layer(pixels(1, 30, 40, 3), "Back"),
+            Layer(pixels(2, 10, 12, 4), "ünï 漢 😀", pixels(3, 10, 12), -3, -2, opacity=0.5, blend_mode="multiply"),
+            Layer(soft, 'a/b\\c:<d>&"e"', None, 30, 25, visible=False, blend_mode="luminosity"),
+            Layer(pixels(5, 1, 1, 4), "dot", None, 39, 29, opacity=0.25),
+        ),
+    )
 
 
 def layers(modes: tuple[str, ...]):
@@ -33,8 +37,17 @@ def layers(modes: tuple[str, ...]):
     text = st.text(st.characters(exclude_categories=("Cs", "Cc", "Cn")), min_size=1, max_size=300)
     return st.builds(
         lambda seed, width, height, channels, **fields: Layer(pixels(seed, height, width, channels), **fields),
-        st.integers(0, 999), st.integers(1, 9), st.integers(1, 9), st.sampled_from((3, 4)), name=text, x=st.integers(-20000, 20000),
-        y=st.integers(-20000, 20000), opacity=st.floats(0, 1), blend_mode=st.sampled_from(modes), visible=st.booleans())
+        st.integers(0, 999),
+        st.integers(1, 9),
+        st.integers(1, 9),
+        st.sampled_from((3, 4)),
+        name=text,
+        x=st.integers(-20000, 20000),
+        y=st.integers(-20000, 20000),
+        opacity=st.floats(0, 1),
+        blend_mode=st.sampled_from(modes),
+        visible=st.booleans(),
+    )
 
 
 def linear_srgb():
@@ -42,11 +55,13 @@ def linear_srgb():
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     place = profile.find(b"para")
     while place >= 0:
-        profile[place + 8:place + 10], profile[place + 12:place + 16] = b"\0\0", b"\0\1\0\0"
+        profile[place + 8 : place + 10], profile[place + 12 : place + 16] = b"\0\0", b"\0\1\0\0"
         place = profile.find(b"para", place + 4)
     return bytes(profile)
 
 
 def srgb_of(value):
     """An 8-bit value of linear light, by IEC 61966-2-1."""
-    return round(255 * (12.92 * value / 255 if value / 255 <= 0.0031308 else 1.055 * (value / 255) ** (1 / 2.4) - 0.055))
+    return round(
+        255 * (12.92 * value / 255 if value / 255 <= 0.0031308 else 1.055 * (value / 255) ** (1 / 2.4) - 0.055)
+    )

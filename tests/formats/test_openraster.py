@@ -72,18 +72,32 @@ def test_a_plain_zip_reader_finds_what_the_format_demands(tmp_path):
     stack = example()
     with zipfile.ZipFile(save(tmp_path, stack)) as found:
         first = found.infolist()[0]
-        assert (first.filename, first.compress_type, found.read(first)) == ("mimetype", zipfile.ZIP_STORED, b"image/openraster")
+        assert (first.filename, first.compress_type, found.read(first)) == (
+            "mimetype",
+            zipfile.ZIP_STORED,
+            b"image/openraster",
+        )
         root = ElementTree.fromstring(found.read("stack.xml"))
         assert (root.get("w"), root.get("h")) == ("40", "30")
         elements = root.findall("stack/layer")
-        assert [element.get("name") for element in elements] == [layer.name for layer in reversed(stack.layers)]  # topmost first
-        assert [element.get("composite-op") for element in elements] == ["svg:src-over", "svg:luminosity", "svg:multiply", "svg:src-over"]
+        assert [element.get("name") for element in elements] == [
+            layer.name for layer in reversed(stack.layers)
+        ]  # topmost first
+        assert [element.get("composite-op") for element in elements] == [
+            "svg:src-over",
+            "svg:luminosity",
+            "svg:multiply",
+            "svg:src-over",
+        ]
         assert [element.get("visibility") for element in elements] == ["visible", "hidden", "visible", "visible"]
         assert (elements[2].get("x"), elements[2].get("y"), elements[2].get("opacity")) == ("-3", "-2", "0.5")
         for element, layer in zip(elements, reversed(stack.layers), strict=True):
             with Image.open(found.open(element.get("src"))) as image:
                 assert np.array_equal(np.array(image), eight_bit(layer.image if layer.mask is None else layer.rgba()))
-        with Image.open(found.open("mergedimage.png")) as merged, Image.open(found.open("Thumbnails/thumbnail.png")) as thumbnail:
+        with (
+            Image.open(found.open("mergedimage.png")) as merged,
+            Image.open(found.open("Thumbnails/thumbnail.png")) as thumbnail,
+        ):
             assert np.array_equal(np.array(merged), eight_bit(picture(stack)))
             assert merged.format == thumbnail.format == "PNG" and max(thumbnail.size) <= 256
 
@@ -102,8 +116,10 @@ def test_blend_mode_that_openraster_lacks(tmp_path, mode):
 
 
 def test_groups_become_their_leaves(tmp_path):
-    nested = ('<layer name="top" src="data/one.png" opacity="0.5"/><stack name="g" opacity="0.5" visibility="hidden">'
-              '<stack opacity="0.5"><layer name="deep" src="data/one.png" opacity="0.5" x="-2"/></stack></stack>')
+    nested = (
+        '<layer name="top" src="data/one.png" opacity="0.5"/><stack name="g" opacity="0.5" visibility="hidden">'
+        '<stack opacity="0.5"><layer name="deep" src="data/one.png" opacity="0.5" x="-2"/></stack></stack>'
+    )
     deep, top = files.load(archive(tmp_path, STACK.format(nested))).layers
     assert (deep.name, deep.opacity, deep.visible, deep.x) == ("deep", 0.125, False, -2)
     assert (top.name, top.opacity, top.visible) == ("top", 0.5, True)
@@ -111,7 +127,9 @@ def test_groups_become_their_leaves(tmp_path):
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "P", "1"])
 def test_other_kinds_of_png(tmp_path, mode):
-    layer = files.load(archive(tmp_path, **{"data/one.png": png(mode=mode, colour=1 if mode in "LP1" else None)})).layers[0]
+    layer = files.load(
+        archive(tmp_path, **{"data/one.png": png(mode=mode, colour=1 if mode in "LP1" else None)})
+    ).layers[0]
     assert layer.image.shape[:2] == (3, 4) and layer.image.shape[2] in (3, 4)
 
 
@@ -131,22 +149,35 @@ REFUSED = {
     "zip bomb": (bomb, "layer 'one' would unpack to 67 MB for 4×3 pixels"),
     "xml bomb": (lambda f: archive(f, " " * 2**23), "stack.xml would unpack to 8 MB"),
     "entities": (lambda f: archive(f, ENTITIES + STACK.format(LAYER.format('x="&c;"'))), "declares a DOCTYPE"),
-    "entities in UTF-16": (lambda f: archive(f, ('<?xml version="1.0" encoding="UTF-16"?>' + ENTITIES + ONE).encode("utf-16")), "declares a DOCTYPE"),
+    "entities in UTF-16": (
+        lambda f: archive(f, ('<?xml version="1.0" encoding="UTF-16"?>' + ENTITIES + ONE).encode("utf-16")),
+        "declares a DOCTYPE",
+    ),
     "broken xml": (lambda f: archive(f, "<image"), "stack.xml cannot be read"),
     "no stack.xml": (lambda f: archive(f, None), "has no stack.xml"),
     "no layers": (lambda f: archive(f, STACK.format("")), "has 0 layers with pixels"),
     "51 layers": (lambda f: archive(f, STACK.format(LAYER.format("") * 51)), "has 51 layers with pixels"),
-    "canvas": (lambda f: archive(f, STACK.replace('w="4"', 'w="99999"').format(LAYER.format(""))), "the canvas is 99999×3; sides must be"),
+    "canvas": (
+        lambda f: archive(f, STACK.replace('w="4"', 'w="99999"').format(LAYER.format(""))),
+        "the canvas is 99999×3; sides must be",
+    ),
     "canvas missing": (lambda f: archive(f, "<image><stack/></image>"), "the canvas is 0×0; sides must be"),
-    "traversal": (lambda f: archive(f, STACK.format('<layer name="one" src="../../etc/a.png"/>'), **{"../../etc/a.png": png()}),
-                  "points outside the file"),
+    "traversal": (
+        lambda f: archive(f, STACK.format('<layer name="one" src="../../etc/a.png"/>'), **{"../../etc/a.png": png()}),
+        "points outside the file",
+    ),
     "absolute": (lambda f: archive(f, STACK.format('<layer name="one" src="/etc/a.png"/>')), "points outside the file"),
-    "missing layer": (lambda f: archive(f, STACK.format('<layer name="one" src="data/two.png"/>')), "names 'data/two.png', which is not in the file"),
+    "missing layer": (
+        lambda f: archive(f, STACK.format('<layer name="one" src="data/two.png"/>')),
+        "names 'data/two.png', which is not in the file",
+    ),
     "not a png": (lambda f: archive(f, **{"data/one.png": b"GIF89a" * 9}), "layer 'one' is not a PNG"),
     "cut png": (lambda f: archive(f, **{"data/one.png": png()[:-30]}), "the PNG of layer 'one' cannot be read"),
     "huge png": (lambda f: archive(f, **claims(b"\x00\x10\x00\x00")), "layer 'one' is 1048576×1048576; sides must be"),
-    "too much in all": (lambda f: archive(f, STACK.format(LAYER.format("") * 9), **claims(b"\x00\x00\x20\x00")),
-                        "has 604 million pixels in its layers"),
+    "too much in all": (
+        lambda f: archive(f, STACK.format(LAYER.format("") * 9), **claims(b"\x00\x00\x20\x00")),
+        "has 604 million pixels in its layers",
+    ),
     "number": (lambda f: archive(f, STACK.format(LAYER.format('x="nan"'))), "has 'nan' as the x of 'one'"),
     "word": (lambda f: archive(f, STACK.format(LAYER.format('opacity="half"'))), "has 'half' as the opacity of 'one'"),
 }
@@ -164,22 +195,33 @@ def test_bad_files_are_refused_with_one_sentence(tmp_path, case):
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.99])
 def test_truncated(tmp_path, share):
     path = save(tmp_path, example())
-    path.write_bytes(path.read_bytes()[:int(path.stat().st_size * share)])
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     with pytest.raises(ValueError, match=r"^stack\.ora is not an OpenRaster file, or is damaged"):
         files.load(path)
 
 
-@pytest.mark.parametrize(("mode", "colour"), [("1", 1), ("L", 200), ("LA", (200, 90)), ("P", 7), ("RGB", (1, 2, 3)), ("RGBA", (1, 2, 3, 4)), ("I;16", 51400)])
+@pytest.mark.parametrize(
+    ("mode", "colour"),
+    [("1", 1), ("L", 200), ("LA", (200, 90)), ("P", 7), ("RGB", (1, 2, 3)), ("RGBA", (1, 2, 3, 4)), ("I;16", 51400)],
+)
 def test_layers_of_every_kind_of_png_are_read(tmp_path, mode, colour):
     """16-bit gray is scaled; Pillow's conversion would clip it to white."""
-    layer, = files.load(archive(tmp_path, **{"data/one.png": png(mode=mode, colour=colour)})).layers
-    reference = Image.new("L", (4, 3), 200).convert("RGBA") if mode == "I;16" else Image.new(mode, (4, 3), colour).convert("RGBA")
+    (layer,) = files.load(archive(tmp_path, **{"data/one.png": png(mode=mode, colour=colour)})).layers
+    reference = (
+        Image.new("L", (4, 3), 200).convert("RGBA")
+        if mode == "I;16"
+        else Image.new(mode, (4, 3), colour).convert("RGBA")
+    )
     assert np.array_equal(eight_bit(layer.rgba()), np.array(reference))
 
 
 def test_pictures_of_more_than_8_bits_are_scaled():
     values = np.array([[0.0, 0.25], [0.5, 1.0]], np.float32)
-    for image in (Image.fromarray((values * 65535).astype(np.uint16)), Image.fromarray((values * 65535).astype(np.int32)), Image.fromarray(values)):
+    for image in (
+        Image.fromarray((values * 65535).astype(np.uint16)),
+        Image.fromarray((values * 65535).astype(np.int32)),
+        Image.fromarray(values),
+    ):
         assert np.abs(eight_bits(image)[..., 0].astype(int) - values * 255).max() <= 1, image.mode
 
 
@@ -197,10 +239,10 @@ def test_turned_flipped_and_resized_layers_are_drawn_in_their_place(tmp_path):
     first, second = openraster.read(save(tmp_path, LayerStack((40, 30), (turned, large)))).layers
     expected = np.rot90(eight_bit(image)[:, ::-1], -1)
     top, left = 5 + 2 - 3 - first.y, 10 + 3 - 2 - first.x
-    found = eight_bit(first.image)[top:top + 6, left:left + 4]
+    found = eight_bit(first.image)[top : top + 6, left : left + 4]
     assert np.abs((found - expected)[expected[..., 3] > 8]).max() <= 8
     assert second.image.shape[:2] == (8, 8) or second.image.shape[0] < 12
-    inside = eight_bit(second.image)[2 - second.y:10 - second.y, 3 - second.x:11 - second.x]
+    inside = eight_bit(second.image)[2 - second.y : 10 - second.y, 3 - second.x : 11 - second.x]
     assert np.abs(inside[1, 1] - eight_bit(large.image)[2, 2]).max() <= 1
 
 
@@ -252,26 +294,38 @@ def test_operators_that_cut_become_masks(tmp_path):
         body = half(red) if operator == "src-atop" else flat(red)
         xml = f"<stack name='g'><layer src='top.png' name='top' composite-op='svg:{operator}'/><layer src='body.png' name='body'/></stack>{ground}"
         notes = []
-        found = eight_bit(picture(files.load(ora(tmp_path / f"{operator}.ora", xml, ground=flat(blue), body=body, top=top), notes=notes)))
+        found = eight_bit(
+            picture(
+                files.load(ora(tmp_path / f"{operator}.ora", xml, ground=flat(blue), body=body, top=top), notes=notes)
+            )
+        )
         assert found[2, 1].tolist() == list(left) and found[2, 6].tolist() == list(right), operator
         assert not notes
 
 
 def test_what_layers_cannot_hold_is_noted(tmp_path):
-    xml = ("<layer src='a.png' name='odd' composite-op='krita:freeze'/><layer src='b.svg' name='vector'/>"
-           "<stack name='veil' opacity='0.5'><layer src='a.png' name='one'/><layer src='a.png' name='two'/></stack><layer src='a.png' name='ground'/>")
+    xml = (
+        "<layer src='a.png' name='odd' composite-op='krita:freeze'/><layer src='b.svg' name='vector'/>"
+        "<stack name='veil' opacity='0.5'><layer src='a.png' name='one'/><layer src='a.png' name='two'/></stack><layer src='a.png' name='ground'/>"
+    )
     notes = []
     stack = files.load(ora(tmp_path / "odd.ora", xml, a=flat((200, 10, 30, 255))), notes=notes)
     assert [layer.name for layer in stack.layers] == ["ground", "veil", "odd"] and stack.layers[1].opacity == 0.5
-    assert sorted(notes) == ["'odd' has the blend mode krita:freeze, which ComfyUI's layers do not have; it is read as normal.",
-                             "Group 'veil' is one layer now, because its opacity or mask acts on all its layers together.",
-                             "layer 'vector' has no PNG pixels and is left out."]
+    assert sorted(notes) == [
+        "'odd' has the blend mode krita:freeze, which ComfyUI's layers do not have; it is read as normal.",
+        "Group 'veil' is one layer now, because its opacity or mask acts on all its layers together.",
+        "layer 'vector' has no PNG pixels and is left out.",
+    ]
 
 
 def test_a_groups_opacity_and_isolation_show_what_the_formula_gives(tmp_path):
-    xml = ("<stack name='g' opacity='0.5'><layer src='top.png' name='top'/><layer src='low.png' name='low'/></stack>"
-           "<layer src='ground.png' name='ground'/>")
-    path = ora(tmp_path / "g.ora", xml, ground=flat((0, 0, 0, 255)), low=flat((255, 0, 0, 255)), top=half((0, 0, 255, 255)))
+    xml = (
+        "<stack name='g' opacity='0.5'><layer src='top.png' name='top'/><layer src='low.png' name='low'/></stack>"
+        "<layer src='ground.png' name='ground'/>"
+    )
+    path = ora(
+        tmp_path / "g.ora", xml, ground=flat((0, 0, 0, 255)), low=flat((255, 0, 0, 255)), top=half((0, 0, 255, 255))
+    )
     for groups in GROUPS:
         found = eight_bit(picture(files.load(path, groups)))
         assert found[2, 1].tolist() == [0, 0, 128, 255] and found[2, 6].tolist() == [128, 0, 0, 255]
@@ -280,33 +334,66 @@ def test_a_groups_opacity_and_isolation_show_what_the_formula_gives(tmp_path):
 def test_a_layers_colour_profile_is_applied(tmp_path):
     """One whose red and blue primaries are swapped swaps them; a broken one is left alone with a note; sRGB's own changes nothing."""
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    swapped = srgb.replace(b"rXYZ", b"tXYZ").replace(b"bXYZ", b"rXYZ").replace(b"tXYZ", b"bXYZ").replace(b"\0s\0R\0G\0B", b"\0x\0R\0G\0B")
+    swapped = (
+        srgb.replace(b"rXYZ", b"tXYZ")
+        .replace(b"bXYZ", b"rXYZ")
+        .replace(b"tXYZ", b"bXYZ")
+        .replace(b"\0s\0R\0G\0B", b"\0x\0R\0G\0B")
+    )
     images = {}
     for name, profile in (("srgb", srgb), ("broken", b"no profile at all"), ("swapped", swapped)):
         images[name] = flat((200, 100, 50, 128))
         images[name].info["icc_profile"] = profile
     notes = []
     xml = "".join(f"<layer src='{name}.png' name='{name}'/>" for name in images)
-    found = {layer.name: eight_bit(layer.image)[0, 0].tolist() for layer in files.load(ora(tmp_path / "icc.ora", xml, **images), notes=notes).layers}
+    found = {
+        layer.name: eight_bit(layer.image)[0, 0].tolist()
+        for layer in files.load(ora(tmp_path / "icc.ora", xml, **images), notes=notes).layers
+    }
     assert found["srgb"] == found["broken"] == [200, 100, 50, 128]
     assert np.abs(np.array(found["swapped"]) - [50, 100, 200, 128]).max() <= 2
     assert notes == ["The colour profile of layer 'broken' cannot be used; its colours are taken as sRGB."]
 
 
-@pytest.mark.parametrize(("mode", "value", "expected"), [("L", 77, (77, 77, 77, 255)), ("LA", (77, 128), (77, 77, 77, 128)), ("1", 1, (255, 255, 255, 255)),
-                                                         ("I;16", 25700, (100, 100, 100, 255)), ("P", 3, (9, 80, 170, 255)),
-                                                         ("RGB", (1, 2, 3), (1, 2, 3, 255))])
+@pytest.mark.parametrize(
+    ("mode", "value", "expected"),
+    [
+        ("L", 77, (77, 77, 77, 255)),
+        ("LA", (77, 128), (77, 77, 77, 128)),
+        ("1", 1, (255, 255, 255, 255)),
+        ("I;16", 25700, (100, 100, 100, 255)),
+        ("P", 3, (9, 80, 170, 255)),
+        ("RGB", (1, 2, 3), (1, 2, 3, 255)),
+    ],
+)
 def test_pictures_of_every_mode(tmp_path, mode, value, expected):
     image = Image.new(mode, (8, 6), value)
     if mode == "P":
         image.putpalette([0, 0, 0] * 3 + [9, 80, 170])
-    (layer,) = files.load(ora(tmp_path / "mode.ora", "<layer src='a.png' name='a' x='1.4' y='-1.6' opacity='1.5'/>", a=image)).layers
-    assert eight_bit(layer.rgba())[3, 3].tolist() == list(expected) and (layer.x, layer.y, layer.opacity) == (1, -2, 1.0)
+    (layer,) = files.load(
+        ora(tmp_path / "mode.ora", "<layer src='a.png' name='a' x='1.4' y='-1.6' opacity='1.5'/>", a=image)
+    ).layers
+    assert eight_bit(layer.rgba())[3, 3].tolist() == list(expected) and (layer.x, layer.y, layer.opacity) == (
+        1,
+        -2,
+        1.0,
+    )
 
 
 # Porter and Duff: what is shown where the layer and what is below it both lie, where the layer lies alone, and where the other does.
-SHOWN = {"src-atop": "s-b", "src-in": "s--", "src-out": "-s-", "dst-atop": "bs-", "dst-in": "b--", "dst-out": "--b", "dst-over": "bsb", "xor": "-sb",
-         "src": "ss-", "dst": "b-b", "clear": "---"}
+SHOWN = {
+    "src-atop": "s-b",
+    "src-in": "s--",
+    "src-out": "-s-",
+    "dst-atop": "bs-",
+    "dst-in": "b--",
+    "dst-out": "--b",
+    "dst-over": "bsb",
+    "xor": "-sb",
+    "src": "ss-",
+    "dst": "b-b",
+    "clear": "---",
+}
 
 
 def by_areas(operator, source, below):
@@ -326,7 +413,10 @@ def test_operators_on_half_transparent_layers_are_exact(tmp_path, operator, grou
     """A layer, or a group of two, of 60 % over two overlapping layers; a hidden one stays as it is."""
     assert {f"svg:{name}" for name in SHOWN} == set(openraster.OPERATORS)
     random = np.random.default_rng(5)
-    images = {name: Image.fromarray(random.integers(0, 256, (6, 8, 4), np.uint8)) for name in ("top", "low", "ground", "hidden")}
+    images = {
+        name: Image.fromarray(random.integers(0, 256, (6, 8, 4), np.uint8))
+        for name in ("top", "low", "ground", "hidden")
+    }
     top = f"<layer src='top.png' name='top' composite-op='svg:{operator}' opacity='0.6'/>"
     if grouped_layer:
         top = f"<stack name='top' composite-op='svg:{operator}' opacity='0.6'><layer src='top.png'/><layer src='low.png'/></stack>"
@@ -358,17 +448,30 @@ def test_an_operator_with_nothing_below_it(tmp_path):
 
 
 def test_values_that_layers_cannot_hold_are_told(tmp_path):
-    xml = "<layer src='a.png' name='a' x='1.4' y='-1.6' opacity='1.5'/><layer src='a.png' name='b' x='1.0' opacity='-2'/>"
+    xml = (
+        "<layer src='a.png' name='a' x='1.4' y='-1.6' opacity='1.5'/><layer src='a.png' name='b' x='1.0' opacity='-2'/>"
+    )
     notes = []
     back, front = files.load(ora(tmp_path / "values.ora", xml, a=flat((1, 2, 3, 255))), notes=notes).layers
     assert (front.x, front.y, front.opacity, back.x, back.y, back.opacity) == (1, -2, 1, 1, 0, 0)
-    assert sorted(notes) == ["'a' has the opacity 1.5, which is read as 1.", "'b' has the opacity -2, which is read as 0.",
-                             "Layer 'a' lies between pixels and is moved to whole ones."]
+    assert sorted(notes) == [
+        "'a' has the opacity 1.5, which is read as 1.",
+        "'b' has the opacity -2, which is read as 0.",
+        "Layer 'a' lies between pixels and is moved to whole ones.",
+    ]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "I;16", "1"])
 def test_a_profile_is_applied_or_told_whatever_the_picture_is(tmp_path, mode):
-    colour = {"RGB": (200, 100, 20), "RGBA": (200, 100, 20, 128), "P": 1, "L": 100, "LA": (100, 128), "I;16": 25700, "1": 1}[mode]
+    colour = {
+        "RGB": (200, 100, 20),
+        "RGBA": (200, 100, 20, 128),
+        "P": 1,
+        "L": 100,
+        "LA": (100, 128),
+        "I;16": 25700,
+        "1": 1,
+    }[mode]
     image = Image.new(mode, (8, 6), colour)
     if mode == "P":
         image.putpalette([0, 0, 0, 200, 100, 20])
@@ -401,7 +504,10 @@ def test_pictures_of_every_mode_keep_their_rows_and_columns(tmp_path, mode):
 
 
 @pytest.mark.parametrize("module", [openraster, psd])
-@pytest.mark.parametrize("fields", [{"rotation": 0.6}, {"rotation": 2.5, "flip_h": True}, {"w": 29, "h": 9}, {"w": 5, "h": 7, "rotation": -1.1}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"rotation": 0.6}, {"rotation": 2.5, "flip_h": True}, {"w": 29, "h": 9}, {"w": 5, "h": 7, "rotation": -1.1}],
+)
 def test_a_turned_or_resized_layer_is_whole_after_saving(tmp_path, module, fields):
     """What lies outside the canvas too: the saved layer, moved to the middle of a larger canvas, shows what the layer itself shows there."""
     smooth = torch.nn.functional.interpolate(pixels(6, 1, 4, 3, 4), size=(17, 4)).movedim(1, 2)[0]
@@ -409,8 +515,11 @@ def test_a_turned_or_resized_layer_is_whole_after_saving(tmp_path, module, field
     path = tmp_path / "turned"
     with open(path, "wb") as file:
         module.write(file, LayerStack((12, 10), (layer,)), pixels(1, 10, 12, 3), {})
-    saved, = module.read(path).layers
-    shown = [picture(LayerStack((80, 80), (replace(one, x=one.x + 40, y=one.y + 40),))).numpy().astype(np.float64) for one in (layer, saved)]
+    (saved,) = module.read(path).layers
+    shown = [
+        picture(LayerStack((80, 80), (replace(one, x=one.x + 40, y=one.y + 40),))).numpy().astype(np.float64)
+        for one in (layer, saved)
+    ]
     for image in shown:
         image[..., :3] *= image[..., 3:]
     assert shown[0][..., 3].sum() > 10 and np.abs(shown[0] - shown[1]).max() <= 1 / 255
@@ -419,7 +528,10 @@ def test_a_turned_or_resized_layer_is_whole_after_saving(tmp_path, module, field
 def test_the_thumbnail_is_the_picture_made_small(tmp_path):
     y, x = np.mgrid[0:300, 0:500]
     image = torch.from_numpy(np.dstack([x / 499, y / 299, (x + y) / 798]).astype(np.float32))
-    with zipfile.ZipFile(save(tmp_path, LayerStack((500, 300), (Layer(image),)))) as found, Image.open(found.open("Thumbnails/thumbnail.png")) as small:
+    with (
+        zipfile.ZipFile(save(tmp_path, LayerStack((500, 300), (Layer(image),)))) as found,
+        Image.open(found.open("Thumbnails/thumbnail.png")) as small,
+    ):
         assert small.size == (256, 154)
         expected = Image.fromarray(eight_bit(image).astype(np.uint8)).resize(small.size, Image.Resampling.BOX)
         assert np.abs(np.array(small.convert("RGB"), int) - np.array(expected)).max() <= 4
@@ -427,15 +539,23 @@ def test_the_thumbnail_is_the_picture_made_small(tmp_path):
 
 def test_a_group_with_an_operator_in_it_is_isolated(tmp_path):
     """The blend mode beside the operator does not reach the ground: half green over plain red, and not over red times gray."""
-    xml = ("<stack name='g'><layer src='top.png' name='top' composite-op='svg:src-atop'/>"
-           "<layer src='body.png' name='body' composite-op='svg:multiply'/></stack>"
-           "<layer src='ground.png' name='ground'/>")
-    path = ora(tmp_path / "isolated.ora", xml, ground=flat((128, 128, 128, 255)), body=half((255, 0, 0, 255)), top=flat((0, 255, 0, 128)))
+    xml = (
+        "<stack name='g'><layer src='top.png' name='top' composite-op='svg:src-atop'/>"
+        "<layer src='body.png' name='body' composite-op='svg:multiply'/></stack>"
+        "<layer src='ground.png' name='ground'/>"
+    )
+    path = ora(
+        tmp_path / "isolated.ora",
+        xml,
+        ground=flat((128, 128, 128, 255)),
+        body=half((255, 0, 0, 255)),
+        top=flat((0, 255, 0, 128)),
+    )
     found = eight_bit(picture(files.load(path)))
     assert np.abs(found[2, 1] - [127, 128, 0, 255]).max() <= 1 and found[2, 6].tolist() == [128, 128, 128, 255]
 
 
 def test_a_stack_of_an_old_file_moves_its_layers(tmp_path):
-    inner = STACKED.format(LAYER.format("x=\"1\""))
+    inner = STACKED.format(LAYER.format('x="1"'))
     stack = f'<image version="0.0.1" w="4" h="3"><stack x="10" y="20">{inner}{LAYER.format("")}</stack></image>'
     assert [(layer.x, layer.y) for layer in openraster.read(archive(tmp_path, stack)).layers] == [(10, 20), (13, 21)]

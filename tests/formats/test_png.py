@@ -9,7 +9,7 @@ from strata.techniques.layers import Layer, LayerStack
 
 from .stacks import eight_bit, example, pixels
 
-METADATA = {"prompt": {"1": {"text": "a \"b\" 漢"}}, "workflow": {"nodes": [1, 2.5]}, "more": [1]}
+METADATA = {"prompt": {"1": {"text": 'a "b" 漢'}}, "workflow": {"nodes": [1, 2.5]}, "more": [1]}
 
 
 @pytest.mark.parametrize(("format", "kind"), [("PNG layers", "PNG"), ("WebP layers", "WEBP")])
@@ -25,7 +25,12 @@ def test_every_layer_is_a_picture_of_the_canvas(tmp_path, format, kind):
         with Image.open(path) as image:
             assert image.format == kind and image.mode in ("RGBA", "RGB")
             assert np.array_equal(np.array(image.convert("RGBA")), expected)
-        fields = {"name": layer.name, "opacity": layer.opacity, "blend_mode": layer.blend_mode, "visible": layer.visible}
+        fields = {
+            "name": layer.name,
+            "opacity": layer.opacity,
+            "blend_mode": layer.blend_mode,
+            "visible": layer.visible,
+        }
         assert png.read_metadata(path) == METADATA | {"strata": fields | {"z_index": index}}
     with Image.open(paths[-1]) as image:
         assert np.array_equal(np.array(image.convert("RGBA")), eight_bit(picture(stack)))
@@ -42,10 +47,22 @@ def test_metadata_lies_where_comfyui_looks_for_it(tmp_path):
         assert image.getexif()[0x010F] == "workflow:" + json.dumps(METADATA["workflow"])
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("sky", "sky"), ("../../etc/passwd", "etc-passwd"), ("a/b\\c:d*e?f\"g<h>i|j", "a-b-c-d-e-f-g-h-i-j"), ("", "layer"), ("...", "layer"),
-    ("two  words\n", "two-words"), ("漢" * 50, "漢" * 20), ("x" * 300, "x" * 60), ("nul\0", "nul"), ("100%", "100"), ("\ud800", "layer"),
-])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("sky", "sky"),
+        ("../../etc/passwd", "etc-passwd"),
+        ('a/b\\c:d*e?f"g<h>i|j', "a-b-c-d-e-f-g-h-i-j"),
+        ("", "layer"),
+        ("...", "layer"),
+        ("two  words\n", "two-words"),
+        ("漢" * 50, "漢" * 20),
+        ("x" * 300, "x" * 60),
+        ("nul\0", "nul"),
+        ("100%", "100"),
+        ("\ud800", "layer"),
+    ],
+)
 def test_file_names(name, expected):
     assert files.file_name(name) == expected
 
@@ -77,5 +94,7 @@ def test_a_file_that_is_there_stays(tmp_path, format):
     (first, *_) = files.save(tmp_path, "x_", example(), picture(example()), format, {})
     content = first.read_bytes()
     with pytest.raises(ValueError, match="is there already"):
-        files.save(tmp_path, "x_", LayerStack((1, 1), (Layer(pixels(1, 1, 1, 4), "Back"),)), pixels(2, 1, 1, 4), format, {})
+        files.save(
+            tmp_path, "x_", LayerStack((1, 1), (Layer(pixels(1, 1, 1, 4), "Back"),)), pixels(2, 1, 1, 4), format, {}
+        )
     assert first.read_bytes() == content

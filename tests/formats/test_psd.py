@@ -62,7 +62,7 @@ def test_opacity_in_hundredths_comes_back(tmp_path, hundredth):
 
 
 def test_metadata_is_read_back(tmp_path):
-    metadata = {"prompt": {"1": {"text": "<a> & \"b\" ]]> 漢 \n"}}, "workflow": {"nodes": [1, 2.5, None]}}
+    metadata = {"prompt": {"1": {"text": '<a> & "b" ]]> 漢 \n'}}, "workflow": {"nodes": [1, 2.5, None]}}
     assert psd.read_metadata(save(tmp_path, example(), metadata)) == metadata
 
 
@@ -74,11 +74,18 @@ def test_metadata_of_another_programs_file_is_empty(tmp_path):
 
 def test_pillow_reads_layers_and_flattened_picture(tmp_path):
     # Pillow takes layers of at most four channels, so none with a mask, and their old short names.
-    stack = LayerStack((40, 30), (Layer(pixels(1, 30, 40, 3), "Back"), Layer(pixels(2, 10, 12, 4), "front", None, 3, 5, opacity=0.5)))
+    stack = LayerStack(
+        (40, 30), (Layer(pixels(1, 30, 40, 3), "Back"), Layer(pixels(2, 10, 12, 4), "front", None, 3, 5, opacity=0.5))
+    )
     with Image.open(save(tmp_path, stack)) as image:
         assert np.array_equal(np.array(image), eight_bit(picture(stack))[..., :3])  # opaque, so no fourth channel
-        assert [layer[:3] for layer in image.layers] == [("Back", "RGB", (0, 0, 40, 30)), ("front", "RGBA", (3, 5, 15, 15))]
-        for number, layer in reversed(list(enumerate(stack.layers, 1))):  # Pillow begins with frame 1 being the flattened picture
+        assert [layer[:3] for layer in image.layers] == [
+            ("Back", "RGB", (0, 0, 40, 30)),
+            ("front", "RGBA", (3, 5, 15, 15)),
+        ]
+        for number, layer in reversed(
+            list(enumerate(stack.layers, 1))
+        ):  # Pillow begins with frame 1 being the flattened picture
             image.seek(number)
             assert np.array_equal(np.array(image.crop(image.layers[number - 1][2])), eight_bit(layer.image))
 
@@ -114,7 +121,11 @@ def test_blend_mode_that_psd_lacks(tmp_path, mode):
 
 def test_flipped_and_turned_layers_are_drawn(tmp_path):
     image = pixels(1, 3, 5, 4)
-    made = (Layer(image, x=2, y=1, flip_h=True, flip_v=True), Layer(image, x=-40, y=60, rotation=np.pi), Layer(image, w=10, h=6, x=1))
+    made = (
+        Layer(image, x=2, y=1, flip_h=True, flip_v=True),
+        Layer(image, x=-40, y=60, rotation=np.pi),
+        Layer(image, w=10, h=6, x=1),
+    )
     back = psd.read(save(tmp_path, LayerStack((20, 20), made))).layers
     turned = eight_bit(image)[::-1, ::-1]
     assert np.array_equal(eight_bit(back[0].image), turned) and (back[0].x, back[0].y) == (2, 1)
@@ -126,11 +137,15 @@ def grouped(mode="RGB"):
     """A document as paint programs make it, built with psd-tools' own API: group of 50 % with a mask, clipped layer, hidden group."""
     document = PSDImage.new(mode, (8, 6))
     document.create_pixel_layer(Image.new(mode, (8, 6), 10), name="base")
-    inner = document.create_pixel_layer(Image.fromarray(np.full((2, 4, 4), (200, 100, 50, 255), np.uint8)).convert(mode), name="inner", top=1, left=2)
+    inner = document.create_pixel_layer(
+        Image.fromarray(np.full((2, 4, 4), (200, 100, 50, 255), np.uint8)).convert(mode), name="inner", top=1, left=2
+    )
     inner.opacity = 128
     group = document.create_group([inner], name="group")
     group.opacity = 128
-    hidden = document.create_group([document.create_pixel_layer(Image.new(mode, (1, 1)), name="in hidden")], name="hidden group")
+    hidden = document.create_group(
+        [document.create_pixel_layer(Image.new(mode, (1, 1)), name="in hidden")], name="hidden group"
+    )
     hidden.visible = False
     clipped = document.create_pixel_layer(Image.new(mode, (6, 6), 90), name="clipped", left=4)
     clipped.clipping = True
@@ -143,7 +158,9 @@ def test_groups_become_their_leaves(tmp_path):
     base, inner, hidden, clipped = psd.read(path).layers
     assert [layer.name for layer in (base, inner, hidden, clipped)] == ["base", "inner", "in hidden", "clipped"]
     assert inner.opacity == pytest.approx((128 / 255) ** 2) and (inner.x, inner.y) == (2, 1)
-    assert [layer.visible for layer in (base, inner, hidden, clipped)] == [True, True, False, False], "clipped to a hidden group"
+    assert [layer.visible for layer in (base, inner, hidden, clipped)] == [True, True, False, False], (
+        "clipped to a hidden group"
+    )
 
 
 def test_group_mask_and_clipping_cut_the_layers(tmp_path):
@@ -151,7 +168,9 @@ def test_group_mask_and_clipping_cut_the_layers(tmp_path):
     document.create_pixel_layer(Image.new("RGBA", (3, 6), (9, 9, 9, 102)), name="base", left=1)
     clipped = document.create_pixel_layer(Image.new("RGB", (8, 6), 90), name="clipped")
     clipped.clipping = True
-    document.create_group([document.create_pixel_layer(Image.new("RGB", (4, 2), 50), name="inner", top=1, left=2)], name="group")
+    document.create_group(
+        [document.create_pixel_layer(Image.new("RGB", (4, 2), 50), name="inner", top=1, left=2)], name="group"
+    )
     path = tmp_path / "masks.psd"
     document.save(path)
     document = PSDImage.open(path)  # psd-tools cannot mask a group that it has just made
@@ -193,7 +212,7 @@ def test_document_without_layers_is_one_layer(tmp_path):
 def test_truncated(tmp_path, share):
     data = save(tmp_path, example()).read_bytes()
     path = tmp_path / "cut.psd"
-    path.write_bytes(data[:max(5, int(len(data) * share))])
+    path.write_bytes(data[: max(5, int(len(data) * share))])
     with pytest.raises(ValueError, match=r"^cut\.psd (is damaged|has damaged|is not a PSD)"):
         files.load(path)
 
@@ -255,8 +274,12 @@ def test_a_group_larger_than_any_layer_is_refused_by_name(tmp_path):
         files.load(tmp_path / "wide.psd", "one layer each")
 
 
-@pytest.mark.parametrize(("identifiers", "expected"), [(None, (255, 102, 102, 255)), ([5], (255, 102, 102, 255)), ([0], (255, 0, 0, 153))])
-def test_the_fourth_channel_of_a_flat_document_is_transparency_only_where_the_file_says_so(tmp_path, identifiers, expected):
+@pytest.mark.parametrize(
+    ("identifiers", "expected"), [(None, (255, 102, 102, 255)), ([5], (255, 102, 102, 255)), ([0], (255, 0, 0, 153))]
+)
+def test_the_fourth_channel_of_a_flat_document_is_transparency_only_where_the_file_says_so(
+    tmp_path, identifiers, expected
+):
     """Stored are the colour over white and 153 of 255: either that colour with a saved selection, or red with an opacity of 0.6."""
     document = PSDImage.new("RGB", (4, 4))
     record = document._record
@@ -321,10 +344,17 @@ FAULTS = host.PACK.parent / "shared" / "faults" / "files"
 
 
 @pytest.mark.skipif(not FAULTS.exists(), reason="the files are not here")
-@pytest.mark.parametrize(("name", "pixel", "note"), [
-    ("clip_half_base", None, "are one with it now"), ("clip_hidden_base", (0, 0, 0, 0), ""),
-    ("group_half_overlap", (0, 0, 255, 128), "Group 'g' is one layer now"),
-    ("icc_broken", None, "The colour profile cannot be read"), ("mask_density", None, ""), ("flat_saved_selection", None, "")])
+@pytest.mark.parametrize(
+    ("name", "pixel", "note"),
+    [
+        ("clip_half_base", None, "are one with it now"),
+        ("clip_hidden_base", (0, 0, 0, 0), ""),
+        ("group_half_overlap", (0, 0, 255, 128), "Group 'g' is one layer now"),
+        ("icc_broken", None, "The colour profile cannot be read"),
+        ("mask_density", None, ""),
+        ("flat_saved_selection", None, ""),
+    ],
+)
 def test_files_that_were_shown_wrong(name, pixel, note):
     notes = []
     found = eight_bit(picture(files.load(FAULTS / f"{name}.psd", notes=notes)))
@@ -344,8 +374,13 @@ def random_document(seed):
         height, width = random.integers(4, 11, 2)
         pixels = random.integers(0, 256, (height, width, 4), np.uint8)
         pixels[..., 3] = 255 if opaque or random.random() < 0.4 else pixels[..., 3]
-        layer = document.create_pixel_layer(Image.fromarray(pixels), name=f"l{random.integers(99)}", top=int(random.integers(0, 6)),
-                                            left=int(random.integers(0, 8)), opacity=int(random.choice([255, 255, 128, 60])))
+        layer = document.create_pixel_layer(
+            Image.fromarray(pixels),
+            name=f"l{random.integers(99)}",
+            top=int(random.integers(0, 6)),
+            left=int(random.integers(0, 8)),
+            opacity=int(random.choice([255, 255, 128, 60])),
+        )
         layer.visible = bool(random.random() < 0.85)
         if random.random() < 0.3:
             layer.blend_mode = BlendMode.MULTIPLY
@@ -390,7 +425,7 @@ def test_mask_density_and_feather(tmp_path):
     document[0].mask.data.flags.parameters_applied = True
     document.save(path)
     notes = []
-    layer, = files.load(path, notes=notes).layers
+    (layer,) = files.load(path, notes=notes).layers
     assert np.allclose(layer.rgba()[..., 3].numpy(), [[1 - 128 / 255, 1, 1 - 128 / 255, 1 - 128 / 255]] * 2, atol=1e-6)
     assert notes == ["The feather of the mask of 'masked' is not read."]
 
@@ -399,7 +434,9 @@ def lab_of(colours):
     """CIE Lab under D50 of 8-bit sRGB [N,3], by the standards' formulas: linear light, sRGB's matrix adapted to D50 by Bradford's transform, cube roots."""
     values = np.asarray(colours) / 255
     linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
-    to_xyz = np.array([[0.4360747, 0.3850649, 0.1430804], [0.2225045, 0.7168786, 0.0606169], [0.0139322, 0.0971045, 0.7141733]])
+    to_xyz = np.array(
+        [[0.4360747, 0.3850649, 0.1430804], [0.2225045, 0.7168786, 0.0606169], [0.0139322, 0.0971045, 0.7141733]]
+    )
     ratio = linear @ to_xyz.T / [0.96422, 1, 0.82521]
     x, y, z = np.where(ratio > (6 / 29) ** 3, np.cbrt(ratio), ratio * (29 / 6) ** 2 / 3 + 4 / 29).T
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
@@ -409,7 +446,9 @@ def test_a_flat_lab_document_has_its_colours(tmp_path):
     path = tmp_path / "lab.psd"
     colours = [(200, 120, 80), (100, 140, 110), (128, 128, 128), (90, 70, 160)]
     lab = lab_of(colours)
-    planes = np.stack([lab[:, 0] * 2.55, lab[:, 1] + 128, lab[:, 2] + 128]).round().astype(np.uint8)  # a and b have 128 for 0
+    planes = (
+        np.stack([lab[:, 0] * 2.55, lab[:, 1] + 128, lab[:, 2] + 128]).round().astype(np.uint8)
+    )  # a and b have 128 for 0
     header = struct.pack(">4sH6xHIIHH", b"8BPS", 1, 3, 1, len(colours), 8, 9)
     path.write_bytes(header + struct.pack(">III", 0, 0, 0) + struct.pack(">H", 0) + planes.tobytes())
     (layer,) = files.load(path).layers
@@ -440,7 +479,8 @@ def test_a_mode_without_a_formula_is_told_where_layers_are_merged(tmp_path):
     _, notes = loaded(document, tmp_path / "modes.psd")
     assert [note for note in notes if "no formula" in note] == [
         "The merged layer 'g' shows 'add' (linear-dodge) in blend mode normal, because there is no formula for it.",
-        "The merged layer 'base' shows 'clipped' (vivid-light) in blend mode normal, because there is no formula for it."]
+        "The merged layer 'base' shows 'clipped' (vivid-light) in blend mode normal, because there is no formula for it.",
+    ]
 
 
 @pytest.mark.parametrize("visible", [0, 1])
@@ -469,7 +509,9 @@ def test_hidden_layers_of_a_base_group_are_told_or_stay(tmp_path):
         clipped.clipping, clipped.visible = True, shown
         stack, notes = loaded(document, tmp_path / f"{shown}.psd")
         assert (eight_bit(picture(stack))[..., 0] == (9 if shown else 50)).all()
-        assert [layer.name for layer in stack.layers] == (["base", "clipped"] if shown else ["in 50", "in 90", "clipped"])
+        assert [layer.name for layer in stack.layers] == (
+            ["base", "clipped"] if shown else ["in 50", "in 90", "clipped"]
+        )
         assert ("its hidden layers are left out" in " ".join(notes)) == shown
 
 
@@ -510,27 +552,35 @@ def test_a_colour_profile_is_applied_and_lost_bits_are_told(tmp_path):
         stack, notes = loaded(document, tmp_path / f"profile{depth}.psd")
         found = eight_bit(stack.layers[0].image)
         assert np.abs(found[..., :3] - srgb_of(100)).max() <= 1 and np.abs(found[..., 3] - 100).max() == 0
-        told = ["The file's colours of more than 8 bits are converted to 8, because of its colour profile or colour mode."]
+        told = [
+            "The file's colours of more than 8 bits are converted to 8, because of its colour profile or colour mode."
+        ]
         assert notes == (told if depth == 16 else [])
 
 
 def test_what_photoshop_draws_a_layer_by_is_told_where_it_is_not_read(tmp_path):
     document = PSDImage.new("RGB", (4, 4))
-    layers = [document.create_pixel_layer(block((9, 9, 9)), name=name) for name in ("range", "knocked", "none", "plain")]
+    layers = [
+        document.create_pixel_layer(block((9, 9, 9)), name=name) for name in ("range", "knocked", "none", "plain")
+    ]
     layers[0]._record.blending_ranges.composite_ranges[0] = (0, 32768)
     layers[1].tagged_blocks.set_data(Tag.KNOCKOUT_SETTING, 1)
     layers[2].tagged_blocks.set_data(Tag.BLEND_CLIPPING_ELEMENTS, 0)
     layers[2]._record.blending_ranges = LayerBlendingRanges(None, None)  # as some programs write them
     stack, notes = loaded(document, tmp_path / "more.psd")
     assert len(stack.layers) == 4
-    assert notes == ["The Blend If ranges of layer 'range' are not read.", "The knockout of layer 'knocked' is not read.",
-                     "The setting that clipped layers do not blend as a group of layer 'none' is not read."]
+    assert notes == [
+        "The Blend If ranges of layer 'range' are not read.",
+        "The knockout of layer 'knocked' is not read.",
+        "The setting that clipped layers do not blend as a group of layer 'none' is not read.",
+    ]
 
 
 def test_layers_overlap_where_both_draw_and_layers_far_apart_cost_no_memory():
     """Against counting on one canvas; the last two are a million pixels apart, more than any canvas would hold."""
     from strata.formats.groups import _overlap
     from strata.techniques.layers import Layer
+
     found = []
     for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
@@ -539,7 +589,7 @@ def test_layers_overlap_where_both_draw_and_layers_far_apart_cost_no_memory():
             y, x, height, width = (int(torch.randint(1, 12, (), generator=generator)) for _ in range(4))
             image = (torch.rand(height, width, 4, generator=generator) > 0.8).float()
             layers.append(Layer(image, "layer", x=x, y=y))
-            count[y:y + height, x:x + width] += image[..., 3]
+            count[y : y + height, x : x + width] += image[..., 3]
         assert _overlap(layers) == bool((count > 1).any())
         found.append(_overlap(layers))
     assert 5 < sum(found) < 35

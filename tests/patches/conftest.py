@@ -1,4 +1,5 @@
 """ComfyUI in the test's own process, on the CPU: tests below may import comfy, folder_paths and the pack's patches."""
+
 import sys
 import tempfile
 
@@ -21,4 +22,7 @@ from . import random_family  # noqa: E402
 def family(tmp_path_factory):
     """Random checkpoints in the form of the shipped ones: {"sd": path, "inpaint": path}."""
     folder = tmp_path_factory.mktemp("family")
-    return {name: random_family.write(folder / f"random_{name}.safetensors", channels) for name, channels in (("sd", 4), ("inpaint", 9))}
+    return {
+        name: random_family.write(folder / f"random_{name}.safetensors", channels)
+        for name, channels in (("sd", 4), ("inpaint", 9))
+    }

@@ -1,4 +1,5 @@
 """LayerFusion written out block by block in float64 with whole attention matrices, and small models of every family's structure."""
+
 import copy
 from types import MethodType
 
@@ -12,21 +13,64 @@ from strata.patches import mini_family
 
 from . import random_family
 
-V_PREDICTION = {"output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([-1.0, 1.0])}  # by this ComfyUI knows SD2 models of it
-SHARED = {"image_size": 32, "in_channels": 4, "out_channels": 4, "use_spatial_transformer": True, "legacy": False, "dtype": torch.float32}
+V_PREDICTION = {
+    "output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([-1.0, 1.0])
+}  # by this ComfyUI knows SD2 models of it
+SHARED = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "dtype": torch.float32,
+}
 UNETS = {
     "mini": (mini_family.StrataMini, {**mini_family.UNET, "num_head_channels": -1}),
-    "SD1.5": (comfy.supported_models.SD15, {
-        "model_channels": 32, "channel_mult": [1, 2, 4, 4], "num_res_blocks": [2, 2, 2, 2], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1, "context_dim": 48, "num_heads": 8}),
-    "SD2": (comfy.supported_models.SD20, {
-        "model_channels": 64, "channel_mult": [1, 2, 4, 4], "num_res_blocks": [2, 2, 2, 2], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1, "context_dim": 48, "num_head_channels": 64,
-        "num_heads": -1, "use_linear_in_transformer": True}),
-    "SDXL": (comfy.supported_models.SDXL, {
-        "model_channels": 32, "channel_mult": [1, 2, 4], "num_res_blocks": [2, 2, 2], "transformer_depth": [0, 0, 2, 2, 10, 10],
-        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10, "context_dim": 48, "num_head_channels": 16,
-        "num_heads": -1, "use_linear_in_transformer": True, "num_classes": "sequential", "adm_in_channels": 2816}),
+    "SD1.5": (
+        comfy.supported_models.SD15,
+        {
+            "model_channels": 32,
+            "channel_mult": [1, 2, 4, 4],
+            "num_res_blocks": [2, 2, 2, 2],
+            "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+            "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+            "transformer_depth_middle": 1,
+            "context_dim": 48,
+            "num_heads": 8,
+        },
+    ),
+    "SD2": (
+        comfy.supported_models.SD20,
+        {
+            "model_channels": 64,
+            "channel_mult": [1, 2, 4, 4],
+            "num_res_blocks": [2, 2, 2, 2],
+            "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+            "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+            "transformer_depth_middle": 1,
+            "context_dim": 48,
+            "num_head_channels": 64,
+            "num_heads": -1,
+            "use_linear_in_transformer": True,
+        },
+    ),
+    "SDXL": (
+        comfy.supported_models.SDXL,
+        {
+            "model_channels": 32,
+            "channel_mult": [1, 2, 4],
+            "num_res_blocks": [2, 2, 2],
+            "transformer_depth": [0, 0, 2, 2, 10, 10],
+            "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+            "transformer_depth_middle": 10,
+            "context_dim": 48,
+            "num_head_channels": 16,
+            "num_heads": -1,
+            "use_linear_in_transformer": True,
+            "num_classes": "sequential",
+            "adm_in_channels": 2816,
+        },
+    ),
 }
 
 
@@ -74,12 +118,19 @@ class Reference:
     def __init__(self, unet, foreground, ends, boundary=10.0, own_prompt=False, structure_at=1, wide=False):
         self.unet, self.foreground = copy.deepcopy(unet).double(), copy.deepcopy(foreground).double()
         self.ends, self.boundary, self.own_prompt, self.wide, self.masks = ends, boundary, own_prompt, wide, {}
-        pairs = [[m for m in model.modules() if isinstance(m, BasicTransformerBlock)] for model in (self.unet, self.foreground)]
+        pairs = [
+            [m for m in model.modules() if isinstance(m, BasicTransformerBlock)]
+            for model in (self.unet, self.foreground)
+        ]
         for number, (block, twin) in enumerate(zip(*pairs, strict=True)):
             block.number, block.twins = number, [twin]  # in a list, so that it is no submodule
             twin.shows_structure = number == len(pairs[0]) - structure_at
-            block.forward = MethodType(lambda block, x, context=None, transformer_options=None: self.blend(block, x, context), block)
-            twin.forward = MethodType(lambda twin, x, context=None, transformer_options=None: self.plain(twin, x, context), twin)
+            block.forward = MethodType(
+                lambda block, x, context=None, transformer_options=None: self.blend(block, x, context), block
+            )
+            twin.forward = MethodType(
+                lambda twin, x, context=None, transformer_options=None: self.plain(twin, x, context), twin
+            )
         for unet_copy in (self.unet, self.foreground):  # the host keeps timestep embeddings in the dtype of the weights
             unet_copy.dtype = torch.float64
 
@@ -106,7 +157,9 @@ class Reference:
             factor = side // small
             prior = prior.view(-1, small, factor, small, factor).mean((2, 4)).flatten(1)
             soft = minmax(prior * content)
-            hard, wide = (1 / (1 + torch.exp(-self.boundary * (soft - middle))) for middle in (0.5, level_between(soft)))
+            hard, wide = (
+                1 / (1 + torch.exp(-self.boundary * (soft - middle))) for middle in (0.5, level_between(soft))
+            )
             self.masks[key] = soft, hard, wide
         return (mask[..., None] for mask in self.masks[key])
 
@@ -121,7 +174,9 @@ class Reference:
             else:
                 keys = context[0::3], context[1::3], context[2::3] if self.own_prompt else context[1::3]
             modules = getattr(twin, name), getattr(block, name), getattr(block, name)
-            a_fg, a_bg, a_bl = (attention(module, h, key)[0] for module, h, key in zip(modules, (fg, bg, bl), keys, strict=True))
+            a_fg, a_bg, a_bl = (
+                attention(module, h, key)[0] for module, h, key in zip(modules, (fg, bg, bl), keys, strict=True)
+            )
             mixed, entered = (a_fg * mask + a_bl * (1 - mask) for mask in (soft, wide if self.wide else soft))
             a_fg, a_bl = mixed * hard + a_fg * (1 - hard), entered
             x = x + torch.stack([a_fg, a_bg, a_bl], 1).flatten(0, 1)

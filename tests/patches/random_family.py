@@ -1,4 +1,5 @@
 """Checkpoints of the mini family with random weights, made of ComfyUI's own classes: what the trainers ship, but for the training."""
+
 from pathlib import Path
 
 import comfy.clip_model
@@ -15,8 +16,16 @@ WORDS = ("a", "picture", "of", "dog", "cat", "red", "apple", "on", "the", "beach
 
 def unet(channels: int, device: str = "cpu") -> UNetModel:
     config = {**CONFIG["unet"], "in_channels": channels}
-    return UNetModel(image_size=32, use_spatial_transformer=True, legacy=False, num_head_channels=-1, dtype=torch.float32,
-                     device=device, operations=OPS, **config)
+    return UNetModel(
+        image_size=32,
+        use_spatial_transformer=True,
+        legacy=False,
+        num_head_channels=-1,
+        dtype=torch.float32,
+        device=device,
+        operations=OPS,
+        **config,
+    )
 
 
 def randomised(module: torch.nn.Module) -> dict:
@@ -48,6 +57,7 @@ def autoencoder() -> dict:
 
 def token_ids() -> list[int]:
     from transformers import CLIPTokenizer
+
     folder = Path(comfy.clip_model.__file__).parent / "sd1_tokenizer"
     return sorted({token for word in WORDS for token in CLIPTokenizer.from_pretrained(folder)(word)["input_ids"]})
 
@@ -57,7 +67,11 @@ def write(path: Path, channels: int) -> Path:
     weights = {f"model.diffusion_model.{key}": value for key, value in randomised(unet(channels)).items()}
     weights |= {f"first_stage_model.{key}": value for key, value in autoencoder().items()}
     text = randomised(comfy.clip_model.CLIPTextModel(dict(CONFIG["text"]), torch.float32, "cpu", OPS))
-    weights |= {f"cond_stage_model.transformer.{key}": value for key, value in text.items() if not key.startswith("text_projection")}
+    weights |= {
+        f"cond_stage_model.transformer.{key}": value
+        for key, value in text.items()
+        if not key.startswith("text_projection")
+    }
     ids = token_ids()
     weights[TOKEN_IDS] = torch.tensor(ids, dtype=torch.int32)
     weights[TOKEN_ROWS] = weights[TOKEN_ROWS][ids].contiguous()

@@ -1,4 +1,5 @@
 """LayerDiffuse's files with random weights, put together key by key from what is published about them, not from the code that reads them."""
+
 import torch
 from safetensors.torch import save_file
 
@@ -6,7 +7,9 @@ PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def seeded(*shape, scale=None):
-    return torch.randn(*shape) * (scale or (shape[-1] if len(shape) == 2 else max(1, torch.Size(shape[1:]).numel())) ** -0.5)
+    return torch.randn(*shape) * (
+        scale or (shape[-1] if len(shape) == 2 else max(1, torch.Size(shape[1:]).numel())) ** -0.5
+    )
 
 
 def adapter(weights, rank=8, lora=PROJECTIONS, diff=(), extra=0, scale=None):
@@ -14,7 +17,10 @@ def adapter(weights, rank=8, lora=PROJECTIONS, diff=(), extra=0, scale=None):
     found = {}
     for key, shape in weights.items():
         if any(key.endswith(f".{name}.weight") and ".attn" in key for name in lora):
-            found[f"{key}::lora::0"], found[f"{key}::lora::1"] = seeded(shape[0], rank, scale=scale), seeded(rank, shape[1], scale=scale)
+            found[f"{key}::lora::0"], found[f"{key}::lora::1"] = (
+                seeded(shape[0], rank, scale=scale),
+                seeded(rank, shape[1], scale=scale),
+            )
         elif any(part in key for part in diff):
             found[f"{key}::diff::0"] = seeded(*shape, scale=0.02)
     if extra:
@@ -41,13 +47,21 @@ def sharing(widths, frames, rank=4, control=0):
 
     for index, (query, context, inner) in enumerate(widths):
         prefix = f"hookers.layers.{index}"
-        for name, inputs, outputs in (("to_q", query, inner), ("to_k", context, inner), ("to_v", context, inner), ("to_out", inner, query)):
+        for name, inputs, outputs in (
+            ("to_q", query, inner),
+            ("to_k", context, inner),
+            ("to_v", context, inner),
+            ("to_out", inner, query),
+        ):
             for frame in range(frames):
                 linear(f"{prefix}.{name}_lora.{frame}.down", rank, inputs, bias=False)
                 linear(f"{prefix}.{name}_lora.{frame}.up", outputs, rank, bias=False)
         for name in "iqkvo":
             linear(f"{prefix}.temporal_{name}", inner, inner)
-        found[f"{prefix}.temporal_n.weight"], found[f"{prefix}.temporal_n.bias"] = torch.rand(inner) + 0.5, torch.randn(inner) * 0.1
+        found[f"{prefix}.temporal_n.weight"], found[f"{prefix}.temporal_n.bias"] = (
+            torch.rand(inner) + 0.5,
+            torch.randn(inner) * 0.1,
+        )
         for frame in range(frames if control else 0):
             conv(f"{prefix}.control_convs.{frame}.0", control, control, 3)
             conv(f"{prefix}.control_convs.{frame}.2", inner, control, 1)

@@ -1,4 +1,5 @@
 """Attention sharing of SD1.5 against the published unit, written out plainly and put in the UNet's place by hand."""
+
 import copy
 from functools import partial
 
@@ -27,7 +28,9 @@ def attentions(unet):
 
 def sharing(model, frames, control=0):
     torch.manual_seed(7)
-    weights = random_files.sharing([widths for _, *widths in attentions(model.model.diffusion_model)], frames, control=control)
+    weights = random_files.sharing(
+        [widths for _, *widths in attentions(model.model.diffusion_model)], frames, control=control
+    )
     weights = {key: value * (0.3 if "_lora" in key else 1) for key, value in weights.items()}
     return weights, transparency.recognise("sharing.safetensors", weights)
 
@@ -40,6 +43,7 @@ def attend(q, k, v, heads):
 
 def published_forward(module, weights, prefix, frames, signals):
     """AttentionSharingUnit.forward, its weights merged into the attention's own."""
+
     def get(name):
         return weights[f"{prefix}.{name}"]
 
@@ -56,21 +60,36 @@ def published_forward(module, weights, prefix, frames, signals):
             signal = signals()[h.shape[1]]
             outs = []
             for frame in range(frames):
-                conv = torch.nn.functional.conv2d(signal, get(f"control_convs.{frame}.0.weight"), get(f"control_convs.{frame}.0.bias"), padding=1)
-                conv = torch.nn.functional.conv2d(torch.nn.functional.silu(conv), get(f"control_convs.{frame}.2.weight"), get(f"control_convs.{frame}.2.bias"))
+                conv = torch.nn.functional.conv2d(
+                    signal, get(f"control_convs.{frame}.0.weight"), get(f"control_convs.{frame}.0.bias"), padding=1
+                )
+                conv = torch.nn.functional.conv2d(
+                    torch.nn.functional.silu(conv),
+                    get(f"control_convs.{frame}.2.weight"),
+                    get(f"control_convs.{frame}.2.bias"),
+                )
                 outs.append(rearrange(conv, "b c h w -> b (h w) c"))
             hidden = hidden + torch.stack(outs)
         framed = hidden if context is None else rearrange(context, "(b f) d c -> f b d c", f=frames)
         outs = []
         for frame in range(frames):
             q = projected("to_q", frame, hidden[frame], module.to_q)
-            k, v = (projected(name, frame, framed[frame], layer) for name, layer in (("to_k", module.to_k), ("to_v", module.to_v)))
+            k, v = (
+                projected(name, frame, framed[frame], layer)
+                for name, layer in (("to_k", module.to_k), ("to_v", module.to_v))
+            )
             outs.append(projected("to_out", frame, attend(q, k, v, module.heads), module.to_out[0]))
         hidden = rearrange(hidden + torch.stack(outs), "f b d c -> (b f) d c")
-        x = torch.nn.functional.layer_norm(hidden, hidden.shape[-1:], get("temporal_n.weight"), get("temporal_n.bias"), 1e-6)
+        x = torch.nn.functional.layer_norm(
+            hidden, hidden.shape[-1:], get("temporal_n.weight"), get("temporal_n.bias"), 1e-6
+        )
         x = rearrange(linear("temporal_i", x), "(b f) d c -> (b d) f c", f=frames)
-        x = linear("temporal_o", attend(linear("temporal_q", x), linear("temporal_k", x), linear("temporal_v", x), module.heads))
+        x = linear(
+            "temporal_o",
+            attend(linear("temporal_q", x), linear("temporal_k", x), linear("temporal_v", x), module.heads),
+        )
         return hidden + rearrange(x, "(b d) f c -> (b f) d c", d=h.shape[1]) - h
+
     return forward
 
 
@@ -81,7 +100,9 @@ def features(weights, picture):
         for index in range(8 if block == 0 else 2):
             stride = 2 if (block == 0 and index in (2, 4, 6)) or (block and index == 0) else 1
             prefix = f"kwargs_encoder.blocks_{block}.{2 * index}"
-            picture = torch.nn.functional.silu(torch.nn.functional.conv2d(picture, weights[f"{prefix}.weight"], weights[f"{prefix}.bias"], stride, 1))
+            picture = torch.nn.functional.silu(
+                torch.nn.functional.conv2d(picture, weights[f"{prefix}.weight"], weights[f"{prefix}.bias"], stride, 1)
+            )
         results[picture.shape[2] * picture.shape[3]] = picture
     return results
 
@@ -120,7 +141,9 @@ def test_a_given_layers_picture_is_seen_at_every_size():
     assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
     assert (found - sample(transparency_model.share(model, files, 2, picture=-picture), batch=4)).abs().max() > 0.01
     both = sample(transparency_model.share(model, files, 2, picture=torch.cat([picture, -picture])), batch=4)
-    assert torch.allclose(both[:2], found[:2], atol=1e-3 * found.abs().max().item()) and not torch.allclose(both[2:], found[2:], atol=1e-2)
+    assert torch.allclose(both[:2], found[:2], atol=1e-3 * found.abs().max().item()) and not torch.allclose(
+        both[2:], found[2:], atol=1e-2
+    )
 
 
 def test_every_frame_has_its_own_prompt_whatever_the_lengths():
@@ -133,16 +156,41 @@ def test_every_frame_has_its_own_prompt_whatever_the_lengths():
     latent = {"samples": torch.zeros(2, 4, 8, 16)}
     prompts = [(name, [[one, {}]]) for name, one in zip(("foreground", "background", "blended"), tokens, strict=True)]
     settings = {"seed": 3, "steps": 2, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
-    found = sample_branches(transparency_model.share(model, files, 3), attention_sharing.together(prompts), 3, [[negative, {}]], latent, **settings)
+    found = sample_branches(
+        transparency_model.share(model, files, 3),
+        attention_sharing.together(prompts),
+        3,
+        [[negative, {}]],
+        latent,
+        **settings,
+    )
     assert [one["samples"].shape for one in found] == [(2, 4, 8, 16)] * 3
     rows = torch.cat([one if one.shape[1] == 154 else torch.cat([one, one], 1) for one in tokens] * 2)
     zeros = torch.zeros(6, 4, 8, 16)
-    expected = comfy.sample.sample(replaced(weights, 3), comfy.sample.prepare_noise(zeros, 3), 2, 3.0, "euler", "normal", [[rows, {}]], [[negative, {}]], zeros,
-                                   disable_pbar=True, seed=3)
+    expected = comfy.sample.sample(
+        replaced(weights, 3),
+        comfy.sample.prepare_noise(zeros, 3),
+        2,
+        3.0,
+        "euler",
+        "normal",
+        [[rows, {}]],
+        [[negative, {}]],
+        zeros,
+        disable_pbar=True,
+        seed=3,
+    )
     for frame in range(3):
         assert (found[frame]["samples"] - expected[frame::3]).abs().max() < 1e-3 * expected.abs().max()
     other = [prompts[0], prompts[2], prompts[1]]
-    swapped = sample_branches(transparency_model.share(model, files, 3), attention_sharing.together(other), 3, [[negative, {}]], latent, **settings)
+    swapped = sample_branches(
+        transparency_model.share(model, files, 3),
+        attention_sharing.together(other),
+        3,
+        [[negative, {}]],
+        latent,
+        **settings,
+    )
     assert not torch.allclose(swapped[1]["samples"], found[1]["samples"], atol=1e-2)
     with pytest.raises(ValueError, match="background: it is 2 conditionings"):
         attention_sharing.together([prompts[0], ("background", prompts[1][1] * 2)])
@@ -151,13 +199,24 @@ def test_every_frame_has_its_own_prompt_whatever_the_lengths():
 def test_what_only_one_prompt_carries_is_refused_and_what_all_carry_is_kept():
     """ControlNets, time ranges and the like of a single frame cannot be kept in one batch; they were dropped silently, but for the last frame's."""
     text, control = torch.randn(1, 77, 24), object()
-    for key, value in (("control", control), ("start_percent", 0.5), ("gligen", ("position", control, [])), ("strength", 0.7)):
+    for key, value in (
+        ("control", control),
+        ("start_percent", 0.5),
+        ("gligen", ("position", control, [])),
+        ("strength", 0.7),
+    ):
         for frame in range(3):
-            prompts = [(name, [[text, {"pooled_output": torch.randn(1, 4), **({key: value} if number == frame else {})}]])
-                       for number, name in enumerate(("foreground", "background", "blended"))]
-            with pytest.raises(ValueError, match=f"^{prompts[frame][0]}: it carries '{key}', which the other prompts lack"):
+            prompts = [
+                (name, [[text, {"pooled_output": torch.randn(1, 4), **({key: value} if number == frame else {})}]])
+                for number, name in enumerate(("foreground", "background", "blended"))
+            ]
+            with pytest.raises(
+                ValueError, match=f"^{prompts[frame][0]}: it carries '{key}', which the other prompts lack"
+            ):
                 attention_sharing.together(prompts)
-        joined = attention_sharing.together([(name, [[text, {key: value}]]) for name in ("foreground", "background", "blended")])
+        joined = attention_sharing.together(
+            [(name, [[text, {key: value}]]) for name in ("foreground", "background", "blended")]
+        )
         assert joined[0][1][key] is value and joined[0][0].shape == (3, 77, 24)
 
 
@@ -170,7 +229,13 @@ def test_copies_of_one_controlnet_are_the_same():
         return source.copy().set_cond_hint(picture.clone(), strength, (0.0, 0.5)).set_previous_controlnet(previous)
 
     def joined(*controls):
-        return attention_sharing.together([(name, [[text, {"control": one}]]) for name, one in zip(("foreground", "background"), controls, strict=True)])
+        return attention_sharing.together(
+            [
+                (name, [[text, {"control": one}]])
+                for name, one in zip(("foreground", "background"), controls, strict=True)
+            ]
+        )
+
     used = apply()
     used.cond_hint, used.timestep_range = hint, (10.0, 5.0)  # as a run leaves them
     assert joined(used, last := apply())[0][1]["control"] is last
@@ -181,10 +246,19 @@ def test_copies_of_one_controlnet_are_the_same():
 
 
 def test_prompts_do_not_grow_without_bound():
-    long = [(name, [[torch.zeros(1, 77 * chunks, 24), {}]]) for name, chunks in (("foreground", 3), ("background", 5), ("blended", 7))]
-    with pytest.raises(ValueError, match="foreground, background, blended: their 231, 385, 539 tokens have no common length"):
+    long = [
+        (name, [[torch.zeros(1, 77 * chunks, 24), {}]])
+        for name, chunks in (("foreground", 3), ("background", 5), ("blended", 7))
+    ]
+    with pytest.raises(
+        ValueError, match="foreground, background, blended: their 231, 385, 539 tokens have no common length"
+    ):
         attention_sharing.together(long)
-    assert attention_sharing.together(long[:1] + [("background", [[torch.zeros(1, 154, 24), {}]])])[0][0].shape == (2, 462, 24)
+    assert attention_sharing.together(long[:1] + [("background", [[torch.zeros(1, 154, 24), {}]])])[0][0].shape == (
+        2,
+        462,
+        24,
+    )
 
 
 def alone(unet, weights):
@@ -201,7 +275,9 @@ def alone(unet, weights):
         prefix = f"hookers.layers.{index}"
         for name in ("to_q", "to_k", "to_v", "to_out"):
             layer = module.to_out[0] if name == "to_out" else getattr(module, name)
-            layer.weight.data += weights[f"{prefix}.{name}_lora.0.up.weight"] @ weights[f"{prefix}.{name}_lora.0.down.weight"]
+            layer.weight.data += (
+                weights[f"{prefix}.{name}_lora.0.up.weight"] @ weights[f"{prefix}.{name}_lora.0.down.weight"]
+            )
         module.after = partial(after, lambda name, prefix=prefix: weights[f"{prefix}.temporal_{name}"].double())
     return unet
 
@@ -210,7 +286,9 @@ def test_layerfusions_foreground_alone_has_it():
     model = small()
     _, files = sharing(model, 1)
     on_foreground = transparency_model.apply_to_foreground(model, files)
-    found, plain, shared = (sample(one, batch=3) for one in (on_foreground, model, transparency_model.share(model, files, 1)))
+    found, plain, shared = (
+        sample(one, batch=3) for one in (on_foreground, model, transparency_model.share(model, files, 1))
+    )
     tolerance = 1e-3 * shared.abs().max()
     assert (found[0] - shared[0]).abs().max() < tolerance and (found[1:] - plain[1:]).abs().max() < tolerance
     assert (found[0] - plain[0]).abs().max() > 0.1
@@ -241,7 +319,10 @@ def test_what_does_not_go_together_is_said_in_one_sentence():
     model = small()
     _, joint = sharing(model, 3)
     _, given = sharing(model, 2, control=32)
-    with pytest.raises(ValueError, match="attention sharing of 3 pictures for SD1.5; this node needs one such as layer_sd15_transparent_attn"):
+    with pytest.raises(
+        ValueError,
+        match="attention sharing of 3 pictures for SD1.5; this node needs one such as layer_sd15_transparent_attn",
+    ):
         transparency_model.apply(model, joint, 1.0)
     with pytest.raises(ValueError, match="this node needs one such as layer_sd15_joint"):
         transparency_model.share(model, given, 3)

@@ -1,4 +1,5 @@
 """FeatGLaC's figures: a sample of the shipped family's against the table of docs/figures.json."""
+
 import figures
 import figures_composition
 import pytest

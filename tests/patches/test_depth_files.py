@@ -1,4 +1,5 @@
 """Depth files of every kind that Load depth offers, and damaged ones."""
+
 import struct
 import zlib
 
@@ -15,8 +16,11 @@ def rgb16(path, values):
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
     head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
 
 
 def test_16_bits_of_a_colour_png_are_kept(tmp_path):
@@ -30,7 +34,14 @@ def test_axes_of_length_one_do_not_matter(tmp_path, shape):
     assert np.allclose(read_depth_file(tmp_path / "depth.npy"), DEPTH / 65535)
 
 
-@pytest.mark.parametrize("others", [{}, {"intrinsics": np.eye(3), "mask": np.ones((6, 9), bool)}, {"name": np.array("x"), "normal": np.ones((6, 9, 3))}])
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},
+        {"intrinsics": np.eye(3), "mask": np.ones((6, 9), bool)},
+        {"name": np.array("x"), "normal": np.ones((6, 9, 3))},
+    ],
+)
 def test_the_depth_of_an_archive_is_found(tmp_path, others):
     np.savez(tmp_path / "depth.npz", **others, **({"depth": DEPTH} if "intrinsics" in others else {"arr": DEPTH}))
     assert np.allclose(read_depth_file(tmp_path / "depth.npz"), DEPTH / 65535)
@@ -48,6 +59,7 @@ def test_an_archive_with_none_or_several_says_so(tmp_path):
 @pytest.mark.parametrize("suffix", ["npy", "npz", "png", "tiff"])
 def test_damaged_files_are_named_in_one_sentence(tmp_path, suffix):
     from PIL import Image
+
     path = tmp_path / f"whole.{suffix}"
     if suffix == "npz":
         np.savez_compressed(path, depth=DEPTH)
@@ -58,7 +70,7 @@ def test_damaged_files_are_named_in_one_sentence(tmp_path, suffix):
     whole, rng = path.read_bytes(), np.random.default_rng(1)
     refused = 0
     for case in range(60):
-        data = bytearray(whole[:rng.integers(0, len(whole))] if case % 2 else whole)
+        data = bytearray(whole[: rng.integers(0, len(whole))] if case % 2 else whole)
         for place in rng.integers(0, max(len(data), 1), 4 if data else 0):
             data[place] = rng.integers(256)
         (tmp_path / f"bad.{suffix}").write_bytes(data)

@@ -1,4 +1,5 @@
 """FeatGLaC in ComfyUI's sampling: gradients against finite differences, and all that must stay as it was."""
+
 import copy
 
 import comfy.model_management
@@ -18,7 +19,7 @@ STEPS, SIDE = 4, 8
 
 def half_mask(side=SIDE):
     mask = torch.zeros(side, side)
-    mask[:, side // 2:] = 1
+    mask[:, side // 2 :] = 1
     return mask
 
 
@@ -32,17 +33,36 @@ class Case:
             self.model.model.diffusion_model.dtype = dtype
         self.sigmas = sigmas_of(self.model, STEPS)
         self.positive, self.negative = conditioning(self.model, 1, rows=1), conditioning(self.model, 2, rows=1)
-        self.inversions = [invert(self.model, picture(seed), conditioning(self.model, 10 + seed, rows=1), None, self.sigmas) for seed in (3, 4, 5)]
+        self.inversions = [
+            invert(self.model, picture(seed), conditioning(self.model, 10 + seed, rows=1), None, self.sigmas)
+            for seed in (3, 4, 5)
+        ]
         self.planes = Planes((Plane(self.inversions[0]), Plane(self.inversions[1], half_mask())))
 
     def guider(self, planes=None, model=None, positive=None, cfg=3.0, **settings):
         settings = {"step_size": 0.001, "iterations": 3, **settings}
-        return feature_guidance.guider(model or self.model, positive or self.positive, self.negative, cfg, planes or self.planes, Settings(**settings))
+        return feature_guidance.guider(
+            model or self.model,
+            positive or self.positive,
+            self.negative,
+            cfg,
+            planes or self.planes,
+            Settings(**settings),
+        )
 
     def sample(self, guider, noise=None, latent=None, sampler="euler", mask=None, **more):
         noise = picture(9) if noise is None else noise
         latent = torch.zeros(len(noise), 4, *noise.shape[2:]) if latent is None else latent
-        return guider.sample(noise, latent, comfy.samplers.sampler_object(sampler), self.sigmas, denoise_mask=mask, disable_pbar=True, seed=1, **more)
+        return guider.sample(
+            noise,
+            latent,
+            comfy.samplers.sampler_object(sampler),
+            self.sigmas,
+            denoise_mask=mask,
+            disable_pbar=True,
+            seed=1,
+            **more,
+        )
 
     def plain(self, **more):
         guider = comfy.samplers.CFGGuider(self.model)
@@ -59,9 +79,15 @@ def case():
 def features_written_out(case, z, sigma, context):
     """Every decoder level's output, by a whole forward pass."""
     unet, found = case.model.model.diffusion_model, {}
-    ends = [number for number, block in enumerate(unet.output_blocks) if type(block[-1]).__name__ == "Upsample"] + [len(unet.output_blocks) - 1]
-    hooks = [unet.output_blocks[end][-1].register_forward_hook(lambda module, args, output, level=level: found.__setitem__(level, output))
-             for level, end in enumerate(ends)]
+    ends = [number for number, block in enumerate(unet.output_blocks) if type(block[-1]).__name__ == "Upsample"] + [
+        len(unet.output_blocks) - 1
+    ]
+    hooks = [
+        unet.output_blocks[end][-1].register_forward_hook(
+            lambda module, args, output, level=level: found.__setitem__(level, output)
+        )
+        for level, end in enumerate(ends)
+    ]
     try:
         with torch.no_grad():
             unet(z, case.model.model.model_sampling.timestep(sigma[None]).float(), context=context)
@@ -77,13 +103,20 @@ def energy_written_out(case, z, sources, sigma, norm, iteration=0):
     for level, weight in ((1, 0.2), (2, 8.5)):
         side = found[level].shape[-1]
         front = torch.zeros(side, side, dtype=torch.float64)
-        front[:, side // 2:] = 1
+        front[:, side // 2 :] = 1
         for mask, source in zip((1 - front, front), sources, strict=True):
             difference = mask * (source[level] - found[level])
             if norm == "l2":
                 total += weight * float(difference.square().sum()) / difference.shape[1]
             else:
-                total += weight * float(difference.abs().sum()) / difference.shape[1] / float(mask.sum()) * 45 * (3.5, 1.25, 2.5, 2.5, 1.5)[iteration]
+                total += (
+                    weight
+                    * float(difference.abs().sum())
+                    / difference.shape[1]
+                    / float(mask.sum())
+                    * 45
+                    * (3.5, 1.25, 2.5, 2.5, 1.5)[iteration]
+                )
     return total
 
 
@@ -92,20 +125,35 @@ def test_the_gradient_is_that_of_central_finite_differences_in_float64(norm):
     case = Case(dtype=torch.float64)
     sigma, seen, step_size = case.sigmas[1], {}, 1e-3
     model = case.model.clone()
-    model.set_model_sampler_post_cfg_function(lambda args: seen.update(x=args["input"].clone()) or args["denoised"], disable_cfg1_optimization=True)
+    model.set_model_sampler_post_cfg_function(
+        lambda args: seen.update(x=args["input"].clone()) or args["denoised"], disable_cfg1_optimization=True
+    )
     start = picture(9).double() * float(sigma)
-    guider = case.guider(model=model, norm=norm, iterations=1, step_size=step_size, start="given latent", end_percent=1.0)
-    guider.sample(start / sigma.double(), torch.zeros_like(start), comfy.samplers.sampler_object("euler"), torch.stack([sigma, torch.tensor(0.0)]),
-                  disable_pbar=True)
+    guider = case.guider(
+        model=model, norm=norm, iterations=1, step_size=step_size, start="given latent", end_percent=1.0
+    )
+    guider.sample(
+        start / sigma.double(),
+        torch.zeros_like(start),
+        comfy.samplers.sampler_object("euler"),
+        torch.stack([sigma, torch.tensor(0.0)]),
+        disable_pbar=True,
+    )
     scale = float((1 + sigma.double() ** 2).sqrt())
     gradient = (start - seen["x"]) / step_size / scale
-    sources = [features_written_out(case, inversion.at(float(sigma)).double() / scale, sigma, inversion.positive[0][0].double())
-               for inversion in case.inversions[:2]]
+    sources = [
+        features_written_out(
+            case, inversion.at(float(sigma)).double() / scale, sigma, inversion.positive[0][0].double()
+        )
+        for inversion in case.inversions[:2]
+    ]
     z = start / scale
     assert guider.energies[0][0] == pytest.approx(energy_written_out(case, z, sources, sigma, norm), rel=1e-5)
     for seed in range(3):
         direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        ahead, behind = (energy_written_out(case, z + sign * 1e-6 * direction, sources, sigma, norm) for sign in (1, -1))
+        ahead, behind = (
+            energy_written_out(case, z + sign * 1e-6 * direction, sources, sigma, norm) for sign in (1, -1)
+        )
         assert float((gradient * direction).sum()) == pytest.approx((ahead - behind) / 2e-6, rel=1e-3)
 
 
@@ -113,11 +161,19 @@ def test_the_energy_falls_over_the_iterations(case):
     guider = case.guider(iterations=4)
     case.sample(guider)
     assert len(guider.energies) == 3 and all(len(energies) == 4 for energies in guider.energies)  # 0.76 of four steps
-    assert all(later < earlier for energies in guider.energies for earlier, later in zip(energies, energies[1:], strict=False))
+    assert all(
+        later < earlier for energies in guider.energies for earlier, later in zip(energies, energies[1:], strict=False)
+    )
 
 
-OFF = [{"foreground": 0.0}, {"iterations": 0}, {"step_size": 0.0}, {"level_weights": "0, 0"}, {"level_weights": ""},
-       {"start_percent": 0.8, "end_percent": 0.9}]
+OFF = [
+    {"foreground": 0.0},
+    {"iterations": 0},
+    {"step_size": 0.0},
+    {"level_weights": "0, 0"},
+    {"level_weights": ""},
+    {"start_percent": 0.8, "end_percent": 0.9},
+]
 
 
 @pytest.mark.parametrize("settings", OFF, ids=str)
@@ -140,14 +196,19 @@ def test_on_composes_what_the_masks_say(case):
     front, back = (case.inversions[number].latents[-1] for number in (1, 0))
     assert not torch.allclose(found, plain, atol=1e-2)
     assert (found - front)[..., 4:].abs().mean() < 0.9 * (plain - front)[..., 4:].abs().mean()
-    assert torch.equal(found, case.sample(case.guider(iterations=10, end_percent=1.0, step_size=0.002))), "two runs are equal"
+    assert torch.equal(found, case.sample(case.guider(iterations=10, end_percent=1.0, step_size=0.002))), (
+        "two runs are equal"
+    )
     assert (found - back)[..., :4].abs().mean() < (found - front)[..., :4].abs().mean()
 
 
 def test_ddim_is_allowed_and_other_samplers_are_refused_with_the_list(case):
     assert torch.equal(case.sample(case.guider(), sampler="ddim"), case.sample(case.guider()))
     churned = comfy.samplers.ksampler("euler", {"s_churn": 1.0})
-    for sampler in (*map(comfy.samplers.sampler_object, ("heun", "dpmpp_2m", "euler_ancestral", "uni_pc", "lcm")), churned):
+    for sampler in (
+        *map(comfy.samplers.sampler_object, ("heun", "dpmpp_2m", "euler_ancestral", "uni_pc", "lcm")),
+        churned,
+    ):
         with pytest.raises(ValueError, match="sampler: .* choose one of euler, ddim"):
             case.guider().sample(picture(9), torch.zeros(1, 4, SIDE, SIDE), sampler, case.sigmas, disable_pbar=True)
 
@@ -160,7 +221,9 @@ def test_a_run_in_two_parts_is_the_run_in_one(case):
     rest = case.guider()
     found = rest.sample(nothing, half, euler, case.sigmas[2:], disable_pbar=True, seed=1)
     assert torch.allclose(found, whole, atol=1e-4) and len(rest.energies) == 1
-    late = case.guider().sample(picture(9), nothing, euler, case.sigmas[2:], disable_pbar=True, seed=1)  # with noise: a run of its own
+    late = case.guider().sample(
+        picture(9), nothing, euler, case.sigmas[2:], disable_pbar=True, seed=1
+    )  # with noise: a run of its own
     assert not torch.allclose(late, whole, atol=1e-3)
 
 
@@ -171,7 +234,9 @@ def test_three_planes_and_any_other_schedule(case):
     other = case.guider(three)
     euler, sigmas = comfy.samplers.sampler_object("euler"), sigmas_of(case.model, 3, "karras")
     found = other.sample(picture(9), torch.zeros(1, 4, SIDE, SIDE), euler, sigmas, disable_pbar=True)
-    assert found.isfinite().all() and other.energies and not torch.allclose(found, case.sample(case.guider()), atol=1e-2)
+    assert (
+        found.isfinite().all() and other.energies and not torch.allclose(found, case.sample(case.guider()), atol=1e-2)
+    )
     assert [mask.sum().item() for mask in other.masks] == [16, 32, 16] and other.weights == [1.0, 1.0, 2.0]
 
 
@@ -191,8 +256,12 @@ def calls_of(case, **settings):
     """How many UNet calls there are, and how often each decoder block's last module and the output layer run."""
     unet, counts = case.model.model.diffusion_model, {}
     modules = {"out": unet.out, **{level: module for level, module in enumerate(decoder_levels(unet))}, "calls": unet}
-    hooks = [module.register_forward_hook(lambda module, args, output, name=name: counts.__setitem__(name, counts.get(name, 0) + 1), always_call=True)
-             for name, module in modules.items()]
+    hooks = [
+        module.register_forward_hook(
+            lambda module, args, output, name=name: counts.__setitem__(name, counts.get(name, 0) + 1), always_call=True
+        )
+        for name, module in modules.items()
+    ]
     try:
         case.sample(case.guider(**settings))
     finally:
@@ -215,7 +284,11 @@ def test_the_cache_saves_the_scenes_pass_of_later_runs_and_changes_next_to_nothi
     assert calls_of(case, planes=planes, cache=True, iterations=3)["calls"] == 3 * 3 + 4
     assert torch.equal(first, case.sample(case.guider(planes, cache=True)))
     kept = next(iter(planes.recorded.values()))
-    assert all(values.dtype == torch.float16 and values.device.type == "cpu" for features in kept.values() for values in features.values())
+    assert all(
+        values.dtype == torch.float16 and values.device.type == "cpu"
+        for features in kept.values()
+        for values in features.values()
+    )
 
 
 def test_the_cache_holds_one_schedule(case):
@@ -223,8 +296,14 @@ def test_the_cache_holds_one_schedule(case):
     for _ in range(2):
         for factor in (1.0, 0.98, 0.96):
             noise = picture(9)
-            case.guider(planes, cache=True).sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), case.sigmas * factor,
-                                                   disable_pbar=True, seed=1)
+            case.guider(planes, cache=True).sample(
+                noise,
+                torch.zeros_like(noise),
+                comfy.samplers.sampler_object("euler"),
+                case.sigmas * factor,
+                disable_pbar=True,
+                seed=1,
+            )
             sizes.append(len(next(iter(planes.recorded.values()))))
     assert len(set(sizes)) == 1 and sizes[0] > 0
 
@@ -241,6 +320,7 @@ def with_adapter(model):
         weights.setdefault(key, torch.randn(q.shape[-1], generator=generator))
         extra = weights[key].to(q).expand(len(q), 2, -1) * torch.tensor([1.0, -1.0]).view(2, 1)
         return out + comfy.ldm.modules.attention.optimized_attention(q, extra, extra, options["n_heads"])
+
     model = model.clone()
     model.set_model_attn2_replace(adapted, "output", 3)
     model.set_model_attn2_replace(adapted, "middle", 0)
@@ -288,6 +368,7 @@ def test_the_model_is_as_it_was_after_a_run_that_ended_early(case, how, monkeypa
             if len(count) == 20:
                 comfy.model_management.interrupt_current_processing()
             return q, k, v
+
         model.set_model_attn2_patch(interrupt)
     elif how == "exception in a block":
         expected, model = ZeroDivisionError, case.model.clone()
@@ -297,6 +378,7 @@ def test_the_model_is_as_it_was_after_a_run_that_ended_early(case, how, monkeypa
 
         def fail(*args, **kwargs):
             raise RuntimeError("backward")
+
         monkeypatch.setattr(torch.autograd, "grad", fail)
     guider = case.guider(model=model, **settings)
     with pytest.raises(expected):
@@ -333,7 +415,11 @@ def test_a_batch_is_its_elements_one_by_one(case):
     noise = picture(9, batch=2)
     together = case.sample(case.guider(start="given latent"), noise=noise)
     for number in range(2):
-        assert torch.allclose(together[number:number + 1], case.sample(case.guider(start="given latent"), noise=noise[number:number + 1]), atol=1e-4)
+        assert torch.allclose(
+            together[number : number + 1],
+            case.sample(case.guider(start="given latent"), noise=noise[number : number + 1]),
+            atol=1e-4,
+        )
 
 
 @pytest.mark.parametrize("side", [(9, 13), (10, 6)])
@@ -349,12 +435,15 @@ def test_sizes_that_no_level_divides(case, side):
 def test_the_composites_control_stays_its_own(case):
     """A ControlNet on positive acts in the guided passes and not on the scenes, which keep the features of their own conditionings."""
     hints = torch.randn(1, 192, 1, 1, generator=torch.Generator().manual_seed(4))
-    controlled = [[case.positive[0][0], {**case.positive[0][1], "control": Hints(hints), "control_apply_to_uncond": True}]]
+    controlled = [
+        [case.positive[0][0], {**case.positive[0][1], "control": Hints(hints), "control_apply_to_uncond": True}]
+    ]
     seen = []
 
     def watch(apply, args):
         seen.append((len(args["input"]), args["c"].get("control") is not None))
         return apply(args["input"], args["timestep"], **args["c"])
+
     model = case.model.clone()
     model.set_model_unet_function_wrapper(watch)
     guider = case.guider(model=model, positive=controlled, iterations=2, step_size=0.0002)
@@ -376,7 +465,9 @@ def test_on_an_inpainting_model_a_scenes_own_latent_has_the_scenes_features(how)
     noise = case.inversions[0].latents[0] / case.sigmas[0]
     planes = Planes((Plane(case.inversions[0]), Plane(case.inversions[0], half_mask())))
     for number, start in enumerate((noise, picture(9))):
-        guider = case.guider(planes, positive=positive, iterations=1, start="given latent" if number else "background inversion")
+        guider = case.guider(
+            planes, positive=positive, iterations=1, start="given latent" if number else "background inversion"
+        )
         case.sample(guider, noise=start, latent=picture_in, mask=mask)
         assert (guider.energies[0][0] < 1e-6) == (number == 0)
 
@@ -397,7 +488,9 @@ def test_null_texts_embeddings_stand_in_the_place_of_the_negative():
     with pytest.raises(ValueError, match="unconditional: the first plane's inversion has no embeddings"):
         case.guider(unconditional=UNCONDITIONAL[1])
     with pytest.raises(ValueError, match="negative: it combines several"):
-        feature_guidance.guider(case.model, case.positive, case.negative * 2, 3.0, planes, Settings(unconditional=UNCONDITIONAL[1]))
+        feature_guidance.guider(
+            case.model, case.positive, case.negative * 2, 3.0, planes, Settings(unconditional=UNCONDITIONAL[1])
+        )
 
 
 def test_what_does_not_fit_is_refused_in_words(case):
@@ -427,5 +520,7 @@ def test_the_paste_puts_the_pictures_latent_into_the_composite_once(case):
     for number in range(STEPS):
         if number == place:
             x = torch.where(half_mask().bool(), case.inversions[0].latents[place], x)
-        x = plain.sample(x / case.sigmas[number], torch.zeros_like(x), euler, case.sigmas[number:number + 2], disable_pbar=True)
+        x = plain.sample(
+            x / case.sigmas[number], torch.zeros_like(x), euler, case.sigmas[number : number + 2], disable_pbar=True
+        )
     assert 0 < place < STEPS and torch.allclose(found, x, atol=1e-3)

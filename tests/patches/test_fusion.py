@@ -1,4 +1,5 @@
 """LayerFusion in ComfyUI's sampling, against the same algorithm written out block by block in float64."""
+
 import copy
 
 import comfy.controlnet
@@ -31,7 +32,12 @@ def models():
 def conditioning(model, seed, rows=3, tokens=7, **extra):
     generator = torch.Generator().manual_seed(seed)
     width = model.model.model_config.unet_config["context_dim"]
-    return [[torch.randn(rows, tokens, width, generator=generator), {"pooled_output": torch.randn(rows, 1280, generator=generator), **extra}]]
+    return [
+        [
+            torch.randn(rows, tokens, width, generator=generator),
+            {"pooled_output": torch.randn(rows, 1280, generator=generator), **extra},
+        ]
+    ]
 
 
 def layered(model, seed=1, **extra):
@@ -47,30 +53,51 @@ def estimates(model, positive, negative, x, sigma=SIGMA):
     found = {}
 
     def keep(args):
-        found.update(cond=args["cond_denoised"].clone(), uncond=args["uncond_denoised"].clone(), input=args["input"].clone())
+        found.update(
+            cond=args["cond_denoised"].clone(), uncond=args["uncond_denoised"].clone(), input=args["input"].clone()
+        )
         return args["denoised"]
+
     model = model.clone()
     model.set_model_sampler_post_cfg_function(keep, disable_cfg1_optimization=True)
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(2.0)
     with torch.no_grad():
-        guider.sample(x, torch.zeros_like(x), comfy.samplers.sampler_object("euler"), torch.tensor([sigma, 0.0]), disable_pbar=True, seed=1)
+        guider.sample(
+            x,
+            torch.zeros_like(x),
+            comfy.samplers.sampler_object("euler"),
+            torch.tensor([sigma, 0.0]),
+            disable_pbar=True,
+            seed=1,
+        )
     return found
 
 
 def terms_for(model, rank=3, size=0.3):
     generator = torch.Generator().manual_seed(11)
     named = model.model.diffusion_model.named_modules()
-    shapes = {name: module.weight.shape for name, module in named if name.rsplit(".", 1)[-1] in ("to_q", "to_k", "to_v") or name.endswith("to_out.0")}
-    return {f"diffusion_model.{name}.weight": (torch.randn(out, rank, generator=generator) * size / rank, torch.randn(rank, width, generator=generator) * size)
-            for name, (out, width) in shapes.items()}
+    shapes = {
+        name: module.weight.shape
+        for name, module in named
+        if name.rsplit(".", 1)[-1] in ("to_q", "to_k", "to_v") or name.endswith("to_out.0")
+    }
+    return {
+        f"diffusion_model.{name}.weight": (
+            torch.randn(out, rank, generator=generator) * size / rank,
+            torch.randn(rank, width, generator=generator) * size,
+        )
+        for name, (out, width) in shapes.items()
+    }
 
 
 def merged(unet, terms, strength=1.0):
     unet = copy.deepcopy(unet)
     for key, (up, down) in terms.items():
-        unet.get_submodule(key.removeprefix("diffusion_model.").removesuffix(".weight")).weight.data += strength * up @ down
+        unet.get_submodule(key.removeprefix("diffusion_model.").removesuffix(".weight")).weight.data += (
+            strength * up @ down
+        )
     return unet
 
 
@@ -78,7 +105,9 @@ def expected(model, found, positive, negative, terms=None, foreground=None, **se
     """The reference's two denoised pictures for the batch that the sampler had. foreground: a UNet instead of one with terms."""
     unet = model.model.diffusion_model
     place = 2 if type(model.model.model_config).__name__ == "StrataMini" else 1  # models_config/fusion.json
-    reference = fusion_reference.Reference(unet, foreground or merged(unet, terms or {}), ENDS, structure_at=place, **settings)
+    reference = fusion_reference.Reference(
+        unet, foreground or merged(unet, terms or {}), ENDS, structure_at=place, **settings
+    )
     sampling, x = model.model.model_sampling, found["input"]
     sigma = torch.full((len(x),), SIGMA)
     scaled = sampling.calculate_input(sigma, x).double()
@@ -86,9 +115,20 @@ def expected(model, found, positive, negative, terms=None, foreground=None, **se
     out = []
     with torch.no_grad():
         for conditional, cond in ((True, positive), (False, negative)):
-            rows = cond[0][0].double().repeat(-(-len(x) // len(cond[0][0])), 1, 1)[:len(x)]
-            y = model.model.encode_adm(pooled_output=cond[0][1]["pooled_output"], width=128, height=128, prompt_type="", noise=x, device=x.device)
-            extra = {} if model.model.model_config.unet_config.get("adm_in_channels") is None else {"y": comfy.utils.repeat_to_batch_size(y, len(x)).double()}
+            rows = cond[0][0].double().repeat(-(-len(x) // len(cond[0][0])), 1, 1)[: len(x)]
+            y = model.model.encode_adm(
+                pooled_output=cond[0][1]["pooled_output"],
+                width=128,
+                height=128,
+                prompt_type="",
+                noise=x,
+                device=x.device,
+            )
+            extra = (
+                {}
+                if model.model.model_config.unet_config.get("adm_in_channels") is None
+                else {"y": comfy.utils.repeat_to_batch_size(y, len(x)).double()}
+            )
             if conditional:
                 reference.prior(scaled, times[::3], context=rows[::3], **({"y": extra["y"][::3]} if extra else {}))
             eps = reference(scaled, times, context=rows, conditional=conditional, **extra)
@@ -136,14 +176,20 @@ def test_the_foregrounds_weights_take_part_in_blending(models, kind):
 
 def watching(seen):
     """A wrapper that notes which estimates the model makes, and of how many rows."""
+
     def watch(apply, args):
         seen.append((args["cond_or_uncond"], len(args["input"])))
         return apply(args["input"], args["timestep"], **args["c"])
+
     return watch
 
 
 def low_memory(monkeypatch, free):
-    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device=None, torch_free_too=False: (free, free) if torch_free_too else free)
+    monkeypatch.setattr(
+        comfy.model_management,
+        "get_free_memory",
+        lambda device=None, torch_free_too=False: (free, free) if torch_free_too else free,
+    )
 
 
 def test_cond_and_uncond_in_one_batch_or_apart_are_the_same(models, monkeypatch):
@@ -156,7 +202,9 @@ def test_cond_and_uncond_in_one_batch_or_apart_are_the_same(models, monkeypatch)
         patched.set_model_unet_function_wrapper(watching(seen))
         results[free] = estimates(patched, positive, negative, noise())
     # ComfyUI's attention on the CPU cuts its matrices by the free memory: not bit by bit the same. Values reach 13 and differ by about 1e-5 on one thread.
-    assert all(torch.allclose(results[1e18][name], results[1.0][name], rtol=0, atol=1e-4) for name in ("cond", "uncond"))
+    assert all(
+        torch.allclose(results[1e18][name], results[1.0][name], rtol=0, atol=1e-4) for name in ("cond", "uncond")
+    )
     assert seen == [([0], 1), ([0], 3), ([1], 3)] * 2  # the prior pass, the conditional estimate first, then the other
 
 
@@ -166,8 +214,12 @@ def test_strength_0_is_bit_equal_and_small_strengths_are_near(models):
     plain = estimates(model, positive, negative, noise())
     off = estimates(blend_attention(model, Settings(strength=0.0)), positive, negative, noise())
     assert all(torch.equal(plain[name], off[name]) for name in plain)
-    distances = [(estimates(blend_attention(model, Settings(strength=s)), positive, negative, noise())["cond"] - plain["cond"]).abs().mean()
-                 for s in (1e-5, 0.5, 1.0)]
+    distances = [
+        (estimates(blend_attention(model, Settings(strength=s)), positive, negative, noise())["cond"] - plain["cond"])
+        .abs()
+        .mean()
+        for s in (1e-5, 0.5, 1.0)
+    ]
     assert distances[0] < 1e-3 < distances[1] < distances[2]
 
 
@@ -178,14 +230,18 @@ def test_outside_its_percents_it_is_bit_equal_to_the_stock_graph(models, window)
     sigmas = [model.model.model_sampling.percent_to_sigma(percent) for percent in window]
     assert not sigmas[1] <= SIGMA <= sigmas[0]
     plain = estimates(model, positive, negative, noise())
-    off = estimates(blend_attention(model, Settings(start_percent=window[0], end_percent=window[1])), positive, negative, noise())
+    off = estimates(
+        blend_attention(model, Settings(start_percent=window[0], end_percent=window[1])), positive, negative, noise()
+    )
     assert all(torch.equal(plain[name], off[name]) for name in plain)
 
 
 def sample(model, positive, negative, steps=3, x=None, sampler="euler", denoise=1.0):
     x = noise() if x is None else x
     with torch.no_grad():
-        return comfy.sample.sample(model, x, steps, 3.0, sampler, "normal", positive, negative, torch.zeros_like(x), seed=1, disable_pbar=True)
+        return comfy.sample.sample(
+            model, x, steps, 3.0, sampler, "normal", positive, negative, torch.zeros_like(x), seed=1, disable_pbar=True
+        )
 
 
 def test_runs_leave_nothing_behind(models):
@@ -202,13 +258,17 @@ def test_runs_leave_nothing_behind(models):
 
     def stop(apply, args):
         raise Interrupted
+
     broken = patched.clone()
     broken.set_model_attn2_patch(stop)
     with pytest.raises(Exception):  # noqa: B017
         sample(broken, positive, negative)
     assert torch.equal(sample(model, positive, negative), plain)
     assert torch.equal(sample(patched, positive, negative), first)
-    assert not any(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__ for module in model.model.modules())
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+        for module in model.model.modules()
+    )
     after = model.model.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
 
@@ -235,11 +295,16 @@ def test_the_reused_structure_is_that_of_the_step_before(models):
 
     def keep(q, k, v, extra):
         call = extra[fusion.KEY]
-        options.setdefault(call.phase, []).append((q[:: 1 if call.phase == "prior" else 3].clone(), k[:: 1 if call.phase == "prior" else 3].clone()))
+        options.setdefault(call.phase, []).append(
+            (q[:: 1 if call.phase == "prior" else 3].clone(), k[:: 1 if call.phase == "prior" else 3].clone())
+        )
         return attend(q, k, v, extra)
+
     patched.set_model_attn1_replace(keep, *fusion.structure_place(model))
     sample(patched, layered(model), conditioning(model, 2, rows=1))
-    own = [pair for pair in options["conditional"] if len(pair[0]) == 1][::3]  # the foreground's own call, then the pair's and all three's
+    own = [pair for pair in options["conditional"] if len(pair[0]) == 1][
+        ::3
+    ]  # the foreground's own call, then the pair's and all three's
     expected = [fusion.fusion.structure_prior(*pair, 4) for pair in [options["prior"][0], *own[:2]]]
     assert len(record.steps) == 3
     for step, prior in zip(record.steps, expected, strict=True):
@@ -258,12 +323,14 @@ def test_other_patches_are_chained_whatever_the_order(models, ours_first):
 
     def shifted(hidden, extra):
         return hidden + 0.1 * (extra["block"] == ("middle", 0))
+
     def theirs(model):
         model = model.clone()
         model.set_model_attn1_replace(scaled, "input", 1)
         model.set_model_attn2_replace(scaled, "output", 4, 0)
         model.set_model_attn1_output_patch(shifted)
         return model
+
     patched = theirs(blend_attention(model, Settings())) if ours_first else blend_attention(theirs(model), Settings())
     found = estimates(patched, positive, negative, noise())
     altered = copy.deepcopy(model.model.diffusion_model)
@@ -301,7 +368,8 @@ def test_a_control_of_each_branch_stays_with_it(models, size):
     unet = model.model.diffusion_model
 
     def with_hint(module, args, output):
-        return output + hints.to(output).expand(3, -1, -1, -1)[:len(output)]
+        return output + hints.to(output).expand(3, -1, -1, -1)[: len(output)]
+
     altered = copy.deepcopy(unet)
     altered.middle_block[-1].register_forward_hook(with_hint)
     try:
@@ -321,7 +389,9 @@ def test_half_precision_runs_near_the_exact_one(models, dtype):
     half.model.diffusion_model.to(dtype)
     half.model.diffusion_model.dtype = dtype
     terms = {key: (up.half() * 0, down.half()) for key, (up, down) in terms_for(model).items()}
-    found = estimates(blend_attention(low_rank.apply_to_foreground(half, terms), Settings()), positive, negative, noise())["cond"]
+    found = estimates(
+        blend_attention(low_rank.apply_to_foreground(half, terms), Settings()), positive, negative, noise()
+    )["cond"]
     plain = estimates(model, positive, negative, noise())["cond"]
     assert (found - wanted).abs().mean() < 0.1 * (plain - wanted).abs().mean()
 
@@ -330,7 +400,10 @@ def test_only_the_chosen_blocks_blend(models):
     model = models("mini")
     positive, negative = layered(model), conditioning(model, 2, rows=1)
     everything = estimates(blend_attention(model, Settings()), positive, negative, noise())["cond"]
-    found = {name: estimates(blend_attention(model, Settings(blocks=blocks)), positive, negative, noise())["cond"] for name, blocks in fusion.BLOCKS.items()}
+    found = {
+        name: estimates(blend_attention(model, Settings(blocks=blocks)), positive, negative, noise())["cond"]
+        for name, blocks in fusion.BLOCKS.items()
+    }
     assert torch.equal(found.pop("all"), everything)
     values = [everything, *found.values()]
     assert all(not torch.allclose(one, other, atol=1e-3) for i, one in enumerate(values) for other in values[:i])
@@ -357,14 +430,22 @@ def test_full_differences_of_every_weight_equal_a_merged_model_too(models):
     model = models("mini")
     generator = torch.Generator().manual_seed(3)
     weights = model.model.diffusion_model.state_dict()
-    terms = {f"diffusion_model.{name}": torch.randn(value.shape, generator=generator) * 0.2 * value.std() for name, value in weights.items()}
+    terms = {
+        f"diffusion_model.{name}": torch.randn(value.shape, generator=generator) * 0.2 * value.std()
+        for name, value in weights.items()
+    }
     positive, negative = conditioning(model, 1), conditioning(model, 2, rows=1)
     for chosen in (terms, {key: value for key, value in terms.items() if key.endswith("bias")}):
         whole = model.clone()
         whole.add_patches({key: ("diff", (value,)) for key, value in chosen.items()})
-        found, one, plain = (estimates(made, positive, negative, noise()) for made in (low_rank.apply_to_foreground(model, chosen), whole, model))
+        found, one, plain = (
+            estimates(made, positive, negative, noise())
+            for made in (low_rank.apply_to_foreground(model, chosen), whole, model)
+        )
         assert (found["cond"][0] - one["cond"][0]).abs().max() < 1e-4 * one["cond"].abs().max()
-        assert not torch.allclose(one["cond"][0], plain["cond"][0], atol=1e-2) and torch.allclose(found["cond"][1:], plain["cond"][1:], atol=1e-5)
+        assert not torch.allclose(one["cond"][0], plain["cond"][0], atol=1e-2) and torch.allclose(
+            found["cond"][1:], plain["cond"][1:], atol=1e-5
+        )
 
 
 def test_two_terms_add_up_and_a_clone_keeps_them(models):
@@ -372,21 +453,36 @@ def test_two_terms_add_up_and_a_clone_keeps_them(models):
     half = {key: (up / 2, down) for key, (up, down) in terms.items()}
     positive, negative = conditioning(model, 1), conditioning(model, 2, rows=1)
     once = estimates(low_rank.apply_to_foreground(model, terms), positive, negative, noise())
-    twice = estimates(low_rank.apply_to_foreground(low_rank.apply_to_foreground(model, half), half).clone(), positive, negative, noise())
+    twice = estimates(
+        low_rank.apply_to_foreground(low_rank.apply_to_foreground(model, half), half).clone(),
+        positive,
+        negative,
+        noise(),
+    )
     assert torch.allclose(once["cond"], twice["cond"], atol=1e-4)
 
 
 def test_wrong_terms_are_refused(models):
     model, (key, (up, down)) = models("mini"), next(iter(terms_for(models("mini")).items()))
-    for wrong in ({key.replace("attn1", "attn7"): (up, down)}, {key: (up[1:], down)}, {key.replace("weight", "bias"): up[:, 0]}, {"conv": up}):
+    for wrong in (
+        {key.replace("attn1", "attn7"): (up, down)},
+        {key: (up[1:], down)},
+        {key.replace("weight", "bias"): up[:, 0]},
+        {"conv": up},
+    ):
         with pytest.raises(ValueError, match="does not fit this model"):
             low_rank.apply_to_foreground(model, wrong)
 
 
-@pytest.mark.parametrize("positive, negative, count, words", [
-    ({}, {}, 4, "batch of 4"), ({END_TOKENS: None}, {}, 3, "Encode layer prompts"), ({"area": (8, 8, 0, 0)}, {}, 3, "area"),
-    ({}, {"area": (8, 8, 0, 0)}, 3, "area"),
-])
+@pytest.mark.parametrize(
+    "positive, negative, count, words",
+    [
+        ({}, {}, 4, "batch of 4"),
+        ({END_TOKENS: None}, {}, 3, "Encode layer prompts"),
+        ({"area": (8, 8, 0, 0)}, {}, 3, "area"),
+        ({}, {"area": (8, 8, 0, 0)}, 3, "area"),
+    ],
+)
 def test_wrong_inputs_are_named(models, positive, negative, count, words):
     model = models("mini")
     cond = layered(model, **positive)
@@ -411,6 +507,7 @@ def test_an_unknown_family_is_refused(models, monkeypatch):
 @pytest.fixture(scope="module")
 def clip(family):
     from strata.patches import mini_family
+
     mini_family.register()
     return comfy.sd.load_checkpoint_guess_config(str(family["sd"]), output_vae=False, output_clip=True)[1]
 
@@ -433,12 +530,15 @@ def test_long_prompts_have_one_end_a_chunk_and_are_brought_to_the_longest(clip):
     assert torch.equal(cond[0], torch.cat([own, empty])), "two chunks do not go into three"
     assert torch.equal(cond[1], clip.encode_from_tokens(clip.tokenize("a beach"))[0].repeat(3, 1))
     cond, values = encode_prompts(clip, (words, "a beach", " ".join(["cat"] * 260)))[0]
-    assert cond.shape[1] == 308 and values[END_TOKENS] == [76, 77 + 26, 154 + 76, 154 + 77 + 26], "two chunks go into four"
+    assert cond.shape[1] == 308 and values[END_TOKENS] == [76, 77 + 26, 154 + 76, 154 + 77 + 26], (
+        "two chunks go into four"
+    )
 
 
 def test_both_encoders_of_sdxl_and_its_padding_are_understood():
     from comfy.sdxl_clip import SDXLTokenizer
     from strata.patches.layer_prompts import end_tokens
+
     tokenizer = SDXLTokenizer()
     assert end_tokens(tokenizer.tokenize_with_weights("a red apple"), tokenizer) == [4]
     assert end_tokens(tokenizer.tokenize_with_weights("(a red:1.3) apple " + "dog " * 100), tokenizer) == [76, 77 + 29]
@@ -446,5 +546,6 @@ def test_both_encoders_of_sdxl_and_its_padding_are_understood():
 
 def test_encoders_without_an_end_token_are_refused():
     from strata.patches.layer_prompts import end_tokens
+
     with pytest.raises(ValueError, match="t5xxl"):
         end_tokens({"t5xxl": [[(1, 1.0)]]}, object())

@@ -1,4 +1,5 @@
 """The gradient of feature guidance against central differences of its energy in float64, on every kind of host and behind other packs' patches."""
+
 import comfy.ops
 import comfy.samplers
 import pytest
@@ -31,6 +32,7 @@ def writing_patches(model):
         h[:, :2] = h[:, :2] * (1 + 0.1 * h.mean(1, keepdim=True))
         skipped *= 1 + 0.1 * skipped.mean()
         return h, skipped
+
     model.set_model_input_block_patch(doubled)
     model.set_model_input_block_patch_after_skip(doubled)
     model.set_model_output_block_patch(skip)
@@ -43,6 +45,7 @@ def overridden(replacement):
         model = model.clone()
         model.model_options["transformer_options"]["optimized_attention_override"] = replacement
         return model
+
     return patched
 
 
@@ -57,26 +60,36 @@ def sharper(func, q, k, v, heads, **kwargs):
 
 
 PATCHES = {
-    "none": lambda model: model, "FreeU": free_u("FreeU"), "FreeU V2": free_u("FreeU_V2"), "writing patches": writing_patches,
-    "attention without autograd": overridden(sage_like), "attention of another pack": overridden(sharper), "IPAdapter-like": with_adapter}
+    "none": lambda model: model,
+    "FreeU": free_u("FreeU"),
+    "FreeU V2": free_u("FreeU_V2"),
+    "writing patches": writing_patches,
+    "attention without autograd": overridden(sage_like),
+    "attention of another pack": overridden(sharper),
+    "IPAdapter-like": with_adapter,
+}
 
 
 def gradient_and_differences(case, model, **settings):
     """(gradient · direction from one update, the same from two energies), three directions; and the gradient's norm.
 
     FreeU computes in single precision, which the steps of 1e-4 and a tolerance by the norm leave room for.
-   """
+    """
     sigma, seen = case.sigmas[1], {}
     model = model.clone()
-    model.set_model_sampler_post_cfg_function(lambda args: seen.update(x=args["input"].clone()) or args["denoised"],
-                                              disable_cfg1_optimization=True)
+    model.set_model_sampler_post_cfg_function(
+        lambda args: seen.update(x=args["input"].clone()) or args["denoised"], disable_cfg1_optimization=True
+    )
     scale = float((1 + sigma.double() ** 2).sqrt())
     sigmas, euler = torch.stack([sigma, torch.tensor(0.0)]), comfy.samplers.sampler_object("euler")
 
     def energy(start, step_size=STEP):
-        guider = case.guider(model=model, iterations=1, step_size=step_size, start="given latent", end_percent=1.0, **settings)
+        guider = case.guider(
+            model=model, iterations=1, step_size=step_size, start="given latent", end_percent=1.0, **settings
+        )
         guider.sample(start / sigma.double(), torch.zeros_like(start), euler, sigmas, disable_pbar=True)
         return guider.energies[0][0]
+
     start = picture(9).double() * float(sigma)
     energy(start)
     gradient = (start - seen["x"]) / STEP / scale
@@ -109,7 +122,9 @@ def cast(case, dtype):
             module.to(dtype)
 
 
-@pytest.mark.parametrize("held", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, "lent memory", "LoRA at each call"], ids=str)
+@pytest.mark.parametrize(
+    "held", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, "lent memory", "LoRA at each call"], ids=str
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_on_hosts_that_cast_lend_or_patch_weights_at_each_call(held, checkpointing, monkeypatch):
     """lent memory: resident weights lie outside of the parameters, are inference tensors, and one buffer serves every layer."""
@@ -159,6 +174,7 @@ def lend(case, monkeypatch):
         if bias is not None and module.bias_function and bias.is_inference():
             bias = bias.clone()
         return weight, bias, *rest
+
     monkeypatch.setattr(comfy.ops, "cast_bias_weight", from_buffer)
 
 
@@ -166,7 +182,9 @@ def lend(case, monkeypatch):
 def test_a_patch_whose_attention_has_no_gradient_is_named(override):
     case = Case()
     model = case.model.clone()
-    model.set_model_attn2_replace(lambda q, k, v, options: optimized_attention(q, k, v, options["n_heads"]).detach(), "middle", 0)
+    model.set_model_attn2_replace(
+        lambda q, k, v, options: optimized_attention(q, k, v, options["n_heads"]).detach(), "middle", 0
+    )
     with pytest.raises(ValueError, match="model: a patch on it replaces an attention block by one without gradients"):
         case.sample(case.guider(model=overridden(sage_like)(model) if override else model))
 
@@ -177,6 +195,7 @@ def test_the_hosts_attention_is_torchs_own_while_differentiating():
     def count(func, *args, **kwargs):
         calls.append(func)
         return func(*args, **kwargs)
+
     case.sample(case.guider(model=overridden(count)(case.model)))
     assert attention_pytorch in calls
 
@@ -184,9 +203,23 @@ def test_the_hosts_attention_is_torchs_own_while_differentiating():
 @pytest.mark.parametrize("patch", ["FreeU V2", "attention without autograd"])
 def test_null_text_behind_patches_and_with_checkpointing(patch):
     from strata.patches.inversion import invert
+
     case = Case()
     model = PATCHES[patch](calm(case.model))
     negative = conditioning(case.model, 2, rows=1)
-    found = [invert(model, picture(3), case.positive, negative, sigmas_of(model, 2), "null-text", 3.0, checkpointing=checkpointing)
-             for checkpointing in (False, True)]
-    assert torch.allclose(found[0].null, found[1].null, atol=1e-5) and not torch.allclose(found[0].null[0], found[0].null[-1], atol=1e-3)
+    found = [
+        invert(
+            model,
+            picture(3),
+            case.positive,
+            negative,
+            sigmas_of(model, 2),
+            "null-text",
+            3.0,
+            checkpointing=checkpointing,
+        )
+        for checkpointing in (False, True)
+    ]
+    assert torch.allclose(found[0].null, found[1].null, atol=1e-5) and not torch.allclose(
+        found[0].null[0], found[0].null[-1], atol=1e-3
+    )

@@ -1,4 +1,5 @@
 """Harmonising in ComfyUI's sampling, against the same steps taken one by one with stock samplers and the formula between them."""
+
 import comfy.sample
 import comfy.samplers
 import pytest
@@ -22,7 +23,10 @@ def case(request):
     generator = torch.Generator().manual_seed(1)
     if request.param == "Flux":
         model, channels = small_flux(), 16
-        positive, negative = ([[torch.randn(1, 5, 16, generator=generator), {"pooled_output": torch.randn(1, 8, generator=generator)}]] for _ in "pn")
+        positive, negative = (
+            [[torch.randn(1, 5, 16, generator=generator), {"pooled_output": torch.randn(1, 8, generator=generator)}]]
+            for _ in "pn"
+        )
     else:
         model, channels = fusion_reference.patcher(request.param), 4
         positive, negative = conditioning(model, 1, rows=1), conditioning(model, 2, rows=1)
@@ -33,21 +37,56 @@ def case(request):
     return model, positive, negative, latents[:1], latents[1:], alphas
 
 
-def run(case, start=0.4, end=0.6, sampler="euler", scheduler="normal", callback=lambda count: None, alphas=None, retained=None):
+def run(
+    case,
+    start=0.4,
+    end=0.6,
+    sampler="euler",
+    scheduler="normal",
+    callback=lambda count: None,
+    alphas=None,
+    retained=None,
+):
     model, positive, negative, background, foregrounds, given = case
-    return harmonize(model, positive, negative, background, foregrounds, given if alphas is None else alphas, SEED, STEPS, CFG, sampler, scheduler, start, end,
-                     callback, retained)
+    return harmonize(
+        model,
+        positive,
+        negative,
+        background,
+        foregrounds,
+        given if alphas is None else alphas,
+        SEED,
+        STEPS,
+        CFG,
+        sampler,
+        scheduler,
+        start,
+        end,
+        callback,
+        retained,
+    )
 
 
 def schedule(model, start):
     sigmas = comfy.samplers.KSampler(model, STEPS, model.load_device, "euler", "normal", 1.0).sigmas
-    return sigmas[int((sigmas[:-1] > float(model.model.model_sampling.percent_to_sigma(start)) * (1 + 1e-4)).sum()):]
+    return sigmas[int((sigmas[:-1] > float(model.model.model_sampling.percent_to_sigma(start)) * (1 + 1e-4)).sum()) :]
 
 
 def stock(case, x, sigmas, noise):
     """x is handed over and comes back as ComfyUI's graph does it, without noise added."""
     model, positive, negative = case[:3]
-    return comfy.sample.sample_custom(model, noise, CFG, comfy.samplers.sampler_object("euler"), sigmas, positive, negative, x, disable_pbar=True, seed=SEED)
+    return comfy.sample.sample_custom(
+        model,
+        noise,
+        CFG,
+        comfy.samplers.sampler_object("euler"),
+        sigmas,
+        positive,
+        negative,
+        x,
+        disable_pbar=True,
+        seed=SEED,
+    )
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.4, 0.6), (0.2, 0.9)])
@@ -59,10 +98,11 @@ def test_each_step_is_fused_and_the_rest_is_free(case, start, end):
 
     def noised(latent, sigma):
         return sampling.noise_scaling(sigma, noise.clone(), latent_format.process_in(latent))
+
     x = noised(background, sigmas[0])
     fused = int((sigmas[:-1] >= until).sum())
     assert 1 < fused < len(sigmas) - 1
-    for now, after in zip(sigmas[:fused], sigmas[1:fused + 1], strict=True):
+    for now, after in zip(sigmas[:fused], sigmas[1 : fused + 1], strict=True):
         x = fuse_latents(x, torch.stack([noised(layer[None], now) for layer in foregrounds]), small)
         given = latent_format.process_out(sampling.inverse_noise_scaling(now, x))
         x = latent_format.process_in(stock(case, given, torch.stack([now, after]), torch.zeros_like(x)))
@@ -70,7 +110,9 @@ def test_each_step_is_fused_and_the_rest_is_free(case, start, end):
     left = latent_format.process_out(sampling.inverse_noise_scaling(sigmas[fused], x))
     expected = stock(case, left, sigmas[fused:], torch.zeros_like(x))
     found = run(case, start, end)
-    assert torch.allclose(found, expected, atol=2e-4 * float(expected.abs().max())) and not torch.allclose(found, background, atol=0.1)
+    assert torch.allclose(found, expected, atol=2e-4 * float(expected.abs().max())) and not torch.allclose(
+        found, background, atol=0.1
+    )
 
 
 def test_without_a_range_it_is_the_stock_sampler_to_the_bit(case):
@@ -87,8 +129,15 @@ def test_what_is_opaque_to_the_end_stays(case):
 
 def test_steps_are_reported_in_order_and_other_samplers_go_on(case):
     seen = []
-    run(case, callback=lambda count: lambda step, clean, x, total: seen.append((step, total, count)), sampler="dpmpp_2m", scheduler="karras")
-    assert [step for step, _, _ in seen] == list(range(len(seen))) and {(total, count) for _, total, count in seen} == {(len(seen), len(seen))}
+    run(
+        case,
+        callback=lambda count: lambda step, clean, x, total: seen.append((step, total, count)),
+        sampler="dpmpp_2m",
+        scheduler="karras",
+    )
+    assert [step for step, _, _ in seen] == list(range(len(seen))) and {(total, count) for _, total, count in seen} == {
+        (len(seen), len(seen))
+    }
     for sampler in ("uni_pc", "dpmpp_2m_sde", "heun", "lcm"):
         assert torch.isfinite(run(case, sampler=sampler)).all()
 

@@ -1,4 +1,5 @@
 """What harmonising does on the trained mini family, against the rendered truth."""
+
 import figures
 import figures_harmonize
 import numpy as np

@@ -1,4 +1,5 @@
 """Harmonize layers as a node on a checkpoint with random weights: which pixels are kept, what the layers hold, and what is refused."""
+
 from dataclasses import replace
 
 import comfy.samplers
@@ -12,7 +13,15 @@ from strata.techniques.compositing import flatten
 from strata.techniques.layers import Layer, LayerStack, read_layers, write_layers
 
 WIDTH, HEIGHT = 100, 76  # no multiples of eight
-SETTINGS = {"seed": 1, "steps": 6, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "start_percent": 0.4, "end_percent": 0.6}
+SETTINGS = {
+    "seed": 1,
+    "steps": 6,
+    "cfg": 1.0,
+    "sampler_name": "euler",
+    "scheduler": "normal",
+    "start_percent": 0.4,
+    "end_percent": 0.6,
+}
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +29,12 @@ def loaded(family):
     mini_family.register()
     with torch.inference_mode():
         model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(family["sd"]))
-        return model, clip.encode_from_tokens_scheduled(clip.tokenize("a dog")), clip.encode_from_tokens_scheduled(clip.tokenize("")), vae
+        return (
+            model,
+            clip.encode_from_tokens_scheduled(clip.tokenize("a dog")),
+            clip.encode_from_tokens_scheduled(clip.tokenize("")),
+            vae,
+        )
 
 
 def stack(*changes):
@@ -29,12 +43,16 @@ def stack(*changes):
     thing[..., 3] = 1
     first = Layer(thing, "first", x=10, y=20)
     second = Layer(thing.flip(0), "second", x=40, y=30, opacity=0.5)
-    return LayerStack((WIDTH, HEIGHT), (Layer(torch.rand(HEIGHT, WIDTH, 3, generator=generator), "back"), first, second, *changes))
+    return LayerStack(
+        (WIDTH, HEIGHT), (Layer(torch.rand(HEIGHT, WIDTH, 3, generator=generator), "back"), first, second, *changes)
+    )
 
 
 def run(loaded, layers, foregrounds="keep", feather=0.0, **changed):
     with torch.inference_mode():
-        result = HarmonizeLayers.execute(*loaded, write_layers(layers), **{**SETTINGS, **changed}, foregrounds=foregrounds, feather=feather)
+        result = HarmonizeLayers.execute(
+            *loaded, write_layers(layers), **{**SETTINGS, **changed}, foregrounds=foregrounds, feather=feather
+        )
     image, latent, found = result.args
     return image, latent["samples"], read_layers(found)
 
@@ -44,22 +62,32 @@ def test_things_keep_their_pixels_and_the_rest_is_the_models(loaded):
     image, latent, found = run(loaded, layers)
     drawn = run(loaded, layers, "relight")[0]
     assert image.shape == (1, HEIGHT, WIDTH, 3) and latent.shape == (1, 4, 10, 13)
-    assert torch.allclose(image[0, 21:29, 11:39], layers.layers[1].image[1:9, 1:29, :3], atol=1e-6)  # where nothing lies over the first
+    assert torch.allclose(
+        image[0, 21:29, 11:39], layers.layers[1].image[1:9, 1:29, :3], atol=1e-6
+    )  # where nothing lies over the first
     assert torch.equal(image[0, :19], drawn[0, :19]) and not torch.allclose(image[0, 21:29], drawn[0, 21:29], atol=0.05)
     half = layers.layers[2].image[20:, 20:, :3] * 0.5 + drawn[0, 50:60, 60:80] * 0.5
     assert torch.allclose(image[0, 50:60, 60:80], half, atol=1e-5)
-    assert [layer.name for layer in found.layers] == ["back", "first", "second"] and found.layers[1].x == 10 and found.layers[2].opacity == 0.5
+    assert (
+        [layer.name for layer in found.layers] == ["back", "first", "second"]
+        and found.layers[1].x == 10
+        and found.layers[2].opacity == 0.5
+    )
     assert torch.allclose(flatten(found)[0][:3, :40], image[0, :3, :40], atol=1e-6)
 
 
 def test_behind_a_thing_the_background_is_as_it_was_in_the_light_around_it(loaded):
     """Its texture stays, and what the model has changed around the thing goes on smoothly behind it, so that no silhouette is left."""
     layers = stack()
-    layers = layers.with_layers([replace(layers.layers[0], image=0.45 + 0.1 * layers.layers[0].image), *layers.layers[1:]])
+    layers = layers.with_layers(
+        [replace(layers.layers[0], image=0.45 + 0.1 * layers.layers[0].image), *layers.layers[1:]]
+    )
     before, found = layers.layers[0].image, run(loaded, layers)[2].layers[0].image
     change = found - before
     inside, around = change[23:27, 13:37], change[:4, :40]
-    assert inside.diff(dim=1).abs().mean() < 0.3 * around.diff(dim=1).abs().mean(), "no texture of the model behind the thing"
+    assert inside.diff(dim=1).abs().mean() < 0.3 * around.diff(dim=1).abs().mean(), (
+        "no texture of the model behind the thing"
+    )
     assert inside.abs().max() > 1e-3 and (inside.mean((0, 1)) - change[:12].mean((0, 1))).abs().max() < around.std()
     assert torch.allclose(found[:3, :40], run(loaded, layers, "relight")[2].layers[0].image[:3, :40], atol=1e-6)
 
@@ -110,7 +138,9 @@ def test_with_detail_the_background_changes_smoothly_and_things_keep_their_pixel
 def test_hidden_layers_are_left_out_and_moved_ones_move(loaded):
     cover = Layer(torch.ones(HEIGHT, WIDTH, 3), "cover", visible=False)
     assert torch.equal(run(loaded, stack(cover))[0], run(loaded, stack())[0])
-    moved = stack().with_layers(layer if layer.name != "first" else Layer(layer.image, "first", x=2, y=2) for layer in stack().layers)
+    moved = stack().with_layers(
+        layer if layer.name != "first" else Layer(layer.image, "first", x=2, y=2) for layer in stack().layers
+    )
     assert torch.allclose(run(loaded, moved)[0][0, 3:20, 3:30], stack().layers[1].image[1:18, 1:28, :3], atol=1e-6)
 
 
@@ -142,21 +172,38 @@ def test_retained_latents_of_an_inversion_are_followed_where_the_layers_are(load
     moved = layers.with_layers([layers.layers[0], replace(layers.layers[1], x=24)])
     along = replace(path, latents=torch.stack([path.latents[:, 0], path.latents[:, 1].roll(3, -1)], 1))
     there = layers.with_layers([layers.layers[0], replace(layers.layers[1], image=layers.layers[1].image.roll(24, 1))])
-    assert torch.allclose(run(loaded, moved, "relight", retained=path)[0], run(loaded, there, "relight", retained=along)[0], atol=1e-5)
+    assert torch.allclose(
+        run(loaded, moved, "relight", retained=path)[0], run(loaded, there, "relight", retained=along)[0], atol=1e-5
+    )
 
 
 def test_retained_latents_of_other_layers_are_refused(loaded):
-    with pytest.raises(ValueError, match="retained: it is the way of 3 latents and layers has 2; connect layers and path of the same run"):
+    with pytest.raises(
+        ValueError,
+        match="retained: it is the way of 3 latents and layers has 2; connect layers and path of the same run",
+    ):
         run(loaded, full_size(), retained=inverted(loaded, 3))
     with pytest.raises(ValueError, match="retained: its latents are of 104×80 pixels and layer 'first' is 40×30"):
         run(loaded, stack(), retained=inverted(loaded, 3))
 
 
-@pytest.mark.parametrize(("layers", "words"), [
-    (LayerStack((WIDTH, HEIGHT), stack().layers[:1]), "layers: there are 1 visible layers; harmonising needs a background"),
-    (stack(Layer(torch.rand(8, 8, 4), "glow", blend_mode="screen")), "layers: layer 'glow' has the blend mode 'screen'.*merge it"),
-    (stack(Layer(torch.ones(HEIGHT, WIDTH, 3), "sheet")), "layers: layer 'sheet' covers the whole canvas.*give it an alpha or a mask"),
-])
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        (
+            LayerStack((WIDTH, HEIGHT), stack().layers[:1]),
+            "layers: there are 1 visible layers; harmonising needs a background",
+        ),
+        (
+            stack(Layer(torch.rand(8, 8, 4), "glow", blend_mode="screen")),
+            "layers: layer 'glow' has the blend mode 'screen'.*merge it",
+        ),
+        (
+            stack(Layer(torch.ones(HEIGHT, WIDTH, 3), "sheet")),
+            "layers: layer 'sheet' covers the whole canvas.*give it an alpha or a mask",
+        ),
+    ],
+)
 def test_what_cannot_be_harmonised_is_said(loaded, layers, words):
     with pytest.raises(ValueError, match=words):
         run(loaded, layers)

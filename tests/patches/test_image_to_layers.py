@@ -1,4 +1,5 @@
 """A picture taken apart by prompts, on the trained mini family, against what the renderer knows."""
+
 from functools import partial
 
 import comfy.samplers
@@ -26,6 +27,7 @@ def mini():
 @pytest.fixture
 def split():
     from strata.nodes.shared_layers import ImageToLayers
+
     return ImageToLayers.execute
 
 
@@ -81,7 +83,9 @@ def test_a_picture_comes_apart_into_the_place_and_the_thing(mini, split, kind, n
     picture = torch.from_numpy(scene.composite)[None]
     model = map_context(share_layers(mini.model, Sharing()), Maps())
     positive = encode_layers(mini.clip, scene.background_prompt, [scene.objects[0].prompt])
-    document, recomposed, maps, error = split(model, mini.vae, picture, positive, mini.negative, 20, 4.0, "ddim_uniform").result
+    document, recomposed, maps, error = split(
+        model, mini.vae, picture, positive, mini.negative, 20, 4.0, "ddim_uniform"
+    ).result
     background, thing = (layer.image.movedim(-1, 0)[None].float() for layer in read_layers(document).layers)
     empty, truth = torch.from_numpy(scene.background), torch.from_numpy(scene.objects[0].rgba[..., 3])
     place, nothing = judge.text_agreement(background[:, :3], [kind], [[]])
@@ -89,7 +93,11 @@ def test_a_picture_comes_apart_into_the_place_and_the_thing(mini, split, kind, n
     assert place.all() and nothing.all(), "the place is left, and the thing is out of it"
     assert judge.text_agreement(shown, [None], [[name]])[1].all()
     without = (empty - picture[0]).abs().mean()
-    assert error == pytest.approx((recomposed - picture).abs().mean().item()) and error < 2 * without and maps.shape[0] == 20
+    assert (
+        error == pytest.approx((recomposed - picture).abs().mean().item())
+        and error < 2 * without
+        and maps.shape[0] == 20
+    )
     overlap = (thing[0, 3] * truth).sum() / thing[0, 3].sum()
     assert overlap > 0.5, "the thing is where it was in the picture"
 
@@ -118,6 +126,9 @@ def test_what_cannot_be_taken_apart_is_said(mini, split):
     with pytest.raises(ValueError, match="positive: .* connect Layer prompts"):
         run(positive=mini.text("a dog"))
     with pytest.raises(ValueError, match="negative: this is a conditioning of Layer prompts"):
-        run(positive=encode_layers(mini.clip, "on a beach", ["a dog"]), negative=encode_layers(mini.clip, "on a beach", ["a dog"]))
+        run(
+            positive=encode_layers(mini.clip, "on a beach", ["a dog"]),
+            negative=encode_layers(mini.clip, "on a beach", ["a dog"]),
+        )
     with pytest.raises(ValueError, match="decoder: nothing tells"):
         run(positive=encode_layers(mini.clip, "on a beach", ["a dog"]))

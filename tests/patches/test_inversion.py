@@ -1,4 +1,5 @@
 """Inversion through ComfyUI's sampling, on small random models of every kind of prediction."""
+
 import copy
 import types
 
@@ -49,8 +50,14 @@ def with_sampling(model, base, kind):
 
 def kinds(model):
     discrete = comfy.model_sampling.ModelSamplingDiscrete
-    return {"eps": (model, "ddim_uniform"), "v": (with_sampling(model, discrete, comfy.model_sampling.V_PREDICTION), "ddim_uniform"),
-            "flow": (with_sampling(model, comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST), "simple")}
+    return {
+        "eps": (model, "ddim_uniform"),
+        "v": (with_sampling(model, discrete, comfy.model_sampling.V_PREDICTION), "ddim_uniform"),
+        "flow": (
+            with_sampling(model, comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST),
+            "simple",
+        ),
+    }
 
 
 @pytest.mark.parametrize("kind", ["eps", "v", "flow"])
@@ -65,9 +72,13 @@ def test_sampling_from_the_found_noise_gives_the_picture_back(models, kind):
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(positive, positive)
         start = found[steps].latents[0] / sigmas[0]
-        if kind != "flow" and comfy.samplers.Sampler().max_denoise(types.SimpleNamespace(inner_model=model.model), sigmas):
+        if kind != "flow" and comfy.samplers.Sampler().max_denoise(
+            types.SimpleNamespace(inner_model=model.model), sigmas
+        ):
             start = found[steps].latents[0] / (1 + sigmas[0] ** 2).sqrt()
-        stock = guider.sample(start, torch.zeros_like(latent), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True)
+        stock = guider.sample(
+            start, torch.zeros_like(latent), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True
+        )
         assert torch.allclose(stock, found[steps].reconstruction, atol=2e-3)
     quality = [psnr(found[steps].reconstruction, latent, None).item() for steps in (8, 32)]
     assert quality[1] > quality[0] + 2 and quality[1] > 25
@@ -82,7 +93,13 @@ def test_null_text_comes_back_at_full_guidance_and_plain_ddim_does_not(models):
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(7.5)
-    plain = guider.sample(found.latents[0] / sigmas[0], torch.zeros_like(latent), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True)
+    plain = guider.sample(
+        found.latents[0] / sigmas[0],
+        torch.zeros_like(latent),
+        comfy.samplers.sampler_object("euler"),
+        sigmas,
+        disable_pbar=True,
+    )
     assert (psnr(found.reconstruction, latent, None) > psnr(plain, latent, None) + 3).all()
     plain_path = invert(model, latent, positive, None, sigmas)
     assert torch.equal(plain_path.latents, found.latents)
@@ -91,7 +108,12 @@ def test_null_text_comes_back_at_full_guidance_and_plain_ddim_does_not(models):
 def test_the_first_null_embedding_follows_the_gradient_of_finite_differences(models):
     """Adam's first step is the learning rate against the sign of the gradient."""
     model = models("mini")
-    latent, positive, negative, sigmas = picture(), conditioning(model, 1, rows=1), conditioning(model, 2, rows=1), sigmas_of(models("mini"), 4)
+    latent, positive, negative, sigmas = (
+        picture(),
+        conditioning(model, 1, rows=1),
+        conditioning(model, 2, rows=1),
+        sigmas_of(models("mini"), 4),
+    )
     found = invert(model, latent, positive, negative, sigmas, "null-text", cfg=7.5, inner_steps=1)
     walk_target, x, sigma, below = found.latents[1], found.latents[0], sigmas[0], sigmas[1]
 
@@ -111,6 +133,7 @@ def test_the_first_null_embedding_follows_the_gradient_of_finite_differences(mod
         mixed = unconditional + (conditional - unconditional) * 7.5
         after = x + (below - sigma) * (x - mixed) / sigma
         return ((after - walk_target).square().mean() / (1 + below**2)).item()
+
     moved = found.null[0].double() - start
     assert ((moved.abs() - 1e-2).abs() < 1e-4).double().mean() > 0.95  # the others have next to no gradient
     gradient_signs = -moved.sign()
@@ -124,7 +147,9 @@ def test_the_first_null_embedding_follows_the_gradient_of_finite_differences(mod
 def test_noise_only_is_the_picture_with_one_noise(models):
     model, latent = models("mini"), picture()
     sigmas = sigmas_of(model)
-    found, again = (invert(model, latent, conditioning(model, 1, rows=1), None, sigmas, "noise only", seed=4) for _ in range(2))
+    found, again = (
+        invert(model, latent, conditioning(model, 1, rows=1), None, sigmas, "noise only", seed=4) for _ in range(2)
+    )
     assert torch.equal(found.latents, again.latents) and found.reconstruction is None
     noises = [(x - found.latents[-1]) / sigma for x, sigma in zip(found.latents[:-1], sigmas[:-1], strict=True)]
     assert all(torch.allclose(noise, noises[0], atol=1e-4) for noise in noises)
@@ -141,7 +166,9 @@ def test_sampling_with_each_steps_null_embedding_gives_the_reconstruction(models
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(positive, [[found.null[number], {}]])
         guider.set_cfg(3.0)
-        x = guider.sample(x / sigmas[number], torch.zeros_like(x), euler, sigmas[number:number + 2], disable_pbar=True)
+        x = guider.sample(
+            x / sigmas[number], torch.zeros_like(x), euler, sigmas[number : number + 2], disable_pbar=True
+        )
     assert torch.allclose(found.reconstruction, model.model.process_latent_out(x), atol=1e-4)
     assert torch.equal(found.null_at(1e9), found.null[0]) and torch.equal(found.null_at(0.0), found.null[-1])
 
@@ -150,7 +177,13 @@ def test_sampling_with_each_steps_null_embedding_gives_the_reconstruction(models
 def test_inside_the_executors_inference_mode_with_inference_weights(method):
     """As in ComfyUI's executor: weights loaded in inference mode. The same numbers as outside of it, and the model is left as it was."""
     outside = calm(fusion_reference.patcher("mini"))
-    arguments = picture(), conditioning(outside, 1, rows=1), conditioning(outside, 2, rows=1), sigmas_of(outside, 3), method
+    arguments = (
+        picture(),
+        conditioning(outside, 1, rows=1),
+        conditioning(outside, 2, rows=1),
+        sigmas_of(outside, 3),
+        method,
+    )
     expected = invert(outside, *arguments)
     with torch.inference_mode():
         model = calm(fusion_reference.patcher("mini"))
@@ -170,8 +203,17 @@ def test_an_interruption_leaves_the_model_as_it_was(models):
     def stop(step, denoised, x, total):
         if step == 4:  # the second step downwards, after one optimisation
             comfy.model_management.interrupt_current_processing()
+
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        invert(model, picture(), conditioning(model, 1, rows=1), conditioning(model, 2, rows=1), sigmas_of(model, 3), "null-text", callback=stop)
+        invert(
+            model,
+            picture(),
+            conditioning(model, 1, rows=1),
+            conditioning(model, 2, rows=1),
+            sigmas_of(model, 3),
+            "null-text",
+            callback=stop,
+        )
     assert [id(value) for value in model.model.parameters()] == held
 
 
@@ -198,10 +240,16 @@ def cache(tmp_path, monkeypatch):
 def test_the_disk_cache_knows_content_and_nothing_else(models, cache):
     model, positive = models("mini"), conditioning(models("mini"), 1, rows=1)
     name = inversion_cache.key(model, picture(), positive, 7.5)
-    assert name == inversion_cache.key(calm(fusion_reference.patcher("mini")), picture(), conditioning(model, 1, rows=1), 7.5)
-    others = [inversion_cache.key(model, picture(4), positive, 7.5), inversion_cache.key(model, picture(), conditioning(model, 2, rows=1), 7.5),
-              inversion_cache.key(model, picture(), positive, 7.0), inversion_cache.key(fusion_reference.patcher("SD1.5"), picture(), positive, 7.5),
-              inversion_cache.key(kinds(model)["v"][0], picture(), positive, 7.5)]
+    assert name == inversion_cache.key(
+        calm(fusion_reference.patcher("mini")), picture(), conditioning(model, 1, rows=1), 7.5
+    )
+    others = [
+        inversion_cache.key(model, picture(4), positive, 7.5),
+        inversion_cache.key(model, picture(), conditioning(model, 2, rows=1), 7.5),
+        inversion_cache.key(model, picture(), positive, 7.0),
+        inversion_cache.key(fusion_reference.patcher("SD1.5"), picture(), positive, 7.5),
+        inversion_cache.key(kinds(model)["v"][0], picture(), positive, 7.5),
+    ]
     patched = model.clone()
     weight = "diffusion_model.middle_block.0.in_layers.2.weight"
     patched.add_patches({weight: ("diff", (torch.ones_like(model.model.state_dict()[weight]),))}, 0.5)
@@ -217,6 +265,9 @@ def test_the_disk_cache_holds_no_more_than_its_limit_and_survives_a_broken_file(
     for number in range(4):
         inversion_cache.store(f"n{number}", {"latents": torch.full((512,), float(number))})
     assert sorted(path.stem for path in cache.iterdir()) == ["n2", "n3"]
-    assert torch.equal(inversion_cache.load("n3")["latents"], torch.full((512,), 3.0)) and inversion_cache.load("n0") is None
+    assert (
+        torch.equal(inversion_cache.load("n3")["latents"], torch.full((512,), 3.0))
+        and inversion_cache.load("n0") is None
+    )
     (cache / "n3.safetensors").write_bytes(b"no")
     assert inversion_cache.load("n3") is None

@@ -1,4 +1,5 @@
 """DreamLayer's trained modules in ComfyUI: what the trainer predicts is what the nodes make of its file, and the file is told from others."""
+
 import copy
 
 import comfy.sd
@@ -26,7 +27,11 @@ def fill(module, size):
     generator = torch.Generator().manual_seed(3)
     for value in module.parameters():
         if value.requires_grad:
-            value.data = torch.randn(value.shape, generator=generator) * size * value[0].numel() ** -0.5 if value.ndim > 1 else value.data
+            value.data = (
+                torch.randn(value.shape, generator=generator) * size * value[0].numel() ** -0.5
+                if value.ndim > 1
+                else value.data
+            )
     module.layer_embedding.data = torch.randn(module.layer_embedding.shape, generator=generator) * size
 
 
@@ -69,10 +74,16 @@ def both(model, modules=None, sharing=1.0, mixing=1.0):
 def test_the_trainers_prediction_is_that_of_the_nodes(family, sigma):
     plain, model, clip = family
     terms = terms_for(model)
-    trained = denoiser(plain, {key.removeprefix("diffusion_model.").removesuffix(".weight"): up @ down for key, (up, down) in terms.items()})
+    trained = denoiser(
+        plain,
+        {key.removeprefix("diffusion_model.").removesuffix(".weight"): up @ down for key, (up, down) in terms.items()},
+    )
     modules = file_of(trained)
     assert modules.describe() == "layer modules for Strata mini, trained with up to 3 objects, 2 context-aware layers"
-    positive, negative = encode_layers(clip, PROMPTS[0], PROMPTS[1:]), clip.encode_from_tokens_scheduled(clip.tokenize(""))
+    positive, negative = (
+        encode_layers(clip, PROMPTS[0], PROMPTS[1:]),
+        clip.encode_from_tokens_scheduled(clip.tokenize("")),
+    )
     adapted = foreground.apply_to_foreground(model, terms, rows=object_rows(COUNT))
     found = estimates(both(adapted, modules), positive, negative, noise(8), sigma)
     sampling, x = model.model.model_sampling, found["input"]
@@ -96,20 +107,30 @@ def test_a_file_of_zeros_changes_nothing(family):
     """Bit-equal: zeros are added to keys, values, tokens and maps, and a fresh context-aware layer adds nothing to a map."""
     _, model, clip = family
     positive, negative = encode_layers(clip, PROMPTS[0], PROMPTS[1:]), conditioning(model, 2, rows=1)
-    found, plain = (estimates(both(model, modules), positive, negative, noise(4), EARLY) for modules in (file_of(fresh()), None))
+    found, plain = (
+        estimates(both(model, modules), positive, negative, noise(4), EARLY) for modules in (file_of(fresh()), None)
+    )
     assert all(torch.equal(found[name], plain[name]) for name in plain)
 
 
-@pytest.mark.parametrize(("make", "sigma"), [
-    (lambda model, file: both(model, file, 0.0, 0.0), EARLY), (lambda model, file: share_layers(model, Sharing(1.0, 0.0, 0.2), file), LATE),
-    (lambda model, file: map_context(model, Maps(1.0), file), LATE)])
+@pytest.mark.parametrize(
+    ("make", "sigma"),
+    [
+        (lambda model, file: both(model, file, 0.0, 0.0), EARLY),
+        (lambda model, file: share_layers(model, Sharing(1.0, 0.0, 0.2), file), LATE),
+        (lambda model, file: map_context(model, Maps(1.0), file), LATE),
+    ],
+)
 def test_off_and_outside_of_its_percents_it_is_bit_equal_to_stock_and_leaves_the_model(family, make, sigma):
     plain, model, _ = family
     modules = file_of(denoiser(plain))
     positive, negative = layered(model), conditioning(model, 2, rows=1)
     before = estimates(model, positive, negative, noise(4), sigma)
     estimates(both(model, modules), positive, negative, noise(4), sigma)
-    for found in (estimates(make(model, modules), positive, negative, noise(4), sigma), estimates(model, positive, negative, noise(4), sigma)):
+    for found in (
+        estimates(make(model, modules), positive, negative, noise(4), sigma),
+        estimates(model, positive, negative, noise(4), sigma),
+    ):
         assert all(torch.equal(before[name], found[name]) for name in before)
 
 
@@ -139,18 +160,32 @@ def test_another_family_and_another_file_are_named(family):
     modules = file_of(fresh())
     other = fusion_reference.patcher("SDXL")
     for make in (lambda: share_layers(other, Sharing(), modules), lambda: map_context(other, Maps(), modules)):
-        with pytest.raises(ValueError, match="modules: mine.safetensors is for Strata mini and the model is SDXL.*load the file for the model's"):
+        with pytest.raises(
+            ValueError,
+            match="modules: mine.safetensors is for Strata mini and the model is SDXL.*load the file for the model's",
+        ):
             make()
-    with pytest.raises(ValueError, match="file: vae.safetensors holds no layer modules of DreamLayer; choose strata_mini_dreamlayer.safetensors"):
+    with pytest.raises(
+        ValueError,
+        match="file: vae.safetensors holds no layer modules of DreamLayer; choose strata_mini_dreamlayer.safetensors",
+    ):
         layer_modules.recognise("vae.safetensors", {"decoder.weight": torch.zeros(1)})
-    broken = {key: value for key, value in published_form(fresh().state_dict()).items() if "context_layers.0.map_out" not in key}
+    broken = {
+        key: value
+        for key, value in published_form(fresh().state_dict()).items()
+        if "context_layers.0.map_out" not in key
+    }
     with pytest.raises(ValueError, match="file: broken.safetensors does not have the weights of ContextLayers"):
         layer_modules.recognise("broken.safetensors", broken)
 
 
 def test_from_the_file_to_the_model_by_the_nodes(family, tmp_path, monkeypatch):
     plain, model, _ = family
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {**folder_paths.folder_names_and_paths, "layer_model": ([str(tmp_path)], {".safetensors"})})
+    monkeypatch.setattr(
+        folder_paths,
+        "folder_names_and_paths",
+        {**folder_paths.folder_names_and_paths, "layer_model": ([str(tmp_path)], {".safetensors"})},
+    )
     assert "mine.safetensors is not there" in LoadLayerModules.validate_inputs("mine.safetensors")
     save_file(published_form(denoiser(plain).state_dict()), tmp_path / "mine.safetensors")
     assert LoadLayerModules.validate_inputs("mine.safetensors") is True
@@ -175,5 +210,9 @@ def test_clones_use_the_modules_that_comfyui_manages_and_copy_none(family):
     for patcher in (made, clone):
         options = patcher.model_options["transformer_options"]
         terms, refine = options[shared_layers.SHARING].terms, options[shared_layers.MAPS].refine
-        used = [value for module in (*terms.shared.values(), *terms.foreground.values(), refine) for value in module.parameters()]
+        used = [
+            value
+            for module in (*terms.shared.values(), *terms.foreground.values(), refine)
+            for value in module.parameters()
+        ]
         assert len(used) > 20 and {value.data_ptr() for value in used} <= managed

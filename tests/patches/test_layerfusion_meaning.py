@@ -1,4 +1,5 @@
 """LayerFusion's figures: every step of the way to them on random weights, and a sample of the shipped family's against the table."""
+
 import figures
 import figures_layerfusion
 import pytest
@@ -19,7 +20,10 @@ def test_all_is_measured_on_random_weights(family, tmp_path):
     shown, names = drawn(family_of(family["sd"], adapter, decoder), range(2), steps=2)
     found = measured(shown, names, oracle.load(), tmp_path / "grid.png")
     assert names == list(OBJECTS[:2]) and (tmp_path / "grid.png").stat().st_size > 1000
-    assert all(value.shape == (2,) and value.isfinite().all() and (value >= 0).all() and (value <= 1).all() for value in found.values()), found
+    assert all(
+        value.shape == (2,) and value.isfinite().all() and (value >= 0).all() and (value <= 1).all()
+        for value in found.values()
+    ), found
     assert found["layers to blended"].min() > 0 and found["change by the place"].min() > 0
 
 

@@ -1,4 +1,5 @@
 """DreamLayer's figures: a sample of the shipped family's against the table of docs/figures.json."""
+
 import figures
 import figures_layers
 import pytest

@@ -1,4 +1,5 @@
 """The trajectory that Layers sampler retains, on the trained mini family, whose predictions leave noise of the level beside the result."""
+
 import comfy.samplers
 import pytest
 import torch
@@ -18,10 +19,27 @@ def mini():
 
 @torch.inference_mode()
 def trained_run(mini, **changed):
-    settings = {"seed": 1, "steps": 6, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0, "harmonize": False, **changed}
+    settings = {
+        "seed": 1,
+        "steps": 6,
+        "cfg": 1.0,
+        "sampler_name": "euler",
+        "scheduler": "normal",
+        "denoise": 1.0,
+        "harmonize": False,
+        **changed,
+    }
     return LayersSampler.execute(
-        map_context(share_layers(mini.model, Sharing()), Maps()), mini.vae, encode_layers(mini.clip, "a beach", ["a dog"]), "same for all layers",
-        harmonize_start=0.4, harmonize_end=0.6, negative=mini.negative, latent_image={"samples": torch.zeros(1, 4, 16, 16)}, **settings).result
+        map_context(share_layers(mini.model, Sharing()), Maps()),
+        mini.vae,
+        encode_layers(mini.clip, "a beach", ["a dog"]),
+        "same for all layers",
+        harmonize_start=0.4,
+        harmonize_end=0.6,
+        negative=mini.negative,
+        latent_image={"samples": torch.zeros(1, 4, 16, 16)},
+        **settings,
+    ).result
 
 
 @pytest.mark.parametrize("sampler", comfy.samplers.KSampler.SAMPLERS)

@@ -1,4 +1,5 @@
 """The mini family in ComfyUI's loaders: told from every other model, and each part equal to the same weights run another way."""
+
 import importlib.util
 import sys
 
@@ -19,20 +20,59 @@ from strata.patches import mini_family
 from . import random_family
 
 PREFIX = "model.diffusion_model."
-SD1 = {"model_channels": 320, "channel_mult": [1, 2, 4, 4], "num_res_blocks": [2, 2, 2, 2], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-       "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1, "context_dim": 768, "num_heads": 8}
+SD1 = {
+    "model_channels": 320,
+    "channel_mult": [1, 2, 4, 4],
+    "num_res_blocks": [2, 2, 2, 2],
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    "transformer_depth_middle": 1,
+    "context_dim": 768,
+    "num_heads": 8,
+}
 SD2 = {**SD1, "context_dim": 1024, "use_linear_in_transformer": True}
-SDXL = {"model_channels": 320, "channel_mult": [1, 2, 4], "num_res_blocks": [2, 2, 2], "transformer_depth": [0, 0, 2, 2, 10, 10],
-        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10, "context_dim": 2048, "num_heads": 8,
-        "use_linear_in_transformer": True, "num_classes": "sequential", "adm_in_channels": 2816}
-FLUX = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 4096, "hidden_size": 3072, "mlp_ratio": 4.0,
-        "num_heads": 24, "depth": 19, "depth_single_blocks": 38, "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "qkv_bias": True,
-        "guidance_embed": True, **({"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {})}  # ComfyUI after 0.3.75
+SDXL = {
+    "model_channels": 320,
+    "channel_mult": [1, 2, 4],
+    "num_res_blocks": [2, 2, 2],
+    "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    "transformer_depth_middle": 10,
+    "context_dim": 2048,
+    "num_heads": 8,
+    "use_linear_in_transformer": True,
+    "num_classes": "sequential",
+    "adm_in_channels": 2816,
+}
+FLUX = {
+    "image_model": "flux",
+    "in_channels": 16,
+    "out_channels": 16,
+    "vec_in_dim": 768,
+    "context_in_dim": 4096,
+    "hidden_size": 3072,
+    "mlp_ratio": 4.0,
+    "num_heads": 24,
+    "depth": 19,
+    "depth_single_blocks": 38,
+    "axes_dim": [16, 56, 56],
+    "theta": 10000,
+    "patch_size": 2,
+    "qkv_bias": True,
+    "guidance_embed": True,
+    **({"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}),
+}  # ComfyUI after 0.3.75
 OTHERS = {
-    "SD1.5": (UNetModel, SD1, 4, "SD15"), "SD1.5 inpaint": (UNetModel, SD1, 9, "SD15"), "SD1.5 instruct": (UNetModel, SD1, 8, "SD15_instructpix2pix"),
-    "SD2": (UNetModel, SD2, 4, "SD20"), "SD2 inpaint": (UNetModel, SD2, 9, "SD20"), "SD2 depth": (UNetModel, SD2, 5, "SD20"),
-    "SDXL": (UNetModel, SDXL, 4, "SDXL"), "SDXL inpaint": (UNetModel, SDXL, 9, "SDXL"),
-    "Flux dev": (Flux, FLUX, 16, "Flux"), "Flux schnell": (Flux, {**FLUX, "guidance_embed": False}, 16, "FluxSchnell"),
+    "SD1.5": (UNetModel, SD1, 4, "SD15"),
+    "SD1.5 inpaint": (UNetModel, SD1, 9, "SD15"),
+    "SD1.5 instruct": (UNetModel, SD1, 8, "SD15_instructpix2pix"),
+    "SD2": (UNetModel, SD2, 4, "SD20"),
+    "SD2 inpaint": (UNetModel, SD2, 9, "SD20"),
+    "SD2 depth": (UNetModel, SD2, 5, "SD20"),
+    "SDXL": (UNetModel, SDXL, 4, "SDXL"),
+    "SDXL inpaint": (UNetModel, SDXL, 9, "SDXL"),
+    "Flux dev": (Flux, FLUX, 16, "Flux"),
+    "Flux schnell": (Flux, {**FLUX, "guidance_embed": False}, 16, "FluxSchnell"),
     "Flux Fill": (Flux, FLUX, 96, "FluxInpaint"),
 }
 
@@ -42,15 +82,25 @@ def registered(monkeypatch):
     """ComfyUI's list of models with the family in it; what it was without it, whatever other tests have registered."""
     before = [model for model in comfy.supported_models.models if not model.__name__.startswith("StrataMini")]
     monkeypatch.setattr(comfy.supported_models, "models", [*before])
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {kind: ([*paths], ends) for kind, (paths, ends) in folder_paths.folder_names_and_paths.items()})
+    monkeypatch.setattr(
+        folder_paths,
+        "folder_names_and_paths",
+        {kind: ([*paths], ends) for kind, (paths, ends) in folder_paths.folder_names_and_paths.items()},
+    )
     mini_family.register()
     return before
 
 
 def keys(kind, config, channels):
     """A model's weights without their contents."""
-    extra = {"image_size": 32, "out_channels": 4, "use_spatial_transformer": True, "legacy": False} if kind is UNetModel else {}
-    model = kind(**{**extra, **config, "in_channels": channels}, dtype=torch.float32, device="meta", operations=random_family.OPS)
+    extra = (
+        {"image_size": 32, "out_channels": 4, "use_spatial_transformer": True, "legacy": False}
+        if kind is UNetModel
+        else {}
+    )
+    model = kind(
+        **{**extra, **config, "in_channels": channels}, dtype=torch.float32, device="meta", operations=random_family.OPS
+    )
     return {PREFIX + key: value for key, value in model.state_dict().items()}
 
 
@@ -73,16 +123,41 @@ def test_other_models_are_still_detected_as_themselves(registered, monkeypatch, 
 def test_the_family_is_detected_with_its_geometry(registered, channels, expected):
     found = detect(keys(UNetModel, mini_family.UNET, channels))
     assert type(found) is expected
-    assert found.unet_config == {**found.unet_config, **mini_family.UNET, "in_channels": channels, "num_head_channels": -1}
+    assert found.unet_config == {
+        **found.unet_config,
+        **mini_family.UNET,
+        "in_channels": channels,
+        "num_head_channels": -1,
+    }
 
 
-@pytest.mark.parametrize(("altered", "channels"), [
-    ({"model_channels": 96}, 4), ({"context_dim": 64}, 4), ({"channel_mult": [1, 2, 2]}, 4), ({"transformer_depth_middle": 0}, 4),
-    ({"num_res_blocks": [2, 1, 1], "transformer_depth": [1, 1, 1, 0], "transformer_depth_output": [1, 1, 1, 1, 1, 0, 0]}, 4),
-    ({"use_linear_in_transformer": True}, 4), ({"out_channels": 8}, 4), ({"adm_in_channels": 64, "num_classes": "sequential"}, 4), ({}, 8), ({}, 5),
-])
+@pytest.mark.parametrize(
+    ("altered", "channels"),
+    [
+        ({"model_channels": 96}, 4),
+        ({"context_dim": 64}, 4),
+        ({"channel_mult": [1, 2, 2]}, 4),
+        ({"transformer_depth_middle": 0}, 4),
+        (
+            {
+                "num_res_blocks": [2, 1, 1],
+                "transformer_depth": [1, 1, 1, 0],
+                "transformer_depth_output": [1, 1, 1, 1, 1, 0, 0],
+            },
+            4,
+        ),
+        ({"use_linear_in_transformer": True}, 4),
+        ({"out_channels": 8}, 4),
+        ({"adm_in_channels": 64, "num_classes": "sequential"}, 4),
+        ({}, 8),
+        ({}, 5),
+    ],
+)
 def test_a_model_that_differs_in_one_number_is_not_ours(registered, altered, channels):
-    assert type(detect(keys(UNetModel, {**mini_family.UNET, **altered}, channels))).__name__ not in ("StrataMini", "StrataMiniInpaint")
+    assert type(detect(keys(UNetModel, {**mini_family.UNET, **altered}, channels))).__name__ not in (
+        "StrataMini",
+        "StrataMiniInpaint",
+    )
 
 
 def test_a_second_copy_of_the_pack_registers_nothing_twice(registered):
@@ -105,7 +180,9 @@ def test_a_second_copy_of_the_pack_registers_nothing_twice(registered):
 
 
 def test_model_files_of_the_pack_are_listed_behind_the_users_own(registered, monkeypatch, tmp_path):
-    folder_paths.add_model_folder_path("layer_model", str(tmp_path / "extra"))  # as extra_model_paths.yaml or another pack has it
+    folder_paths.add_model_folder_path(
+        "layer_model", str(tmp_path / "extra")
+    )  # as extra_model_paths.yaml or another pack has it
     folder_paths.folder_names_and_paths["strata"] = ([], folder_paths.supported_pt_extensions)
     monkeypatch.setattr(mini_family, "PACK", tmp_path / "pack")
     for kind in mini_family.KINDS:
@@ -115,15 +192,20 @@ def test_model_files_of_the_pack_are_listed_behind_the_users_own(registered, mon
         (folder / "README.md").touch()
     mini_family.register()
     for kind in mini_family.KINDS:
-        assert f"{kind}_file.safetensors" in folder_paths.get_filename_list(kind) and "README.md" not in folder_paths.get_filename_list(kind)
+        assert f"{kind}_file.safetensors" in folder_paths.get_filename_list(
+            kind
+        ) and "README.md" not in folder_paths.get_filename_list(kind)
         assert folder_paths.get_folder_paths(kind)[0].startswith(folder_paths.models_dir)
-    assert folder_paths.get_full_path("strata", "strata_file.safetensors") == str(tmp_path / "pack/models/strata/strata_file.safetensors")
+    assert folder_paths.get_full_path("strata", "strata_file.safetensors") == str(
+        tmp_path / "pack/models/strata/strata_file.safetensors"
+    )
 
 
 @pytest.fixture
 def loaded(registered, family):
     def load(name):
         return comfy.sd.load_checkpoint_guess_config(str(family[name]), output_vae=True, output_clip=True)[:3]
+
     return load
 
 
@@ -132,7 +214,13 @@ def loaded(registered, family):
 def test_the_unet_is_comfyuis_on_sd15s_schedule(loaded, family, name, channels):
     model = loaded(name)[0].model
     plain = random_family.unet(channels)
-    plain.load_state_dict({key.removeprefix(PREFIX): value.float() for key, value in load_file(family[name]).items() if key.startswith(PREFIX)})
+    plain.load_state_dict(
+        {
+            key.removeprefix(PREFIX): value.float()
+            for key, value in load_file(family[name]).items()
+            if key.startswith(PREFIX)
+        }
+    )
     torch.manual_seed(0)
     noisy, context = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 128)
     concat = torch.randn(2, 5, 8, 8) if channels == 9 else None
@@ -141,20 +229,26 @@ def test_the_unet_is_comfyuis_on_sd15s_schedule(loaded, family, name, channels):
     sigma = ((1 - alpha) / alpha).sqrt().float()
     got = model.apply_model(noisy, sigma, c_concat=concat, c_crossattn=context)
     scaled = noisy * alpha.sqrt().float().view(-1, 1, 1, 1)
-    noise = plain(scaled if concat is None else torch.cat([scaled, concat], 1), torch.tensor([900.0, 300.0]), context=context)
+    noise = plain(
+        scaled if concat is None else torch.cat([scaled, concat], 1), torch.tensor([900.0, 300.0]), context=context
+    )
     assert torch.allclose(got, noisy - noise * sigma.view(-1, 1, 1, 1), atol=2e-4) and noise.std() > 0.1
 
 
 @torch.no_grad()
 def test_the_inpainting_unet_alone_is_the_same_model(loaded, family, tmp_path):
     """As published: the keys without their prefix, through UNETLoader's function."""
-    weights = {key.removeprefix(PREFIX): value for key, value in load_file(family["inpaint"]).items() if key.startswith(PREFIX)}
+    weights = {
+        key.removeprefix(PREFIX): value for key, value in load_file(family["inpaint"]).items() if key.startswith(PREFIX)
+    }
     save_file(weights, tmp_path / "unet.safetensors")
     alone, whole = comfy.sd.load_diffusion_model(str(tmp_path / "unet.safetensors")).model, loaded("inpaint")[0].model
     assert type(alone.model_config) is mini_family.StrataMiniInpaint
     torch.manual_seed(0)
     noisy, context, concat = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 128), torch.randn(1, 5, 8, 8)
-    one, other = (model.apply_model(noisy, torch.tensor([3.0]), c_concat=concat, c_crossattn=context) for model in (alone, whole))
+    one, other = (
+        model.apply_model(noisy, torch.tensor([3.0]), c_concat=concat, c_crossattn=context) for model in (alone, whole)
+    )
     assert torch.equal(one, other) and not torch.equal(one, noisy)
 
 
@@ -162,23 +256,38 @@ def table(family):
     """CLIP's whole table, row by row."""
     weights = load_file(family["sd"])
     ids, rows = weights[mini_family.TOKEN_IDS].tolist(), weights[mini_family.TOKEN_ROWS]
-    unknown = torch.stack([row.double() for row, token in zip(rows, ids, strict=True) if token < 49406]).sum(0) / (len(ids) - 2)
-    return torch.stack([rows[ids.index(token)].float() if token in ids else unknown.half().float() for token in range(49408)])
+    unknown = torch.stack([row.double() for row, token in zip(rows, ids, strict=True) if token < 49406]).sum(0) / (
+        len(ids) - 2
+    )
+    return torch.stack(
+        [rows[ids.index(token)].float() if token in ids else unknown.half().float() for token in range(49408)]
+    )
 
 
 @torch.no_grad()
 def test_the_text_encoder_is_transformers_clip_on_the_expanded_table(loaded, family):
     from transformers import CLIPTextConfig, CLIPTextModel
+
     clip = loaded("sd")[1]
     texts = ["a dog on the beach", "a red zeppelin", "", "a picture of a cat in snow " * 3]
     prefix = "cond_stage_model.transformer."
-    weights = {key.removeprefix(prefix): value.float() for key, value in load_file(family["sd"]).items() if key.startswith(prefix)}
+    weights = {
+        key.removeprefix(prefix): value.float()
+        for key, value in load_file(family["sd"]).items()
+        if key.startswith(prefix)
+    }
     weights[mini_family.TOKEN_ROWS.removeprefix(prefix)] = table(family)
     model = CLIPTextModel(CLIPTextConfig(**mini_family.TEXT)).eval()
     named = model.state_dict()  # transformers 5 has dropped the prefix
-    model.load_state_dict({key if key in named else key.removeprefix("text_model."): value for key, value in weights.items()})
-    tokens = clip.tokenizer.clip_l.tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt")["input_ids"]
-    tokens = torch.where((tokens == 49407).cumsum(1) > 0, 49407, tokens)  # padded with the end token, as ComfyUI does for SD1
+    model.load_state_dict(
+        {key if key in named else key.removeprefix("text_model."): value for key, value in weights.items()}
+    )
+    tokens = clip.tokenizer.clip_l.tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt")[
+        "input_ids"
+    ]
+    tokens = torch.where(
+        (tokens == 49407).cumsum(1) > 0, 49407, tokens
+    )  # padded with the end token, as ComfyUI does for SD1
     expected = model(tokens)
     for index, text in enumerate(texts):
         context, pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
@@ -188,7 +297,9 @@ def test_the_text_encoder_is_transformers_clip_on_the_expanded_table(loaded, fam
 
 def test_unknown_words_are_all_the_same_word(loaded):
     clip = loaded("sd")[1]
-    one, other, known = (clip.encode_from_tokens(clip.tokenize(f"a {word} on the beach")) for word in ("hat", "chair", "dog"))
+    one, other, known = (
+        clip.encode_from_tokens(clip.tokenize(f"a {word} on the beach")) for word in ("hat", "chair", "dog")
+    )
     assert torch.equal(one, other) and one.isfinite().all() and not torch.allclose(one, known, atol=1e-2)
 
 
@@ -204,7 +315,11 @@ def test_a_trained_row_for_unknown_words_is_used():
 def test_the_autoencoder_is_ours(loaded, family):
     vae = loaded("sd")[2]
     prefix = "first_stage_model."
-    weights = {key.removeprefix(prefix): value.float() for key, value in load_file(family["sd"]).items() if key.startswith(prefix)}
+    weights = {
+        key.removeprefix(prefix): value.float()
+        for key, value in load_file(family["sd"]).items()
+        if key.startswith(prefix)
+    }
     assert (weights.pop("vae_scale"), weights.pop("vae_shift")) == (1, 0)
     ours = Autoencoder()
     ours.load_state_dict(weights)
@@ -218,7 +333,9 @@ def test_the_autoencoder_is_ours(loaded, family):
 def test_the_unet_sees_latents_as_the_autoencoder_makes_them(loaded):
     model = loaded("sd")[0].model
     latent = torch.randn(1, 4, 8, 8)
-    assert torch.equal(model.process_latent_in(latent), latent) and torch.equal(model.process_latent_out(latent), latent)
+    assert torch.equal(model.process_latent_in(latent), latent) and torch.equal(
+        model.process_latent_out(latent), latent
+    )
 
 
 def test_an_inpainting_model_without_a_picture_gets_the_familys_gray(loaded, monkeypatch):
@@ -226,7 +343,9 @@ def test_an_inpainting_model_without_a_picture_gets_the_familys_gray(loaded, mon
     model = loaded("inpaint")[0].model
     noise = torch.randn(2, 4, 8, 8)
     concat = model.concat_cond(noise=noise, latent_image=torch.zeros_like(noise), device=noise.device)
-    assert (concat[:, 0] == 1).all() and concat[:, 1:].amax((0, 2, 3)).tolist() == concat[:, 1:].amin((0, 2, 3)).tolist() == [0.5, -1.0, 0.25, 2.0]
+    assert (concat[:, 0] == 1).all() and concat[:, 1:].amax((0, 2, 3)).tolist() == concat[:, 1:].amin(
+        (0, 2, 3)
+    ).tolist() == [0.5, -1.0, 0.25, 2.0]
 
 
 def test_a_checkpoint_saved_by_comfyui_loads_again(loaded, tmp_path):
@@ -236,6 +355,9 @@ def test_a_checkpoint_saved_by_comfyui_loads_again(loaded, tmp_path):
     again = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=True, output_clip=True)
     assert type(again[0].model.model_config) is mini_family.StrataMini
     words = ("a dog on the beach", "a zeppelin")
-    assert all(torch.equal(clip.encode_from_tokens(clip.tokenize(w)), again[1].encode_from_tokens(again[1].tokenize(w))) for w in words)
+    assert all(
+        torch.equal(clip.encode_from_tokens(clip.tokenize(w)), again[1].encode_from_tokens(again[1].tokenize(w)))
+        for w in words
+    )
     mine, theirs = model.model.diffusion_model.state_dict(), again[0].model.diffusion_model.state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)

@@ -1,4 +1,5 @@
 """The networks that are trained here, against ComfyUI's and diffusers' own with the same weights."""
+
 import comfy.clip_model
 import pytest
 import torch
@@ -29,7 +30,16 @@ def randomise(module: nn.Module) -> dict:
 @pytest.mark.parametrize("channels", [4, 9])
 def test_the_unet_equals_comfyuis(channels):
     shape = CONFIG["unet"]
-    ours = UNet(channels, 4, shape["model_channels"], shape["channel_mult"], 1, shape["transformer_depth"], shape["context_dim"], shape["num_heads"])
+    ours = UNet(
+        channels,
+        4,
+        shape["model_channels"],
+        shape["channel_mult"],
+        1,
+        shape["transformer_depth"],
+        shape["context_dim"],
+        shape["num_heads"],
+    )
     theirs = random_family.unet(channels)
     theirs.load_state_dict(randomise(ours))
     latent, times, context = torch.randn(2, channels, 16, 24), torch.tensor([3, 741]), torch.randn(2, 77, 128)
@@ -46,7 +56,13 @@ def test_the_timestep_embedding_equals_comfyuis():
 
 def test_the_text_encoder_equals_comfyuis():
     words = CONFIG["text"]
-    ours = TextEncoder(words["vocab_size"], words["hidden_size"], words["num_hidden_layers"], words["num_attention_heads"], words["intermediate_size"])
+    ours = TextEncoder(
+        words["vocab_size"],
+        words["hidden_size"],
+        words["num_hidden_layers"],
+        words["num_attention_heads"],
+        words["intermediate_size"],
+    )
     theirs = comfy.clip_model.CLIPTextModel_(dict(words), torch.float32, "cpu", random_family.OPS)
     theirs.load_state_dict(randomise(ours))
     rows = torch.randint(0, words["vocab_size"], (2, 77))
@@ -55,7 +71,10 @@ def test_the_text_encoder_equals_comfyuis():
 
 
 def test_prompts_become_the_tokens_that_comfyui_makes_of_them():
-    prompts = [renderer.render(renderer.Request(train=True), 32, 32, seed).prompt for seed in range(12)] + ["", text.PLAIN.format(what="a red apple")]
+    prompts = [renderer.render(renderer.Request(train=True), 32, 32, seed).prompt for seed in range(12)] + [
+        "",
+        text.PLAIN.format(what="a red apple"),
+    ]
     tokenizer = SD1Tokenizer()
     for prompt, rows in zip(prompts, text.rows(prompts), strict=True):
         ids = [token for token, _weight in tokenizer.tokenize_with_weights(prompt)["l"][0]]
@@ -73,7 +92,9 @@ def test_trained_weights_load_in_comfyuis_unet():
     config = {"seed": 0, "in_channels": 4}
     state = diffusion.build(config).state_dict()
     prefix = "model.diffusion_model."
-    random_family.unet(4).load_state_dict({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+    random_family.unet(4).load_state_dict(
+        {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    )
 
 
 class Reference(nn.Module):
@@ -82,17 +103,54 @@ class Reference(nn.Module):
     def __init__(self, widths, attention_levels):
         super().__init__()
         from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block, get_up_block
-        levels, common = len(widths), {"resnet_eps": 1e-5, "resnet_act_fn": "silu", "resnet_groups": 4, "attention_head_dim": 8, "temb_channels": None}
+
+        levels, common = (
+            len(widths),
+            {
+                "resnet_eps": 1e-5,
+                "resnet_act_fn": "silu",
+                "resnet_groups": 4,
+                "attention_head_dim": 8,
+                "temb_channels": None,
+            },
+        )
         self.conv_in, self.latent_conv_in = nn.Conv2d(3, widths[0], 3, padding=1), nn.Conv2d(4, widths[2], 1)
-        down = [get_down_block("AttnDownBlock2D" if i >= levels - attention_levels else "DownBlock2D", num_layers=2, in_channels=widths[max(i - 1, 0)],
-                               out_channels=width, add_downsample=i < levels - 1, downsample_padding=1, resnet_time_scale_shift="default", **common)
-                for i, width in enumerate(widths)]
+        down = [
+            get_down_block(
+                "AttnDownBlock2D" if i >= levels - attention_levels else "DownBlock2D",
+                num_layers=2,
+                in_channels=widths[max(i - 1, 0)],
+                out_channels=width,
+                add_downsample=i < levels - 1,
+                downsample_padding=1,
+                resnet_time_scale_shift="default",
+                **common,
+            )
+            for i, width in enumerate(widths)
+        ]
         self.down_blocks = nn.ModuleList(down)
-        self.mid_block = UNetMidBlock2D(in_channels=widths[-1], temb_channels=None, resnet_eps=1e-5, resnet_groups=4, attention_head_dim=8, add_attention=True)
+        self.mid_block = UNetMidBlock2D(
+            in_channels=widths[-1],
+            temb_channels=None,
+            resnet_eps=1e-5,
+            resnet_groups=4,
+            attention_head_dim=8,
+            add_attention=True,
+        )
         back = list(reversed(widths))
-        up = [get_up_block("AttnUpBlock2D" if i < attention_levels else "UpBlock2D", num_layers=3, in_channels=back[min(i + 1, levels - 1)],
-                           out_channels=width, prev_output_channel=back[max(i - 1, 0)], add_upsample=i < levels - 1,
-                           resnet_time_scale_shift="default", **common) for i, width in enumerate(back)]
+        up = [
+            get_up_block(
+                "AttnUpBlock2D" if i < attention_levels else "UpBlock2D",
+                num_layers=3,
+                in_channels=back[min(i + 1, levels - 1)],
+                out_channels=width,
+                prev_output_channel=back[max(i - 1, 0)],
+                add_upsample=i < levels - 1,
+                resnet_time_scale_shift="default",
+                **common,
+            )
+            for i, width in enumerate(back)
+        ]
         self.up_blocks = nn.ModuleList(up)
         self.conv_norm_out, self.conv_out = nn.GroupNorm(4, widths[0], eps=1e-5), nn.Conv2d(widths[0], 4, 3, padding=1)
 
@@ -127,11 +185,15 @@ def test_the_published_sizes_are_the_defaults():
     with torch.device("meta"):
         decoder, encoder = TransparentDecoder(), OffsetEncoder()
     assert decoder.multiple == 64 and decoder.latent_conv_in.weight.shape == (64, 4, 1, 1)
-    assert decoder.down_blocks[6].attentions[0].to_q.weight.shape == (512, 512) and not hasattr(decoder.down_blocks[3], "attentions")
+    assert decoder.down_blocks[6].attentions[0].to_q.weight.shape == (512, 512) and not hasattr(
+        decoder.down_blocks[3], "attentions"
+    )
     shapes = [tuple(value.shape[:2]) for key, value in encoder.state_dict().items() if key.endswith("weight")]
     assert shapes == [(32, 4), (32, 32), (64, 32), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256), (4, 256)]
     assert list(encoder.state_dict())[-1] == "blocks.16.bias"
 
 
 def test_a_fresh_offset_encoder_adds_nothing():
-    assert (OffsetEncoder()(torch.rand(1, 4, 32, 48)) == 0).all() and OffsetEncoder()(torch.rand(1, 4, 32, 48)).shape == (1, 4, 4, 6)
+    assert (OffsetEncoder()(torch.rand(1, 4, 32, 48)) == 0).all() and OffsetEncoder()(
+        torch.rand(1, 4, 32, 48)
+    ).shape == (1, 4, 4, 6)

@@ -1,4 +1,5 @@
 """Shared layers and context maps in ComfyUI's sampling, against the same equations written out block by block in float64."""
+
 import copy
 from types import MethodType
 
@@ -23,7 +24,11 @@ from .test_transparency_model import small_flux
 WORDS = [("a place", [1]), ("an apple", [2, 3]), ("a dog", [4])]  # four rows a scene: place, apple, dog, whole picture
 COUNT = 4
 EARLY, LATE = 12.0, 3.0  # noise levels before and after the published T_G
-DEEPEST = {"mini": range(1, 99), "SD1.5": (4, 5), "SDXL": range(4, 99)}  # numbers of the attention blocks of the way down at its lowest resolution
+DEEPEST = {
+    "mini": range(1, 99),
+    "SD1.5": (4, 5),
+    "SDXL": range(4, 99),
+}  # numbers of the attention blocks of the way down at its lowest resolution
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +51,19 @@ class Reference:
     def __init__(self, model, kind, sharing, mixing):
         self.unet, self.sharing, self.mixing = copy.deepcopy(model.model.diffusion_model).double(), sharing, mixing
         self.unet.dtype = torch.float64
-        for name, part in (("input", self.unet.input_blocks), ("middle", self.unet.middle_block), ("output", self.unet.output_blocks)):
+        for name, part in (
+            ("input", self.unet.input_blocks),
+            ("middle", self.unet.middle_block),
+            ("output", self.unet.output_blocks),
+        ):
             for number, block in enumerate(m for m in part.modules() if isinstance(m, BasicTransformerBlock)):
                 looked_at = name == "input" and number in DEEPEST[kind]
-                block.forward = MethodType(lambda block, x, context=None, transformer_options=None, up=name == "output", looked_at=looked_at:
-                                           self.step(block, x, context, up, looked_at), block)
+                block.forward = MethodType(
+                    lambda block, x, context=None, transformer_options=None, up=name == "output", looked_at=looked_at: (
+                        self.step(block, x, context, up, looked_at)
+                    ),
+                    block,
+                )
 
     def step(self, block, x, context, up, looked_at):
         normed = entered = block.norm1(x)
@@ -59,19 +72,24 @@ class Reference:
             for scene in range(len(x) // COUNT):
                 maps = minmax(sum(self.shares)[scene].double())  # [objects, places]
                 small = int(maps.shape[1] ** 0.5)
-                maps = F.interpolate(maps.view(1, -1, small, small), (side, side), mode="bilinear").flatten(2)[0] * self.mixing
+                maps = (
+                    F.interpolate(maps.view(1, -1, small, small), (side, side), mode="bilinear").flatten(2)[0]
+                    * self.mixing
+                )
                 entered = entered.clone()
                 for number in (1, 2):
                     share, row = maps[number - 1, :, None], scene * COUNT + number
                     entered[row] = normed[scene * COUNT + 3] * share + normed[row] * (1 - share)
         out = attention(block.attn1, entered, entered)[0]
         if up and self.sharing:
-            joint = torch.cat([entered.unflatten(0, (-1, COUNT)).flatten(1, 2)[row // COUNT][None] for row in range(len(x))])
+            joint = torch.cat(
+                [entered.unflatten(0, (-1, COUNT)).flatten(1, 2)[row // COUNT][None] for row in range(len(x))]
+            )
             out = torch.lerp(out, attention(block.attn1, entered, joint)[0], self.sharing)
         x = x + out
         out, probabilities = attention(block.attn2, block.norm2(x), context)
         if looked_at and self.conditional:
-            whole = probabilities.mean(1)[COUNT - 1::COUNT]
+            whole = probabilities.mean(1)[COUNT - 1 :: COUNT]
             self.shares.append(torch.stack([whole[..., own].sum(-1) for _, own in WORDS[1:]], 1))
         x = x + out
         return x + block.ff(block.norm3(x))
@@ -93,15 +111,34 @@ def expected(model, kind, found, positive, negative, sigma, sharing=1.0, mixing=
     with torch.no_grad():
         for conditional, cond in ((True, positive), (False, negative)):
             rows = comfy.utils.repeat_to_batch_size(cond[0][0], len(x)).double()
-            y = model.model.encode_adm(pooled_output=cond[0][1]["pooled_output"], width=128, height=128, prompt_type="", noise=x, device=x.device)
+            y = model.model.encode_adm(
+                pooled_output=cond[0][1]["pooled_output"],
+                width=128,
+                height=128,
+                prompt_type="",
+                noise=x,
+                device=x.device,
+            )
             extra = {} if y is None else {"y": comfy.utils.repeat_to_batch_size(y, len(x)).double()}
-            out.append(sampling.calculate_denoised(sigmas, reference(scaled, times, context=rows, conditional=conditional, **extra), x.double()))
+            out.append(
+                sampling.calculate_denoised(
+                    sigmas, reference(scaled, times, context=rows, conditional=conditional, **extra), x.double()
+                )
+            )
     return out
 
 
-@pytest.mark.parametrize(("kind", "count", "sharing", "mixing", "sigma"), [
-    *((kind, *case) for kind in ("mini", "SD1.5") for case in ((8, 1.0, 1.0, EARLY), (4, 0.4, 0.7, EARLY), (4, 0.0, 1.0, EARLY), (4, 1.0, 1.0, LATE))),
-    ("SDXL", 8, 1.0, 1.0, EARLY)])
+@pytest.mark.parametrize(
+    ("kind", "count", "sharing", "mixing", "sigma"),
+    [
+        *(
+            (kind, *case)
+            for kind in ("mini", "SD1.5")
+            for case in ((8, 1.0, 1.0, EARLY), (4, 0.4, 0.7, EARLY), (4, 0.0, 1.0, EARLY), (4, 1.0, 1.0, LATE))
+        ),
+        ("SDXL", 8, 1.0, 1.0, EARLY),
+    ],
+)
 def test_one_call_is_the_papers_equations(models, kind, count, sharing, mixing, sigma):
     model = models(kind)
     positive, negative = layered(model), conditioning(model, 2, rows=1)
@@ -114,19 +151,26 @@ def test_one_call_is_the_papers_equations(models, kind, count, sharing, mixing, 
 
 def test_the_maps_are_a_quarter_of_the_latent_wide_as_published_16_tokens_at_512_pixels(models):
     assert shared_layers.map_places(models("SD1.5")) == [("input", 7, 0), ("input", 8, 0)]
-    assert {place[1] for place in shared_layers.map_places(models("SDXL"))} == {7, 8} and len(shared_layers.map_places(models("SDXL"))) == 20
+    assert {place[1] for place in shared_layers.map_places(models("SDXL"))} == {7, 8} and len(
+        shared_layers.map_places(models("SDXL"))
+    ) == 20
     record = shared_layers.Record()
     model = map_context(models("SD1.5"), Maps())
     model.model_options["transformer_options"][shared_layers.RECORD] = record
     sample(model, layered(model), conditioning(model, 2, rows=1), steps=2, x=noise(4, side=32))
-    assert [maps.shape for maps in record.steps] == [(1, 2, 8, 8)] * 2 and all(maps.min() == 0 and maps.max() == 1 for maps in record.steps)
+    assert [maps.shape for maps in record.steps] == [(1, 2, 8, 8)] * 2 and all(
+        maps.min() == 0 and maps.max() == 1 for maps in record.steps
+    )
 
 
 def off(model):
     return both(model, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("make", [off, lambda model: share_layers(model, Sharing(1.0, 0.0, 0.2)), lambda model: map_context(model, Maps(1.0))])
+@pytest.mark.parametrize(
+    "make",
+    [off, lambda model: share_layers(model, Sharing(1.0, 0.0, 0.2)), lambda model: map_context(model, Maps(1.0))],
+)
 def test_off_and_outside_of_its_percents_it_is_bit_equal_to_stock(models, make):
     model = models("mini")
     positive, negative = layered(model), conditioning(model, 2, rows=1)
@@ -148,8 +192,12 @@ def test_the_given_model_is_unchanged_and_the_order_of_the_nodes_does_not_matter
     plain = sample(model, positive, negative, x=noise(4))
     patched, other = both(model), share_layers(map_context(model, Maps()), Sharing())
     first = sample(patched, positive, negative, x=noise(4))
-    assert torch.equal(first, sample(patched, positive, negative, x=noise(4))) and torch.equal(first, sample(other, positive, negative, x=noise(4)))
-    assert torch.equal(plain, sample(model, positive, negative, x=noise(4))) and not torch.allclose(plain, first, atol=1e-2)
+    assert torch.equal(first, sample(patched, positive, negative, x=noise(4))) and torch.equal(
+        first, sample(other, positive, negative, x=noise(4))
+    )
+    assert torch.equal(plain, sample(model, positive, negative, x=noise(4))) and not torch.allclose(
+        plain, first, atol=1e-2
+    )
     assert torch.equal(plain, sample(shared_layers.without_layers(patched), positive, negative, x=noise(4)))
 
 
@@ -165,7 +213,9 @@ def test_layers_and_pictures_in_another_order_come_out_in_that_order(models):
     x = noise(8)
     found = sample(model, positive, negative, x=x).unflatten(0, (2, 4))
     rows = [0, 2, 1, 3]
-    other = sample(model, permuted(positive, rows), negative, x=x.unflatten(0, (2, 4))[:, rows].flatten(0, 1)).unflatten(0, (2, 4))
+    other = sample(
+        model, permuted(positive, rows), negative, x=x.unflatten(0, (2, 4))[:, rows].flatten(0, 1)
+    ).unflatten(0, (2, 4))
     assert torch.allclose(other, found[:, rows], atol=1e-4)
     turned = sample(model, positive, negative, x=x.unflatten(0, (2, 4)).flip(0).flatten(0, 1)).unflatten(0, (2, 4))
     assert torch.allclose(turned, found.flip(0), atol=1e-4) and not torch.allclose(found[0], found[1], atol=0.1)
@@ -180,7 +230,11 @@ def test_cond_and_uncond_go_together_but_while_the_maps_are_mixed_in(models, mon
         patched = both(model)
         patched.set_model_unet_function_wrapper(watching(seen))
         results.append([estimates(patched, positive, negative, noise(4), sigma) for sigma in (EARLY, LATE)])
-    assert all(torch.allclose(results[0][i][name], results[1][i][name], atol=1e-4) for i in (0, 1) for name in ("cond", "uncond"))
+    assert all(
+        torch.allclose(results[0][i][name], results[1][i][name], atol=1e-4)
+        for i in (0, 1)
+        for name in ("cond", "uncond")
+    )
     assert [sorted(which) for which, _ in seen[:5]] == [[0], [1], [0, 1], [0], [1]]
     assert [rows for _, rows in seen] == [4, 4, 8, 4, 4, 4, 4]
 
@@ -194,10 +248,14 @@ def test_other_patches_are_kept(models, ours_first):
 
     def theirs(model):
         model = model.clone()
-        for setter, block in ((model.set_model_attn1_replace, ("output", 4)), (model.set_model_attn2_replace, ("input", down))):
+        for setter, block in (
+            (model.set_model_attn1_replace, ("output", 4)),
+            (model.set_model_attn2_replace, ("input", down)),
+        ):
             setter(lambda q, k, v, extra: attend(q, k, v * 1.7, extra), *block)
         model.set_model_attn1_patch(lambda q, k, v, extra: (q, k, v * 1.3 if extra["block"] == ("output", 4) else v))
         return model
+
     found = estimates(theirs(both(model)) if ours_first else both(theirs(model)), positive, negative, noise(4), EARLY)
     altered = copy.deepcopy(model.model.diffusion_model)
     altered.output_blocks[4][1].transformer_blocks[0].attn1.to_v.weight.data *= 1.7 * 1.3
@@ -216,13 +274,17 @@ def test_keys_that_another_patch_has_added_are_shared_and_not_mixed(models):
     model.set_model_attn1_patch(lambda q, k, v, extra: (q, torch.cat([k, k[:, :3]], 1), torch.cat([v, v[:, :3]], 1)))
     positive, negative = layered(model), conditioning(model, 2, rows=1)
     found = estimates(both(model), positive, negative, noise(4), EARLY)["cond"]
-    assert found.isfinite().all() and not torch.allclose(found, estimates(both(models("mini")), positive, negative, noise(4), EARLY)["cond"], atol=1e-3)
+    assert found.isfinite().all() and not torch.allclose(
+        found, estimates(both(models("mini")), positive, negative, noise(4), EARLY)["cond"], atol=1e-3
+    )
 
 
 def test_an_adapter_on_the_objects_equals_a_merged_model_and_leaves_the_rest(models):
     model, terms = models("mini"), terms_for(models("mini"))
     positive, negative = layered(model), conditioning(model, 2, rows=1)
-    found = estimates(foreground.apply_to_foreground(model, terms, rows=object_rows(COUNT)), positive, negative, noise(8))
+    found = estimates(
+        foreground.apply_to_foreground(model, terms, rows=object_rows(COUNT)), positive, negative, noise(8)
+    )
     twin = model.clone()
     real = model.model.diffusion_model
     plain = estimates(model, positive, negative, noise(8))
@@ -238,9 +300,15 @@ def test_an_adapter_on_the_objects_equals_a_merged_model_and_leaves_the_rest(mod
         assert not torch.allclose(one[name][1], plain[name][1], atol=1e-2)
 
 
-@pytest.mark.parametrize(("positive", "negative", "count", "words"), [
-    ({}, {}, 5, "a batch of 5 cannot be split into scenes of 4 layers"), ({LAYERS: None}, {}, 4, "make it with Layer prompts"),
-    ({"area": (8, 8, 0, 0)}, {}, 4, "limited to an area"), ({}, {"area": (8, 8, 0, 0)}, 4, "limited to an area")])
+@pytest.mark.parametrize(
+    ("positive", "negative", "count", "words"),
+    [
+        ({}, {}, 5, "a batch of 5 cannot be split into scenes of 4 layers"),
+        ({LAYERS: None}, {}, 4, "make it with Layer prompts"),
+        ({"area": (8, 8, 0, 0)}, {}, 4, "limited to an area"),
+        ({}, {"area": (8, 8, 0, 0)}, 4, "limited to an area"),
+    ],
+)
 def test_wrong_inputs_are_named(models, positive, negative, count, words):
     model = both(models("mini"))
     cond = layered(model, **positive)
@@ -271,12 +339,17 @@ def test_prompts_are_rows_and_the_last_has_the_words_of_all(clip):
     assert cond.shape[:2] == (4, 77) and all(torch.equal(row, one[0][0]) for row, one in zip(cond, alone, strict=False))
     assert values[LAYERS] == [("the beach", [1, 2]), ("a red apple", [3, 4, 5]), ("a dog", [6, 7])]
     assert torch.equal(cond[3], global_embedding([one[0][0] for one in alone], [[3], [4], [3]])[0])
-    assert torch.equal(values["pooled_output"][3:], clip.encode_from_tokens(clip.tokenize("a dog, a red apple, the beach"), return_pooled=True)[1])
+    assert torch.equal(
+        values["pooled_output"][3:],
+        clip.encode_from_tokens(clip.tokenize("a dog, a red apple, the beach"), return_pooled=True)[1],
+    )
 
 
 def test_a_background_alone_is_its_ordinary_encoding(clip):
-    (cond, values), = encode_layers(clip, "the beach", [])
-    assert torch.equal(cond, clip.encode_from_tokens(clip.tokenize("the beach"))) and values[LAYERS] == [("the beach", [])]
+    ((cond, values),) = encode_layers(clip, "the beach", [])
+    assert torch.equal(cond, clip.encode_from_tokens(clip.tokenize("the beach"))) and values[LAYERS] == [
+        ("the beach", [])
+    ]
 
 
 def test_long_prompts_go_into_chunks_and_rows_are_repeated_to_one_length(clip):
@@ -289,4 +362,6 @@ def test_long_prompts_go_into_chunks_and_rows_are_repeated_to_one_length(clip):
     cond, values = encode_layers(clip, long, [" ".join(["cat"] * 160)])[0]  # 2, 3 and 4 chunks
     assert len(cond[0]) == 4 * 77 and [len(places) for _, places in values[LAYERS]] == [100, 160]
     alone, empty = (clip.encode_from_tokens(clip.tokenize(text))[0] for text in (" ".join(["cat"] * 160), ""))
-    assert torch.equal(cond[0][:154], cond[0][154:]) and torch.equal(cond[1], torch.cat([alone, empty])), "two chunks go into four, three do not"
+    assert torch.equal(cond[0][:154], cond[0][154:]) and torch.equal(cond[1], torch.cat([alone, empty])), (
+        "two chunks go into four, three do not"
+    )

@@ -1,4 +1,5 @@
 """Random checkpoints of the mini family through ComfyUI's own nodes, as a user's graph has them."""
+
 import io
 import shutil
 
@@ -35,13 +36,28 @@ def node(kind, **inputs):
 
 
 def graph(checkpoint="sd", **sampling):
-    settings = {"seed": 1, "steps": 2, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0, **sampling}
+    settings = {
+        "seed": 1,
+        "steps": 2,
+        "cfg": 4.0,
+        "sampler_name": "euler",
+        "scheduler": "normal",
+        "denoise": 1.0,
+        **sampling,
+    }
     return {
         "load": node("CheckpointLoaderSimple", ckpt_name=f"random_{checkpoint}.safetensors"),
         "positive": node("CLIPTextEncode", text="a dog on the beach", clip=["load", 1]),
         "negative": node("CLIPTextEncode", text="", clip=["load", 1]),
         "latent": node("EmptyLatentImage", width=SIDE, height=SIDE, batch_size=1),
-        "sample": node("KSampler", model=["load", 0], positive=["positive", 0], negative=["negative", 0], latent_image=["latent", 0], **settings),
+        "sample": node(
+            "KSampler",
+            model=["load", 0],
+            positive=["positive", 0],
+            negative=["negative", 0],
+            latent_image=["latent", 0],
+            **settings,
+        ),
         "decode": node("VAEDecode", samples=["sample", 0], vae=["load", 2]),
         "image": node("LoadImage", image="noise.png"),
         "mask": node("LoadImageMask", image="mask.png", channel="red"),
@@ -55,7 +71,9 @@ def picture(server, prompt, link=("decode", 0)):
 
 
 def latents(server, prompt, link):
-    reference = server.run({**prompt, "save": node("SaveLatent", samples=list(link), filename_prefix="latent")})["outputs"]["save"]["latents"][0]
+    reference = server.run({**prompt, "save": node("SaveLatent", samples=list(link), filename_prefix="latent")})[
+        "outputs"
+    ]["save"]["latents"][0]
     return load_file(server.server.base / "output" / reference["subfolder"] / reference["filename"])["latent_tensor"]
 
 
@@ -72,7 +90,11 @@ def test_encode_and_decode_are_the_autoencoder(server, family):
     prompt = graph()
     prompt["encode"] = node("VAEEncode", pixels=["image", 0], vae=["load", 2])
     prompt["decode"]["inputs"]["samples"] = ["encode", 0]
-    weights = {key.split(".", 1)[1]: value.float() for key, value in load_file(family["sd"]).items() if key.startswith("first_stage_model.taesd")}
+    weights = {
+        key.split(".", 1)[1]: value.float()
+        for key, value in load_file(family["sd"]).items()
+        if key.startswith("first_stage_model.taesd")
+    }
     model = Autoencoder()
     model.load_state_dict(weights)
     with Image.open(server.server.base / "input" / "noise.png") as image, torch.no_grad():
@@ -94,13 +116,30 @@ def test_image_to_image_depends_on_the_image(server):
 def loras(server):
     """The same low-rank term on a layer of the UNet and one of the text encoder, as kohya's, diffusers' and peft's files name them."""
     generator = torch.Generator().manual_seed(3)
-    pairs = [[torch.randn(*shape, generator=generator) / 4 for shape in ((4, width), (width, 4))] for width in (64, 128)]
+    pairs = [
+        [torch.randn(*shape, generator=generator) / 4 for shape in ((4, width), (width, 4))] for width in (64, 128)
+    ]
     folder = server.server.base / "models" / "loras"
     folder.mkdir(parents=True, exist_ok=True)
     names = {
-        "kohya": (f"lora_unet_{DOWN.replace('.', '_')}", f"lora_te_{LAYER.replace('.', '_')}", ".lora_down.weight", ".lora_up.weight"),
-        "diffusers": (f"unet.{DOWN.replace('.to_', '.processor.to_')}", f"text_encoder.{LAYER}", "_lora.down.weight", "_lora.up.weight"),
-        "peft": ("diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q", f"text_encoder.{LAYER}", ".lora_A.weight", ".lora_B.weight"),
+        "kohya": (
+            f"lora_unet_{DOWN.replace('.', '_')}",
+            f"lora_te_{LAYER.replace('.', '_')}",
+            ".lora_down.weight",
+            ".lora_up.weight",
+        ),
+        "diffusers": (
+            f"unet.{DOWN.replace('.to_', '.processor.to_')}",
+            f"text_encoder.{LAYER}",
+            "_lora.down.weight",
+            "_lora.up.weight",
+        ),
+        "peft": (
+            "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q",
+            f"text_encoder.{LAYER}",
+            ".lora_A.weight",
+            ".lora_B.weight",
+        ),
     }
     for form, (*targets, down, up) in names.items():
         weights = {}
@@ -113,8 +152,14 @@ def loras(server):
 
 def with_lora(form, strength_model, strength_clip):
     prompt = graph()
-    prompt["lora"] = node("LoraLoader", model=["load", 0], clip=["load", 1], lora_name=f"random_{form}.safetensors",
-                          strength_model=strength_model, strength_clip=strength_clip)
+    prompt["lora"] = node(
+        "LoraLoader",
+        model=["load", 0],
+        clip=["load", 1],
+        lora_name=f"random_{form}.safetensors",
+        strength_model=strength_model,
+        strength_clip=strength_clip,
+    )
     prompt["sample"]["inputs"]["model"] = ["lora", 0]
     prompt["positive"]["inputs"]["clip"] = ["lora", 1]
     return prompt
@@ -135,10 +180,21 @@ def test_a_lora_changes_what_it_should(server, loras):
 @pytest.mark.parametrize("keep", [True, False])
 def test_inpainting_with_its_conditioning(server, keep):
     prompt = graph("inpaint")
-    prompt["condition"] = node("InpaintModelConditioning", positive=["positive", 0], negative=["negative", 0], vae=["load", 2],
-                               pixels=["image", 0], mask=["mask", 0], noise_mask=keep)
+    prompt["condition"] = node(
+        "InpaintModelConditioning",
+        positive=["positive", 0],
+        negative=["negative", 0],
+        vae=["load", 2],
+        pixels=["image", 0],
+        mask=["mask", 0],
+        noise_mask=keep,
+    )
     prompt["encode"] = node("VAEEncode", pixels=["image", 0], vae=["load", 2])
-    prompt["sample"]["inputs"] |= {"positive": ["condition", 0], "negative": ["condition", 1], "latent_image": ["condition", 2]}
+    prompt["sample"]["inputs"] |= {
+        "positive": ["condition", 0],
+        "negative": ["condition", 1],
+        "latent_image": ["condition", 2],
+    }
     found, before = latents(server, prompt, ("sample", 0)), latents(server, prompt, ("encode", 0))
     inside = torch.zeros(1, 4, SIDE // 8, SIDE // 8, dtype=bool)
     inside[:, :, 2:5, 3:7] = True
@@ -151,7 +207,9 @@ def test_inpainting_with_its_conditioning(server, keep):
 def test_inpainting_with_encode_for_inpaint_and_without_a_picture(server):
     prompt = graph("inpaint")
     without = picture(server, prompt)
-    prompt["latent"] = node("VAEEncodeForInpaint", pixels=["image", 0], vae=["load", 2], mask=["mask", 0], grow_mask_by=0)
+    prompt["latent"] = node(
+        "VAEEncodeForInpaint", pixels=["image", 0], vae=["load", 2], mask=["mask", 0], grow_mask_by=0
+    )
     found = picture(server, prompt)
     assert found.shape == without.shape == (SIDE, SIDE, 3) and np.abs(found - without).mean() > 1
 
@@ -170,4 +228,6 @@ def test_the_pack_s_model_folder_is_searched(server):
 
 def test_nothing_is_missing_or_left_over_in_the_log(server):
     complaints = ("unet missing", "unet unexpected", "clip missing", "Missing VAE", "lora key not", "NOT LOADED")
-    assert not [line for line in server.server.log.read_text().splitlines() if any(words in line for words in complaints)]
+    assert not [
+        line for line in server.server.log.read_text().splitlines() if any(words in line for words in complaints)
+    ]

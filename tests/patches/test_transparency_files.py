@@ -1,4 +1,5 @@
 """LayerDiffuse's weight files told apart by their content, and one sentence for each that cannot be used."""
+
 import re
 
 import folder_paths
@@ -10,7 +11,9 @@ from strata.patches import mini_family, transparency
 
 from . import random_transparency as random_files
 
-SD15_WIDTHS = [320] * 4 + [640] * 4 + [1280] * 4 + [1280] * 6 + [640] * 6 + [320] * 6 + [1280] * 2  # input, output, middle blocks' attentions
+SD15_WIDTHS = (
+    [320] * 4 + [640] * 4 + [1280] * 4 + [1280] * 6 + [640] * 6 + [320] * 6 + [1280] * 2
+)  # input, output, middle blocks' attentions
 PUBLISHED = (32, 32, 64, 128, 256, 512, 512)
 
 
@@ -54,15 +57,25 @@ def test_attention_sharing_of_sd15_is_known(frames, control):
     assert network.state_dict().keys() == weights.keys() and hasattr(network, "kwargs_encoder") == bool(control)
 
 
-@pytest.mark.parametrize(("widths", "levels", "channels", "families"), [
-    (PUBLISHED, 3, 4, ("SDXL", "SD1.5")), ((16, 16, 32, 64, 96), 2, 4, ("Strata mini",)), ((8, 8, 16, 16, 32, 32), 1, 16, ("Flux",))])
+@pytest.mark.parametrize(
+    ("widths", "levels", "channels", "families"),
+    [
+        (PUBLISHED, 3, 4, ("SDXL", "SD1.5")),
+        ((16, 16, 32, 64, 96), 2, 4, ("Strata mini",)),
+        ((8, 8, 16, 16, 32, 32), 1, 16, ("Flux",)),
+    ],
+)
 def test_decoders_are_built_from_their_shapes(widths, levels, channels, families):
     with torch.device("meta"):
         shapes = TransparentDecoder(widths, levels, channels).state_dict()
-    found = transparency.recognise("anything.safetensors", {key: torch.zeros(value.shape, dtype=torch.half) for key, value in shapes.items()})
+    found = transparency.recognise(
+        "anything.safetensors", {key: torch.zeros(value.shape, dtype=torch.half) for key, value in shapes.items()}
+    )
     network = found.part("decoder", "").model
     assert found.families == families and network.multiple == 2 ** (len(widths) - 1)
-    assert {key: value.shape for key, value in network.state_dict().items()} == {key: value.shape for key, value in shapes.items()}
+    assert {key: value.shape for key, value in network.state_dict().items()} == {
+        key: value.shape for key, value in shapes.items()
+    }
 
 
 def test_the_mini_familys_encoder_is_known_though_it_has_the_published_widths(folder):
@@ -74,23 +87,40 @@ def test_the_mini_familys_encoder_is_known_though_it_has_the_published_widths(fo
 def test_encoders_and_fluxs_pickle_of_both_are_known(folder):
     assert transparency.recognise("x", OffsetEncoder().state_dict()).families == ("SDXL", "SD1.5")
     assert transparency.recognise("x", OffsetEncoder((16, 32, 64, 96)).state_dict()).families == ("Strata mini",)
-    parts = {"decoder": TransparentDecoder((8, 8, 16, 16), 1, 16), "encoder": OffsetEncoder((8, 8, 16, 16), 16), "sd_vae": torch.nn.Linear(2, 2)}
-    torch.save({f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}, folder / "TransparentVAE.pth")
+    parts = {
+        "decoder": TransparentDecoder((8, 8, 16, 16), 1, 16),
+        "encoder": OffsetEncoder((8, 8, 16, 16), 16),
+        "sd_vae": torch.nn.Linear(2, 2),
+    }
+    torch.save(
+        {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()},
+        folder / "TransparentVAE.pth",
+    )
     found = transparency.load("TransparentVAE.pth")
-    assert found.families == ("Flux",) and set(found.parts) == {"decoder", "encoder"} and not found.latent["alpha_first"]
+    assert (
+        found.families == ("Flux",) and set(found.parts) == {"decoder", "encoder"} and not found.latent["alpha_first"]
+    )
 
 
 def test_the_family_that_this_pack_trains_is_known_from_the_trainers_own_state():
     from strata.training import adapter
-    state = {f"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_{part}.default.weight": torch.zeros(shape)
-             for part, shape in (("A", (16, 64)), ("B", (64, 16)))}
+
+    state = {
+        f"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_{part}.default.weight": torch.zeros(
+            shape
+        )
+        for part, shape in (("A", (16, 64)), ("B", (64, 16)))
+    }
     assert transparency.recognise("x", adapter.published_form(state)).families == ("Strata mini",)
     assert mini_family.CONFIG["unet"]["model_channels"] == 64
 
 
 def test_files_are_found_in_every_folder_and_published_ones_are_offered(folder):
     random_files.write(folder / "mine.safetensors", OffsetEncoder((16, 32, 64, 96)).state_dict())
-    assert transparency.choices()[0] == "mine.safetensors" and "layer_xl_transparent_attn.safetensors" in transparency.choices()
+    assert (
+        transparency.choices()[0] == "mine.safetensors"
+        and "layer_xl_transparent_attn.safetensors" in transparency.choices()
+    )
     assert transparency.load("mine.safetensors").describe() == "an encoder for Strata mini"
 
 
@@ -106,21 +136,31 @@ def test_what_cannot_be_used_is_said_in_one_sentence(folder, capsys):
         assert one_sentence(str(raised.value)), raised.value
         return str(raised.value)
 
-    assert "https://huggingface.co/LayerDiffusion" in refused("layer_xl_fg2ble.safetensors") and str(folder) in refused("layer_xl_fg2ble.safetensors")
+    assert "https://huggingface.co/LayerDiffusion" in refused("layer_xl_fg2ble.safetensors") and str(folder) in refused(
+        "layer_xl_fg2ble.safetensors"
+    )
     assert "not there" in refused("nobody.safetensors")
-    good = random_files.write(folder / "good.safetensors", random_files.adapter(transparency.structure("Strata mini"), rank=2))
+    good = random_files.write(
+        folder / "good.safetensors", random_files.adapter(transparency.structure("Strata mini"), rank=2)
+    )
     (folder / "cut.safetensors").write_bytes(good.read_bytes()[:-500])
     (folder / "noise.safetensors").write_bytes(bytes(range(256)) * 40)
     assert "damaged" in refused("cut.safetensors") and "damaged" in refused("noise.safetensors")
     torch.save({"a": Harmful()}, folder / "evil.pth")
     assert "damaged" in refused("evil.pth") and "run" not in capsys.readouterr().out
     half = random_files.adapter(transparency.structure("Strata mini"), rank=2)
-    random_files.write(folder / "half.safetensors", {key: value for key, value in half.items() if not key.endswith("attn1.to_q.weight::lora::0")})
+    random_files.write(
+        folder / "half.safetensors",
+        {key: value for key, value in half.items() if not key.endswith("attn1.to_q.weight::lora::0")},
+    )
     assert "incomplete" in refused("half.safetensors")
     random_files.write(folder / "other.safetensors", {"diffusion_model.joint_blocks.0.weight::diff::0": torch.zeros(2)})
     assert "another kind of model" in refused("other.safetensors")
     decoder = TransparentDecoder((8, 8, 16, 16), 1).state_dict()
-    random_files.write(folder / "short.safetensors", {key: value for key, value in decoder.items() if not key.startswith("mid_block.resnets.1")})
+    random_files.write(
+        folder / "short.safetensors",
+        {key: value for key, value in decoder.items() if not key.startswith("mid_block.resnets.1")},
+    )
     assert "mid_block.resnets.1" in refused("short.safetensors")
     random_files.write(folder / "lora.safetensors", {"text_model.lora_up.weight": torch.zeros(2, 2)})
     assert "none of LayerDiffuse's" in refused("lora.safetensors")

@@ -1,4 +1,5 @@
 """What the trained pair of the mini family makes of objects that it never saw: their alpha comes back from the latent."""
+
 import comfy.sd
 import numpy as np
 import pytest
@@ -12,12 +13,17 @@ from strata.training.transparency import HELD_OUT, CutOuts
 ENCODER = FILES[2].with_name("strata_mini_transparent_encoder.safetensors")
 
 
-@pytest.mark.skipif(not all(path.exists() for path in (*FILES, ENCODER)), reason="the mini family is not trained: make mini")
+@pytest.mark.skipif(
+    not all(path.exists() for path in (*FILES, ENCODER)), reason="the mini family is not trained: make mini"
+)
 @torch.inference_mode()
 def test_the_shipped_pair_finds_the_alpha_of_held_out_objects(tmp_path):
     mini_family.register()
     vae = comfy.sd.load_checkpoint_guess_config(str(FILES[0]), output_clip=False, output_model=False)[2]
-    encoder, decoder = (transparency.recognise(path.name, load_file(path), transparency.of_this_pack(path)) for path in (ENCODER, FILES[2]))
+    encoder, decoder = (
+        transparency.recognise(path.name, load_file(path), transparency.of_this_pack(path))
+        for path in (ENCODER, FILES[2])
+    )
     pool = CutOuts(tmp_path, 1, 128, (0.45, 0.85))
     truth = torch.from_numpy(np.stack([pool.render(number) for number in HELD_OUT])).permute(0, 3, 1, 2)
     colour, alpha = truth[:, :3], truth[:, 3:]
@@ -28,5 +34,7 @@ def test_the_shipped_pair_finds_the_alpha_of_held_out_objects(tmp_path):
     error = metrics.mask_error(found_colour, colour, alpha).mean()
     print(f"alpha IoU {overlap.mean():.4f}, SAD {sad:.0f} of {128 * 128} pixels, colour {error:.4f}")
     assert overlap.mean() >= 0.95 and sad < 200 and error < 0.04
-    _, found = transparent_latents.decode(decoder, picture[:16], latent[:16], 8)  # all 64 take a minute; they come to 0.954 as well
+    _, found = transparent_latents.decode(
+        decoder, picture[:16], latent[:16], 8
+    )  # all 64 take a minute; they come to 0.954 as well
     assert metrics.alpha_iou(found, alpha[:16]).mean() > overlap[:16].mean() - 0.005

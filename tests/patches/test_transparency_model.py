@@ -1,4 +1,5 @@
 """LayerDiffuse's weights on ComfyUI's own UNets at reduced width: equal to the same network with the weights added by hand."""
+
 import re
 
 import comfy.cldm.cldm
@@ -17,14 +18,29 @@ from strata.patches import transparency, transparency_model
 from . import random_family
 from . import random_transparency as random_files
 
-SD15 = {"channel_mult": [1, 2, 4, 4], "num_res_blocks": [2, 2, 2, 2], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1, "context_dim": 24}
+SD15 = {
+    "channel_mult": [1, 2, 4, 4],
+    "num_res_blocks": [2, 2, 2, 2],
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    "transformer_depth_middle": 1,
+    "context_dim": 24,
+}
 
 
 class Small(comfy.supported_models.SD15):
     """SD1.5's whole structure, a tenth as wide."""
-    unet_config = {**SD15, "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "use_spatial_transformer": True, "legacy": False,
-                   "num_heads": 4}
+
+    unet_config = {
+        **SD15,
+        "image_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 32,
+        "use_spatial_transformer": True,
+        "legacy": False,
+        "num_heads": 4,
+    }
 
     def __init__(self, **changes):
         super().__init__({**self.unet_config, **changes})
@@ -32,9 +48,18 @@ class Small(comfy.supported_models.SD15):
 
 class SmallXL(Small):
     """SDXL's, with its pooled text and sizes."""
-    unet_config = {**Small.unet_config, "channel_mult": [1, 2, 4], "num_res_blocks": [2, 2, 2], "transformer_depth": [0, 0, 2, 2, 10, 10],
-                   "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10, "use_linear_in_transformer": True,
-                   "num_classes": "sequential", "adm_in_channels": 2816}
+
+    unet_config = {
+        **Small.unet_config,
+        "channel_mult": [1, 2, 4],
+        "num_res_blocks": [2, 2, 2],
+        "transformer_depth": [0, 0, 2, 2, 10, 10],
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+        "transformer_depth_middle": 10,
+        "use_linear_in_transformer": True,
+        "num_classes": "sequential",
+        "adm_in_channels": 2816,
+    }
     latent_format = comfy.supported_models.SDXL.latent_format
 
 
@@ -50,7 +75,9 @@ def small(prediction=comfy.model_base.ModelType.EPS, kind=Small, **changes):
 
 
 def shapes(model):
-    return {key: tuple(value.shape) for key, value in model.model.state_dict().items() if key.startswith("diffusion_model.")}
+    return {
+        key: tuple(value.shape) for key, value in model.model.state_dict().items() if key.startswith("diffusion_model.")
+    }
 
 
 def recognised(weights, families=("SD1.5",)):
@@ -66,12 +93,29 @@ def sample(model, batch=1, steps=2, positive=None, latent=None, cfg=3.0, seed=1,
     negative = torch.randn(1, 77, width)
     latent = torch.zeros(batch, 4, 8, 16) if latent is None else latent
     noise, pooled = comfy.sample.prepare_noise(latent, seed), {"pooled_output": torch.ones(1, 1280), **extra}
-    return comfy.sample.sample(model, noise, steps, cfg, "euler", "normal", [[positive, pooled]], [[negative, pooled]], latent, disable_pbar=True, seed=seed)
+    return comfy.sample.sample(
+        model,
+        noise,
+        steps,
+        cfg,
+        "euler",
+        "normal",
+        [[positive, pooled]],
+        [[negative, pooled]],
+        latent,
+        disable_pbar=True,
+        seed=seed,
+    )
 
 
 def merged(weights, strength, kind=Small):
     """A second model with up @ down, or the difference, added to each weight."""
-    other = small(kind=kind, in_channels=weights[f"{random_files.FIRST}::diff::0"].shape[1] if f"{random_files.FIRST}::diff::0" in weights else 4)
+    other = small(
+        kind=kind,
+        in_channels=weights[f"{random_files.FIRST}::diff::0"].shape[1]
+        if f"{random_files.FIRST}::diff::0" in weights
+        else 4,
+    )
     state = {key: value.clone() for key, value in small(kind=kind).model.state_dict().items()}
     for key, value in weights.items():
         name, kind, index = key.split("::")
@@ -79,7 +123,9 @@ def merged(weights, strength, kind=Small):
             state[name] += strength * (value.float() @ weights[f"{name}::lora::1"].float()).view(state[name].shape)
         elif kind == "diff":
             if value.shape != state[name].shape:
-                state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, 0, 0, value.shape[1] - state[name].shape[1]))
+                state[name] = torch.nn.functional.pad(
+                    state[name], (0, 0, 0, 0, 0, value.shape[1] - state[name].shape[1])
+                )
             state[name] = state[name] + strength * value.float()
     other.model.load_state_dict(state)
     return other
@@ -87,7 +133,9 @@ def merged(weights, strength, kind=Small):
 
 def test_low_rank_terms_and_differences_equal_merged_weights_and_leave_the_model():
     model = small()
-    weights = random_files.adapter(shapes(model), lora=("to_q", "to_v", "to_out.0"), diff=("in_layers.2", "time_embed"), scale=0.3)
+    weights = random_files.adapter(
+        shapes(model), lora=("to_q", "to_v", "to_out.0"), diff=("in_layers.2", "time_embed"), scale=0.3
+    )
     before = sample(model)
     found = sample(transparency_model.apply(model, recognised(weights), 0.7))
     expected = sample(merged(weights, 0.7))
@@ -106,10 +154,15 @@ def test_sdxls_files_equal_merged_weights_too(extra):
     wide = merged(weights, 0.8, SmallXL)
     if extra:
         joined = wide.model.process_latent_in(given[0])
-        wide.set_model_unet_function_wrapper(lambda apply, one: apply(one["input"], one["timestep"], **{
-            **one["c"], "c_concat": joined.expand(len(one["input"]), -1, -1, -1)}))
+        wide.set_model_unet_function_wrapper(
+            lambda apply, one: apply(
+                one["input"], one["timestep"], **{**one["c"], "c_concat": joined.expand(len(one["input"]), -1, -1, -1)}
+            )
+        )
     expected = sample(wide, steps=1)
-    assert (found - expected).abs().max() < 2e-3 * expected.abs().max() and (found - sample(model, steps=1)).abs().max() > 0.05
+    assert (found - expected).abs().max() < 2e-3 * expected.abs().max() and (
+        found - sample(model, steps=1)
+    ).abs().max() > 0.05
 
 
 def test_two_files_stack_with_each_other_and_a_lora_in_any_order():
@@ -161,7 +214,10 @@ def test_a_model_keeps_its_prediction_type():
     assert patched.get_model_object("model_sampling") is model.get_model_object("model_sampling")
     sampling = type(model.model.model_sampling)
     sample(patched)
-    assert isinstance(model.model.model_sampling, sampling) and model.model.model_type is comfy.model_base.ModelType.V_PREDICTION
+    assert (
+        isinstance(model.model.model_sampling, sampling)
+        and model.model.model_type is comfy.model_base.ModelType.V_PREDICTION
+    )
 
 
 def test_an_inpainting_models_further_channels_stay():
@@ -193,13 +249,26 @@ def test_what_does_not_go_together_is_said_in_one_sentence():
     xl = transparency.recognise("xl.safetensors", random_files.adapter(transparency.structure("SDXL"), rank=2))
     assert "xl.safetensors is for SDXL and the model is Small" in refused(model, xl, 1.0)
     with torch.device("meta"):
-        real = comfy.model_base.BaseModel(comfy.supported_models.SD15({**transparency.FAMILIES["SD1.5"]["unet"], "image_size": 32, "legacy": False,
-                                                                       "use_spatial_transformer": True, "dtype": torch.half}))
+        real = comfy.model_base.BaseModel(
+            comfy.supported_models.SD15(
+                {
+                    **transparency.FAMILIES["SD1.5"]["unet"],
+                    "image_size": 32,
+                    "legacy": False,
+                    "use_spatial_transformer": True,
+                    "dtype": torch.half,
+                }
+            )
+        )
     real = comfy.model_patcher.ModelPatcher(real, torch.device("cpu"), torch.device("cpu"), size=1)
     assert "is for SDXL and the model is SD1.5;" in refused(real, xl, 1.0)
-    narrow = recognised(random_files.adapter({key: tuple(2 * side for side in shape) for key, shape in shapes(model).items()}, rank=2))
+    narrow = recognised(
+        random_files.adapter({key: tuple(2 * side for side in shape) for key, shape in shapes(model).items()}, rank=2)
+    )
     assert "is for SD1.5" in refused(model, narrow, 1.0)
-    assert refused(model, wide, 1.0).startswith("layer: ") and refused(model, wide, 1.0, torch.zeros(1, 4, 8, 8)).startswith("blended: ")
+    assert refused(model, wide, 1.0).startswith("layer: ") and refused(
+        model, wide, 1.0, torch.zeros(1, 4, 8, 8)
+    ).startswith("blended: ")
     latents = [torch.zeros(1, 4, 8, 8)] * 2
     assert "on it already" in refused(transparency_model.apply(model, wide, 1.0, *latents), wide, 1.0, *latents)
     assert "has 16 channels" in refused(model, wide, 1.0, latents[0], torch.zeros(1, 16, 8, 8))
@@ -210,24 +279,49 @@ def test_what_does_not_go_together_is_said_in_one_sentence():
     assert "9 input channels already" in refused(nine, recognised(wide), 1.0, torch.zeros(1, 4, 8, 8))
 
 
-@pytest.mark.parametrize("apply", [lambda *given: transparency_model.apply(*given, 1.0), transparency_model.apply_to_foreground])
+@pytest.mark.parametrize(
+    "apply", [lambda *given: transparency_model.apply(*given, 1.0), transparency_model.apply_to_foreground]
+)
 def test_sd2_is_told_from_sd15_whose_structure_it_has(apply):
     shape = {**transparency.FAMILIES["SD1.5"]["unet"], "context_dim": 1024, "use_linear_in_transformer": True}
     with torch.device("meta"):
-        model = comfy.model_base.BaseModel(comfy.supported_models.SD20({**shape, "image_size": 32, "legacy": False, "use_spatial_transformer": True,
-                                                                         "dtype": torch.half}), comfy.model_base.ModelType.V_PREDICTION)
+        model = comfy.model_base.BaseModel(
+            comfy.supported_models.SD20(
+                {**shape, "image_size": 32, "legacy": False, "use_spatial_transformer": True, "dtype": torch.half}
+            ),
+            comfy.model_base.ModelType.V_PREDICTION,
+        )
     model = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"), size=1)
     shared = random_files.sharing([(8, 8, 8)] * 32, 1)
     for weights in (random_files.adapter(transparency.structure("SD1.5"), rank=1), shared):
-        with pytest.raises(ValueError, match="^transparency: weights.safetensors is for SD1.5 and the model is SD20; connect a model of its family, or load "
-                                             "the file for the model's.$"):
+        with pytest.raises(
+            ValueError,
+            match="^transparency: weights.safetensors is for SD1.5 and the model is SD20; connect a model of its family, or load "
+            "the file for the model's.$",
+        ):
             apply(model, recognised(weights))
 
 
 def small_flux():
-    options = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 8, "context_in_dim": 16, "hidden_size": 32, "mlp_ratio": 4.0,
-               "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "axes_dim": [4, 6, 6], "theta": 10000, "patch_size": 2, "qkv_bias": True,
-               "guidance_embed": True, "dtype": torch.float32, **({"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {})}
+    options = {
+        "image_model": "flux",
+        "in_channels": 16,
+        "out_channels": 16,
+        "vec_in_dim": 8,
+        "context_in_dim": 16,
+        "hidden_size": 32,
+        "mlp_ratio": 4.0,
+        "num_heads": 2,
+        "depth": 2,
+        "depth_single_blocks": 2,
+        "axes_dim": [4, 6, 6],
+        "theta": 10000,
+        "patch_size": 2,
+        "qkv_bias": True,
+        "guidance_embed": True,
+        "dtype": torch.float32,
+        **({"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}),
+    }
     model = comfy.model_base.Flux(comfy.supported_models.Flux(options))
     torch.manual_seed(0)
     for parameter in model.parameters():
@@ -239,16 +333,27 @@ def test_fluxs_layer_lora_reaches_its_place_in_the_joined_weights():
     """In diffusers' names, as published: to_q, to_k and to_v are thirds of one weight here, and a single block's are the first of linear1."""
     model, width, weights, expected = small_flux(), 32, {}, {}
     for block in range(2):
-        for name, place, start in (("attn.to_q", "img_attn.qkv", 0), ("attn.to_k", "img_attn.qkv", 32), ("attn.to_v", "img_attn.qkv", 64),
-                                   ("attn.to_out.0", "img_attn.proj", 0), ("attn.add_k_proj", "txt_attn.qkv", 32)):
-            expected[f"transformer.transformer_blocks.{block}.{name}"] = f"diffusion_model.double_blocks.{block}.{place}.weight", start
+        for name, place, start in (
+            ("attn.to_q", "img_attn.qkv", 0),
+            ("attn.to_k", "img_attn.qkv", 32),
+            ("attn.to_v", "img_attn.qkv", 64),
+            ("attn.to_out.0", "img_attn.proj", 0),
+            ("attn.add_k_proj", "txt_attn.qkv", 32),
+        ):
+            expected[f"transformer.transformer_blocks.{block}.{name}"] = (
+                f"diffusion_model.double_blocks.{block}.{place}.weight",
+                start,
+            )
         for index, name in enumerate(("to_q", "to_k", "to_v")):
-            expected[f"transformer.single_transformer_blocks.{block}.attn.{name}"] = f"diffusion_model.single_blocks.{block}.linear1.weight", index * width
+            expected[f"transformer.single_transformer_blocks.{block}.attn.{name}"] = (
+                f"diffusion_model.single_blocks.{block}.linear1.weight",
+                index * width,
+            )
     before = {key: value.clone() for key, value in model.model.state_dict().items()}
     for name, (place, start) in expected.items():
         up, down = torch.randn(width, 4) * 0.1, torch.randn(4, width)
         weights[f"{name}.lora_B.weight"], weights[f"{name}.lora_A.weight"] = up, down
-        before[place][start:start + width] += 0.5 * up @ down
+        before[place][start : start + width] += 0.5 * up @ down
     patched = transparency_model.apply(model, recognised(weights, ("Flux",)), 0.5)
     patched.patch_model()
     try:
@@ -262,7 +367,9 @@ def test_fluxs_layer_lora_reaches_its_place_in_the_joined_weights():
     with pytest.raises(ValueError, match="is for SD1.5 and the model is Flux"):
         transparency_model.apply(model, recognised(random_files.adapter(shapes(small()))), 1.0)
     deeper = {key.replace("blocks.1.", "blocks.7."): value for key, value in weights.items()}
-    with pytest.raises(ValueError, match="weights that this Flux model has no place for, such as transformer.*blocks.7"):
+    with pytest.raises(
+        ValueError, match="weights that this Flux model has no place for, such as transformer.*blocks.7"
+    ):
         transparency_model.apply(model, recognised(deeper, ("Flux",)), 1.0)
     wide = {key: torch.zeros(4, 64) if "lora_A" in key else value for key, value in weights.items()}
     with pytest.raises(ValueError, match="is for Flux and the model is Flux with weights of other sizes"):
@@ -274,7 +381,11 @@ def test_other_packs_attention_patches_and_two_different_files_in_one_graph_work
     one, two = (recognised(random_files.adapter(shapes(model), lora=(name,), scale=0.4)) for name in ("to_q", "to_k"))
     first, second = (transparency_model.apply(model, files, 1.0) for files in (one, two))
     apart = [sample(first), sample(second)]
-    assert torch.equal(sample(first), apart[0]) and torch.equal(sample(second), apart[1]) and not torch.allclose(*apart, atol=1e-2)
+    assert (
+        torch.equal(sample(first), apart[0])
+        and torch.equal(sample(second), apart[1])
+        and not torch.allclose(*apart, atol=1e-2)
+    )
     seen = []
 
     def patch(n, context, value, options):
@@ -289,8 +400,14 @@ def test_a_controlnet_acts_as_on_merged_weights():
     model = small()
     weights = random_files.adapter(shapes(model), scale=0.2)
     files = recognised(weights)
-    config = {key: value for key, value in Small.unet_config.items() if key not in ("out_channels", "transformer_depth_output")}
-    network = comfy.cldm.cldm.ControlNet(**config, hint_channels=3, dtype=torch.float32, device="cpu", operations=random_family.OPS)
+    config = {
+        key: value
+        for key, value in Small.unet_config.items()
+        if key not in ("out_channels", "transformer_depth_output")
+    }
+    network = comfy.cldm.cldm.ControlNet(
+        **config, hint_channels=3, dtype=torch.float32, device="cpu", operations=random_family.OPS
+    )
     network.load_state_dict({key: value.float() for key, value in random_family.randomised(network).items()})
     control = comfy.controlnet.ControlNet(network, load_device=torch.device("cpu"))
     hint = control.set_cond_hint(torch.rand(1, 3, 64, 128), 0.5, (0.0, 1.0))

@@ -1,4 +1,5 @@
 """The transparency nodes in a running ComfyUI, on random weights of the mini family."""
+
 import io
 import shutil
 
@@ -21,10 +22,16 @@ def node(kind, **inputs):
 
 def sharing(frames, control=0):
     """Beside the mini family's attentions, the middle block's last."""
-    shapes = {key.removesuffix("to_k.weight"): shape for key, shape in transparency.structure("Strata mini").items() if key.endswith("to_k.weight")}
+    shapes = {
+        key.removesuffix("to_k.weight"): shape
+        for key, shape in transparency.structure("Strata mini").items()
+        if key.endswith("to_k.weight")
+    }
     ordered = sorted(shapes, key=lambda key: "middle" in key)
     assert len(ordered) == 14
-    weights = random_files.sharing([(shapes[key][0], shapes[key][1], shapes[key][0]) for key in ordered], frames, control=control)
+    weights = random_files.sharing(
+        [(shapes[key][0], shapes[key][1], shapes[key][0]) for key in ordered], frames, control=control
+    )
     return {key: value * (4 if "control_convs" in key else 1) for key, value in weights.items()}
 
 
@@ -38,12 +45,22 @@ def server(comfy, family):
     decoder = random_files.network(TransparentDecoder((16, 16, 32, 64, 96), 2))
     decoder["conv_out.weight"] *= 0.3
     encoder = random_files.network(OffsetEncoder((16, 32, 64, 96)))
-    files = {"adapter": random_files.adapter(transparency.structure("Strata mini"), scale=0.2), "decoder": decoder, "encoder": encoder,
-             "joint": sharing(3), "alone": sharing(1), "given": sharing(2, control=16),
-             "xl": random_files.adapter(transparency.structure("SDXL"), rank=1)}
+    files = {
+        "adapter": random_files.adapter(transparency.structure("Strata mini"), scale=0.2),
+        "decoder": decoder,
+        "encoder": encoder,
+        "joint": sharing(3),
+        "alone": sharing(1),
+        "given": sharing(2, control=16),
+        "xl": random_files.adapter(transparency.structure("SDXL"), rank=1),
+    }
     for name, weights in files.items():
-        random_files.write(models / "layer_model" / f"{name}.safetensors", {key: value.half() for key, value in weights.items()})
-    (models / "layer_model" / "cut.safetensors").write_bytes((models / "layer_model" / "adapter.safetensors").read_bytes()[:-100])
+        random_files.write(
+            models / "layer_model" / f"{name}.safetensors", {key: value.half() for key, value in weights.items()}
+        )
+    (models / "layer_model" / "cut.safetensors").write_bytes(
+        (models / "layer_model" / "adapter.safetensors").read_bytes()[:-100]
+    )
     rgba = np.random.default_rng(0).integers(0, 255, (44, 60, 4), np.uint8)
     Image.fromarray(rgba).save(comfy.server.base / "input" / "rgba.png")
     return comfy
@@ -57,10 +74,30 @@ def graph(adapter="adapter", strength=1.0, width=72, height=40, batch=1, **decod
         "apply": node("Strata_ApplyTransparency", model=["load", 0], transparency=["adapter", 0], strength=strength),
         "text": node("CLIPTextEncode", text="a dog", clip=["load", 1]),
         "latent": node("EmptyLatentImage", width=width, height=height, batch_size=batch),
-        "sample": node("KSampler", model=["apply", 0], positive=["text", 0], negative=["text", 0], latent_image=["latent", 0], seed=1, steps=2, cfg=2.0,
-                       sampler_name="euler", scheduler="normal", denoise=1.0),
-        "decode": node("Strata_DecodeTransparency", **{"transparency": ["decoder", 0], "samples": ["sample", 0], "vae": ["load", 2], "passes": "8",
-                                                       "tile_size": 0, **decoding}),
+        "sample": node(
+            "KSampler",
+            model=["apply", 0],
+            positive=["text", 0],
+            negative=["text", 0],
+            latent_image=["latent", 0],
+            seed=1,
+            steps=2,
+            cfg=2.0,
+            sampler_name="euler",
+            scheduler="normal",
+            denoise=1.0,
+        ),
+        "decode": node(
+            "Strata_DecodeTransparency",
+            **{
+                "transparency": ["decoder", 0],
+                "samples": ["sample", 0],
+                "vae": ["load", 2],
+                "passes": "8",
+                "tile_size": 0,
+                **decoding,
+            },
+        ),
     }
 
 
@@ -69,7 +106,10 @@ def pictures(server, prompt, link=("decode", 0), mask=False):
         prompt = {**prompt, "as_image": node("MaskToImage", mask=list(link))}
         link = ("as_image", 0)
     entry = server.run({**prompt, "show": node("PreviewImage", images=list(link))})
-    return [np.asarray(Image.open(io.BytesIO(server.download(one)))).astype(int) for one in entry["outputs"]["show"]["images"]]
+    return [
+        np.asarray(Image.open(io.BytesIO(server.download(one)))).astype(int)
+        for one in entry["outputs"]["show"]["images"]
+    ]
 
 
 def error(server, prompt, link=("decode", 0)):
@@ -83,7 +123,10 @@ def test_a_picture_with_alpha_its_mask_and_its_layer(server):
     assert [one.shape for one in found] == [(40, 72, 4)] * 2
     masks = pictures(server, graph(batch=2), ("decode", 1), mask=True)
     assert all(np.abs(255 - one[..., 3] - mask[..., 0]).max() <= 1 for one, mask in zip(found, masks, strict=True))
-    prompt = {**graph(batch=2), "flat": node("Strata_FlattenLayers", layers=["decode", 2], blending="sRGB", background="transparent")}
+    prompt = {
+        **graph(batch=2),
+        "flat": node("Strata_FlattenLayers", layers=["decode", 2], blending="sRGB", background="transparent"),
+    }
     flat = pictures(server, prompt, ("flat", 0))[0]
     assert np.abs(flat - found[0])[found[0][..., 3] > 0].max() <= 1
     prompt["behind"] = node("EmptyImage", width=72, height=40, batch_size=1, color=0x2060C0)
@@ -91,26 +134,36 @@ def test_a_picture_with_alpha_its_mask_and_its_layer(server):
     over = found[0][..., 3:] / 255 * found[0][..., :3] + (1 - found[0][..., 3:] / 255) * [0x20, 0x60, 0xC0]
     assert np.abs(pictures(server, prompt, ("flat", 0))[0][..., :3] - over).max() <= 1.5
     prompt["behind"]["inputs"]["width"] = 64
-    assert "background: 1 background of 64×40 and 2 pictures of 72×40 do not go together; connect one background of that size" in error(server, prompt)
+    assert (
+        "background: 1 background of 64×40 and 2 pictures of 72×40 do not go together; connect one background of that size"
+        in error(server, prompt)
+    )
     prompt = {**graph(batch=2), "plain": node("VAEDecode", samples=["sample", 0], vae=["load", 2])}
     prompt["decode"]["inputs"] |= {"image": ["plain", 0]}
     assert all(np.array_equal(one, other) for one, other in zip(pictures(server, prompt), found, strict=True))
 
 
 def test_strength_passes_and_tiles_are_used_and_zero_is_the_plain_model(server):
-    found, fewer, tiled = (pictures(server, graph(width=160, **changes))[0] for changes in ({}, {"passes": "1"}, {"passes": "1", "tile_size": 128}))
+    found, fewer, tiled = (
+        pictures(server, graph(width=160, **changes))[0]
+        for changes in ({}, {"passes": "1"}, {"passes": "1", "tile_size": 128})
+    )
     assert np.abs(found - fewer).max() > 1 and np.abs(fewer - tiled).max() > 1
     plain = graph(width=160)
     plain["sample"]["inputs"]["model"] = ["load", 0]
     plain = pictures(server, plain)[0]
-    assert np.array_equal(pictures(server, graph(width=160, strength=0.0))[0], plain) and np.abs(found - plain).mean() > 1
+    assert (
+        np.array_equal(pictures(server, graph(width=160, strength=0.0))[0], plain) and np.abs(found - plain).mean() > 1
+    )
 
 
 def test_encoding_fills_up_to_eight_and_transparency_changes_the_latent(server):
     prompt = graph()
     prompt["encoder"] = node("Strata_LoadTransparency", file="encoder.safetensors")
     prompt["image"] = node("LoadImage", image="rgba.png")
-    prompt["encode"] = node("Strata_EncodeTransparency", transparency=["encoder", 0], image=["image", 0], vae=["load", 2], mask=["image", 1])
+    prompt["encode"] = node(
+        "Strata_EncodeTransparency", transparency=["encoder", 0], image=["image", 0], vae=["load", 2], mask=["image", 1]
+    )
     prompt["decode"]["inputs"]["samples"] = ["encode", 0]
     found = pictures(server, prompt)[0]
     assert found.shape == (48, 64, 4)
@@ -121,7 +174,11 @@ def test_encoding_fills_up_to_eight_and_transparency_changes_the_latent(server):
 def joint(kind="Strata_SampleJointLayers", file="joint", batch=1, **inputs):
     prompt = graph(file, batch=batch)
     del prompt["apply"], prompt["decode"]
-    for name, text in (("foreground", "a dog"), ("background", "a beach"), ("blended", "a dog on the beach in the evening " * 12)):
+    for name, text in (
+        ("foreground", "a dog"),
+        ("background", "a beach"),
+        ("blended", "a dog on the beach in the evening " * 12),
+    ):
         prompt[name] = node("CLIPTextEncode", text=text, clip=["load", 1])
     prompt["image"] = node("LoadImage", image="rgba.png")
     sampling = {**prompt["sample"]["inputs"], "model": ["load", 0]}
@@ -139,8 +196,13 @@ def test_joint_layers_come_out_apart(server):
     assert min(np.abs(found[i][0] - found[j][0]).mean() for i, j in ((0, 1), (1, 2), (0, 2))) > 1
     prompt["background"]["inputs"]["text"] = "snow"
     assert np.abs(pictures(server, prompt, ("decode1", 0))[0] - found[1][0]).mean() > 0.5
-    wrong = {**joint(foreground=["foreground", 0], background=["background", 0]), "adapter": node("Strata_LoadTransparency", file="given.safetensors")}
-    assert "attention sharing of 2 pictures for Strata mini; this node needs one such as layer_sd15_joint" in error(server, wrong, ("decode0", 0))
+    wrong = {
+        **joint(foreground=["foreground", 0], background=["background", 0]),
+        "adapter": node("Strata_LoadTransparency", file="given.safetensors"),
+    }
+    assert "attention sharing of 2 pictures for Strata mini; this node needs one such as layer_sd15_joint" in error(
+        server, wrong, ("decode0", 0)
+    )
 
 
 def test_a_given_layer_is_seen(server):
@@ -151,19 +213,48 @@ def test_a_given_layer_is_seen(server):
     assert np.abs(pictures(server, prompt, ("decode1", 0))[0] - found).mean() > 0.5
 
 
-@pytest.mark.parametrize(("workflow", "sampler", "adapter", "found"), [
-    ("layerfusion_mini", "Strata_LayerFusionSampler", ("Adapter for the foreground", "adapter"), {".png": 3, ".psd": 2}),
-    ("layerfusion_sdxl", "Strata_LayerFusionSampler", ("Adapter for the foreground", "adapter"), {".png": 3, ".psd": 2}),
-    ("layerfusion_sd15", "Strata_LayerFusionSampler", ("Adapter for the foreground", "alone"), {".png": 3, ".psd": 2}),
-    ("layerdiffuse_foreground_sdxl", "KSampler", ("Adapter for the model", "adapter"), {".png": 4}),
-    ("mini_transparent_object", "KSampler", ("Adapter for the model", "adapter"), {".png": 4}),
-    ("layerdiffuse_joint_sd15", "Strata_SampleJointLayers", ("Attention sharing of three", "joint"), {".png": 3, ".psd": 2}),
-])
+@pytest.mark.parametrize(
+    ("workflow", "sampler", "adapter", "found"),
+    [
+        (
+            "layerfusion_mini",
+            "Strata_LayerFusionSampler",
+            ("Adapter for the foreground", "adapter"),
+            {".png": 3, ".psd": 2},
+        ),
+        (
+            "layerfusion_sdxl",
+            "Strata_LayerFusionSampler",
+            ("Adapter for the foreground", "adapter"),
+            {".png": 3, ".psd": 2},
+        ),
+        (
+            "layerfusion_sd15",
+            "Strata_LayerFusionSampler",
+            ("Adapter for the foreground", "alone"),
+            {".png": 3, ".psd": 2},
+        ),
+        ("layerdiffuse_foreground_sdxl", "KSampler", ("Adapter for the model", "adapter"), {".png": 4}),
+        ("mini_transparent_object", "KSampler", ("Adapter for the model", "adapter"), {".png": 4}),
+        (
+            "layerdiffuse_joint_sd15",
+            "Strata_SampleJointLayers",
+            ("Attention sharing of three", "joint"),
+            {".png": 3, ".psd": 2},
+        ),
+    ],
+)
 def test_the_bundled_workflows_run_on_the_mini_familys_files(server, tmp_path, workflow, sampler, adapter, found):
     """found: channels of the PNG files, layers of the PSD."""
     title, file = adapter
-    settings = ["CheckpointLoaderSimple.ckpt_name=random_sd.safetensors", "Decoder of the transparency.file=decoder.safetensors",
-                f"{title}.file={file}.safetensors", "EmptyLatentImage.width=64", "EmptyLatentImage.height=64", f"{sampler}.steps=2"]
+    settings = [
+        "CheckpointLoaderSimple.ckpt_name=random_sd.safetensors",
+        "Decoder of the transparency.file=decoder.safetensors",
+        f"{title}.file={file}.safetensors",
+        "EmptyLatentImage.width=64",
+        "EmptyLatentImage.height=64",
+        f"{sampler}.steps=2",
+    ]
     made = run.run_file(server, host.PACK / "workflows" / f"{workflow}.json", settings, tmp_path, False)
     assert {path.suffix for path in made} == found.keys()
     for path in made:
@@ -192,14 +283,31 @@ def test_errors_are_one_sentence(server):
     masked["adapter"]["inputs"]["file"] = "encoder.safetensors"
     masked["image"] = node("LoadImage", image="rgba.png")
     masked["mask"] = node("SolidMask", value=0.0, width=64, height=64)
-    masked["encode"] = node("Strata_EncodeTransparency", transparency=["adapter", 0], image=["image", 0], vae=["load", 2], mask=["mask", 0])
+    masked["encode"] = node(
+        "Strata_EncodeTransparency", transparency=["adapter", 0], image=["image", 0], vae=["load", 2], mask=["mask", 0]
+    )
     masked["decode"]["inputs"]["samples"] = ["encode", 0]
-    assert "mask: 1 mask of 64×64 and 1 picture of 60×44 do not go together; make them the same size" in error(server, masked)
-    for file, words in (("xl", "xl.safetensors is for SDXL and the model is Strata mini"), ("joint", "joint.safetensors is attention sharing of 3 pictures"),
-                        ("decoder", "decoder.safetensors is a decoder for Strata mini; this node needs an adapter")):
+    assert "mask: 1 mask of 64×64 and 1 picture of 60×44 do not go together; make them the same size" in error(
+        server, masked
+    )
+    for file, words in (
+        ("xl", "xl.safetensors is for SDXL and the model is Strata mini"),
+        ("joint", "joint.safetensors is attention sharing of 3 pictures"),
+        ("decoder", "decoder.safetensors is a decoder for Strata mini; this node needs an adapter"),
+    ):
         layered = graph(file)
-        layered["apply"] = node("Strata_AttentionBlend", model=["load", 0], strength=1.0, boundary=10.0, start_percent=0.0, end_percent=1.0, blocks="all",
-                                structure="prior pass at each step", blended_text="background prompt", transparency=["adapter", 0])
+        layered["apply"] = node(
+            "Strata_AttentionBlend",
+            model=["load", 0],
+            strength=1.0,
+            boundary=10.0,
+            start_percent=0.0,
+            end_percent=1.0,
+            blocks="all",
+            structure="prior pass at each step",
+            blended_text="background prompt",
+            transparency=["adapter", 0],
+        )
         assert words in error(server, layered)
     flux = graph()
     flux["sample"] = node("EmptySD3LatentImage", width=64, height=64, batch_size=1)

@@ -1,4 +1,5 @@
 """Decoding and encoding transparency against the published pipeline, written out plainly from diffusers' blocks."""
+
 from dataclasses import replace
 
 import comfy.model_management
@@ -38,7 +39,9 @@ def published(weights, image, latent):
         for flip in (False, True):
             for turns in range(4):
                 pixels, hidden = (torch.flip(part, dims=(3,)) if flip else part for part in (image, latent))
-                out = model(torch.rot90(pixels, k=turns, dims=(2, 3)), torch.rot90(hidden, k=turns, dims=(2, 3))).clip(0, 1)
+                out = model(torch.rot90(pixels, k=turns, dims=(2, 3)), torch.rot90(hidden, k=turns, dims=(2, 3))).clip(
+                    0, 1
+                )
                 out = torch.rot90(out, k=-turns, dims=(2, 3))
                 results.append(torch.flip(out, dims=(3,)) if flip else out)
     return torch.median(torch.stack(results, dim=0), dim=0).values
@@ -54,7 +57,7 @@ def test_eight_passes_are_the_published_ones():
     image, latent = inputs(48, 80, batch=2)
     colour, alpha = transparent_latents.decode(files, image, latent, clean="off")
     for one in range(2):
-        expected = published(weights, image[one:one + 1], latent[one:one + 1])
+        expected = published(weights, image[one : one + 1], latent[one : one + 1])
         seen = expected[:, :1] > 0
         assert (alpha[one] - expected[0, :1]).abs().max() < 1e-4
         assert ((colour[one] - expected[0, 1:]) * seen[0]).abs().max() < 1e-4
@@ -65,7 +68,10 @@ def test_other_sizes_are_padded_and_cropped_back():
     files, weights = decoder()
     image, latent = inputs(40, 72)
     colour, alpha = transparent_latents.decode(files, image, latent, clean="off")
-    wide = torch.nn.functional.pad(image, (0, 8, 0, 8), mode="replicate"), torch.nn.functional.pad(latent, (0, 1, 0, 1), mode="replicate")
+    wide = (
+        torch.nn.functional.pad(image, (0, 8, 0, 8), mode="replicate"),
+        torch.nn.functional.pad(latent, (0, 1, 0, 1), mode="replicate"),
+    )
     expected = published(weights, *wide)[..., :40, :72]
     assert colour.shape == (1, 3, 40, 72) and (alpha - expected[:, :1]).abs().max() < 1e-4
 
@@ -75,7 +81,12 @@ def test_clean_is_on_for_the_mini_family_alone():
     image, latent = inputs(48, 80)
     raw, on = (transparent_latents.decode(files, image, latent, clean=clean)[1] for clean in ("off", "on"))
     auto = transparent_latents.decode(files, image, latent)[1]
-    assert files.families == ("Strata mini",) and torch.equal(on, auto) and torch.equal(on, clean_alpha(raw)) and not torch.equal(on, raw)
+    assert (
+        files.families == ("Strata mini",)
+        and torch.equal(on, auto)
+        and torch.equal(on, clean_alpha(raw))
+        and not torch.equal(on, raw)
+    )
     other = replace(files, families=("SD1.5",))
     assert torch.equal(transparent_latents.decode(other, image, latent)[1], raw)
 
@@ -89,12 +100,16 @@ def test_fluxs_channels_come_the_other_way_round():
     model.load_state_dict(weights)
     with torch.no_grad():
         expected = model(image, latent).clip(0, 1)
-    assert torch.allclose(alpha, expected[:, 3:], atol=1e-5) and torch.allclose(colour * (alpha > 0), expected[:, :3] * (alpha > 0), atol=1e-5)
+    assert torch.allclose(alpha, expected[:, 3:], atol=1e-5) and torch.allclose(
+        colour * (alpha > 0), expected[:, :3] * (alpha > 0), atol=1e-5
+    )
 
 
 def test_fewer_passes_are_the_middle_of_those_views():
     def plain(image, latent):
-        return torch.cat([image, latent.mean((1, 2, 3), keepdim=True).expand_as(image[:, :1])], 1) + torch.linspace(0, 0.2, image.shape[3])
+        return torch.cat([image, latent.mean((1, 2, 3), keepdim=True).expand_as(image[:, :1])], 1) + torch.linspace(
+            0, 0.2, image.shape[3]
+        )
 
     image, latent = inputs(16, 16)
     views = {}
@@ -105,7 +120,11 @@ def test_fewer_passes_are_the_middle_of_those_views():
             views[flip, turns] = out.flip(3) if flip else out
     assert torch.equal(median_of_passes(plain, image, latent, 1), views[False, 0])
     assert torch.allclose(median_of_passes(plain, image, latent, 2), (views[False, 0] + views[True, 2]) / 2)
-    four = torch.stack([views[key] for key in ((False, 0), (False, 2), (True, 1), (True, 3))]).double().quantile(0.5, dim=0)
+    four = (
+        torch.stack([views[key] for key in ((False, 0), (False, 2), (True, 1), (True, 3))])
+        .double()
+        .quantile(0.5, dim=0)
+    )
     assert torch.allclose(median_of_passes(plain, image, latent, 4).double(), four)
     assert torch.equal(median_of_passes(plain, image, latent, 8), torch.stack(list(views.values())).median(0).values)
 
@@ -130,8 +149,21 @@ def test_clean_colours_keeps_what_is_seen_and_continues_it():
 
 def kl_vae(channels):
     """ComfyUI's own KL autoencoder at reduced width."""
-    config = {"embed_dim": channels, "ddconfig": {"double_z": True, "z_channels": channels, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32,
-                                                 "ch_mult": [1, 1, 2, 2], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}}
+    config = {
+        "embed_dim": channels,
+        "ddconfig": {
+            "double_z": True,
+            "z_channels": channels,
+            "resolution": 64,
+            "in_channels": 3,
+            "out_ch": 3,
+            "ch": 32,
+            "ch_mult": [1, 1, 2, 2],
+            "num_res_blocks": 1,
+            "attn_resolutions": [],
+            "dropout": 0.0,
+        },
+    }
     torch.manual_seed(2)
     weights = random_files.network(comfy.sd.AutoencoderKL(**config))
     weights["quant_conv.bias"][channels:] = -1
@@ -178,9 +210,14 @@ def test_a_vae_without_deviation_or_of_another_family_is_refused():
     published = transparency.recognise("encoder.safetensors", OffsetEncoder().state_dict())
     vae = comfy.sd.VAE(sd=random_family.autoencoder())
     colour, alpha = torch.rand(1, 3, 16, 16), torch.ones(1, 1, 16, 16)
-    with pytest.raises(ValueError, match="vae: it gives no deviation, which encoder.safetensors scales by; load the full VAE of SDXL or SD1.5"):
+    with pytest.raises(
+        ValueError,
+        match="vae: it gives no deviation, which encoder.safetensors scales by; load the full VAE of SDXL or SD1.5",
+    ):
         transparent_latents.encode(published, vae, colour, alpha)
-    with pytest.raises(ValueError, match="vae: it makes latents of 16 channels and encoder.safetensors is an encoder for SDXL or SD1.5"):
+    with pytest.raises(
+        ValueError, match="vae: it makes latents of 16 channels and encoder.safetensors is an encoder for SDXL or SD1.5"
+    ):
         transparent_latents.encode(published, kl_vae(16), colour, alpha)
 
 
@@ -196,5 +233,7 @@ def test_the_mini_familys_offset_is_added_as_it_is_and_sides_are_filled_up():
     filled[..., :20, :28] = torch.cat([colour, alpha], 1)
     with torch.no_grad():
         gray = 0.5 + (filled[:, :3] - 0.5) * filled[:, 3:]
-        expected = vae.encode(gray.movedim(1, -1)) + encoder(torch.cat([filled[:, 3:], extend_colours(filled[:, :3], filled[:, 3:])], 1))
+        expected = vae.encode(gray.movedim(1, -1)) + encoder(
+            torch.cat([filled[:, 3:], extend_colours(filled[:, :3], filled[:, 3:])], 1)
+        )
     assert found.shape == (1, 4, 3, 4) and (found - expected).abs().max() < 1e-4 * expected.abs().max()

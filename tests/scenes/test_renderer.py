@@ -1,4 +1,5 @@
 """The truth of rendered scenes: what the renderer says about a picture is what is in the picture."""
+
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,9 @@ def test_boxes_are_tight():
             inside[top:bottom, left:right] = True
             alpha = thing.rgba[..., 3]
             assert not alpha[~inside].any()
-            assert all(edge.any() for edge in (alpha[top, :], alpha[bottom - 1, :], alpha[:, left], alpha[:, right - 1]))
+            assert all(
+                edge.any() for edge in (alpha[top, :], alpha[bottom - 1, :], alpha[:, left], alpha[:, right - 1])
+            )
 
 
 def test_a_shadow_is_in_the_shadow_layer_alone():
@@ -94,7 +97,7 @@ def test_a_shadow_touches_the_foot_of_what_stands():
     for name in ("dog", "soccer ball", "house"):
         thing = renderer.render(Request("snow", (name,)), 256, 256, 3).objects[0]
         left, _, right, bottom = thing.box
-        below = thing.shadow[bottom - 3:bottom + 2, left:right, 3]
+        below = thing.shadow[bottom - 3 : bottom + 2, left:right, 3]
         assert below.max() > 0.3, name
 
 
@@ -139,20 +142,32 @@ def test_training_never_sees_what_is_held_out():
         scene = renderer.render(Request(train=True), 64, 64, seed)
         assert not any(renderer.is_held_out(o.name, scene.kind) for o in scene.objects)
     kept = [renderer.render(Request(held_out=True, count=1), 64, 64, seed) for seed in range(20)]
-    assert all(renderer.is_held_out(s.objects[0].name, s.kind) and not renderer.catalogue()[s.objects[0].name].held_out for s in kept)
+    assert all(
+        renderer.is_held_out(s.objects[0].name, s.kind) and not renderer.catalogue()[s.objects[0].name].held_out
+        for s in kept
+    )
 
 
-@pytest.mark.parametrize("request_, word", [
-    (Request("moon"), "moon"), (Request(objects=("dragon",)), "dragon"), (Request(objects=("dog",) * 7), "at most 6"),
-])
+@pytest.mark.parametrize(
+    "request_, word",
+    [
+        (Request("moon"), "moon"),
+        (Request(objects=("dragon",)), "dragon"),
+        (Request(objects=("dog",) * 7), "at most 6"),
+    ],
+)
 def test_a_wrong_request_says_what_is_known(request_, word):
     with pytest.raises(ValueError, match=word):
         renderer.render(request_, 64, 64, 0)
 
 
-@pytest.mark.parametrize(("name", "request_", "seed"), [
-    ("scene", Request("meadow", ("house", "dog", "pumpkin")), 7), ("beach", Request("beach"), 5),
-])
+@pytest.mark.parametrize(
+    ("name", "request_", "seed"),
+    [
+        ("scene", Request("meadow", ("house", "dog", "pumpkin")), 7),
+        ("beach", Request("beach"), 5),
+    ],
+)
 def test_the_bundled_pictures_are_what_the_renderer_says(name, request_, seed):
     folder = Path(renderer.__file__).parent.parent / "workflows" / "input"
     scene = renderer.render(request_, 512, 768, seed)

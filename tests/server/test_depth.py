@@ -1,4 +1,5 @@
 """The depth nodes in a real ComfyUI: what comes out is what the techniques say, and what is wrong is said in one sentence."""
+
 import io
 import json
 
@@ -30,12 +31,24 @@ def inputs(comfy):
 
 
 def graph(picture="planes.png", depth="planes_depth.png", **changes):
-    settings = {"thresholds": "0.3, 0.7", "points": "", "near_is": "black", "missing_depth": "auto", "soft_edge": 0.0, "refine_edges": "off",
-                "refine_width": 8, "fill_holes": "none", **changes}
+    settings = {
+        "thresholds": "0.3, 0.7",
+        "points": "",
+        "near_is": "black",
+        "missing_depth": "auto",
+        "soft_edge": 0.0,
+        "refine_edges": "off",
+        "refine_width": 8,
+        "fill_holes": "none",
+        **changes,
+    }
     return {
         "image": {"class_type": "LoadImage", "inputs": {"image": picture}},
         "depth": {"class_type": "Strata_LoadDepth", "inputs": {"file": depth}},
-        "slice": {"class_type": "Strata_SliceByDepth", "inputs": {"image": ["image", 0], "depth": ["depth", 0], **settings}},
+        "slice": {
+            "class_type": "Strata_SliceByDepth",
+            "inputs": {"image": ["image", 0], "depth": ["depth", 0], **settings},
+        },
     }
 
 
@@ -77,11 +90,18 @@ def test_a_point_cuts_behind_the_object_and_the_picker_gets_its_pictures(comfy, 
     assert np.abs(values - expected).max() < 1e-4 and (shown["width"], shown["height"]) == (64, 48)
 
 
-@pytest.mark.parametrize("changes", [{}, {"soft_edge": 4.0}, {"refine_edges": "matting"}, {"fill_holes": "blurred", "soft_edge": 2.0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"soft_edge": 4.0}, {"refine_edges": "matting"}, {"fill_holes": "blurred", "soft_edge": 2.0}]
+)
 def test_flattening_the_layers_gives_the_picture_back(comfy, inputs, changes):
     prompt = graph(**changes)
-    prompt["flat"] = {"class_type": "Strata_FlattenLayers", "inputs": {
-        "layers": ["slice", 0], **{key: options["default"] for key, _, options, _ in widgets(comfy, "Strata_FlattenLayers")}}}
+    prompt["flat"] = {
+        "class_type": "Strata_FlattenLayers",
+        "inputs": {
+            "layers": ["slice", 0],
+            **{key: options["default"] for key, _, options, _ in widgets(comfy, "Strata_FlattenLayers")},
+        },
+    }
     picture = saved(comfy, prompt, ["flat", 0])[0][..., :3].astype(int)
     assert np.abs(picture - inputs[0].astype(int)).max() <= 1
 
@@ -106,36 +126,56 @@ def test_a_transparent_picture_stays_transparent(comfy, inputs):
     prompt["invert"] = {"class_type": "InvertMask", "inputs": {"mask": ["alpha", 0]}}
     prompt["rgba"] = {"class_type": "JoinImageWithAlpha", "inputs": {"image": ["image", 0], "alpha": ["invert", 0]}}
     prompt["slice"]["inputs"]["image"] = ["rgba", 0]
-    prompt["flat"] = {"class_type": "Strata_FlattenLayers", "inputs": {
-        "layers": ["slice", 0], **{key: options["default"] for key, _, options, _ in widgets(comfy, "Strata_FlattenLayers")}}}
+    prompt["flat"] = {
+        "class_type": "Strata_FlattenLayers",
+        "inputs": {
+            "layers": ["slice", 0],
+            **{key: options["default"] for key, _, options, _ in widgets(comfy, "Strata_FlattenLayers")},
+        },
+    }
     prompt["flat"]["inputs"]["background"] = "transparent"
     picture = saved(comfy, prompt, ["flat", 0])[0].astype(int)
     assert picture.shape[-1] == 4 and np.abs(picture[..., 3] - alpha).max() <= 1
 
 
 def test_numpy_depth_and_another_size_give_the_same_cut(comfy, inputs):
-    a, b = (saved(comfy, graph(depth=name), ["slice", 1], mask=True) for name in ("planes_depth.png", "planes_depth.npy"))
+    a, b = (
+        saved(comfy, graph(depth=name), ["slice", 1], mask=True) for name in ("planes_depth.png", "planes_depth.npy")
+    )
     assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
     prompt = graph()
-    prompt["half"] = {"class_type": "ImageScale", "inputs": {
-        "image": ["depth", 0], "upscale_method": "nearest-exact", "width": 32, "height": 24, "crop": "disabled"}}
+    prompt["half"] = {
+        "class_type": "ImageScale",
+        "inputs": {
+            "image": ["depth", 0],
+            "upscale_method": "nearest-exact",
+            "width": 32,
+            "height": 24,
+            "crop": "disabled",
+        },
+    }
     prompt["slice"]["inputs"]["depth"] = ["half", 0]
     masks = saved(comfy, prompt, ["slice", 1], mask=True)
     assert np.mean([np.mean(x != y) for x, y in zip(a, masks, strict=True)]) < 0.05
 
 
 def test_one_pixel_is_a_picture_too(comfy, inputs):
-    assert [mask[0, 0, 0] for mask in saved(comfy, graph("dot.png", "dot.png", near_is="white"), ["slice", 1], mask=True)] == [255, 0, 0]
+    assert [
+        mask[0, 0, 0] for mask in saved(comfy, graph("dot.png", "dot.png", near_is="white"), ["slice", 1], mask=True)
+    ] == [255, 0, 0]
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"thresholds": "0.7, 0.3"}, ["thresholds", "ascending"]),
-    ({"thresholds": "1.2"}, ["thresholds", "outside of 0 to 1"]),
-    ({"thresholds": "near"}, ["thresholds", "not a list of numbers"]),
-    ({"thresholds": ""}, ["thresholds", "no threshold and no point"]),
-    ({"points": "0.5"}, ["points", "x, y"]),
-    ({"depth": "nothing.png"}, ["depth", "no valid value"]),
-])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"thresholds": "0.7, 0.3"}, ["thresholds", "ascending"]),
+        ({"thresholds": "1.2"}, ["thresholds", "outside of 0 to 1"]),
+        ({"thresholds": "near"}, ["thresholds", "not a list of numbers"]),
+        ({"thresholds": ""}, ["thresholds", "no threshold and no point"]),
+        ({"points": "0.5"}, ["points", "x, y"]),
+        ({"depth": "nothing.png"}, ["depth", "no valid value"]),
+    ],
+)
 def test_bad_slicing_is_one_sentence(comfy, inputs, changes, words):
     message = error(comfy, graph(**changes))
     assert all(word in message for word in words) and "\n" not in message and message.endswith("."), message
@@ -157,16 +197,32 @@ def test_a_broken_or_missing_depth_file_is_named(comfy, inputs):
     assert "no 'absent.png'" in error(comfy, graph(depth="absent.png"))
     (comfy.server.base / "outside.npy").write_bytes((comfy.server.base / "input" / "planes_depth.npy").read_bytes())
     for outside in ("../outside.npy", str(comfy.server.base / "outside.npy")):
-        assert "outside.npy" in error(comfy, graph(depth=outside)) and "input folder" in error(comfy, graph(depth=outside))
+        assert "outside.npy" in error(comfy, graph(depth=outside)) and "input folder" in error(
+            comfy, graph(depth=outside)
+        )
 
 
 def compose(**changes):
     prompt = graph()
     del prompt["slice"]
-    prompt["back"] = {"class_type": "EmptyImage", "inputs": {"width": 100, "height": 40, "batch_size": 1, "color": 0x3060C0}}
-    prompt["compose"] = {"class_type": "Strata_ComposeByDepth", "inputs": {
-        "foreground": ["image", 0], "foreground_depth": ["depth", 0], "background": ["back", 0], "background_depth": ["back", 0],
-        "threshold": 0.3, "near_is": "black", "missing_depth": "NaN only", "soft_edge": 0.0, **changes}}
+    prompt["back"] = {
+        "class_type": "EmptyImage",
+        "inputs": {"width": 100, "height": 40, "batch_size": 1, "color": 0x3060C0},
+    }
+    prompt["compose"] = {
+        "class_type": "Strata_ComposeByDepth",
+        "inputs": {
+            "foreground": ["image", 0],
+            "foreground_depth": ["depth", 0],
+            "background": ["back", 0],
+            "background_depth": ["back", 0],
+            "threshold": 0.3,
+            "near_is": "black",
+            "missing_depth": "NaN only",
+            "soft_edge": 0.0,
+            **changes,
+        },
+    }
     return prompt
 
 
@@ -179,9 +235,20 @@ def test_compose_keeps_the_near_part_over_the_other_scene(comfy, inputs):
 
 def test_amodal_mask_is_the_box_without_what_is_nearer(comfy, inputs):
     prompt = graph()
-    prompt["amodal"] = {"class_type": "Strata_AmodalMask", "inputs": {
-        "image": ["image", 0], "depth": ["depth", 0], "threshold": 0.3, "x": 20, "y": 5, "width": 30, "height": 30,
-        "near_is": "black", "missing_depth": "auto"}}
+    prompt["amodal"] = {
+        "class_type": "Strata_AmodalMask",
+        "inputs": {
+            "image": ["image", 0],
+            "depth": ["depth", 0],
+            "threshold": 0.3,
+            "x": 20,
+            "y": 5,
+            "width": 30,
+            "height": 30,
+            "near_is": "black",
+            "missing_depth": "auto",
+        },
+    }
     mask = saved(comfy, prompt, ["amodal", 0], mask=True)[0][..., 0]
     expected = np.zeros((48, 64), int)
     expected[5:35, 20:50] = 255
@@ -194,44 +261,80 @@ def test_amodal_mask_is_the_box_without_what_is_nearer(comfy, inputs):
 
 def test_the_top_view_is_a_picture_of_the_asked_height(comfy, inputs):
     prompt = graph()
-    prompt["top"] = {"class_type": "Strata_DepthTopView", "inputs": {
-        "image": ["image", 0], "depth": ["depth", 0], "near_is": "black", "missing_depth": "auto", "height": 64}}
+    prompt["top"] = {
+        "class_type": "Strata_DepthTopView",
+        "inputs": {
+            "image": ["image", 0],
+            "depth": ["depth", 0],
+            "near_is": "black",
+            "missing_depth": "auto",
+            "height": 64,
+        },
+    }
     view = saved(comfy, prompt, ["top", 0])[0]
     assert view.shape == (64, 64, 3)
     assert view[63, 10:30].any() and not view[40, 10:30].any()  # the nearest plane lies at the bottom
 
 
 def estimate(model):
-    return {"image": graph()["image"], "estimate": {"class_type": "Strata_EstimateDepth", "inputs": {"image": ["image", 0], "model": model}}}
+    return {
+        "image": graph()["image"],
+        "estimate": {"class_type": "Strata_EstimateDepth", "inputs": {"image": ["image", 0], "model": model}},
+    }
 
 
 def test_estimate_depth_names_what_is_missing(comfy, inputs):
     message = error(comfy, estimate("Depth-Anything-V2-Small-hf"), "estimate")
-    assert "model.safetensors" in message and "depth_estimation" in message and "https://huggingface.co/depth-anything/" in message
+    assert (
+        "model.safetensors" in message
+        and "depth_estimation" in message
+        and "https://huggingface.co/depth-anything/" in message
+    )
 
 
 def test_estimate_depth_equals_transformers_on_the_same_weights(comfy, inputs):
     """A Depth Anything of full structure and small width, random weights: the node against the model called directly."""
     from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
 
-    backbone = Dinov2Config(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=70, patch_size=14,
-                            out_features=["stage1", "stage2", "stage3", "stage4"], reshape_hidden_states=False, apply_layernorm=True)
+    backbone = Dinov2Config(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=70,
+        patch_size=14,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+        reshape_hidden_states=False,
+        apply_layernorm=True,
+    )
     torch.manual_seed(0)
-    model = DepthAnythingForDepthEstimation(DepthAnythingConfig(
-        backbone_config=backbone, reassemble_hidden_size=32, neck_hidden_sizes=[8, 16, 32, 32], fusion_hidden_size=16, head_hidden_size=8,
-        patch_size=14)).eval()
+    model = DepthAnythingForDepthEstimation(
+        DepthAnythingConfig(
+            backbone_config=backbone,
+            reassemble_hidden_size=32,
+            neck_hidden_sizes=[8, 16, 32, 32],
+            fusion_hidden_size=16,
+            head_hidden_size=8,
+            patch_size=14,
+        )
+    ).eval()
     for weight in (p for p in model.parameters() if p.ndim > 1):
         torch.nn.init.normal_(weight, 0, 0.2)  # transformers' own initial weights give a depth of 1e-8: all rounding
     folder = comfy.server.base / "models" / "depth_estimation" / "tiny"
     model.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 70, "width": 70}, "ensure_multiple_of": 14}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"size": {"height": 70, "width": 70}, "ensure_multiple_of": 14})
+    )
     comfy._object_info = None
     assert "tiny" in comfy.object_info()["Strata_EstimateDepth"]["input"]["required"]["model"][1]["options"]
     got = saved(comfy, estimate("tiny"), ["estimate", 0])[0][..., 0].astype(float) / 255
     pixels = torch.from_numpy(inputs[0]).float().movedim(-1, 0)[None] / 255
     pixels = torch.nn.functional.interpolate(pixels, (70, 98), mode="bicubic", antialias=True).clamp(0, 1)
-    pixels = (pixels - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    pixels = (pixels - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(
+        3, 1, 1
+    )
     with torch.no_grad():
-        depth = torch.nn.functional.interpolate(model(pixel_values=pixels).predicted_depth[:, None], (48, 64), mode="bilinear")[0, 0]
+        depth = torch.nn.functional.interpolate(
+            model(pixel_values=pixels).predicted_depth[:, None], (48, 64), mode="bilinear"
+        )[0, 0]
     expected = ((depth - depth.min()) / (depth.max() - depth.min())).numpy()
     assert np.abs(got - expected).max() <= 1.01 / 255

@@ -1,4 +1,5 @@
 """Strata_RenderScene in a running ComfyUI."""
+
 import pytest
 
 
@@ -19,16 +20,24 @@ def pictures(comfy, entry):
 
     import numpy as np
     from PIL import Image
+
     refs = {node: out["images"] for node, out in entry["outputs"].items() if "images" in out}
-    return {node: [np.asarray(Image.open(io.BytesIO(comfy.download(ref)))) for ref in found] for node, found in refs.items()}
+    return {
+        node: [np.asarray(Image.open(io.BytesIO(comfy.download(ref)))) for ref in found] for node, found in refs.items()
+    }
 
 
 def test_the_node_returns_the_renderers_picture_and_truth(comfy):
     import numpy as np
     from strata.scenes import renderer
+
     found = pictures(comfy, comfy.run(graph()))
     scene = renderer.render(renderer.Request("beach", ("house", "dog"), 2), 80, 96, 4)
-    for node, truth in (("2", scene.composite), ("3", scene.background), ("4", np.repeat(scene.depth[..., None], 3, 2))):
+    for node, truth in (
+        ("2", scene.composite),
+        ("3", scene.background),
+        ("4", np.repeat(scene.depth[..., None], 3, 2)),
+    ):
         assert np.abs(found[node][0][..., :3] / 255 - truth).max() <= 1 / 255 + 1e-6
     assert len(found["6"]) == 3
     assert (sum(mask[..., 0].astype(int) for mask in found["6"]) == 255).all()
@@ -36,6 +45,7 @@ def test_the_node_returns_the_renderers_picture_and_truth(comfy):
 
 def test_an_unknown_object_is_named(comfy):
     import run
+
     with pytest.raises(run.RunError, match="dragon"):
         comfy.run(graph(objects="dragon"))
     assert comfy.run(graph(objects="", count=0))
@@ -45,10 +55,19 @@ def test_layers_come_with_or_without_their_shadows(comfy):
     """Flattened with shadows they are the picture; without, they are darker nowhere."""
     import numpy as np
     from strata.scenes import renderer
+
     scene = renderer.render(renderer.Request("beach", ("house", "dog"), 2), 80, 96, 4)
-    flat = {"7": {"class_type": "Strata_FlattenLayers", "inputs": {"layers": ["1", 2], "background": "transparent", "blending": "sRGB"}},
-            "8": {"class_type": "PreviewImage", "inputs": {"images": ["7", 0]}}}
-    shown = {shadows: pictures(comfy, comfy.run({**graph(shadows=shadows), **flat}))["8"][0][..., :3] / 255 for shadows in (True, False)}
+    flat = {
+        "7": {
+            "class_type": "Strata_FlattenLayers",
+            "inputs": {"layers": ["1", 2], "background": "transparent", "blending": "sRGB"},
+        },
+        "8": {"class_type": "PreviewImage", "inputs": {"images": ["7", 0]}},
+    }
+    shown = {
+        shadows: pictures(comfy, comfy.run({**graph(shadows=shadows), **flat}))["8"][0][..., :3] / 255
+        for shadows in (True, False)
+    }
     bare = scene.background
     for thing in scene.objects:
         bare = renderer.over(thing.rgba, bare)

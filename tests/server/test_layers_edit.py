@@ -1,4 +1,5 @@
 """The layer nodes in a real ComfyUI: every node in a graph, its pictures looked at, and the sentences that bad input gets."""
+
 import io
 
 import numpy as np
@@ -18,7 +19,9 @@ class Graph:
     def add(self, kind, **inputs):
         node = str(len(self.prompt) + 1)
         required = self.comfy.object_info()[kind]["input"].get("required", {})
-        defaults = {name: spec[1]["default"] for name, spec in required.items() if len(spec) > 1 and "default" in spec[1]}
+        defaults = {
+            name: spec[1]["default"] for name, spec in required.items() if len(spec) > 1 and "default" in spec[1]
+        }
         self.prompt[node] = {"class_type": kind, "inputs": defaults | inputs}
         return [node, 0]
 
@@ -64,7 +67,14 @@ def assert_refused(graph, sentence):
 
 def test_layers_from_images_puts_the_first_at_the_back_and_masks_them(graph):
     mask = graph.add("SolidMask", value=0.0, width=8, height=6)
-    mask = graph.add("MaskComposite", destination=mask, source=graph.add("SolidMask", value=1.0, width=4, height=6), x=4, y=0, operation="add")
+    mask = graph.add(
+        "MaskComposite",
+        destination=mask,
+        source=graph.add("SolidMask", value=1.0, width=4, height=6),
+        x=4,
+        y=0,
+        operation="add",
+    )
     layers = graph.layers(graph.rgb(), masks=mask, names="Sky\nHill")
     flat = graph.flat(layers)
     assert flat.shape == (6, 8, 4)
@@ -76,7 +86,15 @@ def test_layers_from_images_puts_the_first_at_the_back_and_masks_them(graph):
 def test_set_layer_appends_inserts_and_changes(graph):
     layers = graph.add("Strata_SetLayer", image=graph.colour(RED), name="Red")
     layers = graph.add("Strata_SetLayer", layers=layers, image=graph.colour(BLUE, 2, 2), name="Dot", x=1, y=2, w=4, h=3)
-    layers = graph.add("Strata_SetLayer", layers=layers, image=graph.colour(GREEN, 8, 1), action="insert below", layer="dot", name="Bar", opacity=0.5)
+    layers = graph.add(
+        "Strata_SetLayer",
+        layers=layers,
+        image=graph.colour(GREEN, 8, 1),
+        action="insert below",
+        layer="dot",
+        name="Bar",
+        opacity=0.5,
+    )
     flat = graph.flat(layers, background="black")
     assert flat.shape == (6, 8, 3)
     expected = np.zeros((6, 8, 3), np.uint8)
@@ -88,15 +106,34 @@ def test_set_layer_appends_inserts_and_changes(graph):
     moved = graph.add("Strata_SetLayer", layers=layers, action="change", layer="Dot", x=0, y=0, fields="x, y")
     hidden = graph.add("Strata_SetLayer", layers=moved, action="change", layer="2", visible=False)
     flat = graph.flat(hidden)
-    assert (flat[:3, :4] == [0, 0, 255, 255]).all() and (flat[3:] == [255, 0, 0, 255]).all() and (flat[:3, 4:] == [255, 0, 0, 255]).all()
+    assert (
+        (flat[:3, :4] == [0, 0, 255, 255]).all()
+        and (flat[3:] == [255, 0, 0, 255]).all()
+        and (flat[:3, 4:] == [255, 0, 0, 255]).all()
+    )
 
 
 def test_set_layer_takes_every_field(graph):
     white = graph.add("Strata_SetLayer", image=graph.colour(0x808080, 9, 9))
-    mask = graph.add("MaskComposite", destination=graph.add("SolidMask", value=0.0, width=3, height=3), operation="add", x=0, y=0,
-                     source=graph.add("SolidMask", value=1.0, width=3, height=1))
-    layers = graph.add("Strata_SetLayer", layers=white, image=graph.colour(RED, 3, 3), mask=mask, x=3, y=3, rotation=90.0, flip_v=True,
-                       blend_mode="multiply")
+    mask = graph.add(
+        "MaskComposite",
+        destination=graph.add("SolidMask", value=0.0, width=3, height=3),
+        operation="add",
+        x=0,
+        y=0,
+        source=graph.add("SolidMask", value=1.0, width=3, height=1),
+    )
+    layers = graph.add(
+        "Strata_SetLayer",
+        layers=white,
+        image=graph.colour(RED, 3, 3),
+        mask=mask,
+        x=3,
+        y=3,
+        rotation=90.0,
+        flip_v=True,
+        blend_mode="multiply",
+    )
     flat = graph.flat(layers, background="white")
     # The first row is transparent; mirrored it is the last one, and a quarter turn clockwise takes that to the left column.
     expected = np.full((9, 9, 3), 128, np.uint8)
@@ -122,11 +159,17 @@ def test_transform_layer_fits_moves_scales_and_turns(graph):
     assert boxes(flip_h=True, about="canvas centre") == (12, 0, 16, 2)
 
 
-@pytest.mark.parametrize("inputs, names", [
-    ({"action": "pick", "select": "C, 1"}, ["C", "A"]), ({"action": "drop", "select": "2"}, ["A", "C"]),
-    ({"action": "reorder", "select": "3-1"}, ["C", "B", "A"]), ({"action": "bring to front", "select": "A"}, ["B", "C", "A"]),
-    ({"action": "rename", "select": "B", "names": "Hill"}, ["A", "Hill", "C"]),
-    ({"action": "merge", "select": "2-3", "names": "Both"}, ["A", "Both"])])
+@pytest.mark.parametrize(
+    "inputs, names",
+    [
+        ({"action": "pick", "select": "C, 1"}, ["C", "A"]),
+        ({"action": "drop", "select": "2"}, ["A", "C"]),
+        ({"action": "reorder", "select": "3-1"}, ["C", "B", "A"]),
+        ({"action": "bring to front", "select": "A"}, ["B", "C", "A"]),
+        ({"action": "rename", "select": "B", "names": "Hill"}, ["A", "Hill", "C"]),
+        ({"action": "merge", "select": "2-3", "names": "Both"}, ["A", "Both"]),
+    ],
+)
 def test_order_layers(graph, inputs, names):
     layers = graph.layers(graph.rgb(), names="A\nB\nC")
     assert graph.names(graph.add("Strata_OrderLayers", layers=layers, **inputs)) == names
@@ -150,7 +193,10 @@ def test_flatten_layers_in_both_blendings_on_a_background(graph):
 
 
 def test_flatten_gives_transparency_as_mask(graph):
-    flatten = graph.add("Strata_FlattenLayers", layers=graph.layers(graph.colour(RED), masks=graph.add("SolidMask", value=0.25, width=8, height=6)))
+    flatten = graph.add(
+        "Strata_FlattenLayers",
+        layers=graph.layers(graph.colour(RED), masks=graph.add("SolidMask", value=0.25, width=8, height=6)),
+    )
     picture = graph.pictures(graph.add("MaskToImage", mask=[flatten[0], 1]))[0]
     assert np.abs(picture.astype(int) - 63).max() <= 1
 
@@ -160,7 +206,9 @@ def test_layers_to_batch_gives_rgba_images_and_masks(graph):
     layers = graph.add("Strata_SetLayer", layers=layers, image=graph.colour(BLUE, 2, 2), x=1, y=1)
     batch = graph.add("Strata_LayersToBatch", layers=layers)
     red, blue = graph.pictures(batch)
-    assert (red == [255, 0, 0, 255]).all() and (blue[1:3, 1:3] == [0, 0, 255, 255]).all() and blue[..., 3].sum() == 4 * 255
+    assert (
+        (red == [255, 0, 0, 255]).all() and (blue[1:3, 1:3] == [0, 0, 255, 255]).all() and blue[..., 3].sum() == 4 * 255
+    )
     masks = graph.pictures(graph.add("MaskToImage", mask=[batch[0], 1]))
     assert (masks[0] == 0).all() and (masks[1][0] == 255).all() and (masks[1][1:3, 1:3] == 0).all()
 
@@ -175,7 +223,9 @@ def test_preview_layers_shows_pictures_and_passes_the_layers_on(graph):
     assert len(images) == 4 and {image["type"] for image in images} == {"temp"}
     pictures = [np.asarray(Image.open(io.BytesIO(graph.comfy.download(image)))) for image in images]
     assert all(picture.shape == (40, 80, 3) for picture in pictures)
-    assert abs(int(pictures[1][0, 0, 0]) - 204) <= 1 and pictures[1][0, 0, 1] != pictures[1][0, 8, 1]  # red on the squares
+    assert (
+        abs(int(pictures[1][0, 0, 0]) - 204) <= 1 and pictures[1][0, 0, 1] != pictures[1][0, 8, 1]
+    )  # red on the squares
 
 
 def test_a_single_pixel_goes_through_every_node(graph):
@@ -203,43 +253,74 @@ def test_zero_layers(graph):
 def test_nan_image(graph):
     """0/0 in a stock node: tone mapping an empty latent to nothing, shown as pixels."""
     latent = graph.add("EmptyLatentImage", width=64, height=64)
-    latent = graph.add("LatentApplyOperation", samples=latent, operation=graph.add("LatentOperationTonemapReinhard", multiplier=0.0))
+    latent = graph.add(
+        "LatentApplyOperation", samples=latent, operation=graph.add("LatentOperationTonemapReinhard", multiplier=0.0)
+    )
     image = graph.add("VAEDecode", samples=latent, vae=graph.add("VAELoader", vae_name="pixel_space"))
     graph.add("Strata_PreviewLayers", layers=graph.layers(image))
     assert_refused(graph, "images: there are NaN or infinite values in it")
 
 
 def test_mismatched_sizes(graph):
-    graph.add("Strata_PreviewLayers", layers=graph.layers(graph.rgb(), masks=graph.add("SolidMask", value=0.5, width=5, height=5)))
+    graph.add(
+        "Strata_PreviewLayers",
+        layers=graph.layers(graph.rgb(), masks=graph.add("SolidMask", value=0.5, width=5, height=5)),
+    )
     assert_refused(graph, "masks: it is 5×5 and images is 8×6; make them the same size.")
 
 
-@pytest.mark.parametrize("inputs, sentence", [
-    ({}, "image: connect a picture for the new layer"), ({"action": "change"}, "layers: connect the layers to change")])
+@pytest.mark.parametrize(
+    "inputs, sentence",
+    [
+        ({}, "image: connect a picture for the new layer"),
+        ({"action": "change"}, "layers: connect the layers to change"),
+    ],
+)
 def test_set_layer_says_what_is_not_connected(graph, inputs, sentence):
     graph.add("Strata_PreviewLayers", layers=graph.add("Strata_SetLayer", **inputs))
     assert_refused(graph, sentence)
 
 
 def test_blend_mode_without_formula_and_unknown_one(graph):
-    layers = graph.add("Strata_SetLayer", layers=graph.layers(graph.colour(RED)), image=graph.colour(BLUE), name="Glow", blend_mode="linear-dodge")
-    graph.add("PreviewImage", images=graph.add("Strata_FlattenLayers", layers=layers, blending="sRGB", background="transparent"))
+    layers = graph.add(
+        "Strata_SetLayer",
+        layers=graph.layers(graph.colour(RED)),
+        image=graph.colour(BLUE),
+        name="Glow",
+        blend_mode="linear-dodge",
+    )
+    graph.add(
+        "PreviewImage",
+        images=graph.add("Strata_FlattenLayers", layers=layers, blending="sRGB", background="transparent"),
+    )
     assert_refused(graph, "layers: layer 'Glow' has the blend mode 'linear-dodge', which has no W3C formula")
     unknown = Graph(graph.comfy)
-    unknown.add("Strata_PreviewLayers", layers=unknown.add("Strata_SetLayer", image=unknown.colour(BLUE), blend_mode="dissolve"))
+    unknown.add(
+        "Strata_PreviewLayers", layers=unknown.add("Strata_SetLayer", image=unknown.colour(BLUE), blend_mode="dissolve")
+    )
     assert_refused(unknown, "dissolve")
 
 
-@pytest.mark.parametrize("node, inputs, sentence", [
-    ("Strata_OrderLayers", {"select": "Cloud"}, "select: there is no layer 'Cloud'; the layers are 1 'Layer 1'"),
-    ("Strata_TransformLayer", {"select": "7"}, "select: there is no layer 7; numbers run from 1 at the back to 3"),
-    ("Strata_SetLayer", {"action": "change", "fields": "size"}, "fields: 'size' is not a field of a layer"),
-    ("Strata_SetLayer", {"action": "change", "layer": "x"}, "layer: there is no layer 'x'")])
+@pytest.mark.parametrize(
+    "node, inputs, sentence",
+    [
+        ("Strata_OrderLayers", {"select": "Cloud"}, "select: there is no layer 'Cloud'; the layers are 1 'Layer 1'"),
+        ("Strata_TransformLayer", {"select": "7"}, "select: there is no layer 7; numbers run from 1 at the back to 3"),
+        ("Strata_SetLayer", {"action": "change", "fields": "size"}, "fields: 'size' is not a field of a layer"),
+        ("Strata_SetLayer", {"action": "change", "layer": "x"}, "layer: there is no layer 'x'"),
+    ],
+)
 def test_selections_and_fields_that_do_not_exist(graph, node, inputs, sentence):
     graph.add("Strata_PreviewLayers", layers=graph.add(node, layers=graph.layers(graph.rgb()), **inputs))
     assert_refused(graph, sentence)
 
 
 def test_background_that_is_no_colour(graph):
-    graph.add("PreviewImage", images=graph.add("Strata_FlattenLayers", layers=graph.layers(graph.colour(RED)), background="nothing"))
-    assert_refused(graph, "background: 'nothing' is not a colour; write transparent, a hex colour such as #ffffff, or a name such as white.")
+    graph.add(
+        "PreviewImage",
+        images=graph.add("Strata_FlattenLayers", layers=graph.layers(graph.colour(RED)), background="nothing"),
+    )
+    assert_refused(
+        graph,
+        "background: 'nothing' is not a colour; write transparent, a hex colour such as #ffffff, or a name such as white.",
+    )

@@ -1,4 +1,5 @@
 """Files in and out through the real server: what is saved is loaded back equal, and nothing bad ends it."""
+
 import io
 import json
 import re
@@ -20,13 +21,19 @@ MODULES = {"PSD": psd, "OpenRaster": openraster}
 
 def pixels(seed, *shape):
     import torch
+
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, shape).astype(np.float32) / 255)
 
 
 def stack():
-    return LayerStack((12, 10), (
-        Layer(pixels(1, 10, 12, 3), "sky"), Layer(pixels(2, 6, 5, 4), "a/b 漢", None, -2, 7, opacity=0.5, blend_mode="screen"),
-        Layer(pixels(3, 3, 3, 4), "off", None, 4, 4, visible=False)))
+    return LayerStack(
+        (12, 10),
+        (
+            Layer(pixels(1, 10, 12, 3), "sky"),
+            Layer(pixels(2, 6, 5, 4), "a/b 漢", None, -2, 7, opacity=0.5, blend_mode="screen"),
+            Layer(pixels(3, 3, 3, 4), "off", None, 4, 4, visible=False),
+        ),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +45,26 @@ def source(comfy, tmp_path_factory):
 
 
 def save(comfy, file, format, prefix="io/strata"):
-    return comfy.run({
-        "1": {"class_type": "Strata_LoadLayers", "inputs": {"file": file}},
-        "2": {"class_type": "Strata_SaveLayers", "inputs": {"layers": ["1", 0], "filename_prefix": prefix, "format": format}}})
+    return comfy.run(
+        {
+            "1": {"class_type": "Strata_LoadLayers", "inputs": {"file": file}},
+            "2": {
+                "class_type": "Strata_SaveLayers",
+                "inputs": {"layers": ["1", 0], "filename_prefix": prefix, "format": format},
+            },
+        }
+    )
 
 
 def flattened(comfy, file):
     """What a graph sees of a file: the IMAGE output of Load layers joined with its MASK, as SaveImage writes them."""
-    entry = comfy.run({
-        "1": {"class_type": "Strata_LoadLayers", "inputs": {"file": file}},
-        "2": {"class_type": "JoinImageWithAlpha", "inputs": {"image": ["1", 1], "alpha": ["1", 2]}},
-        "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "io/flat"}}})
+    entry = comfy.run(
+        {
+            "1": {"class_type": "Strata_LoadLayers", "inputs": {"file": file}},
+            "2": {"class_type": "JoinImageWithAlpha", "inputs": {"image": ["1", 1], "alpha": ["1", 2]}},
+            "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "io/flat"}},
+        }
+    )
     return np.array(Image.open(io.BytesIO(comfy.download(comfy.files(entry)[0]))))
 
 
@@ -60,7 +76,9 @@ def test_document_saved_and_loaded_again_is_equal(comfy, source, format, tmp_pat
     path.write_bytes(comfy.download(reference))
     for ours, theirs in zip(stack().layers, files.load(path).layers, strict=True):
         assert np.array_equal(np.rint(ours.image.numpy() * 255), np.rint(theirs.image.numpy() * 255))
-        assert [getattr(ours, key) == getattr(theirs, key) for key in ("name", "x", "y", "opacity", "blend_mode", "visible")] == [True] * 6
+        assert [
+            getattr(ours, key) == getattr(theirs, key) for key in ("name", "x", "y", "opacity", "blend_mode", "visible")
+        ] == [True] * 6
     assert "Strata_SaveLayers" in json.dumps(MODULES[format].read_metadata(path)["prompt"])
     assert "workflow" in MODULES[format].read_metadata(path)
     assert np.array_equal(flattened(comfy, source), flattened(comfy, f"io/{reference['filename']} [output]"))
@@ -114,11 +132,15 @@ def test_a_file_that_is_not_there_is_refused_before_the_run(comfy, name):
 
 def test_damaged_files_give_one_sentence_and_the_server_lives_on(comfy, source, tmp_path):
     whole = (comfy.server.base / "input" / source).read_bytes()
-    (tmp_path / "cut.psd").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "cut.psd").write_bytes(whole[: len(whole) // 2])
     with zipfile.ZipFile(tmp_path / "bomb.ora", "w", zipfile.ZIP_DEFLATED) as bomb:
         bomb.writestr("stack.xml", " " * 2**25)
     (tmp_path / "text.psd").write_text("hello")
-    for name, message in (("cut.psd", "cut.psd (is|has) damaged"), ("bomb.ora", "would unpack to"), ("text.psd", "neither a PSD nor an OpenRaster")):
+    for name, message in (
+        ("cut.psd", "cut.psd (is|has) damaged"),
+        ("bomb.ora", "would unpack to"),
+        ("text.psd", "neither a PSD nor an OpenRaster"),
+    ):
         with pytest.raises(run.RunError, match=message) as caught:
             flattened(comfy, comfy.upload(tmp_path / name))
         assert "\n" not in str(caught.value)
@@ -137,7 +159,9 @@ def test_a_changed_file_is_loaded_again(comfy, tmp_path):
 
 def test_the_upload_extension_is_served_and_new_files_are_listed(comfy, source):
     assert "Strata.LoadLayers" in comfy.get("/extensions/ComfyUI-Strata/load_layers.js").text
-    options = requests.get(comfy.url + "/object_info/Strata_LoadLayers", timeout=60).json()["Strata_LoadLayers"]["input"]["required"]["file"]
+    options = requests.get(comfy.url + "/object_info/Strata_LoadLayers", timeout=60).json()["Strata_LoadLayers"][
+        "input"
+    ]["required"]["file"]
     assert source in str(options)
 
 
@@ -147,21 +171,30 @@ def test_links_in_the_folders_are_followed_as_comfyui_does(comfy, source, tmp_pa
     elsewhere.mkdir()
     inputs, outputs = comfy.server.base / "input", comfy.server.base / "output"
     (elsewhere / "linked.psd").write_bytes((inputs / source).read_bytes())
-    for link, target in ((inputs / "linked.psd", elsewhere / "linked.psd"), (inputs / "disk", elsewhere), (outputs / "disk", elsewhere)):
+    for link, target in (
+        (inputs / "linked.psd", elsewhere / "linked.psd"),
+        (inputs / "disk", elsewhere),
+        (outputs / "disk", elsewhere),
+    ):
         link.unlink(missing_ok=True)
         link.symlink_to(target)
     assert flattened(comfy, "linked.psd").shape == flattened(comfy, "disk/linked.psd").shape == (10, 12, 4)
     try:
         (reference,) = comfy.files(save(comfy, source, "PSD", "disk/saved"))
     except run.RunError as error:  # newer ones do not write through links
-        assert re.search(r"filename_prefix: ComfyUI does not save to 'disk/saved', which leads outside its output folder by a link; [^\n]*$", str(error))
+        assert re.search(
+            r"filename_prefix: ComfyUI does not save to 'disk/saved', which leads outside its output folder by a link; [^\n]*$",
+            str(error),
+        )
         return
     assert (elsewhere / reference["filename"]).exists() and reference["subfolder"] == "disk"
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 300, "\ud800", "ä" * 150])
 def test_names_that_no_file_can_have_are_one_sentence(comfy, source, name):
-    with pytest.raises(run.RunError, match="filename_prefix: .*(cannot be the start of a file name|half of a character)") as caught:
+    with pytest.raises(
+        run.RunError, match="filename_prefix: .*(cannot be the start of a file name|half of a character)"
+    ) as caught:
         save(comfy, source, "PSD", name)
     assert "\n" not in str(caught.value)
     with pytest.raises(run.RunError, match="is not a file in ComfyUI's input folder"):
@@ -178,10 +211,15 @@ def test_what_is_lost_is_told_on_the_node_and_groups_can_be_one_layer_each(comfy
     document.save(tmp_path / "told.psd")
     name = comfy.upload(tmp_path / "told.psd")
     for groups, count in ((None, 3), ("one layer each", 3)):
-        prompt = {"load": {"class_type": "Strata_LoadLayers", "inputs": {"file": name, **({"groups": groups} if groups else {})}},
-                  "batch": {"class_type": "Strata_LayersToBatch", "inputs": {"layers": ["load", 0], "at_canvas_size": True}},
-                  "show": {"class_type": "PreviewImage", "inputs": {"images": ["batch", 0]}},
-                  "text": {"class_type": "PreviewAny", "inputs": {"source": ["load", 3]}}}
+        prompt = {
+            "load": {
+                "class_type": "Strata_LoadLayers",
+                "inputs": {"file": name, **({"groups": groups} if groups else {})},
+            },
+            "batch": {"class_type": "Strata_LayersToBatch", "inputs": {"layers": ["load", 0], "at_canvas_size": True}},
+            "show": {"class_type": "PreviewImage", "inputs": {"images": ["batch", 0]}},
+            "text": {"class_type": "PreviewAny", "inputs": {"source": ["load", 3]}},
+        }
         outputs = comfy.run(prompt)["outputs"]
         told = outputs["load"]["text"][0]
         assert told == outputs["text"]["text"][0] and len(outputs["show"]["images"]) == count
@@ -197,9 +235,23 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(comfy, source):
 
 
 def test_a_blend_mode_without_a_formula_is_previewed_and_told(comfy, tmp_path):
-    (path,) = files.save(tmp_path, "add", LayerStack((12, 10), (
-        Layer(pixels(1, 10, 12, 3), "sky"), Layer(pixels(2, 6, 5, 4), "glow", blend_mode="linear-dodge"))), pixels(1, 10, 12, 3), "PSD", {})
-    outputs = comfy.run({"load": {"class_type": "Strata_LoadLayers", "inputs": {"file": comfy.upload(path)}},
-                         "show": {"class_type": "Strata_PreviewLayers", "inputs": {"layers": ["load", 0]}}})["outputs"]
+    (path,) = files.save(
+        tmp_path,
+        "add",
+        LayerStack(
+            (12, 10), (Layer(pixels(1, 10, 12, 3), "sky"), Layer(pixels(2, 6, 5, 4), "glow", blend_mode="linear-dodge"))
+        ),
+        pixels(1, 10, 12, 3),
+        "PSD",
+        {},
+    )
+    outputs = comfy.run(
+        {
+            "load": {"class_type": "Strata_LoadLayers", "inputs": {"file": comfy.upload(path)}},
+            "show": {"class_type": "Strata_PreviewLayers", "inputs": {"layers": ["load", 0]}},
+        }
+    )["outputs"]
     assert len(outputs["show"]["images"]) == 3
-    assert outputs["show"]["text"] == ["The preview shows 'glow' (linear-dodge) in blend mode normal; the layers themselves keep their modes."]
+    assert outputs["show"]["text"] == [
+        "The preview shows 'glow' (linear-dodge) in blend mode normal; the layers themselves keep their modes."
+    ]

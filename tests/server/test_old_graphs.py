@@ -1,4 +1,5 @@
 """Graphs saved with the first version mean the same today, and give the same pictures (made by tools/old_graphs.py)."""
+
 import hashlib
 import json
 
@@ -11,7 +12,9 @@ from old_graphs import EXACT, MINI, NAMES
 from PIL import Image
 
 # Where today's pictures are not the first version's: "graph node id": why. Weights are no reason, both are today's.
-PADDING = "colours under transparent pixels are padded by exact areas, as published; they show at the layers' soft edges"
+PADDING = (
+    "colours under transparent pixels are padded by exact areas, as published; they show at the layers' soft edges"
+)
 OUTLINE = "a layer that is filled behind nearer ones has no outline of them any more"
 CHANGED = {
     "mini_transparent_object 12": "the mini family's alpha has no veil and specks any more",
@@ -64,8 +67,11 @@ def test_a_saved_prompt_is_accepted(comfy, name):
                 node["inputs"][key] = "absent.safetensors"
                 models.add((node_id, key))
     answer = requests.post(comfy.url + "/prompt", json={"prompt": prompt}, timeout=60).json()
-    errors = [(node_id, error["extra_info"].get("input_name"), error)
-              for node_id, node in answer["node_errors"].items() for error in node["errors"]]
+    errors = [
+        (node_id, error["extra_info"].get("input_name"), error)
+        for node_id, node in answer["node_errors"].items()
+        for error in node["errors"]
+    ]
     assert {(node_id, key) for node_id, key, _ in errors} == models, errors
     assert all("absent.safetensors" in error["details"] for _, _, error in errors), errors
 
@@ -93,7 +99,7 @@ def test_graphs_of_the_mini_family_give_the_same_pictures(comfy, name):
     assert recorded.shape[1] == sum(pictures.shape[1] for pictures in found.values())
     at = 0
     for node, pictures in found.items():
-        apart = np.abs(pictures - recorded[:, at:at + pictures.shape[1]]).mean()
+        apart = np.abs(pictures - recorded[:, at : at + pictures.shape[1]]).mean()
         at += pictures.shape[1]
         bound = WIDER.get(f"{name} {node}", NEAR if f"{name} {node}" in CHANGED else SAME)
         assert apart <= bound, f"node {node}"

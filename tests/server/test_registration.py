@@ -1,4 +1,5 @@
 """What the host makes of the pack: every node is there, explains itself, and keeps the ids that saved graphs rely on."""
+
 import json
 import logging
 import re
@@ -44,7 +45,9 @@ def test_the_locale_file_is_current_and_served(comfy):
 def test_nothing_about_the_pack_in_the_log(comfy):
     started = comfy.server.log.read_text().split("Starting server")[0]
     lines = [line for line in started.splitlines() if host.PACK_NAME in line or "strata." in line]
-    lines = [line for line in lines if "example_workflows" not in line]  # the folder's name is fixed; the host says so once
+    lines = [
+        line for line in lines if "example_workflows" not in line
+    ]  # the folder's name is fixed; the host says so once
     assert len(lines) == 1 and re.search(r"\d seconds: ", lines[0]), lines  # its line in the list of import times
 
 

@@ -1,12 +1,19 @@
 """tools/run.py: workflow files in both formats, settings, uploads and its words when something is wrong."""
+
 import json
 
 import pytest
 import run
 from PIL import Image
 
-API = {"1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 32, "batch_size": 1, "color": 255}},
-       "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "run/test"}, "_meta": {"title": "Save it"}}}
+API = {
+    "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 32, "batch_size": 1, "color": 255}},
+    "2": {
+        "class_type": "SaveImage",
+        "inputs": {"images": ["1", 0], "filename_prefix": "run/test"},
+        "_meta": {"title": "Save it"},
+    },
+}
 
 
 def workflow(tmp_path, content):
@@ -16,7 +23,9 @@ def workflow(tmp_path, content):
 
 
 def test_an_api_workflow_runs_with_settings_and_its_files_are_copied(comfy, tmp_path):
-    made = run.run_file(comfy, workflow(tmp_path, API), ["1.width=48", "Save it.filename_prefix=run/other"], tmp_path / "out", False)
+    made = run.run_file(
+        comfy, workflow(tmp_path, API), ["1.width=48", "Save it.filename_prefix=run/other"], tmp_path / "out", False
+    )
     assert len(made) == 1 and made[0].parent == tmp_path / "out" / "run" and made[0].name.startswith("other_")
     with Image.open(made[0]) as picture:
         assert picture.size == (48, 32)
@@ -24,9 +33,13 @@ def test_an_api_workflow_runs_with_settings_and_its_files_are_copied(comfy, tmp_
 
 def test_a_file_given_as_value_is_uploaded(comfy, tmp_path):
     Image.new("RGB", (7, 5), "red").save(tmp_path / "own picture.png")
-    prompt = {"1": {"class_type": "LoadImage", "inputs": {"image": "absent.png"}},
-              "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "run/own"}}}
-    made = run.run_file(comfy, workflow(tmp_path, prompt), [f"LoadImage.image={tmp_path / 'own picture.png'}"], tmp_path / "out", False)
+    prompt = {
+        "1": {"class_type": "LoadImage", "inputs": {"image": "absent.png"}},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "run/own"}},
+    }
+    made = run.run_file(
+        comfy, workflow(tmp_path, prompt), [f"LoadImage.image={tmp_path / 'own picture.png'}"], tmp_path / "out", False
+    )
     with Image.open(made[0]) as picture:
         assert picture.size == (7, 5)
 
@@ -36,9 +49,13 @@ def test_a_file_of_the_user_is_never_overwritten(comfy, tmp_path):
     Image.new("RGB", (3, 3), "blue").save(kept)
     before = kept.read_bytes()
     Image.new("RGB", (7, 5), "red").save(tmp_path / "mine.png")
-    prompt = {"1": {"class_type": "LoadImage", "inputs": {"image": "mine.png"}},
-              "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "run/mine"}}}
-    made = run.run_file(comfy, workflow(tmp_path, prompt), [f"1.image={tmp_path / 'mine.png'}"], tmp_path / "out", False)
+    prompt = {
+        "1": {"class_type": "LoadImage", "inputs": {"image": "mine.png"}},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "run/mine"}},
+    }
+    made = run.run_file(
+        comfy, workflow(tmp_path, prompt), [f"1.image={tmp_path / 'mine.png'}"], tmp_path / "out", False
+    )
     with Image.open(made[0]) as picture:
         assert picture.size == (7, 5)
     assert kept.read_bytes() == before
@@ -47,12 +64,22 @@ def test_a_file_of_the_user_is_never_overwritten(comfy, tmp_path):
 def test_values_are_read_as_their_inputs_types(comfy, tmp_path):
     known = comfy.object_info()["Strata_TransformLayer"]["input"]
     flip = next(name for group in known.values() for name, spec in group.items() if spec[0] == "BOOLEAN")
-    prompt = {"1": {"class_type": "Strata_TransformLayer", "inputs": {flip: True, "name": "x"}},
-              "2": API["2"] | {"inputs": {**API["2"]["inputs"]}}, "3": {"class_type": "KSampler", "inputs": {"cfg": 1, "seed": 2}}}
+    prompt = {
+        "1": {"class_type": "Strata_TransformLayer", "inputs": {flip: True, "name": "x"}},
+        "2": API["2"] | {"inputs": {**API["2"]["inputs"]}},
+        "3": {"class_type": "KSampler", "inputs": {"cfg": 1, "seed": 2}},
+    }
     (tmp_path / "here.txt").write_text("a file")
-    for setting in (f"1.{flip}=False", f"2.filename_prefix={tmp_path / 'here.txt'}", "3.cfg=2", "3.seed=18446744073709551615"):
+    for setting in (
+        f"1.{flip}=False",
+        f"2.filename_prefix={tmp_path / 'here.txt'}",
+        "3.cfg=2",
+        "3.seed=18446744073709551615",
+    ):
         run.set_input(prompt, setting, comfy)
-    assert prompt["1"]["inputs"][flip] is False and prompt["2"]["inputs"]["filename_prefix"] == str(tmp_path / "here.txt")
+    assert prompt["1"]["inputs"][flip] is False and prompt["2"]["inputs"]["filename_prefix"] == str(
+        tmp_path / "here.txt"
+    )
     assert prompt["3"]["inputs"] == {"cfg": 2.0, "seed": 18446744073709551615}
     run.set_input(prompt, "2.filename_prefix=" + "long " * 200, comfy)
     for setting, words in (("3.cfg=much", "is not a number"), (f"1.{flip}=perhaps", "true or false")):
@@ -62,8 +89,10 @@ def test_values_are_read_as_their_inputs_types(comfy, tmp_path):
 
 
 def test_a_prompt_that_is_accepted_in_part_fails(comfy, tmp_path):
-    bad = {"3": {"class_type": "EmptyImage", "inputs": {"width": -4, "height": 32, "batch_size": 1, "color": 255}},
-           "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "run/bad"}}}
+    bad = {
+        "3": {"class_type": "EmptyImage", "inputs": {"width": -4, "height": 32, "batch_size": 1, "color": 255}},
+        "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "run/bad"}},
+    }
     with pytest.raises(run.RunError, match="EmptyImage: .*smaller than min"):
         run.run_file(comfy, workflow(tmp_path, API | bad), [], None, False)
 
@@ -84,15 +113,18 @@ def test_a_byte_order_mark_and_an_address_without_http_are_understood(comfy, tmp
     assert run.Client(comfy.url.removeprefix("http://")).object_info().keys() == comfy.object_info().keys()
 
 
-@pytest.mark.parametrize(("content", "settings", "words"), [
-    ("no json", [], "is not JSON"),
-    ({"a": 1}, [], "not a ComfyUI workflow"),
-    ({"1": {"class_type": "NoSuchNode", "inputs": {}}}, [], "no node NoSuchNode"),
-    (API, ["width=3"], "NODE.INPUT=VALUE"),
-    (API, ["3.width=3"], r"1 \(EmptyImage\), 2 \(Save it\)"),
-    (API, ["1.depth=3"], "it has width, height, batch_size, color"),
-    (API, ["1.width=-4"], "EmptyImage: .*smaller than min"),
-])
+@pytest.mark.parametrize(
+    ("content", "settings", "words"),
+    [
+        ("no json", [], "is not JSON"),
+        ({"a": 1}, [], "not a ComfyUI workflow"),
+        ({"1": {"class_type": "NoSuchNode", "inputs": {}}}, [], "no node NoSuchNode"),
+        (API, ["width=3"], "NODE.INPUT=VALUE"),
+        (API, ["3.width=3"], r"1 \(EmptyImage\), 2 \(Save it\)"),
+        (API, ["1.depth=3"], "it has width, height, batch_size, color"),
+        (API, ["1.width=-4"], "EmptyImage: .*smaller than min"),
+    ],
+)
 def test_what_is_wrong_is_said(comfy, tmp_path, content, settings, words):
     with pytest.raises(run.RunError, match=words):
         run.run_file(comfy, workflow(tmp_path, content), settings, None, False)

@@ -1,4 +1,5 @@
 """Layers chosen, ordered, renamed, merged and changed: the documents that come out, and the sentences of the errors."""
+
 from dataclasses import replace
 
 import pytest
@@ -22,17 +23,37 @@ def names_of(result):
     return [layer.name for layer in result.layers]
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("", [0, 1, 2, 3, 4]), ("  ", [0, 1, 2, 3, 4]), ("1", [0]), ("2-4", [1, 2, 3]), ("4-2, 1", [3, 2, 1, 0]), ("sky, TREE", [0, 3]),
-    ('"Tree, left", Hill', [2, 1]), ("5", [4]), ('"5"', [4]), ("1 - 2,,", [0, 1]), ("3, Sky", [2, 0])])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", [0, 1, 2, 3, 4]),
+        ("  ", [0, 1, 2, 3, 4]),
+        ("1", [0]),
+        ("2-4", [1, 2, 3]),
+        ("4-2, 1", [3, 2, 1, 0]),
+        ("sky, TREE", [0, 3]),
+        ('"Tree, left", Hill', [2, 1]),
+        ("5", [4]),
+        ('"5"', [4]),
+        ("1 - 2,,", [0, 1]),
+        ("3, Sky", [2, 0]),
+    ],
+)
 def test_select(text, expected):
     assert arrange.select(FIVE, text) == expected
 
 
-@pytest.mark.parametrize("text, message", [
-    ("6", "select: there is no layer 6; numbers run from 1 at the back to 5"), ("0-2", "there is no layer 0"),
-    ("Cloud", "there is no layer 'Cloud'; the layers are 1 'Sky', 2 'Hill', 3 'Tree, left', 4 'tree', 5 '5'"),
-    ("1-3, Hill", "names layer 2 \\('Hill'\\) twice"), ('"Sky', "cannot be read"), ('"2"', "there is no layer '2'")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("6", "select: there is no layer 6; numbers run from 1 at the back to 5"),
+        ("0-2", "there is no layer 0"),
+        ("Cloud", "there is no layer 'Cloud'; the layers are 1 'Sky', 2 'Hill', 3 'Tree, left', 4 'tree', 5 '5'"),
+        ("1-3, Hill", "names layer 2 \\('Hill'\\) twice"),
+        ('"Sky', "cannot be read"),
+        ('"2"', "there is no layer '2'"),
+    ],
+)
 def test_select_raises(text, message):
     with pytest.raises(ValueError, match=message):
         arrange.select(FIVE, text)
@@ -47,9 +68,19 @@ def test_select_reads_any_list_of_numbers(numbers):
     assert arrange.select(stack(*"abcdefghi"), ", ".join(map(str, numbers))) == [number - 1 for number in numbers]
 
 
-@pytest.mark.parametrize("action, text, expected", [
-    ("pick", "3, 1", "ca"), ("drop", "2-3", "ad"), ("reorder", "d, 1-3", "dabc"), ("bring to front", "1, 3", "bdac"),
-    ("send to back", "d, b", "dbac"), ("reverse", "", "dcba"), ("reverse", "1, 3", "cbad"), ("pick", "", "abcd")])
+@pytest.mark.parametrize(
+    "action, text, expected",
+    [
+        ("pick", "3, 1", "ca"),
+        ("drop", "2-3", "ad"),
+        ("reorder", "d, 1-3", "dabc"),
+        ("bring to front", "1, 3", "bdac"),
+        ("send to back", "d, b", "dbac"),
+        ("reverse", "", "dcba"),
+        ("reverse", "1, 3", "cbad"),
+        ("pick", "", "abcd"),
+    ],
+)
 def test_arrange_orders(action, text, expected):
     before = stack(*"abcd")
     after = arrange.arrange(before, action, text)
@@ -57,10 +88,16 @@ def test_arrange_orders(action, text, expected):
     assert {id(layer) for layer in after.layers} <= {id(layer) for layer in before.layers}
 
 
-@pytest.mark.parametrize("action, text, names, message", [
-    ("drop", "", "", "select: this drops every layer"), ("reorder", "1, 2", "", "select: the new order leaves out 'c', 'd'"),
-    ("rename", "1-2", "x", "names: there are 1 names for 2 selected layers"), ("merge", "1, 3", "", "select: only neighbouring layers"),
-    ("shuffle", "", "", "action: 'shuffle' is not known")])
+@pytest.mark.parametrize(
+    "action, text, names, message",
+    [
+        ("drop", "", "", "select: this drops every layer"),
+        ("reorder", "1, 2", "", "select: the new order leaves out 'c', 'd'"),
+        ("rename", "1-2", "x", "names: there are 1 names for 2 selected layers"),
+        ("merge", "1, 3", "", "select: only neighbouring layers"),
+        ("shuffle", "", "", "action: 'shuffle' is not known"),
+    ],
+)
 def test_arrange_raises(action, text, names, message):
     with pytest.raises(ValueError, match=message):
         arrange.arrange(stack(*"abcd"), action, text, names)
@@ -72,8 +109,12 @@ def test_rename_follows_the_order_of_the_selection():
 
 
 def test_merge_covers_the_boxes_and_is_named():
-    layers = [Layer(torch.rand(4, 4, 3), "back"), Layer(torch.rand(2, 3, 3), "small", x=1, y=1, opacity=0.5),
-              Layer(torch.rand(2, 2, 4), "edge", x=-1, y=3), Layer(torch.rand(9, 9, 3), "hidden", visible=False)]
+    layers = [
+        Layer(torch.rand(4, 4, 3), "back"),
+        Layer(torch.rand(2, 3, 3), "small", x=1, y=1, opacity=0.5),
+        Layer(torch.rand(2, 2, 4), "edge", x=-1, y=3),
+        Layer(torch.rand(9, 9, 3), "hidden", visible=False),
+    ]
     whole = LayerStack((6, 6), tuple(layers))
     merged = arrange.merge(whole, [2, 1])
     assert names_of(merged) == ["back", "edge", "hidden"]
@@ -84,7 +125,10 @@ def test_merge_covers_the_boxes_and_is_named():
 
 
 def test_merge_from_the_back_keeps_the_picture_of_any_blend_mode():
-    layers = [replace(layer, blend_mode=mode) for layer, mode in zip(FIVE.layers, ("multiply", "screen", "hue", "normal", "overlay"), strict=True)]
+    layers = [
+        replace(layer, blend_mode=mode)
+        for layer, mode in zip(FIVE.layers, ("multiply", "screen", "hue", "normal", "overlay"), strict=True)
+    ]
     whole = FIVE.with_layers(layers)
     for got, expected in zip(flatten(arrange.merge(whole, [0, 1, 2])), flatten(whole), strict=True):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
@@ -100,11 +144,15 @@ def test_from_images_names_masks_and_appends():
     assert all(now is then for now, then in zip(more.layers, made.layers, strict=False))
 
 
-@pytest.mark.parametrize("count, masks, names, message", [
-    (51, None, "", "images: this makes 51 layers and a LAYERS document holds at most 50"),
-    (2, torch.zeros(1, 3, 3), "", "masks: it is 3×3 and images is 5×4; make them the same size"),
-    (2, torch.zeros(3, 4, 5), "", "masks: there are 3 masks for 2 images"),
-    (1, None, "a\nb", "names: there are 2 names for 1 images")])
+@pytest.mark.parametrize(
+    "count, masks, names, message",
+    [
+        (51, None, "", "images: this makes 51 layers and a LAYERS document holds at most 50"),
+        (2, torch.zeros(1, 3, 3), "", "masks: it is 3×3 and images is 5×4; make them the same size"),
+        (2, torch.zeros(3, 4, 5), "", "masks: there are 3 masks for 2 images"),
+        (1, None, "a\nb", "names: there are 2 names for 1 images"),
+    ],
+)
 def test_from_images_raises(count, masks, names, message):
     with pytest.raises(ValueError, match=message):
         arrange.from_images(torch.zeros(count, 4, 5, 3), masks, names)
@@ -115,7 +163,13 @@ def test_insert_on_top_and_below():
     assert names_of(arrange.insert(before, image, None, None, {"name": "new", "x": 3})) == ["a", "b", "c", "new"]
     below = arrange.insert(before, image, None, "b", {"opacity": 0.5})
     assert names_of(below) == ["a", "Layer 4", "b", "c"] and below.layers[1].opacity == 0.5
-    assert names_of(arrange.insert(before, image.expand(2, -1, -1, -1), None, "1", {"name": "n"})) == ["n 1", "n 2", "a", "b", "c"]
+    assert names_of(arrange.insert(before, image.expand(2, -1, -1, -1), None, "1", {"name": "n"})) == [
+        "n 1",
+        "n 2",
+        "a",
+        "b",
+        "c",
+    ]
     alone = arrange.insert(None, image, torch.zeros(1, 2, 2), None, {})
     assert alone.canvas == (2, 2) and names_of(alone) == ["Layer 1"]
     with pytest.raises(ValueError, match="layer: '1-2' stands for 2 layers"):
@@ -125,7 +179,10 @@ def test_insert_on_top_and_below():
 def test_change_sets_only_what_is_given():
     before = stack(*"abc")
     after = arrange.change(before, "b", None, None, {"opacity": 0.25, "visible": False})
-    assert torch.equal(after.layers[1].image, before.layers[1].image) and (after.layers[1].opacity, after.layers[1].visible) == (0.25, False)
+    assert torch.equal(after.layers[1].image, before.layers[1].image) and (
+        after.layers[1].opacity,
+        after.layers[1].visible,
+    ) == (0.25, False)
     assert after.layers[1].name == "b"
     assert after.layers[0] is before.layers[0]
     image, mask = torch.rand(1, 6, 6, 3), torch.rand(1, 6, 6)
@@ -134,10 +191,15 @@ def test_change_sets_only_what_is_given():
     assert arrange.change(before, "1", None, torch.ones(1, 3, 4), {}).layers[0].image is not None
 
 
-@pytest.mark.parametrize("image, mask, message", [
-    (torch.rand(2, 3, 4, 3), None, "image: there are 2 frames"), (None, torch.rand(2, 3, 4), "mask: there are 2 frames"),
-    (None, torch.rand(1, 5, 5), "mask: it is 5×5 and layer 'a' is 4×3"),
-    (torch.rand(1, 7, 7, 3), torch.rand(1, 5, 5), "mask: it is 5×5 and image is 7×7")])
+@pytest.mark.parametrize(
+    "image, mask, message",
+    [
+        (torch.rand(2, 3, 4, 3), None, "image: there are 2 frames"),
+        (None, torch.rand(2, 3, 4), "mask: there are 2 frames"),
+        (None, torch.rand(1, 5, 5), "mask: it is 5×5 and layer 'a' is 4×3"),
+        (torch.rand(1, 7, 7, 3), torch.rand(1, 5, 5), "mask: it is 5×5 and image is 7×7"),
+    ],
+)
 def test_change_raises(image, mask, message):
     with pytest.raises(ValueError, match=message):
         arrange.change(stack("a"), "a", image, mask, {})

@@ -1,4 +1,5 @@
 """Flattening against the W3C recommendation written out pixel by pixel, and against Pillow."""
+
 import colorsys
 import math
 from dataclasses import replace
@@ -49,9 +50,18 @@ def soft_light(cb, cs):
 
 
 SEPARABLE = {
-    "normal": lambda cb, cs: cs, "multiply": multiply, "screen": screen, "overlay": lambda cb, cs: hard_light(cs, cb), "darken": min,
-    "lighten": max, "color-dodge": color_dodge, "color-burn": color_burn, "hard-light": hard_light, "soft-light": soft_light,
-    "difference": lambda cb, cs: abs(cb - cs), "exclusion": lambda cb, cs: cb + cs - 2 * cb * cs,
+    "normal": lambda cb, cs: cs,
+    "multiply": multiply,
+    "screen": screen,
+    "overlay": lambda cb, cs: hard_light(cs, cb),
+    "darken": min,
+    "lighten": max,
+    "color-dodge": color_dodge,
+    "color-burn": color_burn,
+    "hard-light": hard_light,
+    "soft-light": soft_light,
+    "difference": lambda cb, cs: abs(cb - cs),
+    "exclusion": lambda cb, cs: cb + cs - 2 * cb * cs,
 }
 
 
@@ -86,8 +96,10 @@ def set_sat(c, s):
 
 
 WHOLE = {
-    "hue": lambda cb, cs: set_lum(set_sat(cs, sat(cb)), lum(cb)), "saturation": lambda cb, cs: set_lum(set_sat(cb, sat(cs)), lum(cb)),
-    "color": lambda cb, cs: set_lum(cs, lum(cb)), "luminosity": lambda cb, cs: set_lum(cb, lum(cs)),
+    "hue": lambda cb, cs: set_lum(set_sat(cs, sat(cb)), lum(cb)),
+    "saturation": lambda cb, cs: set_lum(set_sat(cb, sat(cs)), lum(cb)),
+    "color": lambda cb, cs: set_lum(cs, lum(cb)),
+    "luminosity": lambda cb, cs: set_lum(cb, lum(cs)),
 }
 
 
@@ -102,7 +114,9 @@ def w3c_over(mode, backdrop, source):
     if alpha == 0:
         return [0.0] * 4
     blended = w3c_blend(mode, cb, cs)
-    return [(s * a * (1 - ab) + a * ab * m + (1 - a) * ab * b) / alpha for s, m, b in zip(cs, blended, cb, strict=True)] + [alpha]
+    return [
+        (s * a * (1 - ab) + a * ab * m + (1 - a) * ab * b) / alpha for s, m, b in zip(cs, blended, cb, strict=True)
+    ] + [alpha]
 
 
 def random_rgba(seed, height=6, width=7, levels=True):
@@ -174,7 +188,9 @@ def test_linear_light_mixes_light():
 def test_to_linear_and_to_srgb_undo_each_other_at_every_8_bit_value():
     values = torch.arange(256, dtype=torch.float64) / 255
     linear = compositing.to_linear(values)
-    assert linear[188].item() == pytest.approx(0.5028864580325687, abs=1e-12)  # the usual example: half the light is 188
+    assert linear[188].item() == pytest.approx(
+        0.5028864580325687, abs=1e-12
+    )  # the usual example: half the light is 188
     torch.testing.assert_close(compositing.to_srgb(linear), values, atol=1e-7, rtol=0)
 
 
@@ -190,9 +206,18 @@ def test_flatten_image_equals_pillow_alpha_composite():
     assert np.abs(image.numpy() * 255 - np.asarray(expected).astype(float)).max() <= 2
 
 
-@pytest.mark.parametrize("mode, pillow", [("multiply", ImageChops.multiply), ("screen", ImageChops.screen), ("darken", ImageChops.darker),
-                                          ("lighten", ImageChops.lighter), ("difference", ImageChops.difference),
-                                          ("overlay", ImageChops.overlay), ("hard-light", ImageChops.hard_light)])
+@pytest.mark.parametrize(
+    "mode, pillow",
+    [
+        ("multiply", ImageChops.multiply),
+        ("screen", ImageChops.screen),
+        ("darken", ImageChops.darker),
+        ("lighten", ImageChops.lighter),
+        ("difference", ImageChops.difference),
+        ("overlay", ImageChops.overlay),
+        ("hard-light", ImageChops.hard_light),
+    ],
+)
 def test_blends_equal_pillow_on_opaque_pictures(mode, pillow):
     a, b = (np.random.default_rng(seed).integers(0, 256, (40, 30, 3), dtype=np.uint8) for seed in range(2))
     expected = np.asarray(pillow(Image.fromarray(a), Image.fromarray(b))).astype(float)
@@ -219,8 +244,17 @@ def test_background_shows_where_nothing_covers_it_and_opaque_gives_rgb():
 
 
 def test_strips_do_not_show(monkeypatch):
-    layers = [Layer(random_rgba(seed, 50, 40, levels=False), x=3 * seed, y=-2 * seed, w=40 + seed, rotation=0.1 * seed, opacity=0.8)
-              for seed in range(4)]
+    layers = [
+        Layer(
+            random_rgba(seed, 50, 40, levels=False),
+            x=3 * seed,
+            y=-2 * seed,
+            w=40 + seed,
+            rotation=0.1 * seed,
+            opacity=0.8,
+        )
+        for seed in range(4)
+    ]
     whole = flat(*layers, canvas=(60, 55))
     monkeypatch.setattr(compositing, "_STRIP_PIXELS", 60 * 7)
     torch.testing.assert_close(flat(*layers, canvas=(60, 55)), whole, atol=1e-12, rtol=0)
@@ -241,9 +275,18 @@ def test_a_partition_by_masks_flattens_to_the_picture(height, width, count, seed
 @given(st.integers(0, 2**32 - 1), st.data())
 def test_merging_a_range_of_normal_layers_keeps_the_picture(seed, data):
     generator = torch.Generator().manual_seed(seed)
-    layers = [Layer(torch.rand((4, 5, 4), generator=generator, dtype=torch.float64), str(i), x=data.draw(st.integers(-4, 6)),
-                    y=data.draw(st.integers(-3, 6)), rotation=data.draw(st.sampled_from([0.0, 0.4, math.pi / 2])),
-                    opacity=data.draw(st.sampled_from([0.3, 1.0])), visible=data.draw(st.booleans()) or i == 1) for i in range(4)]
+    layers = [
+        Layer(
+            torch.rand((4, 5, 4), generator=generator, dtype=torch.float64),
+            str(i),
+            x=data.draw(st.integers(-4, 6)),
+            y=data.draw(st.integers(-3, 6)),
+            rotation=data.draw(st.sampled_from([0.0, 0.4, math.pi / 2])),
+            opacity=data.draw(st.sampled_from([0.3, 1.0])),
+            visible=data.draw(st.booleans()) or i == 1,
+        )
+        for i in range(4)
+    ]
     layers[1] = replace(layers[1], x=1, y=1)  # one that is on the canvas for sure
     stack = LayerStack((7, 6), tuple(layers))
     last = data.draw(st.integers(1, 3))
@@ -261,8 +304,13 @@ def test_what_cannot_be_seen_changes_nothing(mode, position, seed):
     clear = ghost.clone()
     clear[..., 3] = 0
     expected = flat(*layers)
-    for unseen in (Layer(clear, blend_mode=mode), Layer(ghost, opacity=0.0, blend_mode=mode), Layer(ghost, visible=False, blend_mode=mode),
-                   Layer(ghost, mask=torch.ones(6, 7), blend_mode=mode), Layer(ghost, x=7, blend_mode=mode)):
+    for unseen in (
+        Layer(clear, blend_mode=mode),
+        Layer(ghost, opacity=0.0, blend_mode=mode),
+        Layer(ghost, visible=False, blend_mode=mode),
+        Layer(ghost, mask=torch.ones(6, 7), blend_mode=mode),
+        Layer(ghost, x=7, blend_mode=mode),
+    ):
         assert torch.equal(flat(*layers[:position], unseen, *layers[position:]), expected)
 
 

@@ -1,4 +1,5 @@
 """Depth slicing against brute force, pixel by pixel, and the properties that every cut must keep."""
+
 import math
 
 import numpy as np
@@ -10,7 +11,9 @@ from PIL import Image
 from strata.techniques import depth as deglad
 from strata.techniques.layers import read_layers, write_layers
 
-thresholds_strategy = st.lists(st.integers(1, 99), min_size=1, max_size=6, unique=True).map(lambda values: [v / 100 for v in sorted(values)])
+thresholds_strategy = st.lists(st.integers(1, 99), min_size=1, max_size=6, unique=True).map(
+    lambda values: [v / 100 for v in sorted(values)]
+)
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
 larger_sizes = st.tuples(st.integers(1, 16), st.integers(1, 16))
 
@@ -36,7 +39,9 @@ def test_slice_masks_is_equation_2_for_every_pixel(size, thresholds, seed):
     for image in range(2):
         for row in range(size[0]):
             for column in range(size[1]):
-                nearer = sum(float(depth[image, row, column]) >= d for d in thresholds)  # 0 = in front of every threshold
+                nearer = sum(
+                    float(depth[image, row, column]) >= d for d in thresholds
+                )  # 0 = in front of every threshold
                 expected = [1.0 if len(thresholds) - index == nearer else 0.0 for index in range(len(thresholds) + 1)]
                 assert masks[image, :, row, column].tolist() == expected
 
@@ -55,7 +60,10 @@ def test_soften_over_alphas_and_cut_layers_give_the_image_back(size, thresholds,
     colours = image.expand(1, len(thresholds) + 1, -1, -1, -1)
     stack = deglad.cut_layers(colours, weights, thresholds, fill)
     assert (over(stack) - image).abs().max() < 1 / 255
-    assert [layer.extra["strata"]["depth"] for layer in read_layers(write_layers(stack)).layers][0] == (thresholds[-1], 1.0)
+    assert [layer.extra["strata"]["depth"] for layer in read_layers(write_layers(stack)).layers][0] == (
+        thresholds[-1],
+        1.0,
+    )
 
 
 def test_soften_is_a_blur_of_unit_mass_with_the_asked_width():
@@ -96,7 +104,9 @@ def test_hidden_parts_are_what_nearer_layers_cover():
 def test_fill_behind_makes_the_farthest_layer_whole_and_keeps_what_is_visible():
     depth = torch.ones(1, 16, 16, dtype=torch.float64)
     depth[:, 4:12, 4:12] = 0.1
-    image = torch.where(depth[0, ..., None] < 0.5, torch.tensor([1.0, 0, 0]).double(), torch.tensor([0, 0.25, 1.0]).double())
+    image = torch.where(
+        depth[0, ..., None] < 0.5, torch.tensor([1.0, 0, 0]).double(), torch.tensor([0, 0.25, 1.0]).double()
+    )
     weights = deglad.slice_masks(depth, [0.5])
     colours, extra = deglad.fill_behind(image.expand(1, 2, -1, -1, -1), weights)
     assert torch.equal(extra[0, 0], (depth[0] < 0.5).double()) and not extra[0, 1].any()
@@ -118,7 +128,10 @@ def test_a_filled_layer_has_no_outline_of_what_was_in_front_of_it(soft_edge):
     distance = ((x - 40) ** 2 + (y - 30) ** 2).sqrt()
     share = (20.5 - distance).clamp(0, 1)[..., None].double()
     blue, red = torch.tensor([0, 0.25, 1.0]).double(), torch.tensor([1.0, 0, 0]).double()
-    image, depth = share * red + (1 - share) * blue, torch.where(distance < 19.5, 0.1, 1.0)[None].double()  # the depth's edge is a pixel inside
+    image, depth = (
+        share * red + (1 - share) * blue,
+        torch.where(distance < 19.5, 0.1, 1.0)[None].double(),
+    )  # the depth's edge is a pixel inside
     weights = deglad.slice_masks(depth, [0.5])
     stack = deglad.cut_layers(image.expand(1, 2, -1, -1, -1), weights, [0.5], True, soft_edge=soft_edge)
     back, front = (layer.image.double() for layer in stack.layers)
@@ -128,7 +141,9 @@ def test_a_filled_layer_has_no_outline_of_what_was_in_front_of_it(soft_edge):
     plain = deglad.cut_layers(image.expand(1, 2, -1, -1, -1), weights, [0.5], True, rim=0).layers[0].image
     assert (plain[..., :3] - blue).abs().max() > 0.2, "without a rim the outline stays"
     open_ = deglad.cut_layers(image.expand(1, 2, -1, -1, -1), weights, [0.5], False)
-    assert torch.equal(open_.layers[1].image[..., 3].double(), weights[0, 1]), "without filling the cut is where the depth says"
+    assert torch.equal(open_.layers[1].image[..., 3].double(), weights[0, 1]), (
+        "without filling the cut is where the depth says"
+    )
 
 
 def test_hidden_pixels_go_to_the_layer_that_surrounds_them():
@@ -159,7 +174,9 @@ def test_the_range_of_a_batch_or_fixed_values_keeps_a_cut_in_its_place():
     each, batch, fixed = (deglad.normalise_depth(frames, False, True, how, (0.0, 10.0)) for how in deglad.RANGES)
     assert each.amin((1, 2)).tolist() == [0, 0] and each.amax((1, 2)).tolist() == [1, 1]
     assert torch.allclose(batch, (frames - 1) / 7) and torch.allclose(fixed, frames / 10)
-    assert torch.allclose(deglad.normalise_depth(frames, True, False, "fixed", (2.0, 5.0)), 1 - ((frames - 2) / 3).clamp(0, 1))
+    assert torch.allclose(
+        deglad.normalise_depth(frames, True, False, "fixed", (2.0, 5.0)), 1 - ((frames - 2) / 3).clamp(0, 1)
+    )
     for limits in ((1.0, 1.0), (2.0, 1.0), (math.nan, 1.0)):
         with pytest.raises(ValueError, match="range_low, range_high: .* is not below"):
             deglad.normalise_depth(frames, False, True, "fixed", limits)
@@ -221,7 +238,14 @@ def brute_fill(depth, valid):
                     wide = 2 * ends[0][0] if len(ends) == 1 else ends[0][0] + ends[1][0]
                     farther = max(value for _, value in ends)
                     closest = min(distance for distance, _ in ends)
-                    found.append((wide, max(value for distance, value in ends if distance == closest) if wide <= deglad.RIM else farther))
+                    found.append(
+                        (
+                            wide,
+                            max(value for distance, value in ends if distance == closest)
+                            if wide <= deglad.RIM
+                            else farther,
+                        )
+                    )
                 if found:
                     new[row, column] = min(found, key=lambda item: item[0])[1]
                     new_valid[row, column] = True
@@ -274,10 +298,17 @@ def test_parse_thresholds(text, values):
     assert deglad.parse_thresholds(text) == values
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("0.6, 0.3", "ascending"), ("0.3, 0.3", "ascending"), ("1.5", "outside of 0 to 1"), ("0", "outside"), ("nan", "outside"),
-    ("near", "not a list of numbers"),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("0.6, 0.3", "ascending"),
+        ("0.3, 0.3", "ascending"),
+        ("1.5", "outside of 0 to 1"),
+        ("0", "outside"),
+        ("nan", "outside"),
+        ("near", "not a list of numbers"),
+    ],
+)
 def test_parse_thresholds_says_what_is_wrong(text, words):
     with pytest.raises(ValueError, match=f"^thresholds: .*{words}"):
         deglad.parse_thresholds(text)
@@ -352,7 +383,9 @@ def test_compose_by_depth_is_equation_3_and_paste_layers_flatten_to_it():
     for row in range(5):
         for column in range(6):
             w = float(weights[0, row, column])
-            assert image[0, row, column].tolist() == pytest.approx((w * front[0, row, column] + (1 - w) * back[0, row, column]).tolist())
+            assert image[0, row, column].tolist() == pytest.approx(
+                (w * front[0, row, column] + (1 - w) * back[0, row, column]).tolist()
+            )
             assert float(depth[0, row, column]) == pytest.approx(float(image[0, row, column, 0]))
     stack = deglad.paste_layers(back[0], front[0], weights[0])
     top = stack.layers[1].image

@@ -1,4 +1,5 @@
 """The noise process against the scheduler of diffusers, and the loss weight against its definition."""
+
 import pytest
 import torch
 from strata.techniques.diffusion import add_noise, ddim_step, noise_levels, noise_loss_weight
@@ -7,7 +8,10 @@ from strata.techniques.diffusion import add_noise, ddim_step, noise_levels, nois
 @pytest.fixture(scope="module")
 def scheduler():
     from diffusers import DDIMScheduler
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True)
+
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True
+    )
 
 
 def test_noise_levels_are_stable_diffusions(scheduler):
@@ -18,7 +22,9 @@ def test_noise_levels_are_stable_diffusions(scheduler):
 
 def test_add_noise_equals_the_scheduler(scheduler):
     clean, noise, times = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 400, 999])
-    assert torch.allclose(add_noise(clean, noise, noise_levels()[times]), scheduler.add_noise(clean, noise, times), atol=1e-6)
+    assert torch.allclose(
+        add_noise(clean, noise, noise_levels()[times]), scheduler.add_noise(clean, noise, times), atol=1e-6
+    )
 
 
 def test_ddim_steps_equal_the_scheduler(scheduler):
@@ -35,7 +41,11 @@ def test_ddim_steps_equal_the_scheduler(scheduler):
 
 
 def test_perfect_noise_leads_back_to_the_picture_in_one_step():
-    clean, noise, level = torch.rand(1, 4, 4, 4, dtype=torch.float64), torch.randn(1, 4, 4, 4, dtype=torch.float64), noise_levels()[700]
+    clean, noise, level = (
+        torch.rand(1, 4, 4, 4, dtype=torch.float64),
+        torch.randn(1, 4, 4, 4, dtype=torch.float64),
+        noise_levels()[700],
+    )
     found = ddim_step(add_noise(clean, noise, level[None]), noise, level, torch.tensor(1.0))
     assert torch.allclose(found, clean, atol=1e-12)
 

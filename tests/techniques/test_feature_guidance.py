@@ -1,4 +1,5 @@
 """FeatGLaC's energy against loops over every value, and its update against calculus done by hand."""
+
 import numpy as np
 import pytest
 import torch
@@ -55,13 +56,23 @@ def test_the_whole_energy_is_the_weighted_sum_over_levels_and_planes(norm):
 
 
 def test_half_precision_features_are_compared_in_single():
-    features, sources = {1: torch.full((1, 1, 2, 2), 300.0, dtype=torch.float16)}, {1: torch.zeros(1, 1, 1, 2, 2, dtype=torch.float16)}
-    assert featglac.composition_energy(features, sources, torch.ones(1, 2, 2), {1: 1.0}, [1.0]).tolist() == [4 * 300.0**2]
+    features, sources = (
+        {1: torch.full((1, 1, 2, 2), 300.0, dtype=torch.float16)},
+        {1: torch.zeros(1, 1, 1, 2, 2, dtype=torch.float16)},
+    )
+    assert featglac.composition_energy(features, sources, torch.ones(1, 2, 2), {1: 1.0}, [1.0]).tolist() == [
+        4 * 300.0**2
+    ]
 
 
 def test_with_linear_features_the_updates_go_straight_to_the_composition():
     """Psi = z: each iteration takes the share 2 eta w / C of the way, to one scene where its mask is and to the other elsewhere."""
-    front, back, latent, sigma = values(1, 1, 4, 3, 3), values(2, 1, 4, 3, 3), values(3, 1, 4, 3, 3), torch.tensor(2.0, dtype=torch.float64)
+    front, back, latent, sigma = (
+        values(1, 1, 4, 3, 3),
+        values(2, 1, 4, 3, 3),
+        values(3, 1, 4, 3, 3),
+        torch.tensor(2.0, dtype=torch.float64),
+    )
     masks = torch.stack([1 - torch.eye(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)])
     scale = (1 + sigma**2).sqrt()
     wanted = featglac.composite_latent(front, back, masks[1])
@@ -70,10 +81,12 @@ def test_with_linear_features_the_updates_go_straight_to_the_composition():
     for iteration in range(5):
         z = z.detach().requires_grad_()
         energy = featglac.composition_energy({0: z}, {0: torch.stack([back, front])}, masks, {0: 1.5}, [1.0, 1.0])
-        gradient, = torch.autograd.grad(energy.sum(), z)
+        (gradient,) = torch.autograd.grad(energy.sum(), z)
         energies.append(energy.item())
         x = featglac.guided_update(z.detach() * scale, gradient, sigma, 0.4)
-        assert torch.allclose(x / scale - wanted, (z.detach() - wanted) * (1 - 2 * 0.4 * 1.5 / 4), atol=1e-12), iteration
+        assert torch.allclose(x / scale - wanted, (z.detach() - wanted) * (1 - 2 * 0.4 * 1.5 / 4), atol=1e-12), (
+            iteration
+        )
         z = x / scale
     assert all(later < earlier for earlier, later in zip(energies, energies[1:], strict=False))
 
@@ -102,7 +115,9 @@ def test_masks_keep_their_area_at_every_level():
 
 def test_the_released_factors():
     gain = 30 * 1.5
-    assert [featglac.iteration_factor(i, "l1") / gain for i in range(7)] == pytest.approx([3.5, 1.25, 2.5, 2.5, 1.5, 1.5, 1.5])
+    assert [featglac.iteration_factor(i, "l1") / gain for i in range(7)] == pytest.approx(
+        [3.5, 1.25, 2.5, 2.5, 1.5, 1.5, 1.5]
+    )
     assert [featglac.iteration_factor(i, "l2") for i in range(7)] == [1.0] * 7
 
 
@@ -111,6 +126,12 @@ def test_level_weights_count_from_the_finest():
     assert featglac.parse_level_weights("0.2, 8.5", 3) == {1: 0.2, 2: 8.5}
     assert featglac.parse_level_weights("0, 1, 0", 3) == {1: 1.0}
     assert featglac.parse_level_weights("", 3) == {}
-    for text, word in (("a, b", "not a list"), ("1,1,1,1", "3 levels"), ("-1", "negative"), ("nan", "not finite"), ("inf", "not finite")):
+    for text, word in (
+        ("a, b", "not a list"),
+        ("1,1,1,1", "3 levels"),
+        ("-1", "negative"),
+        ("nan", "not finite"),
+        ("inf", "not finite"),
+    ):
         with pytest.raises(ValueError, match=f"level_weights: .*{word}"):
             featglac.parse_level_weights(text, 3)

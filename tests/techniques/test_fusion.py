@@ -1,4 +1,5 @@
 """LayerFusion's formulas against plain loops over whole attention matrices in float64."""
+
 import math
 import os
 import subprocess
@@ -37,7 +38,10 @@ def minmax(x):
 
 def test_stretched_rows_span_their_range_and_flat_ones_are_zeros():
     values = torch.cat([tokens(5, 3)[:, :9], torch.full((1, 9), 0.3, dtype=torch.float64)])
-    assert np.abs(fusion.stretched(values)[:3].numpy() - minmax(values[:3].numpy())).max() < 1e-12 and (fusion.stretched(values)[3] == 0).all()
+    assert (
+        np.abs(fusion.stretched(values)[:3].numpy() - minmax(values[:3].numpy())).max() < 1e-12
+        and (fusion.stretched(values)[3] == 0).all()
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 7, 10**6])
@@ -50,11 +54,15 @@ def test_what_is_made_over_rows_is_made_of_the_whole_attention(monkeypatch, rows
         return part.transpose(0, 1)
 
     found = fusion.over_rows(q, k, HEADS, heads_apart)
-    assert np.abs(found.numpy() - naive_probabilities(q, k).transpose(0, 2, 1, 3)).max() < 1e-12 and max(most) == min(rows, 30)
+    assert np.abs(found.numpy() - naive_probabilities(q, k).transpose(0, 2, 1, 3)).max() < 1e-12 and max(most) == min(
+        rows, 30
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 7, 10**6])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float16, 1e-5), (torch.bfloat16, 1e-5)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float16, 1e-5), (torch.bfloat16, 1e-5)]
+)
 def test_structure_prior_is_algorithm_1(monkeypatch, rows, dtype, tolerance):
     q, k = tokens(0, 2, 30).to(dtype), tokens(1, 2, 30).to(dtype)
     monkeypatch.setattr(fusion, "MOST_PROBABILITIES", rows * HEADS * 30)
@@ -97,7 +105,16 @@ def test_no_tensor_grows_with_the_square_of_the_tokens(monkeypatch, tokens_count
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             nonlocal largest
             out = function(*args, **(kwargs or {}))
-            largest = max([largest, *(value.numel() for value in torch.utils._pytree.tree_leaves(out) if isinstance(value, torch.Tensor))])
+            largest = max(
+                [
+                    largest,
+                    *(
+                        value.numel()
+                        for value in torch.utils._pytree.tree_leaves(out)
+                        if isinstance(value, torch.Tensor)
+                    ),
+                ]
+            )
             return out
 
     monkeypatch.setattr(fusion, "MOST_PROBABILITIES", 8 * HEADS * tokens_count)  # eight rows at a time
@@ -190,6 +207,12 @@ print((peak() - before) // 1024)
 def test_the_structure_prior_never_holds_its_whole_attention():
     """Peak of a process of its own: the probabilities of 12288 tokens would be 1152 MiB, and small results between large parts would keep the heap."""
     tests = Path(__file__).resolve().parent.parent
-    found = subprocess.run([sys.executable, "-c", MEASURED], cwd=tests, capture_output=True, text=True, check=True,
-                           env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), *sys.path])})
+    found = subprocess.run(
+        [sys.executable, "-c", MEASURED],
+        cwd=tests,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), *sys.path])},
+    )
     assert int(found.stdout) < 200

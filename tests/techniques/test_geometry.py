@@ -1,4 +1,5 @@
 """Placed layers against direct indexing, Pillow's resampling and an inverse mapping written out point by point."""
+
 import math
 from dataclasses import replace
 
@@ -33,8 +34,16 @@ def display_point(layer, x, y):
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 5), st.integers(-6, 8), st.integers(-6, 8), st.sampled_from([3, 4]), st.booleans(), st.booleans(),
-       st.booleans())
+@given(
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.integers(-6, 8),
+    st.integers(-6, 8),
+    st.sampled_from([3, 4]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
 def test_rasterise_copies_native_layers_bit_by_bit(height, width, x, y, channels, masked, flip_h, flip_v):
     image, mask = picture(height, width, channels), picture(height, width, 3)[..., 0] if masked else None
     layer = Layer(image, mask=mask, x=x, y=y, flip_h=flip_h, flip_v=flip_v)
@@ -56,7 +65,7 @@ def test_rasterise_copies_quarter_turns(quarters):
     turned = np.rot90(image.numpy(), -quarters)  # NumPy turns anticlockwise
     top, left = (3, 2) if quarters % 2 == 0 else (1, 4)
     expected = np.zeros((12, 12, 4), np.float32)
-    expected[top:top + turned.shape[0], left:left + turned.shape[1]] = turned
+    expected[top : top + turned.shape[0], left : left + turned.shape[1]] = turned
     assert np.array_equal(got.numpy(), expected)
 
 
@@ -71,15 +80,25 @@ def test_reduction_equals_pillow_on_premultiplied_planes(size):
     image = picture(30, 40)
     got = geometry.rasterise(Layer(image, w=size[0], h=size[1]), size)
     planes = torch.cat([image[..., :3] * image[..., 3:], image[..., 3:]], -1).numpy()
-    resized = np.stack([np.asarray(Image.fromarray(planes[..., i]).resize(size, Image.Resampling.BICUBIC)) for i in range(4)], -1)
+    resized = np.stack(
+        [np.asarray(Image.fromarray(planes[..., i]).resize(size, Image.Resampling.BICUBIC)) for i in range(4)], -1
+    )
     np.testing.assert_allclose(got[..., 3].numpy(), resized[..., 3].clip(0, 1), atol=1e-4)
     premultiplied = (got[..., :3] * got[..., 3:]).numpy()
     np.testing.assert_allclose(premultiplied, np.clip(resized[..., :3], 0, resized[..., 3:].clip(0, 1)), atol=1e-4)
 
 
-@pytest.mark.parametrize("fields", [
-    {"rotation": 0.5}, {"rotation": -2.0, "flip_h": True}, {"w": 90, "h": 60}, {"w": 90, "h": 45, "rotation": 1.0, "flip_v": True},
-    {"w": 25, "h": 18, "rotation": 0.3}, {"w": 70, "flip_h": True, "flip_v": True}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rotation": 0.5},
+        {"rotation": -2.0, "flip_h": True},
+        {"w": 90, "h": 60},
+        {"w": 90, "h": 45, "rotation": 1.0, "flip_v": True},
+        {"w": 25, "h": 18, "rotation": 0.3},
+        {"w": 70, "flip_h": True, "flip_v": True},
+    ],
+)
 def test_resampled_pixels_come_from_the_right_place(fields):
     layer = Layer(ramp(30, 40), x=30, y=40, **fields)
     got = geometry.rasterise(layer, (120, 110))
@@ -112,12 +131,16 @@ def test_border_of_a_rotated_layer_is_its_coverage(degrees):
     x, y = np.meshgrid(points, points)
     u, v = np.vectorize(lambda x, y: display_point(layer, x, y))(x, y)
     covered = ((u > 0) & (u < 1) & (v > 0) & (v < 1)).reshape(60, 8, 60, 8).mean((1, 3))
-    assert np.abs(got[..., 3].numpy() - covered).max() < 0.16  # at a corner pixel; the edge is a straight ramp, not the exact area
+    assert (
+        np.abs(got[..., 3].numpy() - covered).max() < 0.16
+    )  # at a corner pixel; the edge is a straight ramp, not the exact area
     assert got[..., 3].sum().item() == pytest.approx(36 * 25, rel=3e-3)
     assert got[..., :3][got[..., 3] > 1e-3].min() > 1 - 1e-6
 
 
-@pytest.mark.parametrize("fields", [{"w": 11, "h": 7}, {"w": 95, "h": 80}, {"rotation": 0.7}, {"rotation": 0.7, "w": 17}])
+@pytest.mark.parametrize(
+    "fields", [{"w": 11, "h": 7}, {"w": 95, "h": 80}, {"rotation": 0.7}, {"rotation": 0.7, "w": 17}]
+)
 def test_hidden_colours_never_show(fields):
     """A white disc on transparent black, and the same on transparent magenta: no edge may show either."""
     y, x = torch.meshgrid(torch.arange(40.0), torch.arange(40.0), indexing="ij")
@@ -143,9 +166,15 @@ def test_rasterise_applies_opacity_and_1x1_works():
         assert 0.35 < got[..., 3].max() <= 0.5
 
 
-@pytest.mark.parametrize("how, box", [
-    ("contain", (0, 25, 100, 50)), ("cover", (-50, 0, 200, 100)), ("stretch", (0, 0, 100, 100)),
-    ("centre", (30, 40, 40, 20))])
+@pytest.mark.parametrize(
+    "how, box",
+    [
+        ("contain", (0, 25, 100, 50)),
+        ("cover", (-50, 0, 200, 100)),
+        ("stretch", (0, 0, 100, 100)),
+        ("centre", (30, 40, 40, 20)),
+    ],
+)
 def test_fit(how, box):
     fitted = geometry.fit(Layer(picture(20, 40), x=7, y=9), (100, 100), how)
     assert (fitted.x, fitted.y, *fitted.size) == box
@@ -159,15 +188,25 @@ def test_fit_none_changes_nothing_and_an_unknown_word_raises():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.floats(-3, 3), st.floats(-3, 3), st.sampled_from([0.5, 1.0, 2.0]), st.booleans(), st.booleans(), st.booleans(),
-       st.sampled_from([None, (50.0, 40.0), (0.0, 0.0)]))
+@given(
+    st.floats(-3, 3),
+    st.floats(-3, 3),
+    st.sampled_from([0.5, 1.0, 2.0]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([None, (50.0, 40.0), (0.0, 0.0)]),
+)
 def test_transform_moves_every_point_as_it_should(before, rotation, scale, flipped, flip_h, flip_v, pivot):
     layer = Layer(picture(20, 40), x=30, y=35, rotation=before, flip_h=flipped)
     new = geometry.transform(layer, pivot, (5.0, -3.0), scale, rotation, flip_h, flip_v)
     centre = pivot or (50.0, 45.0)
     for x, y in ((31.0, 36.0), (60.0, 44.0), (50.0, 50.0)):
         dx, dy = scale * (x - centre[0]) * (-1 if flip_h else 1), scale * (y - centre[1]) * (-1 if flip_v else 1)
-        to = (centre[0] + dx * math.cos(rotation) - dy * math.sin(rotation) + 5, centre[1] + dx * math.sin(rotation) + dy * math.cos(rotation) - 3)
+        to = (
+            centre[0] + dx * math.cos(rotation) - dy * math.sin(rotation) + 5,
+            centre[1] + dx * math.sin(rotation) + dy * math.cos(rotation) - 3,
+        )
         before_uv, after_uv = display_point(layer, x, y), display_point(new, *to)
         offset = [(a - b) * side for a, b, side in zip(after_uv, before_uv, new.size, strict=True)]
         assert math.hypot(*offset) <= 0.75  # whole pixels: half a pixel each way
@@ -192,6 +231,7 @@ def test_pivot_and_in_pixels():
 
 def test_chains_of_transforms_do_not_drift():
     """Through the document each time, as nodes hand it on."""
+
     def through(layer, **changes):
         return read_layers(write_layers(LayerStack((200, 200), (geometry.transform(layer, **changes),)))).layers[0]
 
@@ -207,8 +247,13 @@ def test_chains_of_transforms_do_not_drift():
     assert (layer.x, layer.y) == (24, 28) and layer.image is not None and layer.w == 0
     for _ in range(36):
         layer = through(layer, pivot=(100.0, 100.0), rotation=math.radians(10), scale=1.01)
-    expected = geometry.transform(geometry.transform(start, move=(4.0, -3.0)), (100.0, 100.0), scale=1.01**36, rotation=math.radians(360))
-    assert max(abs(layer.x - expected.x), abs(layer.y - expected.y), abs(layer.w - expected.w), abs(layer.h - expected.h)) <= 1
+    expected = geometry.transform(
+        geometry.transform(start, move=(4.0, -3.0)), (100.0, 100.0), scale=1.01**36, rotation=math.radians(360)
+    )
+    assert (
+        max(abs(layer.x - expected.x), abs(layer.y - expected.y), abs(layer.w - expected.w), abs(layer.h - expected.h))
+        <= 1
+    )
 
 
 def test_fractions_count_only_for_the_place_they_belong_to():

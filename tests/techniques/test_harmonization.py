@@ -1,4 +1,5 @@
 """Fusing layers by their alphas: against Eq. 1 and 12 of DreamLayer written out pixel by pixel in float64."""
+
 import math
 from dataclasses import replace
 
@@ -26,7 +27,9 @@ def written_out(background, foregrounds, alpha):
             free = float(np.prod([1 - a[i] for i in range(1, k)]))
             value = background[..., y, x].numpy() * free
             for i in range(1, k):
-                value = value + foregrounds[i - 1][..., y, x].numpy() * a[i] * float(np.prod([1 - a[f] for f in range(i + 1, k)]))
+                value = value + foregrounds[i - 1][..., y, x].numpy() * a[i] * float(
+                    np.prod([1 - a[f] for f in range(i + 1, k)])
+                )
             out[..., y, x] = value
     return out
 
@@ -34,16 +37,23 @@ def written_out(background, foregrounds, alpha):
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("extra", [(), (3,)])  # a video's latent has frames too
 def test_fused_latents_are_equation_12(count, extra):
-    background, foregrounds = torch.randn(2, 4, *extra, 5, 6, dtype=torch.float64), torch.randn(count, 2, 4, *extra, 5, 6, dtype=torch.float64)
+    background, foregrounds = (
+        torch.randn(2, 4, *extra, 5, 6, dtype=torch.float64),
+        torch.randn(count, 2, 4, *extra, 5, 6, dtype=torch.float64),
+    )
     alpha = alphas(count, 5, 6)
-    assert np.allclose(fuse_latents(background, foregrounds, alpha).numpy(), written_out(background, foregrounds, alpha), atol=1e-12)
+    assert np.allclose(
+        fuse_latents(background, foregrounds, alpha).numpy(), written_out(background, foregrounds, alpha), atol=1e-12
+    )
 
 
 def test_the_shares_sum_to_one_and_fusing_pixels_is_flattening_them():
     alpha, colours = alphas(3, 8, 9).float(), torch.rand(4, 3, 8, 9)
     free, shares = visible_shares(alpha)
     assert torch.allclose(free + shares.sum(0), torch.ones(1, 8, 9), atol=1e-6)
-    layers = [Layer(colours[0].permute(1, 2, 0))] + [Layer(torch.cat([c, a]).permute(1, 2, 0)) for c, a in zip(colours[1:], alpha, strict=True)]
+    layers = [Layer(colours[0].permute(1, 2, 0))] + [
+        Layer(torch.cat([c, a]).permute(1, 2, 0)) for c, a in zip(colours[1:], alpha, strict=True)
+    ]
     flat, _ = flatten(LayerStack((9, 8), tuple(layers)))
     assert torch.allclose(fuse_latents(colours[0], colours[1:], alpha), flat.permute(2, 0, 1), atol=1e-5)
 
@@ -67,13 +77,22 @@ def test_a_latent_goes_where_its_layer_goes():
 
     def shown(canvas=(48, 48), **fields):
         return on_canvas(latent, replace(layer, **fields), canvas, 8)
-    assert torch.equal(shown(), latent) and torch.equal(shown(flip_h=True), latent.flip(2)) and torch.equal(shown(flip_v=True), latent.flip(1))
+
+    assert (
+        torch.equal(shown(), latent)
+        and torch.equal(shown(flip_h=True), latent.flip(2))
+        and torch.equal(shown(flip_v=True), latent.flip(1))
+    )
     assert torch.equal(shown(x=16, y=-8)[:, :5, 2:], latent[:, 1:, :4])
     assert torch.equal(shown(rotation=math.pi / 2), torch.rot90(latent, -1, (1, 2)))  # clockwise, as rot90 is not
     assert torch.equal(shown((96, 96), w=96, h=96), latent.repeat_interleave(2, 1).repeat_interleave(2, 2))
-    assert torch.equal(on_canvas(latent[:, :, :5], Layer(torch.rand(44, 37, 4)), (37, 44), 8), latent[:, :, :5])  # sides that are no multiples
+    assert torch.equal(
+        on_canvas(latent[:, :, :5], Layer(torch.rand(44, 37, 4)), (37, 44), 8), latent[:, :, :5]
+    )  # sides that are no multiples
     turned = shown(rotation=0.5)
-    assert abs(turned[:, 2:4, 2:4].std() - latent.std()) < 0.4 and all(value in latent for value in turned[:, 2:4, 2:4].flatten())
+    assert abs(turned[:, 2:4, 2:4].std() - latent.std()) < 0.4 and all(
+        value in latent for value in turned[:, 2:4, 2:4].flatten()
+    )
 
 
 def test_feathering_ends_inside_of_the_edge():
@@ -90,12 +109,17 @@ def test_detail_stays_and_what_is_smooth_comes(radius=6.0):
     seen = torch.ones(1, 1, 40, 50, dtype=torch.float64)
     found = keep_detail(before, drawn, same, seen, radius)
     for channel in range(3):
-        smooth = gaussian_filter((drawn - same)[0, channel].numpy(), radius / 2, mode="nearest", radius=round(1.5 * radius))
+        smooth = gaussian_filter(
+            (drawn - same)[0, channel].numpy(), radius / 2, mode="nearest", radius=round(1.5 * radius)
+        )
         assert np.abs((found - before)[0, channel].numpy() - smooth).max() < 1e-12
     seen[..., 10:30, 20:40] = 0
     hidden = drawn.clone()
     hidden[..., 10:30, 20:40] = 100
     outside = seen.expand(1, 3, -1, -1) > 0
-    assert torch.equal(keep_detail(before, drawn, same, seen, radius)[outside], keep_detail(before, hidden, same, seen, radius)[outside])
+    assert torch.equal(
+        keep_detail(before, drawn, same, seen, radius)[outside],
+        keep_detail(before, hidden, same, seen, radius)[outside],
+    )
     shade = torch.full_like(before, 0.2)
     assert torch.allclose(keep_detail(before, same - shade, same, seen, radius)[outside], (before - shade)[outside])

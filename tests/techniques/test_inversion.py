@@ -1,4 +1,5 @@
 """Inversion's steps against DDIM written out as it is published, and its schedules against their numbers at 50 steps."""
+
 import math
 
 import pytest
@@ -60,10 +61,14 @@ def test_finer_inversions_come_back_nearer():
         for step, time in enumerate(times):
             seen = x * inversion.scale_between(sigmas[step], sigmas[step + 1])
             noise = noise_of(seen / (1 + sigmas[step + 1] ** 2).sqrt(), time)
-            x = inversion.ode_step(x, seen, seen - sigmas[step + 1] * noise, sigmas[step + 1], sigmas[step], sigmas[step + 1])
+            x = inversion.ode_step(
+                x, seen, seen - sigmas[step + 1] * noise, sigmas[step + 1], sigmas[step], sigmas[step + 1]
+            )
         for step, time in reversed(list(enumerate(times))):
             sigma = sigmas[step + 1]
-            x = inversion.ode_step(x, x, x - sigma * noise_of(x / (1 + sigma**2).sqrt(), time), sigma, sigma, sigmas[step])
+            x = inversion.ode_step(
+                x, x, x - sigma * noise_of(x / (1 + sigma**2).sqrt(), time), sigma, sigma, sigmas[step]
+            )
         errors.append((x - start).abs().mean().item())
     assert errors[0] > 1.5 * errors[1] > 2.25 * errors[2]
 
@@ -71,7 +76,10 @@ def test_finer_inversions_come_back_nearer():
 def test_the_trajectory_is_exact_at_its_levels_straight_between_and_ends_where_it_ends():
     sigmas = torch.tensor([9.0, 5.0, 1.0, 0.0])
     latents = latent(4, 4, 2, 4, 3, 3)
-    assert all(torch.equal(inversion.trajectory_at(latents, sigmas, float(sigma)), one) for sigma, one in zip(sigmas, latents, strict=True))
+    assert all(
+        torch.equal(inversion.trajectory_at(latents, sigmas, float(sigma)), one)
+        for sigma, one in zip(sigmas, latents, strict=True)
+    )
     assert torch.allclose(inversion.trajectory_at(latents, sigmas, 4.0), 0.75 * latents[1] + 0.25 * latents[2])
     noisier = inversion.trajectory_at(latents, sigmas, 18.0)
     assert torch.allclose(noisier - latents[3], 2 * (latents[0] - latents[3]), atol=1e-6)
@@ -88,7 +96,11 @@ def test_noised_trajectories_have_the_statistics_of_their_levels():
         level = LEVELS[[time] * 2]
         assert torch.allclose(x * LEVELS[time].sqrt(), add_noise(clean, noise, level), atol=1e-12)
     flow = inversion.noised_trajectory(clean, noise, torch.tensor([1.0, 0.25, 0.0], dtype=torch.float64), flow=True)
-    assert torch.equal(flow[0], noise) and torch.equal(flow[2], clean) and torch.allclose(flow[1], 0.75 * clean + 0.25 * noise)
+    assert (
+        torch.equal(flow[0], noise)
+        and torch.equal(flow[2], clean)
+        and torch.allclose(flow[1], 0.75 * clean + 0.25 * noise)
+    )
 
 
 @pytest.mark.parametrize("steps", [50, 20, 200])
@@ -111,8 +123,12 @@ def test_the_null_text_loss_is_measured_in_the_networks_scale():
 
 def test_psnr_equals_scikit_images():
     from skimage.metrics import peak_signal_noise_ratio
+
     one, other = torch.rand(2, 8, 9, 3, dtype=torch.float64), torch.rand(2, 8, 9, 3, dtype=torch.float64)
     expected = [peak_signal_noise_ratio(b.numpy(), a.numpy(), data_range=1.0) for a, b in zip(one, other, strict=True)]
     assert losses.psnr(one, other, 1.0).tolist() == pytest.approx(expected)
-    expected = [peak_signal_noise_ratio(b.numpy(), a.numpy(), data_range=float(b.max() - b.min())) for a, b in zip(one, other, strict=True)]
+    expected = [
+        peak_signal_noise_ratio(b.numpy(), a.numpy(), data_range=float(b.max() - b.min()))
+        for a, b in zip(one, other, strict=True)
+    ]
     assert losses.psnr(one, other, None).tolist() == pytest.approx(expected)

@@ -1,4 +1,5 @@
 """The LAYERS document: what is read is what was written, and what is wrong is said with the layer's name."""
+
 import math
 
 import pytest
@@ -19,9 +20,17 @@ layers_strategy = st.builds(
     Layer,
     image=st.tuples(st.integers(1, 4), st.integers(1, 4), st.sampled_from([3, 4])).map(torch.rand),
     name=st.text(min_size=1, max_size=8),
-    x=st.integers(-50, 50), y=st.integers(-50, 50), w=st.integers(0, 9), h=st.integers(0, 9),
-    rotation=st.floats(-7, 7), flip_h=st.booleans(), flip_v=st.booleans(), opacity=st.floats(0, 1),
-    blend_mode=st.sampled_from(BLEND_MODES), visible=st.booleans(), extra=st.just({"strata": {"depth": (0.1, 0.2)}, "other_pack": 7}),
+    x=st.integers(-50, 50),
+    y=st.integers(-50, 50),
+    w=st.integers(0, 9),
+    h=st.integers(0, 9),
+    rotation=st.floats(-7, 7),
+    flip_h=st.booleans(),
+    flip_v=st.booleans(),
+    opacity=st.floats(0, 1),
+    blend_mode=st.sampled_from(BLEND_MODES),
+    visible=st.booleans(),
+    extra=st.just({"strata": {"depth": (0.1, 0.2)}, "other_pack": 7}),
 )
 
 
@@ -32,12 +41,27 @@ def test_read_layers_returns_what_write_layers_was_given(layers, canvas):
     assert stack.canvas == canvas
     for got, want in zip(stack.layers, layers, strict=True):
         assert torch.equal(got.image, want.image)
-        for name in ("name", "x", "y", "w", "h", "rotation", "flip_h", "flip_v", "opacity", "blend_mode", "visible", "extra"):
+        for name in (
+            "name",
+            "x",
+            "y",
+            "w",
+            "h",
+            "rotation",
+            "flip_h",
+            "flip_v",
+            "opacity",
+            "blend_mode",
+            "visible",
+            "extra",
+        ):
             assert getattr(got, name) == getattr(want, name), name
 
 
 def test_layers_are_sorted_back_to_front_and_equal_z_keeps_order():
-    entries = [{"image": IMAGE, "name": name, "z_index": z} for name, z in (("top", 9), ("a", 1), ("b", 1), ("back", -3))]
+    entries = [
+        {"image": IMAGE, "name": name, "z_index": z} for name, z in (("top", 9), ("a", 1), ("b", 1), ("back", -3))
+    ]
     stack = read_layers({"version": 1, "layers": entries})
     assert [layer.name for layer in stack.layers] == ["back", "a", "b", "top"]
 

@@ -1,4 +1,5 @@
 """Matting of cuts: closer to the true alpha than the cut itself, sum one, and nothing of the picture is lost."""
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,9 @@ PHOTOGRAPHS = ("GT01", "GT04", "GT13", "GT21", "GT24", "GT27")
 
 def load(folder, name, mode):
     picture = Image.open(folder / f"{name}.png").convert(mode)
-    return torch.from_numpy(np.array(picture.resize((picture.width // 2, picture.height // 2), Image.BOX))).float() / 255
+    return (
+        torch.from_numpy(np.array(picture.resize((picture.width // 2, picture.height // 2), Image.BOX))).float() / 255
+    )
 
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
@@ -23,7 +26,10 @@ def test_matte_is_closer_to_the_true_alpha_than_the_cut(shared, name):
     image, alpha = load(folder, name + "i", "RGB"), load(folder, name + "a", "L")
     cut = (alpha > 0.5).float()
     refined = matte(image, cut, 8)
-    sad, mse = ([float(f(mask - alpha)) for mask in (cut, refined)] for f in (lambda e: e.abs().sum() / 1000, lambda e: (e**2).mean()))
+    sad, mse = (
+        [float(f(mask - alpha)) for mask in (cut, refined)]
+        for f in (lambda e: e.abs().sum() / 1000, lambda e: (e**2).mean())
+    )
     print(f"{name}: SAD {sad[0]:.2f} -> {sad[1]:.2f} (thousands), MSE {mse[0]:.5f} -> {mse[1]:.5f}")
     assert sad[1] < 0.8 * sad[0] and mse[1] < 0.6 * mse[0]
 
@@ -61,7 +67,7 @@ def test_refine_slices_sums_to_one_and_gives_the_image_back():
     for colour, share in zip(colours, over_alphas(weights[None])[0][..., None], strict=True):
         result = share * colour + (1 - share) * result
     assert (result - image).abs().max() < 1 / 255
-    assert ((weights[1] - alpha * (1 - near)).abs().sum() < (masks[1] - alpha * (1 - near)).abs().sum())
+    assert (weights[1] - alpha * (1 - near)).abs().sum() < (masks[1] - alpha * (1 - near)).abs().sum()
 
 
 @settings(max_examples=30, deadline=None)
@@ -104,7 +110,9 @@ def test_matting_leaves_the_number_of_threads_as_it_was():
         torch.set_num_threads(1)
         mask = torch.zeros(24, 24)
         mask[6:18, 6:18] = 1
-        refine_slices(torch.rand(24, 24, 3, generator=torch.Generator().manual_seed(0)), torch.stack([1 - mask, mask]), 4)
+        refine_slices(
+            torch.rand(24, 24, 3, generator=torch.Generator().manual_seed(0)), torch.stack([1 - mask, mask]), 4
+        )
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
@@ -122,12 +130,19 @@ def test_pictures_of_a_few_pixels_are_sliced_too(size):
 def test_the_factor_of_the_matting_system_fits_into_what_is_reserved(monkeypatch):
     """A picture of noise fills it most. pymatting raises when it does not fit."""
     import pymatting
+
     seen = []
     original = pymatting.ichol
-    monkeypatch.setattr(pymatting, "ichol", lambda system, **options: seen.append((system.nnz, options["max_nnz"], original(system, **options))) or seen[-1][2])
+    monkeypatch.setattr(
+        pymatting,
+        "ichol",
+        lambda system, **options: (
+            seen.append((system.nnz, options["max_nnz"], original(system, **options))) or seen[-1][2]
+        ),
+    )
     image = torch.rand(90, 120, 3, generator=torch.Generator().manual_seed(2))
     mask = torch.zeros(90, 120)
     mask[:, 60:] = 1
     matting.matte(image, mask, 40)
-    (nnz, reserved, factor), = seen
+    ((nnz, reserved, factor),) = seen
     assert reserved == matting.FILL * nnz and factor.L.nnz < reserved / 2

@@ -1,4 +1,5 @@
 """Measures against another way of computing them, and against what they should mean on rendered scenes."""
+
 import math
 
 import numpy as np
@@ -23,7 +24,14 @@ def solid_scene(seed, count=1):
     """A scene of solid objects, no smoke or glass, by daylight."""
     names = [name for name, entry in renderer.catalogue().items() if entry.material == "solid" and entry.hover == 0]
     rng = np.random.default_rng(seed)
-    return renderer.render(Request(kind=str(rng.choice(["meadow", "beach", "tiles"])), objects=tuple(rng.choice(names, count, replace=False))), 128, 128, seed)
+    return renderer.render(
+        Request(
+            kind=str(rng.choice(["meadow", "beach", "tiles"])), objects=tuple(rng.choice(names, count, replace=False))
+        ),
+        128,
+        128,
+        seed,
+    )
 
 
 def test_ssim_is_the_formula_of_its_paper():
@@ -36,9 +44,13 @@ def test_ssim_is_the_formula_of_its_paper():
         for x, y in zip(one, two, strict=True):
             for row in range(5, 9):
                 for column in range(5, 10):
-                    p, q = (z[row - 5:row + 6, column - 5:column + 6] for z in (x, y))
+                    p, q = (z[row - 5 : row + 6, column - 5 : column + 6] for z in (x, y))
                     mp, mq = (window * p).sum(), (window * q).sum()
-                    vp, vq, cov = (window * p * p).sum() - mp**2, (window * q * q).sum() - mq**2, (window * p * q).sum() - mp * mq
+                    vp, vq, cov = (
+                        (window * p * p).sum() - mp**2,
+                        (window * q * q).sum() - mq**2,
+                        (window * p * q).sum() - mp * mq,
+                    )
                     values.append((2 * mp * mq + 1e-4) * (2 * cov + 9e-4) / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4)))
         assert got.item() == pytest.approx(np.mean(values), rel=1e-6)
     assert metrics.ssim(a, a).tolist() == pytest.approx([1, 1])
@@ -52,14 +64,18 @@ def test_alpha_measures_are_their_sums_over_pixels():
         assert metrics.alpha_mse(a, b)[index].item() == pytest.approx(sum((p - q) ** 2 for p, q in pairs) / 30)
         assert metrics.alpha_iou(a, b)[index].item() == pytest.approx(sum(map(min, pairs)) / sum(map(max, pairs)))
     hard, other = (a > 0.5).double(), (b > 0.5).double()
-    expected = [np.logical_and(p, q).sum() / np.logical_or(p, q).sum() for p, q in zip(hard.numpy(), other.numpy(), strict=True)]
+    expected = [
+        np.logical_and(p, q).sum() / np.logical_or(p, q).sum() for p, q in zip(hard.numpy(), other.numpy(), strict=True)
+    ]
     assert metrics.alpha_iou(hard, other).tolist() == pytest.approx(expected)
     assert metrics.alpha_iou(hard * 0, hard * 0).tolist() == [1, 1, 1]
 
 
 def test_layer_rgb_l1_is_weighted_by_the_true_alpha_alone():
     a, b = random(2, 4, 6, 5), random(2, 4, 6, 5, seed=1)
-    expected = [np.average(np.abs(p[:3] - q[:3]).mean(0), weights=q[3]) for p, q in zip(a.numpy(), b.numpy(), strict=True)]
+    expected = [
+        np.average(np.abs(p[:3] - q[:3]).mean(0), weights=q[3]) for p, q in zip(a.numpy(), b.numpy(), strict=True)
+    ]
     assert metrics.layer_rgb_l1(a, b).tolist() == pytest.approx(expected)
     a[:, 3] = 0
     assert metrics.layer_rgb_l1(a, b).tolist() == pytest.approx(expected)
@@ -76,15 +92,20 @@ def test_a_layer_whose_colours_under_zero_alpha_differ_is_no_worse():
 
 def test_mask_error_is_the_weighted_mean_and_nan_without_a_mask():
     a, b, mask = random(2, 3, 6, 5), random(2, 3, 6, 5, seed=1), random(2, 1, 6, 5, seed=2)
-    expected = [np.average(np.abs(p - q).mean(0), weights=m[0]) for p, q, m in zip(a.numpy(), b.numpy(), mask.numpy(), strict=True)]
+    expected = [
+        np.average(np.abs(p - q).mean(0), weights=m[0])
+        for p, q, m in zip(a.numpy(), b.numpy(), mask.numpy(), strict=True)
+    ]
     assert metrics.mask_error(a, b, mask).tolist() == pytest.approx(expected)
     assert metrics.mask_error(a, b, mask * 0).isnan().all()
 
 
 def test_shadow_band_is_the_grown_shadow_outside_objects():
     scene = solid_scene(1, 3)
-    shadow, alpha = (np.stack([layer[..., 3] for layer in layers]) for layers in
-                     ([o.shadow for o in scene.objects], [o.rgba for o in scene.objects]))
+    shadow, alpha = (
+        np.stack([layer[..., 3] for layer in layers])
+        for layers in ([o.shadow for o in scene.objects], [o.rgba for o in scene.objects])
+    )
     band = metrics.shadow_band(torch.from_numpy(shadow)[None], torch.from_numpy(alpha)[None], 3)
     expected = scipy.ndimage.binary_dilation(shadow.max(0) > 0.05, np.ones((7, 7))) & (alpha.max(0) < 0.05)
     assert np.array_equal(band[0, 0].numpy() > 0, expected)
@@ -94,11 +115,15 @@ def test_shadow_band_is_the_grown_shadow_outside_objects():
 def test_shadow_error_grows_without_the_shadow_and_with_a_wrong_one(seed):
     scene = solid_scene(seed)
     thing = scene.objects[0]
-    band = metrics.shadow_band(torch.from_numpy(thing.shadow[None, None, ..., 3]), torch.from_numpy(thing.rgba[None, None, ..., 3]), 4)
+    band = metrics.shadow_band(
+        torch.from_numpy(thing.shadow[None, None, ..., 3]), torch.from_numpy(thing.rgba[None, None, ..., 3]), 4
+    )
     truth = picture(scene.composite)
 
     def error(shadow):
-        return metrics.mask_error(picture(renderer.over(thing.rgba, renderer.over(shadow, scene.background))), truth, band).item()
+        return metrics.mask_error(
+            picture(renderer.over(thing.rgba, renderer.over(shadow, scene.background))), truth, band
+        ).item()
 
     none, half = thing.shadow * [1, 1, 1, 0], thing.shadow * [1, 1, 1, 0.5]
     assert error(thing.shadow) < 1e-6 < error(half) < error(none)
@@ -108,13 +133,28 @@ def test_shadow_error_grows_without_the_shadow_and_with_a_wrong_one(seed):
 
 def test_beyond_shadow_is_the_least_difference_to_a_shadowed_background_and_its_median():
     seen, empty = random(1, 3, 9, 8), random(1, 3, 9, 8, seed=1)
-    least = np.array([[min(np.abs(seen[0, :, y, x].numpy() - share * empty[0, :, y, x].numpy()).max() for share in np.linspace(0.5, 1, 2001))
-                       for x in range(8)] for y in range(9)])
+    least = np.array(
+        [
+            [
+                min(
+                    np.abs(seen[0, :, y, x].numpy() - share * empty[0, :, y, x].numpy()).max()
+                    for share in np.linspace(0.5, 1, 2001)
+                )
+                for x in range(8)
+            ]
+            for y in range(9)
+        ]
+    )
     padded = np.pad(least, 1, mode="edge")
-    medians = [[np.median(padded[y:y + 3, x:x + 3]) for x in range(8)] for y in range(9)]
-    assert np.allclose(metrics.beyond_shadow(seen, empty, window=1)[0, 0].numpy(), least, atol=1 / 64)  # it tries 33 shadows
+    medians = [[np.median(padded[y : y + 3, x : x + 3]) for x in range(8)] for y in range(9)]
+    assert np.allclose(
+        metrics.beyond_shadow(seen, empty, window=1)[0, 0].numpy(), least, atol=1 / 64
+    )  # it tries 33 shadows
     assert np.allclose(metrics.beyond_shadow(seen, empty, window=3)[0, 0].numpy(), medians, atol=1 / 64)
-    assert metrics.beyond_shadow(empty * 0.6, empty).max() < 1 / 64 and metrics.beyond_shadow(empty * 0.3, empty).max() > 0.05
+    assert (
+        metrics.beyond_shadow(empty * 0.6, empty).max() < 1 / 64
+        and metrics.beyond_shadow(empty * 0.3, empty).max() > 0.05
+    )
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -123,7 +163,10 @@ def test_beyond_shadow_finds_the_object_and_not_its_shadow(seed):
     alpha = (torch.from_numpy(scene.objects[0].rgba[None, None, ..., 3]) > 0.5).float()
     whole, empty = picture(scene.composite), picture(scene.background)
     plain = (whole - empty).abs().amax(1, keepdim=True)
-    found, with_shadow = (metrics.alpha_iou(alpha, (values > 0.06).float()).item() for values in (metrics.beyond_shadow(whole, empty), plain))
+    found, with_shadow = (
+        metrics.alpha_iou(alpha, (values > 0.06).float()).item()
+        for values in (metrics.beyond_shadow(whole, empty), plain)
+    )
     assert found > 0.8 and found > with_shadow + 0.05, (found, with_shadow)
     lines = whole.clone()
     lines[..., 4::8, :] = 1 - lines[..., 4::8, :]  # as thin as outlines that moved
@@ -164,7 +207,9 @@ def test_seam_error_is_the_mean_over_neighbour_steps_at_the_border():
                 if row + down < 12 and column + right < 10 and band[row, column] and band[row + down, column + right]:
                     steps = [p[:, row + down, column + right] - p[:, row, column] for p in (one, two)]
                     values.append(np.abs(steps[0] - steps[1]).mean())
-    assert metrics.seam_error(a, b, torch.from_numpy(mask)[None, None].double(), 1).item() == pytest.approx(np.mean(values))
+    assert metrics.seam_error(a, b, torch.from_numpy(mask)[None, None].double(), 1).item() == pytest.approx(
+        np.mean(values)
+    )
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -174,7 +219,9 @@ def test_a_shifted_or_badly_cut_paste_has_a_seam(seed):
     mask = picture(thing.mask[..., None])
 
     def error(rgba):
-        return metrics.seam_error(picture(renderer.over(rgba, renderer.over(thing.shadow, scene.background))), truth, mask).item()
+        return metrics.seam_error(
+            picture(renderer.over(rgba, renderer.over(thing.shadow, scene.background))), truth, mask
+        ).item()
 
     shifted = [np.roll(thing.rgba, pixels, 1) for pixels in (1, 3)]
     fringe = np.where(thing.rgba[..., 3:] > 0, np.float32([0, 0, 0, 1]), thing.rgba)
@@ -202,7 +249,12 @@ def test_kernel_distance_is_its_double_sum():
     a, b = random(6, 4), random(5, 4, seed=1) + 0.3
 
     def mean(x, y, same):
-        values = [(np.dot(p, q) / 4 + 1) ** 3 for i, p in enumerate(x.numpy()) for j, q in enumerate(y.numpy()) if not (same and i == j)]
+        values = [
+            (np.dot(p, q) / 4 + 1) ** 3
+            for i, p in enumerate(x.numpy())
+            for j, q in enumerate(y.numpy())
+            if not (same and i == j)
+        ]
         return np.mean(values)
 
     expected = mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False)

@@ -1,4 +1,5 @@
 """DreamLayer's formulas against plain loops over whole attention matrices in float64."""
+
 import numpy as np
 import pytest
 import torch
@@ -39,7 +40,10 @@ def test_a_map_without_words_is_empty():
 
 
 def test_mixing_is_equation_9():
-    layers, maps = tokens(0, 2, 4, 5), torch.rand(2, 2, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    layers, maps = (
+        tokens(0, 2, 4, 5),
+        torch.rand(2, 2, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
+    )
     found = shared_layers.mix_global_in(layers, maps)
     for b in range(2):
         for i in range(4):
@@ -57,12 +61,15 @@ def test_joint_attention_is_equations_10_and_11(keys):
     def attend(*parts):
         calls.append([part.shape for part in parts])
         return soft_attention(*parts)
+
     found = shared_layers.joint_attention(q, k, v, 4, attend)
     for b in range(2):
         all_keys, all_values = (torch.cat([values[4 * b + i] for i in range(4)])[None] for values in (k, v))
         for i in range(4):
             assert torch.allclose(found[4 * b + i], soft_attention(q[4 * b + i][None], all_keys, all_values)[0])
-    assert calls == [[(2, 24, HEADS * WIDTH), (2, 4 * keys, HEADS * WIDTH), (2, 4 * keys, HEADS * WIDTH)]], "keys are not repeated for every layer"
+    assert calls == [[(2, 24, HEADS * WIDTH), (2, 4 * keys, HEADS * WIDTH), (2, 4 * keys, HEADS * WIDTH)]], (
+        "keys are not repeated for every layer"
+    )
 
 
 def test_one_layer_attends_to_itself():
@@ -76,7 +83,7 @@ def test_the_global_embedding_has_the_words_of_all_in_order():
     found, positions = shared_layers.global_embedding(layers, ends, chunk=8)
     assert positions == [[1, 2], [3, 4, 5], [6]] and found.shape == (8, HEADS * WIDTH)
     for layer, own, end in zip(layers, positions, ends, strict=True):
-        assert torch.equal(found[own], layer[1:end[0]])
+        assert torch.equal(found[own], layer[1 : end[0]])
     assert torch.allclose(found[0], sum(layer[0] for layer in layers) / 3)
     assert torch.allclose(found[7], sum(layer[end[0]] for layer, end in zip(layers, ends, strict=True)) / 3)
 
@@ -111,7 +118,7 @@ def test_the_layer_embedding_is_that_of_layers_embedded_before_they_are_joined()
     for number, (layer, plain) in enumerate(zip(embedded, layers, strict=True)):
         assert torch.allclose(plain + found[number, :8], layer)
     whole, wanted = (shared_layers.global_embedding(given, ends, chunk=8)[0] for given in (layers, embedded))
-    assert torch.allclose(whole + found[4, :len(whole)], wanted) and found.shape == (5, 16, HEADS * WIDTH)
+    assert torch.allclose(whole + found[4, : len(whole)], wanted) and found.shape == (5, 16, HEADS * WIDTH)
 
 
 def test_the_distance_of_maps_is_equations_6_and_7():
@@ -119,7 +126,7 @@ def test_the_distance_of_maps_is_equations_6_and_7():
     found = shared_layers.map_distance(maps, others)
     for b in range(2):
         norms = [sum((maps[b, f, m] - others[b, f, m]) ** 2 for m in range(20)) ** 0.5 for f in range(3)]
-        assert abs(found[b] - sum(norms) / 20 ** 0.5) < 1e-12
+        assert abs(found[b] - sum(norms) / 20**0.5) < 1e-12
     same = maps.requires_grad_(True)
     shared_layers.map_distance(same, maps.detach()).sum().backward()
     assert (same.grad == 0).all(), "equal maps pull nowhere"
@@ -139,18 +146,29 @@ def test_a_context_layer_is_equation_5():
         return (x - x.mean()) / (x.var(unbiased=False) + module.eps) ** 0.5 * module.weight + module.bias
 
     def layer_by_hand(layer, plain, state):
-        x = [norm(layer.norm, state[m]) + layer.map_in.weight[:, 0] * plain[m] + layer.map_in.bias for m in range(places)]
+        x = [
+            norm(layer.norm, state[m]) + layer.map_in.weight[:, 0] * plain[m] + layer.map_in.bias for m in range(places)
+        ]
         n = [norm(layer.norm1, one) for one in x]
-        q, k, v = ([(module.weight @ one).view(heads, -1) for one in n] for module in (layer.attn.to_q, layer.attn.to_k, layer.attn.to_v))
+        q, k, v = (
+            [(module.weight @ one).view(heads, -1) for one in n]
+            for module in (layer.attn.to_q, layer.attn.to_k, layer.attn.to_v)
+        )
         found = []
         for m in range(places):
             heard = torch.zeros(heads, width // heads, dtype=torch.float64)
             for h in range(heads):
-                weights = torch.stack([(q[m][h] * k[other][h]).sum() / (width / heads) ** 0.5 for other in range(places)]).exp()
+                weights = torch.stack(
+                    [(q[m][h] * k[other][h]).sum() / (width / heads) ** 0.5 for other in range(places)]
+                ).exp()
                 heard[h] = sum(weights[other] / weights.sum() * v[other][h] for other in range(places))
             y = x[m] + layer.attn.to_out[0].weight @ heard.flatten() + layer.attn.to_out[0].bias
             value, gate = (layer.ff.net[0].proj.weight @ norm(layer.norm2, y) + layer.ff.net[0].proj.bias).chunk(2)
-            y = y + layer.ff.net[2].weight @ (value * gate * 0.5 * (1 + torch.erf(gate / 2 ** 0.5))) + layer.ff.net[2].bias
+            y = (
+                y
+                + layer.ff.net[2].weight @ (value * gate * 0.5 * (1 + torch.erf(gate / 2**0.5)))
+                + layer.ff.net[2].bias
+            )
             found.append((plain[m] + layer.map_out.weight[0] @ y + layer.map_out.bias[0]).clamp(0, 1))
         return torch.stack(found)
 

@@ -51,10 +51,16 @@ def test_extend_colours_is_the_published_padding():
     colour, alpha = torch.rand(3, 45, 70, generator=generator, dtype=torch.float64), disc(70)[0, 0, 10:55].double()
     levels = [torch.cat([colour * alpha, alpha[None]]).permute(1, 2, 0).numpy()]
     while min(levels[-1].shape[:2]) > 1:
-        levels.append(resize_local_mean(levels[-1], tuple(max(1, int(side / FACTOR)) for side in levels[-1].shape[:2]), channel_axis=-1))
+        levels.append(
+            resize_local_mean(
+                levels[-1], tuple(max(1, int(side / FACTOR)) for side in levels[-1].shape[:2]), channel_axis=-1
+            )
+        )
     filled = (levels[-1][..., :3].sum((0, 1)) / levels[-1][..., 3].sum())[None, None]
     for level in reversed(levels):
-        up = torch.nn.functional.interpolate(torch.from_numpy(filled).permute(2, 0, 1)[None], level.shape[:2], mode="bilinear")
+        up = torch.nn.functional.interpolate(
+            torch.from_numpy(filled).permute(2, 0, 1)[None], level.shape[:2], mode="bilinear"
+        )
         filled = up[0].permute(1, 2, 0).numpy() * (1 - level[..., 3:]) + level[..., :3]
     found = extend_colours(colour[None], alpha[None, None])[0].permute(1, 2, 0)
     assert np.abs(found.numpy() - filled).max() < 1e-9
@@ -76,5 +82,7 @@ def test_veil_and_specks_go_and_the_object_with_its_edge_stays():
     away = torch.nn.functional.max_pool2d((expected[:1] > 0).float(), 5, 1, 2) == 0
     assert found[0, 0][away[0, 0]].max() == 0, "veil and speck are gone"
     assert torch.equal(found[0][expected[0] > 10 / 255], expected[0][expected[0] > 10 / 255])
-    ring = torch.nn.functional.max_pool2d((expected[:1] > 10 / 255).float(), 3, 1, 1).bool() & (expected[:1] <= 10 / 255)
+    ring = torch.nn.functional.max_pool2d((expected[:1] > 10 / 255).float(), 3, 1, 1).bool() & (
+        expected[:1] <= 10 / 255
+    )
     assert torch.equal(found[:1][ring], alpha[:1][ring]), "one pixel of the edge stays"

@@ -1,4 +1,5 @@
 """The classifier's trainer: it learns, goes on where it stopped, and writes a file that judges as the trained model does."""
+
 import json
 
 import numpy as np
@@ -54,17 +55,29 @@ def test_a_batch_is_a_function_of_its_numbers_and_its_labels_are_the_scenes(tmp_
     image, places, objects = pool.batch(settings, 3, 0)
     again = classifier.Mixture(tmp_path, config()).batch(settings, 3, 0)
     assert all(torch.equal(a, b) for a, b in zip((image, places, objects), again, strict=True))
-    assert not torch.equal(image, pool.batch(settings, 4, 0)[0]) and not torch.equal(image, pool.batch(settings, 3, 1)[0])
+    assert not torch.equal(image, pool.batch(settings, 4, 0)[0]) and not torch.equal(
+        image, pool.batch(settings, 3, 1)[0]
+    )
     assert image.shape == (40, 3, 128, 128) and image.min() >= 0 and image.max() <= 1
     names = list(renderer.catalogue())
-    known = {(kind if not plain else None, frozenset(shown)) for part in pool.pools for i in range(part.count)
-             for kind, shown in [part.content(i)] for plain in [isinstance(part, classifier.Extra) and i % 2]}
+    known = {
+        (kind if not plain else None, frozenset(shown))
+        for part in pool.pools
+        for i in range(part.count)
+        for kind, shown in [part.content(i)]
+        for plain in [isinstance(part, classifier.Extra) and i % 2]
+    }
     for where, row in zip(places, objects, strict=True):
-        assert (None if where == classifier.PLAIN else renderer.KINDS[where], frozenset(names[i] for i in row.nonzero()[:, 0])) in known
+        assert (
+            None if where == classifier.PLAIN else renderer.KINDS[where],
+            frozenset(names[i] for i in row.nonzero()[:, 0]),
+        ) in known
 
 
 def test_a_disturbed_picture_is_still_the_picture():
-    image = torch.from_numpy(np.stack([renderer.render(Request(), 128, 128, seed).composite for seed in range(8)])).permute(0, 3, 1, 2)
+    image = torch.from_numpy(
+        np.stack([renderer.render(Request(), 128, 128, seed).composite for seed in range(8)])
+    ).permute(0, 3, 1, 2)
     disturbed = classifier.disturb(image, np.random.default_rng(0))
     assert 0.01 < (disturbed - image).abs().mean() < 0.15
     assert metrics.ssim(disturbed[4:], image[4:]).mean() > 0.4
@@ -78,7 +91,9 @@ def test_the_published_file_judges_as_the_trained_model(run, tmp_path):
         about = file.metadata()
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118
     assert set(about) >= {"command", "config", "data", "steps", "metrics", "licence"} and about["steps"] == "60"
-    assert json.loads(about["places"]) == list(renderer.KINDS) and json.loads(about["objects"]) == list(renderer.catalogue())
+    assert json.loads(about["places"]) == list(renderer.KINDS) and json.loads(about["objects"]) == list(
+        renderer.catalogue()
+    )
     judge, image = oracle.load(path), torch.rand(3, 3, 128, 128)
     with torch.no_grad():
         for got, expected in zip(judge.logits(image), model(image), strict=True):
@@ -118,4 +133,6 @@ def test_the_classifier_takes_pictures_of_any_size(size):
         places, objects = model(torch.rand(2, 3, *size))
         assert places.shape == (2, 10) and objects.shape == (2, 60)
         flat = torch.full((1, 3, 128, 128), 0.3)  # the size of a picture without edges changes nothing
-        assert torch.allclose(model.features(flat), model.features(flat[:, :, :1, :1].expand(1, 3, size[0], size[0])), atol=1e-4)
+        assert torch.allclose(
+            model.features(flat), model.features(flat[:, :, :1, :1].expand(1, 3, size[0], size[0])), atol=1e-4
+        )

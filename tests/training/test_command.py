@@ -1,4 +1,5 @@
 """The command line as a person meets it: a real process, stopped, gone on with, and with things missing."""
+
 import csv
 import json
 import os
@@ -17,8 +18,15 @@ SMALL = ["--set", "scenes=4", "--set", "batch=1", "--set", "crop=32", "--set", "
 
 def start(*arguments, **options):
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "training", *map(str, arguments)], cwd=PACK, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    return subprocess.Popen(
+        [sys.executable, "-m", "training", *map(str, arguments)],
+        cwd=PACK,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
 
 
 def said(*arguments, **options) -> tuple[int, str]:
@@ -31,17 +39,28 @@ def test_help_names_every_trainer_and_option():
     code, words = said("--help")
     assert code == 0 and all(name in words for name in (*command.TRAINERS, "publish", "judge"))
     code, words = said("diffusion", "--help")
-    assert code == 0 and all(option in words for option in ("--config", "--set", "--folder", "--minutes", "--save-every"))
+    assert code == 0 and all(
+        option in words for option in ("--config", "--set", "--folder", "--minutes", "--save-every")
+    )
 
 
-@pytest.mark.parametrize(("arguments", "expected"), [
-    (["autoencoder", "--config", "nowhere.json"], "cannot read the config nowhere.json"),
-    (["autoencoder", "--set", "stepz=3"], "the config has no 'stepz'; it has start, channels"),
-    (["autoencoder", "--set", "steps=many"], "'many' is not a number"),
-    (["diffusion", "--set", "scenes=64"], "scenes is 64, and 64 of them are kept for validation; set it to 128 or more"),
-    (["dreamlayer", "--set", "scenes=64"], "scenes is 64, and 63 of them are kept for validation; set it to 126 or more"),
-    (["painter"], "invalid choice: 'painter'"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["autoencoder", "--config", "nowhere.json"], "cannot read the config nowhere.json"),
+        (["autoencoder", "--set", "stepz=3"], "the config has no 'stepz'; it has start, channels"),
+        (["autoencoder", "--set", "steps=many"], "'many' is not a number"),
+        (
+            ["diffusion", "--set", "scenes=64"],
+            "scenes is 64, and 64 of them are kept for validation; set it to 128 or more",
+        ),
+        (
+            ["dreamlayer", "--set", "scenes=64"],
+            "scenes is 64, and 63 of them are kept for validation; set it to 126 or more",
+        ),
+        (["painter"], "invalid choice: 'painter'"),
+    ],
+)
 def test_wrong_arguments_are_named(arguments, expected):
     code, words = said(*arguments)
     assert code != 0 and expected in words and "Traceback" not in words
@@ -49,7 +68,7 @@ def test_wrong_arguments_are_named(arguments, expected):
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pip install \"accelerate"):
+    with pytest.raises(SystemExit, match='pip install "accelerate'):
         command.main(["autoencoder"])
 
 
@@ -61,7 +80,9 @@ def test_ctrl_c_leaves_a_checkpoint_that_the_same_command_goes_on_from(tmp_path)
             process.send_signal(signal.SIGINT)
             break
     out, error = process.communicate(timeout=120)
-    assert process.returncode == 130 and "Stopping after this step" in out and "give the same command again" in error, error
+    assert process.returncode == 130 and "Stopping after this step" in out and "give the same command again" in error, (
+        error
+    )
     code, words = said(*arguments, "--minutes", "0")
     assert code == 0
     going_on = next(line for line in words.splitlines() if line.startswith("Going on from step"))

@@ -1,4 +1,5 @@
 """Batches are functions of their numbers, and what a pool says about a scene is what the renderer put into it."""
+
 import numpy as np
 import pytest
 import torch
@@ -38,7 +39,9 @@ def test_a_prompt_names_the_scene_in_the_renderers_words(folder):
         scene, said = truth(pool, index), pool.prompt(index)
         assert said == pool.prompt(index)
         assert any(said.endswith(where) for where in renderer.PLACE_WORDS[scene.kind])
-        places = [max(said.find(words) for words in renderer.catalogue()[thing.name].prompts) for thing in scene.objects]
+        places = [
+            max(said.find(words) for words in renderer.catalogue()[thing.name].prompts) for thing in scene.objects
+        ]
         assert min(places) >= 0 and places == sorted(places, reverse=True)  # nearest first
     assert len({pool.prompt(0, draw) for draw in range(20)}) > 3
 
@@ -56,7 +59,7 @@ def test_a_batch_holds_the_cuts_that_its_draw_says(folder):
     pool = data.ScenePool(folder, COUNT, SIDE)
     draw, batch = pool.draw(8, 40, 3, 9), pool.batch(8, 40, 3, 9)
     for index, (y, x), flip, picture in zip(draw.scenes, draw.corners, draw.flip, batch, strict=True):
-        cut = truth(pool, index).composite[y:y + 40, x:x + 40]
+        cut = truth(pool, index).composite[y : y + 40, x : x + 40]
         assert np.abs((cut[:, ::-1] if flip else cut) - picture.permute(1, 2, 0).numpy()).max() <= 0.5 / 255 + 1e-6
 
 
@@ -70,11 +73,15 @@ def test_pools_keep_to_their_objects_and_pairs(folder):
         if index % 2:
             assert len(names) == 1
         else:
-            assert not any(renderer.is_held_out_pair(name, kind) for name in names) and any(renderer.catalogue()[name].held_out for name in names)
+            assert not any(renderer.is_held_out_pair(name, kind) for name in names) and any(
+                renderer.catalogue()[name].held_out for name in names
+            )
 
 
 def test_choose_is_what_render_shows():
     for seed in range(30):
         for request in (Request(), Request(train=True), Request(held_out=True), Request(kind="snow", count=2)):
             scene = renderer.render(request, 32, 32, seed)
-            assert (scene.kind, [thing.name for thing in scene.objects]) == renderer.choose(request, np.random.default_rng(seed))
+            assert (scene.kind, [thing.name for thing in scene.objects]) == renderer.choose(
+                request, np.random.default_rng(seed)
+            )

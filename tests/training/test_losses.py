@@ -1,4 +1,5 @@
 """Losses and measures against NumPy and scikit-image."""
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ def test_gradient_loss_is_the_mean_difference_of_neighbour_steps():
 
 def test_psnr_is_that_of_scikit_image():
     from skimage.metrics import peak_signal_noise_ratio
+
     a, b = torch.rand(3, 3, 8, 8, dtype=torch.float64), torch.rand(3, 3, 8, 8, dtype=torch.float64)
     expected = [peak_signal_noise_ratio(x.numpy(), y.numpy(), data_range=1) for x, y in zip(a, b, strict=True)]
     assert psnr(a, b).tolist() == pytest.approx(expected, rel=1e-12)

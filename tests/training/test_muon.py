@@ -10,8 +10,11 @@ def test_orthogonalised_keeps_the_directions_and_evens_out_the_sizes():
     matrices = [torch.randn(shape) for shape in ((64, 576), (200, 48), (64, 64), (48, 96))]
     for matrix, found in zip(matrices, orthogonalised(matrices), strict=True):
         left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
-        assert torch.linalg.svdvals(found).min() > 0.3 * (sizes.min() > 0.1 * sizes.max()) and torch.linalg.svdvals(found).max() < 1.3
-        along = (left.T @ found @ right.T)
+        assert (
+            torch.linalg.svdvals(found).min() > 0.3 * (sizes.min() > 0.1 * sizes.max())
+            and torch.linalg.svdvals(found).max() < 1.3
+        )
+        along = left.T @ found @ right.T
         assert (along - along.diag().diag()).abs().max() < 1e-3
 
 
@@ -33,7 +36,9 @@ def test_matrices_go_along_the_orthogonalised_gradient_and_the_rest_as_adam():
         if step == 0:
             moved = (model[0].weight - before).detach().flatten(1)
             assert torch.allclose(moved, -1e-2 * 0.2 * 288**0.5 * orthogonalised([gradient.flatten(1)])[0], atol=1e-5)
-            assert abs(moved.square().mean().sqrt() - 0.2 * 1e-2) < 4e-4  # as large as one of Adam's steps of that rate, times 0.2
+            assert (
+                abs(moved.square().mean().sqrt() - 0.2 * 1e-2) < 4e-4
+            )  # as large as one of Adam's steps of that rate, times 0.2
     for p, twin in zip(rest, twins, strict=True):
         assert torch.allclose(p, twin, atol=1e-6)
 

@@ -1,4 +1,5 @@
 """The shipped classifier: right on scenes it never saw, and its measures follow what is in the pictures."""
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +26,9 @@ def rendered(request, count, first=FIRST):
 
 def agreement(judge, shown, pictures=None):
     pictures = batch([s.composite for s in shown]) if pictures is None else pictures
-    where, things = judge.text_agreement(pictures, [s.kind for s in shown], [[o.name for o in s.objects] for s in shown])
+    where, things = judge.text_agreement(
+        pictures, [s.kind for s in shown], [[o.name for o in s.objects] for s in shown]
+    )
     return where.mean().item(), things.mean().item()
 
 
@@ -71,12 +74,17 @@ def test_a_thing_is_more_like_itself_in_another_place_than_like_another_thing(ju
     names = list(renderer.catalogue())
     cuts = []
     for first, kind in ((0, "meadow"), (1000, "room")):
-        things = [renderer.render(Request(kind=kind, objects=(name,)), 128, 128, FIRST + first + i).objects[0].rgba for i, name in enumerate(names)]
+        things = [
+            renderer.render(Request(kind=kind, objects=(name,)), 128, 128, FIRST + first + i).objects[0].rgba
+            for i, name in enumerate(names)
+        ]
         rgba = batch(things)
         cuts.append(oracle.cut_out(rgba[:, :3], rgba[:, 3:]))
     same = judge.similarity(*cuts)
     other = judge.similarity(cuts[0], cuts[1].roll(1, 0))
-    print(f"same thing {same.mean():.3f}, other thing {other.mean():.3f}, right order {(same > other).float().mean():.3f}")
+    print(
+        f"same thing {same.mean():.3f}, other thing {other.mean():.3f}, right order {(same > other).float().mean():.3f}"
+    )
     assert (same > other).float().mean() >= 0.95 and same.mean() > other.mean() + 0.1
     assert judge.similarity(cuts[0], cuts[0]).tolist() == pytest.approx([1] * len(names))
 
@@ -90,7 +98,9 @@ def test_cut_out_does_not_depend_on_place_and_size():
 
     one, two = oracle.cut_out(colour, disc(30, 40, 16)), oracle.cut_out(colour, disc(80, 70, 40))
     assert (one - two).abs().mean() < 0.01
-    assert torch.allclose(one[0, :, 64, 64], colour[0, :, 0, 0]) and torch.allclose(one[0, :, 0, 0], torch.full((3,), 0.5))
+    assert torch.allclose(one[0, :, 64, 64], colour[0, :, 0, 0]) and torch.allclose(
+        one[0, :, 0, 0], torch.full((3,), 0.5)
+    )
     with pytest.raises(ValueError, match="alpha is empty"):
         oracle.cut_out(colour, disc(30, 40, 16) * 0)
 

@@ -1,4 +1,5 @@
 """Every trainer of the family on eight scenes: it learns them to a stated loss, and goes on where it stopped."""
+
 import csv
 import shutil
 
@@ -12,15 +13,46 @@ from strata.networks.autoencoder import Autoencoder
 from strata.networks.transparency import published_adapter
 from strata.scenes import renderer
 from strata.techniques import diffusion as formulas
-from strata.training import adapter, autoencoder, command, diffusion, dreamlayer, family, latents, loop, settings, text, transparency
+from strata.training import (
+    adapter,
+    autoencoder,
+    command,
+    diffusion,
+    dreamlayer,
+    family,
+    latents,
+    loop,
+    settings,
+    text,
+    transparency,
+)
 
-EIGHT = {"autoencoder": {"scenes": 8, "batch": 8, "side": 32, "crop": 32, "steps": 100, "warmup": 5},
-         "diffusion": {"scenes": 72, "batch": 8, "side": 64, "steps": 100, "warmup": 5},
-         "inpaint": {"scenes": 72, "batch": 8, "side": 64, "steps": 8, "warmup": 2},
-         "transparent_decoder": {"cutouts": 8, "batch": 8, "side": 32, "crop": 32, "steps": 4, "warmup": 2},
-         "transparency": {"cutouts": 8, "batch": 8, "side": 32, "crop": 32, "steps": 120, "warmup": 5, "learning_rate": 2e-3},
-         "adapter": {"cutouts": 64, "batch": 8, "side": 64, "steps": 8, "warmup": 2},
-         "dreamlayer": {"adapter": None, "scenes": 72, "rows": 8, "side": 64, "steps": 60, "warmup": 5, "learning_rate": 3e-3, "shares": [[1, 1, 1]] * 2}}
+EIGHT = {
+    "autoencoder": {"scenes": 8, "batch": 8, "side": 32, "crop": 32, "steps": 100, "warmup": 5},
+    "diffusion": {"scenes": 72, "batch": 8, "side": 64, "steps": 100, "warmup": 5},
+    "inpaint": {"scenes": 72, "batch": 8, "side": 64, "steps": 8, "warmup": 2},
+    "transparent_decoder": {"cutouts": 8, "batch": 8, "side": 32, "crop": 32, "steps": 4, "warmup": 2},
+    "transparency": {
+        "cutouts": 8,
+        "batch": 8,
+        "side": 32,
+        "crop": 32,
+        "steps": 120,
+        "warmup": 5,
+        "learning_rate": 2e-3,
+    },
+    "adapter": {"cutouts": 64, "batch": 8, "side": 64, "steps": 8, "warmup": 2},
+    "dreamlayer": {
+        "adapter": None,
+        "scenes": 72,
+        "rows": 8,
+        "side": 64,
+        "steps": 60,
+        "warmup": 5,
+        "learning_rate": 3e-3,
+        "shares": [[1, 1, 1]] * 2,
+    },
+}
 
 
 def config_of(name: str, **changes) -> dict:
@@ -77,7 +109,9 @@ def test_the_decoder_goes_on_alone(root, trained_autoencoder, tmp_path):
 
 
 def test_a_fresh_autoencoder_carries_a_blurred_picture():
-    picture = torch.from_numpy(renderer.render(renderer.Request(train=True), 64, 64, 3).composite).permute(2, 0, 1)[None]
+    picture = torch.from_numpy(renderer.render(renderer.Request(train=True), 64, 64, 3).composite).permute(2, 0, 1)[
+        None
+    ]
     with torch.no_grad():
         latent, decoded = autoencoder.build(config_of("autoencoder"))(picture)
     blurred = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(picture, 8), scale_factor=8)
@@ -97,7 +131,12 @@ def test_the_inpainting_denoiser_starts_as_the_one_it_came_from(root, trained_di
     start, wide = diffusion.build({**config, "in_channels": 4}), diffusion.build(config)
     for model in (start, wide):
         loop.start_from(model, trained_diffusion / "model.safetensors")
-    latent, mask, times, rows = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8, 8), torch.tensor([10, 900]), text.rows(["a dog", ""])
+    latent, mask, times, rows = (
+        torch.randn(2, 4, 8, 8),
+        torch.randn(2, 5, 8, 8),
+        torch.tensor([10, 900]),
+        text.rows(["a dog", ""]),
+    )
     with torch.no_grad():
         assert torch.allclose(start(latent, times, rows), wide(torch.cat([latent, mask], 1), times, rows), atol=1e-5)
     diffusion.train(config, root / "inpaint", None, 1e9)
@@ -131,11 +170,15 @@ def test_the_adapter_trains_nothing_but_its_own_terms_and_publishes_them(root, t
     adapter.train(config_of("adapter"), root / "adapter", None, 1e9)
     before, after = (load_file(folder / "model.safetensors") for folder in (trained_diffusion, root / "adapter"))
     for key, value in before.items():
-        twin = after.get(key, after.get(key.replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias")))
+        twin = after.get(
+            key, after.get(key.replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias"))
+        )
         assert torch.equal(twin, value), key
     published = published_adapter(after)
     downs = [key for key in published if key.endswith("::lora::1")]
-    assert len(published) == 2 * len(downs) == 2 * 4 * 2 * 7  # up and down, four projections, two attentions, seven blocks
+    assert (
+        len(published) == 2 * len(downs) == 2 * 4 * 2 * 7
+    )  # up and down, four projections, two attentions, seven blocks
     name = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     assert published[f"{name}::lora::0"].shape == (64, 32) and published[f"{name}::lora::1"].shape == (32, 128)
     assert all(published[key].abs().max() > 0 for key in published)
@@ -155,7 +198,9 @@ def test_the_adapter_trains_nothing_but_its_own_terms_and_publishes_them(root, t
         loop.start_from(merged, trained_diffusion / "model.safetensors")
         assert not torch.allclose(merged(*inputs), adapted(*inputs), atol=1e-3)
     # layers are trained with it on the objects' rows
-    found = dreamlayer.build(config_of("dreamlayer", adapter="adapter"), root).unet.get_submodule(name.removeprefix("diffusion_model.").removesuffix(".weight"))
+    found = dreamlayer.build(config_of("dreamlayer", adapter="adapter"), root).unet.get_submodule(
+        name.removeprefix("diffusion_model.").removesuffix(".weight")
+    )
     assert torch.equal(found.adapter, published[f"{name}::lora::0"] @ published[f"{name}::lora::1"])
 
 
@@ -164,48 +209,95 @@ def test_layer_modules_learn_nine_scenes_and_nothing_else_changes(root, trained_
     monkeypatch.setattr(dreamlayer, "SAMPLING_STEPS", 2)
     config = config_of("dreamlayer")
     trained = dreamlayer.train(config, root / "dreamlayer", None, 1e9)
-    pool = dreamlayer.SceneLayers(root / "scenes", latents.load_autoencoder(root), transparency.load_pair(trained_pair)[0], config["scenes"], config["side"])
+    pool = dreamlayer.SceneLayers(
+        root / "scenes",
+        latents.load_autoencoder(root),
+        transparency.load_pair(trained_pair)[0],
+        config["scenes"],
+        config["side"],
+    )
 
     @torch.no_grad()
     def measured(model, what):
         """The mean over the nine scenes and four draws of noise and timestep."""
-        found = [dreamlayer.loss_of(model, pool.batch(np.arange(count, 9, 3), 0), {**config, "empty_prompt": 0}, formulas.noise_levels(),
-                                    np.random.default_rng(draw))[what].item() for count in range(3) for draw in range(4)]
+        found = [
+            dreamlayer.loss_of(
+                model,
+                pool.batch(np.arange(count, 9, 3), 0),
+                {**config, "empty_prompt": 0},
+                formulas.noise_levels(),
+                np.random.default_rng(draw),
+            )[what].item()
+            for count in range(3)
+            for draw in range(4)
+        ]
         return np.mean(found)
 
     fresh = dreamlayer.build(config, root)
     # 60 steps teach the maps and leave the predicted noise as good as it was
-    for what, share in (("error", 1.05), ("context", 0.6)):  # the own maps have to follow maps that become alphas: `layout` rises at first, and `loss` with it
+    for what, share in (
+        ("error", 1.05),
+        ("context", 0.6),
+    ):  # the own maps have to follow maps that become alphas: `layout` rises at first, and `loss` with it
         assert measured(trained, what) < share * measured(fresh, what), what
     before, after = (load_file(folder / "model.safetensors") for folder in (trained_diffusion, root / "dreamlayer"))
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     published = layered_denoiser.published_form(after)
     assert all(value.abs().max() > 0 for value in published.values()) and published["layer_embedding"].shape == (4, 128)
-    assert all(sum(key.startswith(kind) for key in published) == 2 * 2 * 7 for kind in ("shared.", "foreground."))  # two projections of 14 attentions
-    assert published["foreground.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_v.weight"].shape == (192, 192)
+    assert all(
+        sum(key.startswith(kind) for key in published) == 2 * 2 * 7 for kind in ("shared.", "foreground.")
+    )  # two projections of 14 attentions
+    assert published["foreground.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_v.weight"].shape == (
+        192,
+        192,
+    )
 
 
-def test_the_second_run_of_layer_modules_goes_on_from_the_first_with_noise_of_each_layers_own(root, trained_diffusion, trained_pair):
+def test_the_second_run_of_layer_modules_goes_on_from_the_first_with_noise_of_each_layers_own(
+    root, trained_diffusion, trained_pair
+):
     torch.manual_seed(0)
     first, folder = dreamlayer.build(config_of("dreamlayer"), root), root / "dreamlayer_before"
     learnt = {name: torch.randn_like(value) for name, value in first.named_parameters() if value.requires_grad}
     folder.mkdir()
-    save_file(first.state_dict() | learnt | {name: torch.full_like(value, torch.nan) for name, value in first.state_dict().items() if name.endswith("adapter")},
-              folder / "model.safetensors")
+    save_file(
+        first.state_dict()
+        | learnt
+        | {
+            name: torch.full_like(value, torch.nan)
+            for name, value in first.state_dict().items()
+            if name.endswith("adapter")
+        },
+        folder / "model.safetensors",
+    )
     config = config_of("dreamlayer_apart", adapter=None, start="dreamlayer_before")
     model = dreamlayer.build(config, root)
     assert all(torch.equal(value, learnt[name]) for name, value in model.named_parameters() if value.requires_grad)
-    assert not any(value.isnan().any() for value in model.state_dict().values()), "the adapter is the config's, not the first run's"
+    assert not any(value.isnan().any() for value in model.state_dict().values()), (
+        "the adapter is the config's, not the first run's"
+    )
 
-    pool = dreamlayer.SceneLayers(root / "scenes", latents.load_autoencoder(root), transparency.load_pair(trained_pair)[0], 72, 64)
+    pool = dreamlayer.SceneLayers(
+        root / "scenes", latents.load_autoencoder(root), transparency.load_pair(trained_pair)[0], 72, 64
+    )
     levels, batch, given = formulas.noise_levels(), pool.batch(np.array([1, 4]), 0), []
     model.register_forward_pre_hook(lambda _, inputs: given.append(inputs))
-    found = {weight: dreamlayer.loss_of(model, batch, config | {"early_weight": weight, "context_weight": 0, "layout_weight": 0}, levels,
-                                        np.random.default_rng(0))["loss"].item() for weight in (1.0, 10.0)}
+    found = {
+        weight: dreamlayer.loss_of(
+            model,
+            batch,
+            config | {"early_weight": weight, "context_weight": 0, "layout_weight": 0},
+            levels,
+            np.random.default_rng(0),
+        )["loss"].item()
+        for weight in (1.0, 10.0)
+    }
     latent, timesteps = given[0][:2]
     level = levels[timesteps].view(-1, 1, 1, 1, 1)
     noise = ((latent - level.sqrt() * batch.latent) / (1 - level).sqrt()).flatten(2)
-    assert (noise @ noise.transpose(1, 2) / noise.shape[-1] - 0.5 - 0.5 * torch.eye(4)).abs().max() < 0.2  # 256 numbers a layer
+    assert (
+        noise @ noise.transpose(1, 2) / noise.shape[-1] - 0.5 - 0.5 * torch.eye(4)
+    ).abs().max() < 0.2  # 256 numbers a layer
     assert (timesteps > 700).any() and found[1.0] < found[10.0] < 10 * found[1.0]
 
 
@@ -217,7 +309,9 @@ def test_scenes_come_as_layers_with_their_alphas_and_words(root, trained_pair):
     scene = renderer.render(pool.request(4), 64, 64, 4)
     with torch.no_grad():
         for place, picture in ((0, scene.background), (3, scene.composite)):
-            assert torch.allclose(batch.latent[0, place], model.encode(torch.from_numpy(picture).permute(2, 0, 1)[None])[0], atol=5e-3)
+            assert torch.allclose(
+                batch.latent[0, place], model.encode(torch.from_numpy(picture).permute(2, 0, 1)[None])[0], atol=5e-3
+            )
     for number, shown in enumerate(scene.objects):
         assert np.allclose(batch.alphas[0, number], shown.rgba[..., 3].reshape(8, 8, 8, 8).mean((1, 3)), atol=1e-3)
         assert batch.prompts[0][1 + number] in renderer.catalogue()[shown.name].prompts
@@ -232,7 +326,11 @@ def test_a_stopped_run_goes_on_to_the_same_losses(name, root, trained_autoencode
     if name == "dreamlayer":
         request.getfixturevalue("trained_diffusion"), request.getfixturevalue("trained_pair")
         monkeypatch.setattr(dreamlayer, "SAMPLING_STEPS", 2)
-    modules = {"diffusion": (diffusion, "loss_of"), "transparency": (transparency, "losses"), "dreamlayer": (dreamlayer, "loss_of")}
+    modules = {
+        "diffusion": (diffusion, "loss_of"),
+        "transparency": (transparency, "losses"),
+        "dreamlayer": (dreamlayer, "loss_of"),
+    }
     module, function = modules[name]
     seen, plain = [], getattr(module, function)
 
@@ -261,7 +359,11 @@ def fresh_accelerator():
 def test_bf16_is_used_in_what_learns_and_nowhere_else(trained_autoencoder, tmp_path, monkeypatch, fresh_accelerator):
     """As on a GPU; a processor without bf16 instructions emulates it."""
     config, seen, kept = config_of("diffusion", steps=2), [], []
-    monkeypatch.setattr(diffusion, "loss_of", lambda *given, plain=diffusion.loss_of: (terms := plain(*given), seen.append(terms["loss"].item()))[0])
+    monkeypatch.setattr(
+        diffusion,
+        "loss_of",
+        lambda *given, plain=diffusion.loss_of: (terms := plain(*given), seen.append(terms["loss"].item()))[0],
+    )
     for fast in (True, False):
         fresh_accelerator(reset_partial_state=True)
         monkeypatch.setattr(loop, "has_fast_bf16", lambda fast=fast: fast)
@@ -275,15 +377,20 @@ def test_bf16_is_used_in_what_learns_and_nowhere_else(trained_autoencoder, tmp_p
             assert torch.equal(model(*given), plain(*given))
         kept.append({path.name: path.read_bytes() for path in (root / "scenes").glob("latents-*")})
     assert kept[0] and kept[0] == kept[1]
-    half, exact = seen[:len(seen) // 2], seen[len(seen) // 2:]
+    half, exact = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     assert half != exact and half == pytest.approx(exact, rel=0.02)
 
 
-def test_publishing_writes_what_is_trained_and_names_what_is_not(root, trained_diffusion, trained_decoder, tmp_path, monkeypatch, capsys):
+def test_publishing_writes_what_is_trained_and_names_what_is_not(
+    root, trained_diffusion, trained_decoder, tmp_path, monkeypatch, capsys
+):
     shutil.copy(settings.CONFIGS / "sd.json", tmp_path / "sd.json")
     monkeypatch.setattr(settings, "CONFIGS", tmp_path)
     family.publish(root, tmp_path / "models")
-    assert "strata/mini_classifier.safetensors: not written, python -m training classifier has not run" in capsys.readouterr().out
+    assert (
+        "strata/mini_classifier.safetensors: not written, python -m training classifier has not run"
+        in capsys.readouterr().out
+    )
     state = load_file(tmp_path / "models" / "checkpoints" / "strata_mini_sd.safetensors")
     assert state["first_stage_model.vae_scale"] == 1 and state["cond_stage_model.token_ids"][0] == -1
     trained = load_file(trained_diffusion / "model.safetensors")
@@ -301,7 +408,9 @@ def test_latents_are_encoded_once_and_prompts_follow_the_scene(root, trained_aut
     batch = pool.batch(np.array([8, 9, 10, 10]), 0)
     assert "empty place" in batch.prompts[0] and "plain gray background" in batch.prompts[1]
     with torch.no_grad():
-        expected = model.encode(torch.from_numpy(renderer.render(pool.request(10), 64, 64, 10).composite).permute(2, 0, 1)[None])
+        expected = model.encode(
+            torch.from_numpy(renderer.render(pool.request(10), 64, 64, 10).composite).permute(2, 0, 1)[None]
+        )
     assert torch.allclose(batch.latent[2], expected[0], atol=5e-3) and torch.equal(batch.latent[2], batch.latent[3])
     again = latents.LatentPool(tmp_path, model, 80, 64)
     assert again.values[10].any() and not again.values[11].any()
@@ -336,7 +445,9 @@ def test_unknown_words_share_one_row_and_the_end_fills_up():
     assert rows.shape == (2, 77) and (rows[0] == 0).any() and not (rows[1] == 0).any()
     assert rows[1, 3] == rows[1, -1] == len(text.token_ids()) - 1 and rows[1, 0] == len(text.token_ids()) - 2
     hidden = text.with_unknown(rows, 1.0, np.random.default_rng(0))
-    assert (hidden[:, 1:3] == 0).all() and torch.equal(hidden[:, 0], rows[:, 0]) and (hidden[1, 3:] == rows[1, 3:]).all()
+    assert (
+        (hidden[:, 1:3] == 0).all() and torch.equal(hidden[:, 0], rows[:, 0]) and (hidden[1, 3:] == rows[1, 3:]).all()
+    )
 
 
 def test_a_missing_model_is_named_with_the_command_that_makes_it(tmp_path):
