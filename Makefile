@@ -15,6 +15,7 @@ test-full:  ## the slow ones too
 
 check:  ## style, and files that are generated
 	$(EXEC) -m ruff check .
+	$(EXEC) -m ruff format --check .
 	$(EXEC) tools/papers.py --check
 
 serve:  ## open ComfyUI with this pack for a person

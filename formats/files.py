@@ -30,9 +30,11 @@ def save(
     metadata: dict[str, Any],
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Path]:
-    """Save a stack in one of FORMATS as files whose names begin with stem; returns them, the flattened picture last for PNG and WebP.
+    """Save a stack in one of FORMATS as files whose names begin with stem; returns them, the flattened picture last for
+    PNG and WebP.
 
-    PNG and WebP layers are canvas-sized, so that they lie on each other, with opacity, blend mode and so on as metadata "strata".
+    PNG and WebP layers are canvas-sized, so that they lie on each other, with opacity, blend mode and so on as metadata
+    "strata".
     Either every file is there at the end or none. metadata: JSON values, embedded in every file. merged: [H,W,3|4].
     Raises ValueError for what a format cannot hold.
     """
@@ -63,7 +65,8 @@ def save(
 
 
 def load(path: Path, groups: str = GROUPS[0], notes: list[str] | None = None) -> LayerStack:
-    """Read a PSD, PSB or OpenRaster file, told apart by its first bytes. Raises ValueError with one sentence naming the file.
+    """Read a PSD, PSB or OpenRaster file, told apart by its first bytes. Raises ValueError with one sentence naming the
+    file.
 
     groups: one of formats.groups.GROUPS. notes: gets a sentence for everything that the layers cannot hold.
     """
@@ -74,23 +77,28 @@ def load(path: Path, groups: str = GROUPS[0], notes: list[str] | None = None) ->
         raise ValueError(f"{path.name} is empty; save or upload it again.")
     if head == b"8BPS" or head[:2] == b"PK":
         stack = psd.read(path, groups, notes) if head == b"8BPS" else openraster.read(path, groups, notes)
+        # Krita's end in NUL.
         return stack.with_layers(
             replace(layer, name=plain_name(layer.name.rstrip("\0")) or "Layer") for layer in stack.layers
-        )  # Krita's end in NUL
+        )
     raise ValueError(
         f"{path.name} is neither a PSD nor an OpenRaster file; save it as one of these in your paint program."
     )
 
 
 def file_name(name: str) -> str:
-    """A layer's name as part of a file's name on every system: separators and reserved characters become -, at most 60 characters."""
+    """A layer's name as part of a file's name on every system: separators and reserved characters become -, at most 60
+    characters.
+    """
     safe = re.sub(r'[\s\\/:*?"<>|%]+', "-", plain_name(name)).strip("-. ")
     return safe.encode()[:60].decode(errors="ignore") or "layer"
 
 
 @contextmanager
 def _new_files(paths: list[Path]) -> Iterator[tuple[list[Path], list[BinaryIO]]]:
-    """Open files that appear under their names together when the block ends, and not at all when it raises or one is there already."""
+    """Open files that appear under their names together when the block ends, and not at all when it raises or one is
+    there already.
+    """
     for path in paths:
         if path.exists():
             raise ValueError(f"{path.name} is there already and is not overwritten; use another name.")

@@ -26,9 +26,11 @@ def grouped(
     merge: bool,
     notes: list[str],
 ) -> list[Layer]:
-    """The layers of a group, back to front, with its opacity, mask and blend mode; or one layer that shows the same, with a note why.
+    """The layers of a group, back to front, with its opacity, mask and blend mode; or one layer that shows the same,
+    with a note why.
 
-    mode: "pass-through" when the group's layers mix with what is behind it, else that of the isolated group. mask(layer): the group's mask over the
+    mode: "pass-through" when the group's layers mix with what is behind it, else that of the isolated group.
+    mask(layer): the group's mask over the
     layer's own pixels [H,W], 1 = opaque. merge: one layer whatever it is.
     """
     shown = [layer for layer in own if layer.visible]
@@ -72,7 +74,9 @@ def masked(layer: Layer, factor: np.ndarray | None) -> Layer:
 
 
 def _overlap(layers: list[Layer]) -> bool:
-    """Whether two of them draw into one pixel. Only what two boxes share is looked at: layers far apart cost nothing."""
+    """Whether two of them draw into one pixel. Only what two boxes share is looked at: layers far apart cost
+    nothing.
+    """
     drawn = [(layer.rgba()[..., 3] > 0).numpy() for layer in layers]
     for (one, first), (other, second) in combinations(zip(layers, drawn, strict=True), 2):
         left, top = max(one.x, other.x), max(one.y, other.y)
@@ -88,7 +92,9 @@ def _overlap(layers: list[Layer]) -> bool:
 
 
 def flattened(layers: list[Layer], name: str, notes: list[str]) -> Layer:
-    """One layer of several, isolated from what is behind them; with a note where a blend mode of theirs has no formula."""
+    """One layer of several, isolated from what is behind them; with a note where a blend mode of theirs has no
+    formula.
+    """
     notes += modes_note(layers, f"The merged layer {name!r}", ", because there is no formula for it")
     left, top = min(layer.x for layer in layers), min(layer.y for layer in layers)
     size = max(box_of(layer)[2] for layer in layers) - left, max(box_of(layer)[3] for layer in layers) - top

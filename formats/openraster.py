@@ -1,4 +1,6 @@
-"""OpenRaster (.ora), which Krita, GIMP, MyPaint and others open: a zip of stack.xml, a PNG per layer and the flattened picture."""
+"""OpenRaster (.ora), which Krita, GIMP, MyPaint and others open: a zip of stack.xml, a PNG per layer and the flattened
+picture.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,8 @@ MODES = {
     },
 }
 DOCUMENT_MODES = {operator: mode for mode, operator in MODES.items()}
-# Porter and Duff's shares of a layer and of what is below it, by the alphas s and b of both. src-atop is Krita's "inherit alpha".
+# Porter and Duff's shares of a layer and of what is below it, by the alphas s and b of both. src-atop is Krita's
+# "inherit alpha".
 OPERATORS = {
     "svg:src-atop": lambda s, b: (b, 1 - s),
     "svg:src-in": lambda s, b: (b, 0),
@@ -87,7 +90,8 @@ def write(
 ) -> None:
     """Write an OpenRaster file; merged: [H,W,3|4] flattened picture.
 
-    Lossless in 8 bits, colours under alpha 0 included. A mask is multiplied into the alpha, which OpenRaster has instead; display size,
+    Lossless in 8 bits, colours under alpha 0 included. A mask is multiplied into the alpha, which OpenRaster has
+    instead; display size,
     rotation and flips are drawn into the pixels. metadata: JSON values, in mergedimage.png as SaveImage writes them.
     Raises ValueError for a blend mode that OpenRaster lacks.
     """
@@ -114,7 +118,8 @@ def write(
 def read(path: Path, groups: str = GROUPS[0], notes: list[str] | None = None) -> LayerStack:
     """Layers of an OpenRaster file, back to front, as [H,W,4].
 
-    groups, notes: as psd.read takes them. The operators of OPERATORS become masks where that is exact, and else one layer.
+    groups, notes: as psd.read takes them. The operators of OPERATORS become masks where that is exact, and else one
+    layer.
     Sizes are checked before anything is unpacked. Raises ValueError with one sentence naming the file.
     """
     try:
@@ -172,7 +177,8 @@ def _read(archive: zipfile.ZipFile, name: str, groups: str, notes: list[str]) ->
         raise ValueError(f"{name} has no stack.xml, so it is not an OpenRaster file.")
     if sizes["stack.xml"] > _XML_BYTES:
         raise ValueError(
-            f"{name}: its stack.xml would unpack to {sizes['stack.xml'] / 1e6:.0f} MB, which no real one has; the file is not loaded."
+            f"{name}: its stack.xml would unpack to {sizes['stack.xml'] / 1e6:.0f} MB, which no real one has; the "
+            "file is not loaded."
         )
     root = parse_xml(archive.read("stack.xml"), f"{name}: stack.xml")
     canvas = int(_number(root, "w", 0, name)), int(_number(root, "h", 0, name))
@@ -203,9 +209,8 @@ def _layers(
                 _opacity(element, name, notes),
                 _moved(_layers(archive, element, name, False, notes), element, name),
             )
-            cuts = any(
-                child.get("composite-op") in OPERATORS for child in element
-            )  # these act inside of the group alone
+            # These act inside of the group alone.
+            cuts = any(child.get("composite-op") in OPERATORS for child in element)
             mixes = (
                 opacity == 1 and operator == "svg:src-over" and element.get("isolation", "auto") == "auto" and not cuts
             )
@@ -240,7 +245,9 @@ def _moved(layers: list[Layer], stack: ElementTree.Element, name: str) -> list[L
 
 
 def _composited(below: list[Layer], layer: Layer, operator: str, notes: list[str]) -> list[Layer]:
-    """A layer that acts by one of OPERATORS on what lies below it in its stack: by masks where these show the same, and else one layer of both."""
+    """A layer that acts by one of OPERATORS on what lies below it in its stack: by masks where these show the same, and
+    else one layer of both.
+    """
     shown = [one for one in below if one.visible]
     own = (layer.rgba()[..., 3] * layer.opacity).numpy()
     if operator == "svg:src-atop" and shown:
@@ -274,7 +281,8 @@ def _composited(below: list[Layer], layer: Layer, operator: str, notes: list[str
     alpha = sum(parts)
     colour = (source[..., :3] * parts[0] + behind[..., :3] * parts[1]) / np.where(alpha > 0, alpha, 1)
     notes.append(
-        f"Layer {layer.name!r} and what is below it in its group are one layer now, because {operator} acts on both together."
+        f"Layer {layer.name!r} and what is below it in its group are one layer now, because {operator} acts on both "
+        "together."
     )
     image = torch.from_numpy(np.concatenate([colour, alpha], -1).astype(np.float32))
     return [*(one for one in below if not one.visible), Layer(image, layer.name, None, left, top)]
@@ -288,7 +296,9 @@ def _hard(alpha: np.ndarray) -> bool:
 def _png_size(
     archive: zipfile.ZipFile, sizes: dict[str, int], element: ElementTree.Element, name: str
 ) -> tuple[int, int]:
-    """The size that a layer's PNG declares, with its unpacked bytes checked against it; nothing but its head is unpacked here."""
+    """The size that a layer's PNG declares, with its unpacked bytes checked against it; nothing but its head is
+    unpacked here.
+    """
     source, label = _source(element), f"{name}: layer {element.get('name', '')!r}"
     if PurePosixPath(source).is_absolute() or ".." in PurePosixPath(source).parts:
         raise ValueError(f"{label} points outside the file, to {source!r}; the file is not loaded.")
@@ -353,5 +363,6 @@ def _number(element: ElementTree.Element, key: str, default: float, name: str) -
     except ValueError:
         pass
     raise ValueError(
-        f"{name}: stack.xml has {text!r} as the {key} of {element.get('name', element.tag)!r}, which is not a usable number."
+        f"{name}: stack.xml has {text!r} as the {key} of {element.get('name', element.tag)!r}, which is not a usable "
+        "number."
     )

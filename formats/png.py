@@ -25,7 +25,8 @@ def write_webp(file: BinaryIO, pixels: np.ndarray, metadata: dict[str, Any]) -> 
     """pixels: [H,W,3|4] uint8; lossless, hidden colours included. Raises ValueError over WebP's side limit."""
     if max(pixels.shape[:2]) > 16383:
         raise ValueError(
-            f"layers: WebP holds sides up to 16383 pixels and the canvas is {pixels.shape[1]}×{pixels.shape[0]}; save as PNG layers."
+            f"layers: WebP holds sides up to 16383 pixels and the canvas is {pixels.shape[1]}×{pixels.shape[0]}; save "
+            "as PNG layers."
         )
     image = Image.fromarray(pixels)
     exif, tag = image.getexif(), _MAKE

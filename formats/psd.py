@@ -1,4 +1,6 @@
-"""Photoshop documents: layers with name, place, opacity, blend mode, visibility and mask, the flattened picture, and the workflow as XMP."""
+"""Photoshop documents: layers with name, place, opacity, blend mode, visibility and mask, the flattened picture, and
+the workflow as XMP.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,8 @@ def write(
 ) -> None:
     """Write an 8-bit RGB PSD; merged: [H,W,3|4] flattened picture, for programs that do not read layers.
 
-    Lossless in 8 bits, colours under alpha 0 included. Display size, rotation and flips are drawn into the pixels, opacity becomes a
+    Lossless in 8 bits, colours under alpha 0 included. Display size, rotation and flips are drawn into the pixels,
+    opacity becomes a
     255th. metadata: JSON values, put into XMP. progress is called with the number of layers done.
     Raises ValueError for a blend mode that PSD lacks and for a document over Photoshop's 2 GB.
     """
@@ -92,9 +95,12 @@ def write(
 def read(path: Path, groups: str = GROUPS[0], notes: list[str] | None = None) -> LayerStack:
     """Layers of a PSD or PSB, back to front, as [H,W,3|4].
 
-    groups: leaves gives a group's layers where they show the same without it, with its opacity, visibility and mask, and otherwise the group as one
-    layer; "one layer each" gives every outermost group as one. Clipped layers are cut to their base, or one with it. notes: gets a sentence for
-    everything that is left out or changed (adjustments, fills, effects, modes). Grayscale, CMYK and other documents, and those with a colour
+    groups: leaves gives a group's layers where they show the same without it, with its opacity, visibility and mask,
+    and otherwise the group as one
+    layer; "one layer each" gives every outermost group as one. Clipped layers are cut to their base, or one with it.
+    notes: gets a sentence for
+    everything that is left out or changed (adjustments, fills, effects, modes). Grayscale, CMYK and other documents,
+    and those with a colour
     profile, are converted to 8-bit sRGB. Raises ValueError with one sentence naming the file.
     """
     psd = _open(path)
@@ -169,7 +175,9 @@ def _compressed(plane: np.ndarray):
 
 
 def _over_white(pixels: np.ndarray) -> np.ndarray:
-    """Photoshop's form of a merged picture: colours already over white beside the alpha, which is left out where all is opaque."""
+    """Photoshop's form of a merged picture: colours already over white beside the alpha, which is left out where all is
+    opaque.
+    """
     if pixels.shape[-1] == 3 or pixels[..., 3].min() == 255:
         return pixels[..., :3]
     alpha = pixels[..., 3:].astype(np.uint16)
@@ -181,7 +189,8 @@ def _xmp(metadata: dict[str, Any]) -> bytes:
     return (
         '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
         '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
-        f'<rdf:Description rdf:about="" xmlns:strata="{NAMESPACE}"><strata:metadata>{escape(json.dumps(metadata))}</strata:metadata>'
+        '<rdf:Description rdf:about="" '
+        f'xmlns:strata="{NAMESPACE}"><strata:metadata>{escape(json.dumps(metadata))}</strata:metadata>'
         '</rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
     ).encode()
 
@@ -251,7 +260,9 @@ class _Layers:
         return []
 
     def uncovered(self, base, tops: list[Layer]) -> list[Layer]:
-        """Layers clipped to something without pixels: to a fill, which is there wherever its mask lets it, or to what draws nothing at all."""
+        """Layers clipped to something without pixels: to a fill, which is there wherever its mask lets it, or to what
+        draws nothing at all.
+        """
         opacity = base.opacity / 255 * (base.fill_opacity / 255) if base.kind.endswith("fill") else 0
         shown = base.visible and opacity > 0
         return [
@@ -282,7 +293,8 @@ class _Layers:
         if mode in BLEND_MODES or mode == "pass-through":
             return mode
         self.notes.append(
-            f"Layer {_name(item)!r} has the blend mode {mode}, which ComfyUI's layers do not have; it is read as normal."
+            f"Layer {_name(item)!r} has the blend mode {mode}, which ComfyUI's layers do not have; it is read as "
+            "normal."
         )
         return "normal"
 
@@ -340,14 +352,16 @@ class _Layers:
         if ground.opacity < 1 or ground.blend_mode != "normal":
             hidden = "; the hidden ones of them are left out" if len(shown) < len(tops) else ""
             self.notes.append(
-                f"The layers that are clipped to {ground.name!r} are one with it now, because its opacity or blend mode acts on them too"
+                f"The layers that are clipped to {ground.name!r} are one with it now, because its opacity or blend "
+                "mode acts on them too"
                 f"{hidden}."
             )
             self.notes += modes_note(shown, f"The merged layer {ground.name!r}", ", because there is no formula for it")
             under = replace(ground, image=ground.image[..., :3], mask=None, opacity=1.0, blend_mode="normal")
             colour = _over_base(under, shown)
             return [replace(ground, image=torch.cat([colour, torch.from_numpy(alpha)[..., None]], -1), mask=None)]
-        # Where the base is half transparent, over leaves more of it behind a clipped layer than clipping does: shares are taken off from the front.
+        # Where the base is half transparent, over leaves more of it behind a clipped layer than clipping does: shares
+        # are taken off from the front.
         free, cut = np.ones_like(alpha), []
         for top in reversed(tops):
             share, apart = alpha, top.visible and top.blend_mode == "normal"
@@ -357,7 +371,8 @@ class _Layers:
                 free = free * (1 - over(box_of(ground), own, top.x, top.y, 0))
             elif top.visible and ((alpha > 0) & (alpha < 1)).any():
                 self.notes.append(
-                    f"Layer {top.name!r} mixes by {top.blend_mode} with what is behind its base too, at the base's soft edges."
+                    f"Layer {top.name!r} mixes by {top.blend_mode} with what is behind its base too, at the base's "
+                    "soft edges."
                 )
             cut.append(masked(top, over(box_of(top), share, ground.x, ground.y, 0)))
         kept = np.where(alpha < 1, free / np.maximum(1 - alpha * (1 - free), 1e-6), 1).astype(np.float32)
@@ -402,8 +417,10 @@ def _over_base(base: Layer, tops: list[Layer]) -> Tensor:
 
 
 def _flat(psd, notes: list[str]) -> Layer:
-    """The picture of a document without layers. Its further channels are saved selections, unless the file says that the first is transparency:
-    by a negative number of layers, by a block of merged transparency or by the identifier 0."""
+    """The picture of a document without layers. Its further channels are saved selections, unless the file says that
+    the first is transparency:
+    by a negative number of layers, by a block of merged transparency or by the identifier 0.
+    """
     from psd_tools.constants import Resource, Tag
     from psd_tools.psd.image_resources import AlphaIdentifiers, ImageResource
 
@@ -455,7 +472,9 @@ def _srgb(image: Image.Image) -> np.ndarray:
 
 
 def _image(leaf, notes: list[str]) -> Tensor:
-    """[H,W,3|4]; RGB as it is stored, anything else through Pillow's conversion, which also applies a colour profile."""
+    """[H,W,3|4]; RGB as it is stored, anything else through Pillow's conversion, which also applies a colour
+    profile.
+    """
     from psd_tools.constants import ColorMode, Resource
 
     psd = leaf._psd

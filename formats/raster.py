@@ -1,4 +1,6 @@
-"""What every layer file shares: layers as 8-bit pixels in place, names that a file can hold, and how large a file may be."""
+"""What every layer file shares: layers as 8-bit pixels in place, names that a file can hold, and how large a file may
+be.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def from_bytes(pixels: np.ndarray) -> Tensor:
 
 
 def eight_bits(image: Image.Image) -> np.ndarray:
-    """[H,W,3 or 4] 8-bit pixels of a Pillow picture of any mode; modes of more than 8 bits are scaled, where Pillow's own conversion clips."""
+    """[H,W,3 or 4] 8-bit pixels of a Pillow picture of any mode; modes of more than 8 bits are scaled, where Pillow's
+    own conversion clips.
+    """
     if image.mode.startswith("I"):
         image = Image.fromarray((np.array(image, np.int64).clip(0, 65535) / 257).round().astype(np.uint8))
     elif image.mode == "F":
@@ -47,7 +51,9 @@ def eight_bits(image: Image.Image) -> np.ndarray:
 
 
 def in_srgb(image: Image.Image, label: str, notes: list[str]) -> np.ndarray:
-    """`eight_bits` of a Pillow picture with its colour profile applied; one that cannot be used is left alone, with a note."""
+    """`eight_bits` of a Pillow picture with its colour profile applied; one that cannot be used is left alone, with a
+    note.
+    """
     profile, pixels = image.info.get("icc_profile"), eight_bits(image)
     if not profile:
         return pixels
@@ -59,13 +65,16 @@ def in_srgb(image: Image.Image, label: str, notes: list[str]) -> np.ndarray:
     except (ImageCms.PyCMSError, OSError):
         notes.append(f"The colour profile of layer {label!r} cannot be used; its colours are taken as sRGB.")
         return pixels
-    # sRGB's own profile rounds some values to their neighbours. Its name tells nothing: linear light is called sRGB too.
+    # sRGB's own profile rounds some values to their neighbours. Its name tells nothing: linear light is called sRGB
+    # too.
     same = np.abs(colour.astype(int) - pixels[..., :3]).max() <= 1
     return pixels if same else np.concatenate([colour, pixels[..., 3:]], -1)
 
 
 def over(box: tuple[int, int, int, int], pixels: np.ndarray | None, x: int, y: int, outside: float) -> np.ndarray:
-    """The part of pixels [H,W], whose top left corner is at x, y, that a box of the canvas shows; `outside` where they do not reach."""
+    """The part of pixels [H,W], whose top left corner is at x, y, that a box of the canvas shows; `outside` where they
+    do not reach.
+    """
     left, top, right, bottom = box
     shown = np.full((bottom - top, right - left), outside, np.float32)
     if pixels is not None:
@@ -119,7 +128,9 @@ def in_place(layer: Layer, canvas: tuple[int, int]) -> Layer:
 
 
 def picture(stack: LayerStack) -> Tensor:
-    """[H,W,4] flattened, for programs that read no layers; a blend mode that cannot be flattened is taken as normal there."""
+    """[H,W,4] flattened, for programs that read no layers; a blend mode that cannot be flattened is taken as normal
+    there.
+    """
     colour, alpha = flatten(with_formulas(stack))
     return torch.cat([colour, alpha[..., None]], dim=-1)
 
@@ -144,7 +155,9 @@ def modes_note(
 
 
 def on_canvas(layer: Layer, canvas: tuple[int, int]) -> np.ndarray:
-    """[H,W,4] 8-bit pixels of the canvas with the layer in its place, opacity and blend mode left out; what is outside is cut off."""
+    """[H,W,4] 8-bit pixels of the canvas with the layer in its place, opacity and blend mode left out; what is outside
+    is cut off.
+    """
     layer = in_place(layer, canvas)
     width, height = canvas
     pixels = np.zeros((height, width, 4), np.uint8)
@@ -157,14 +170,18 @@ def on_canvas(layer: Layer, canvas: tuple[int, int]) -> np.ndarray:
 
 
 def in_parallel(function: Callable, items: Sequence) -> Iterator:
-    """The results in order. Pillow encodes outside Python's lock; four at a time, so that memory does not hold every layer twice."""
+    """The results in order. Pillow encodes outside Python's lock; four at a time, so that memory does not hold every
+    layer twice.
+    """
     with ThreadPoolExecutor(4) as pool:
         for start in range(0, len(items), 4):
             yield from pool.map(function, items[start : start + 4])
 
 
 def plain_name(name: str) -> str:
-    """The name with a space for every character that XML or PSD cannot hold: controls, lone surrogates, non-characters."""
+    """The name with a space for every character that XML or PSD cannot hold: controls, lone surrogates,
+    non-characters.
+    """
     return "".join(" " if unicodedata.category(c) in ("Cc", "Cs") or ord(c) & 0xFFFE == 0xFFFE else c for c in name)
 
 
@@ -179,7 +196,8 @@ def check_total(what: str, sizes: list[tuple[int, int]]) -> None:
     pixels = sum(width * height for width, height in sizes)
     if pixels > MAX_PIXELS:
         raise Refused(
-            f"{what} has {pixels / 1e6:.0f} million pixels in its layers and {MAX_PIXELS / 1e6:.0f} million can be loaded; "
+            f"{what} has {pixels / 1e6:.0f} million pixels in its layers and {MAX_PIXELS / 1e6:.0f} million can be "
+            "loaded; "
             "scale it down or split it."
         )
 

@@ -1,4 +1,6 @@
-"""LayerDiffuse's attention sharing for SD1.5: what every attention of the UNet gets per frame, with the key names of the published files."""
+"""LayerDiffuse's attention sharing for SD1.5: what every attention of the UNet gets per frame, with the key names of
+the published files.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ class SharedAttention(nn.Module):
         value: Tensor | None,
         control: Tensor | None,
     ) -> Tensor:
-        """x: [B·frames,T,C], frame by frame of each picture; control: features [1 or B,·,h,w] with h·w = T. original: the UNet's own attention."""
+        """x: [B·frames,T,C], frame by frame of each picture; control: features [1 or B,·,h,w] with h·w = T. original:
+        the UNet's own attention.
+        """
         parts = list(x.unflatten(0, (-1, self.frames)).unbind(1))
         if control is not None:
             parts = [
@@ -78,7 +82,9 @@ class SharedAttention(nn.Module):
         return original.to_out(out) + self.to_out_lora[frame](out)
 
     def over_frames(self, h: Tensor, heads: int) -> Tensor:
-        """[B,frames,T,C]; at most three frames, so the products are written out: attention kernels choke on B·T pictures of three tokens."""
+        """[B,frames,T,C]; at most three frames, so the products are written out: attention kernels choke on B·T
+        pictures of three tokens.
+        """
         h = self.temporal_i(self.temporal_n(h))
         q, k, v = (layer(h).unflatten(-1, (heads, -1)) for layer in (self.temporal_q, self.temporal_k, self.temporal_v))
         scores = torch.einsum("bfthc,bgthc->bthfg", q, k).float() * q.shape[-1] ** -0.5
@@ -132,7 +138,9 @@ class AttentionSharing(nn.Module):
     """A whole published file: keys hookers.layers.N.* and, where a picture is given, kwargs_encoder.*."""
 
     def __init__(self, attentions: list[dict[str, tuple[int, int]]], frames: int, rank: int, control: int, operations):
-        """attentions: widths of the projections of each attention of the UNet, the middle block's last; frames and the rest as for one of them."""
+        """attentions: widths of the projections of each attention of the UNet, the middle block's last; frames and the
+        rest as for one of them.
+        """
         super().__init__()
         self.attentions, self.frames = attentions, frames
         self.hookers = Hookers(SharedAttention(widths, frames, rank, control, operations) for widths in attentions)

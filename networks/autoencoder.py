@@ -20,7 +20,9 @@ class Block(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """encode: [B,3,H,W] in 0..1, sides multiples of 8 -> [B,4,H/8,W/8], of about unit variance. decode: the way back."""
+    """encode: [B,3,H,W] in 0..1, sides multiples of 8 -> [B,4,H/8,W/8], of about unit variance.
+    decode: the way back.
+    """
 
     def __init__(self, channels: int = 64, latent_channels: int = 4, operations=nn):
         super().__init__()

@@ -17,7 +17,9 @@ class Residual(nn.Module):
 
 
 class Classifier(nn.Module):
-    """[B,3,H,W] in 0..1, any size -> place logits [B,places] for a softmax, object logits [B,objects], each for a sigmoid of its own."""
+    """[B,3,H,W] in 0..1, any size -> place logits [B,places] for a softmax, object logits [B,objects], each for a
+    sigmoid of its own.
+    """
 
     def __init__(self, places: int, objects: int, widths: list[int], features: int):
         super().__init__()

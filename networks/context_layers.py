@@ -1,4 +1,6 @@
-"""DreamLayer's context-aware layers, which make a clean map of an object's place out of what cross-attention tells (Eq. 5)."""
+"""DreamLayer's context-aware layers, which make a clean map of an object's place out of what cross-attention tells (Eq.
+5).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ HEAD = 32  # width of an attention head; a file of weights does not tell their n
 class ContextLayer(nn.Module):
     """Multi-head attention over the places of one map, then a feed-forward network; what they find is added to the map.
 
-    The paper gives no more than that. A place is known by its value on the map and by the whole picture's hidden state there. A fresh layer
+    The paper gives no more than that. A place is known by its value on the map and by the whole picture's hidden state
+    there. A fresh layer
     adds nothing.
     """
 
@@ -26,7 +29,9 @@ class ContextLayer(nn.Module):
         nn.init.zeros_(self.map_out.bias)
 
     def forward(self, maps: Tensor, hidden: Tensor) -> Tensor:
-        """maps: [B,F,M] in 0..1 of F objects; hidden: [B,M,width], the whole picture's, added up over the layers of the model -> [B,F,M] in 0..1."""
+        """maps: [B,F,M] in 0..1 of F objects; hidden: [B,M,width], the whole picture's, added up over the layers of the
+        model -> [B,F,M] in 0..1.
+        """
         x = (self.norm(hidden)[:, None] + self.map_in(maps[..., None])).flatten(0, 1)
         n = self.norm1(x)
         x = x + self.attn(n, n)

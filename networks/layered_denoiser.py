@@ -1,4 +1,6 @@
-"""The family's denoiser on scenes of several layers, as ComfyUI runs it with Shared layers and Context maps: by the same functions of the equations."""
+"""The family's denoiser on scenes of several layers, as ComfyUI runs it with Shared layers and Context maps: by the
+same functions of the equations.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,13 @@ LEARNING = ("to_k", "to_v")
 
 @dataclass
 class Call:
-    """One call for B scenes of L rows: background, objects back to front, whole picture. It goes through the denoiser in the place of the context.
+    """One call for B scenes of L rows: background, objects back to front, whole picture. It goes through the denoiser
+    in the place of the context.
 
-    tokens: [B·L,S,D]. words: of each scene, the layers' positions in the whole picture's tokens. ends: [B][L-1], where each layer's own words end.
-    early: [B], 1 where Eq. 9 acts. known: [B,F,h,w], maps for scenes without words. maps, own: [B,F,h,w], by the whole picture and by the
+    tokens: [B·L,S,D]. words: of each scene, the layers' positions in the whole picture's tokens. ends: [B][L-1], where
+    each layer's own words end.
+    early: [B], 1 where Eq. 9 acts. known: [B,F,h,w], maps for scenes without words. maps, own: [B,F,h,w], by the whole
+    picture and by the
     objects' own branches, made of what was looked at on the way down.
     """
 
@@ -77,7 +82,9 @@ class Call:
 
 
 class RowLinear(nn.Module):
-    """A frozen projection. Background and whole picture add `shared` to its weight, objects `foreground`, where it learns, and `adapter`."""
+    """A frozen projection. Background and whole picture add `shared` to its weight, objects `foreground`, where it
+    learns, and `adapter`.
+    """
 
     def __init__(self, plain: nn.Linear, adapter: Tensor | None, learns: bool):
         super().__init__()
@@ -98,7 +105,9 @@ class RowLinear(nn.Module):
 
 
 class LayerBlock(nn.Module):
-    """A transformer block of the UNet, its parts under the names that they had. up: it shares attention. looked_at: maps are taken from it."""
+    """A transformer block of the UNet, its parts under the names that they had. up: it shares attention. looked_at:
+    maps are taken from it.
+    """
 
     def __init__(self, plain: TransformerBlock, adapter: dict[str, Tensor], up: bool, looked_at: bool):
         super().__init__()
@@ -148,9 +157,11 @@ def map_blocks(unet: UNet) -> list[str]:
 
 
 class LayeredDenoiser(nn.Module):
-    """A trained denoiser and its text encoder, taken over and frozen, under their own keys; embedding, keys, values and context-aware layers learn.
+    """A trained denoiser and its text encoder, taken over and frozen, under their own keys; embedding, keys, values and
+    context-aware layers learn.
 
-    adapter: differences that the objects' rows have already, by the UNet's module, as in "input_blocks.1.1.transformer_blocks.0.attn1.to_q".
+    adapter: differences that the objects' rows have already, by the UNet's module, as in
+    "input_blocks.1.1.transformer_blocks.0.attn1.to_q".
     end: the row of the embedding that ends a prompt.
     """
 
@@ -177,9 +188,11 @@ class LayeredDenoiser(nn.Module):
     def forward(
         self, latent: Tensor, timesteps: Tensor, rows: Tensor, early: Tensor, known: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """latent: [B,L,4,h,w]; timesteps, early: [B]; rows: [B,L-1,77] of each layer's prompt -> noise like the latent, the maps, the own maps.
+        """latent: [B,L,4,h,w]; timesteps, early: [B]; rows: [B,L-1,77] of each layer's prompt -> noise like the latent,
+        the maps, the own maps.
 
-        A scene of empty prompts is the estimate without words of classifier-free guidance: no layer embedding, and maps as known.
+        A scene of empty prompts is the estimate without words of classifier-free guidance: no layer embedding, and maps
+        as known.
         """
         layers = latent.shape[1]
         call = Call(layers, latent.shape[-2:], *self.embed(rows), early, self.context_layers, known)

@@ -1,4 +1,6 @@
-"""CLIP's text encoder at any size, with the key names of ComfyUI's CLIPTextModel, over a vocabulary of chosen tokens."""
+"""CLIP's text encoder at any size, with the key names of ComfyUI's CLIPTextModel, over a vocabulary of chosen
+tokens.
+"""
 
 from __future__ import annotations
 

@@ -117,7 +117,8 @@ class MiddleStage(Stage):
 class TransparentDecoder(nn.Module):
     """A picture from the autoencoder and the latent it came from -> alpha and straight colours.
 
-    widths: channels per level, at least four; attention in the last `attention_levels` of them. Published: 32, 32, 64, 128, 256, 512, 512.
+    widths: channels per level, at least four; attention in the last `attention_levels` of them. Published: 32, 32, 64,
+    128, 256, 512, 512.
     """
 
     def __init__(
@@ -152,7 +153,9 @@ class TransparentDecoder(nn.Module):
         self.conv_out = operations.Conv2d(width, 4, 3, padding=1)
 
     def forward(self, image: Tensor, latent: Tensor) -> Tensor:
-        """image: [B,3,H,W] in 0..1, sides multiples of `multiple`; latent: [B,C,H/8,W/8] -> [B,4,H,W], the alpha first in SD's files."""
+        """image: [B,3,H,W] in 0..1, sides multiples of `multiple`; latent: [B,C,H/8,W/8] -> [B,4,H,W], the alpha first
+        in SD's files.
+        """
         x = self.conv_in(image)
         kept = [x]
         for level, block in enumerate(self.down_blocks):
@@ -167,7 +170,9 @@ class TransparentDecoder(nn.Module):
 
 
 class OffsetEncoder(nn.Module):
-    """What transparency adds to a latent. widths: channels at full, half, quarter and eighth size; published: 32, 64, 128, 256."""
+    """What transparency adds to a latent. widths: channels at full, half, quarter and eighth size; published: 32, 64,
+    128, 256.
+    """
 
     def __init__(self, widths: Sequence[int] = (32, 64, 128, 256), latent_channels: int = 4, operations=nn):
         super().__init__()

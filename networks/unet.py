@@ -145,7 +145,8 @@ class Blocks(nn.Sequential):
 class UNet(nn.Module):
     """Predicts the noise of a latent.
 
-    channel_mult: widths of the levels in model_channels; transformer_depth: 0 or 1 per level (and `transformer_depth_middle`). Level widths are
+    channel_mult: widths of the levels in model_channels; transformer_depth: 0 or 1 per level (and
+    `transformer_depth_middle`). Level widths are
     multiples of 32, sides of the latent multiples of 2 ** (levels - 1).
     """
 

@@ -35,7 +35,8 @@ class InvertImage(Node):
             display_name="Invert image",
             category="Strata/Compose",
             search_aliases=["DDIM inversion", "null-text inversion", "FeatGLaC", "unsample"],
-            description="Finds the noise that a model would make a picture from, and the path to it. Shows the picture that comes back and how near it is.",
+            description="Finds the noise that a model would make a picture from, and the path to it. Shows the "
+            "picture that comes back and how near it is.",
             inputs=[
                 io.Model.Input(
                     "model",
@@ -52,8 +53,10 @@ class InvertImage(Node):
                     options=list(METHODS),
                     default=METHODS[0],
                     tooltip="ddim: one call of the model per step, exact enough for feature "
-                    "guidance. null-text: also optimises an unconditional embedding per step, so that the picture comes back at this cfg. "
-                    "noise only: no inversion, just the picture with growing noise; costs nothing and keeps less of the picture.",
+                    "guidance. null-text: also optimises an unconditional embedding per step, so that the picture "
+                    "comes back at this cfg. "
+                    "noise only: no inversion, just the picture with growing noise; costs nothing and keeps less of "
+                    "the picture.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -190,7 +193,10 @@ def _report(found: Inversion, latent: torch.Tensor, image: torch.Tensor, after: 
     if found.reconstruction is None:
         return "noise only: noised, not inverted; the picture would not come back"
     before = centred(image, *after.shape[1:3]).to(after)
-    return f"{found.method}: latent {psnr(found.reconstruction, latent.cpu(), None).min():.1f} dB, picture {psnr(after, before).min():.1f} dB"
+    return (
+        f"{found.method}: latent {psnr(found.reconstruction, latent.cpu(), None).min():.1f} dB, picture "
+        f"{psnr(after, before).min():.1f} dB"
+    )
 
 
 def _before_after(before: torch.Tensor, after: torch.Tensor, text: str) -> dict:
@@ -211,7 +217,8 @@ class GuidancePlane(Node):
             display_name="Guidance plane",
             category="Strata/Compose",
             search_aliases=["FeatGLaC", "multi plane guidance", "foreground and background"],
-            description="One scene of a composition and where it is seen. Chain one node per plane, the background first.",
+            description="One scene of a composition and where it is seen. Chain one node per plane, the background "
+            "first.",
             inputs=[
                 sockets.Inversion.Input("inversion", tooltip="The scene, from Invert image."),
                 io.Int.Input(
@@ -233,7 +240,8 @@ class GuidancePlane(Node):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="1 where the scene is seen, from Slice by depth or Compose two scenes at a depth. Without one "
+                    tooltip="1 where the scene is seen, from Slice by depth or Compose two scenes at a depth. Without "
+                    "one "
                     "it is seen wherever no nearer plane is, which is what a background wants.",
                 ),
                 sockets.Planes.Input("behind", optional=True, tooltip="The planes behind this one."),
@@ -285,7 +293,8 @@ class FeatureGuidance(Node):
             display_name="Feature guidance",
             category="Strata/Compose",
             search_aliases=["FeatGLaC", "feature-guided compositing", "guider", "harmonize"],
-            description="Composes scenes while sampling: each plane's features are held where it is seen, and the model makes light and seams fit. "
+            description="Composes scenes while sampling: each plane's features are held where it is seen, and the "
+            "model makes light and seams fit. "
             "Sample with euler or ddim, the sigmas of Invert image, and its latent for the size.",
             inputs=[
                 io.Model.Input(
@@ -358,7 +367,8 @@ class FeatureGuidance(Node):
                     options=list(SOURCES),
                     default=SOURCES[0],
                     tooltip="recompute: one more call of the model per step, "
-                    "nothing kept. cache: keeps them in main memory in half precision (SD1.5 at 512: 16 MB per step), so that the next run with "
+                    "nothing kept. cache: keeps them in main memory in half precision (SD1.5 at 512: 16 MB per step), "
+                    "so that the next run with "
                     "the same planes and model saves that call.",
                 ),
                 io.Boolean.Input(
@@ -373,7 +383,8 @@ class FeatureGuidance(Node):
                     default=UNCONDITIONAL[0],
                     optional=True,
                     tooltip="What cfg leads away "
-                    "from. negative: the negative prompt, as in the paper. null-text of the background: at each step the embedding "
+                    "from. negative: the negative prompt, as in the paper. null-text of the background: at each step "
+                    "the embedding "
                     "that Invert image found with the method null-text; take its cfg, too.",
                 ),
             ],
@@ -394,15 +405,18 @@ class InsertAtDepth(Node):
             display_name="Insert at a depth",
             category="Strata/Compose",
             search_aliases=["FeatGLaC", "depth-aware object insertion", "insert behind", "occlusion"],
-            description="Prepares inpainting an object into a box at a depth: what is nearer stays in front of it, and is held there by feature guidance.",
+            description="Prepares inpainting an object into a box at a depth: what is nearer stays in front of it, "
+            "and is held there by feature guidance.",
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="An inpainting model is best: SD1.5, SD2, SDXL or the mini family. IPAdapter and the like go in front.",
+                    tooltip="An inpainting model is best: SD1.5, SD2, SDXL or the mini family. IPAdapter and the like "
+                    "go in front.",
                 ),
                 io.Conditioning.Input(
                     "positive",
-                    tooltip="The object in its scene. Reference objects come in through this conditioning, or the model.",
+                    tooltip="The object in its scene. Reference objects come in through this conditioning, or the "
+                    "model.",
                 ),
                 io.Conditioning.Input("negative", tooltip="An ordinary text encoding."),
                 io.Vae.Input("vae", tooltip="The model's VAE."),

@@ -24,7 +24,8 @@ NEAR = io.Combo.Input(
     ["white", "black"],
     default="white",
     tooltip=(
-        "What near pixels are in the depth picture: white for Depth Anything, MiDaS and disparity, black for depth cameras and metric depth."
+        "What near pixels are in the depth picture: white for Depth Anything, MiDaS and disparity, black for depth "
+        "cameras and metric depth."
     ),
 )
 MISSING = io.Combo.Input(
@@ -32,7 +33,8 @@ MISSING = io.Combo.Input(
     ["auto", "zero and NaN", "NaN only"],
     default="auto",
     tooltip=(
-        "Which values mean 'not measured' and are filled from their surroundings. auto: zero counts as missing when near is black, as depth cameras "
+        "Which values mean 'not measured' and are filled from their surroundings. auto: zero counts as missing when "
+        "near is black, as depth cameras "
         "give it, and as the far end when near is white."
     ),
 )
@@ -56,7 +58,8 @@ def range_inputs() -> list:
             default=deglad.RANGES[0],
             optional=True,
             tooltip=(
-                "What 0 to 1 means: each image's own nearest and farthest depth, those of the whole batch (for the frames of a video, whose cuts would jump "
+                "What 0 to 1 means: each image's own nearest and farthest depth, those of the whole batch (for the "
+                "frames of a video, whose cuts would jump "
                 "otherwise), or fixed values."
             ),
         ),
@@ -98,7 +101,8 @@ def read_depth(
     value = value[..., :3].mean(-1) if value.ndim == 4 else value.view(-1, *value.shape[-2:])
     if len(value) not in (1, len(image)):
         raise ValueError(
-            f"{socket}: there are {len(value)} depth pictures for {len(image)} images; connect one, or one for each image."
+            f"{socket}: there are {len(value)} depth pictures for {len(image)} images; connect one, or one for each "
+            "image."
         )
     zero = missing == "zero and NaN" or (missing == "auto" and near_is == "black")
     with named(socket, "depth"):
@@ -107,7 +111,9 @@ def read_depth(
 
 
 def picker_files(image: torch.Tensor, depth: torch.Tensor, thresholds: list[float]) -> dict:
-    """What the picker on the node draws: a small picture, and its depth in 16 bits (red the high byte, green the low one)."""
+    """What the picker on the node draws: a small picture, and its depth in 16 bits (red the high byte, green the low
+    one).
+    """
     height, width = depth.shape
     scale = min(1.0, 768 / max(height, width))
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
@@ -141,7 +147,8 @@ class SliceByDepth(Node):
             category="Strata/Depth",
             is_output_node=True,
             search_aliases=["DeGLaD", "depth layers", "split by depth"],
-            description="Cuts a picture into layers at one or more depths. Run it once, then click in the views on the node to choose where.",
+            description="Cuts a picture into layers at one or more depths. Run it once, then click in the views on "
+            "the node to choose where.",
             inputs=[
                 io.Image.Input("image", tooltip="The picture to cut into layers."),
                 depth_input(),
@@ -167,7 +174,8 @@ class SliceByDepth(Node):
                     max=256.0,
                     step=0.5,
                     tooltip=(
-                        "Pixels over which neighbouring layers fade into each other; 0 cuts hard. Not used with matting."
+                        "Pixels over which neighbouring layers fade into each other; 0 cuts hard. Not used with "
+                        "matting."
                     ),
                 ),
                 io.Combo.Input(
@@ -175,7 +183,8 @@ class SliceByDepth(Node):
                     ["off", "matting"],
                     default="off",
                     tooltip=(
-                        "matting: finds hair-fine alpha along each cut and removes the other side's colour from it. Takes seconds; needs pymatting."
+                        "matting: finds hair-fine alpha along each cut and removes the other side's colour from it. "
+                        "Takes seconds; needs pymatting."
                     ),
                 ),
                 io.Int.Input(
@@ -190,7 +199,8 @@ class SliceByDepth(Node):
                     ["none", "blurred"],
                     default="none",
                     tooltip=(
-                        "blurred: continues each layer smoothly behind nearer ones. none: leaves holes; inpaint them with the holes output."
+                        "blurred: continues each layer smoothly behind nearer ones. none: leaves holes; inpaint them "
+                        "with the holes output."
                     ),
                 ),
                 *range_inputs(),
@@ -286,7 +296,8 @@ class DepthTopView(Node):
             display_name="View depth from above",
             category="Strata/Depth",
             search_aliases=["DeGLaD", "top view", "bird's eye"],
-            description="The scene from above: columns of the picture against depth, nearest at the bottom. To choose thresholds without the editor.",
+            description="The scene from above: columns of the picture against depth, nearest at the bottom. To choose "
+            "thresholds without the editor.",
             inputs=[
                 io.Image.Input("image", tooltip="The picture; its colours are shown."),
                 depth_input(),
@@ -312,13 +323,16 @@ class DepthTopView(Node):
 def box_or_region(
     depth: torch.Tensor, x: int, y: int, width: int, height: int, region: torch.Tensor | None
 ) -> torch.Tensor:
-    """The mask [B,H,W] of a box in pixels, or the region that was given in its place, checked against the picture's depth [B,H,W]."""
+    """The mask [B,H,W] of a box in pixels, or the region that was given in its place, checked against the picture's
+    depth [B,H,W].
+    """
     if region is None:
         region = torch.zeros_like(depth)
         region[:, max(0, y) : max(0, y + height), max(0, x) : max(0, x + width)] = 1
         if not region.any():
             raise ValueError(
-                f"x, y, width, height: the box lies outside of the picture of {depth.shape[2]}×{depth.shape[1]}; move it inside."
+                f"x, y, width, height: the box lies outside of the picture of {depth.shape[2]}×{depth.shape[1]}; move "
+                "it inside."
             )
     if region.shape[1:] != depth.shape[1:] or len(region) not in (1, len(depth)):
         raise ValueError(
@@ -336,7 +350,8 @@ class AmodalMask(Node):
             display_name="Mask a region behind nearer things",
             category="Strata/Depth",
             search_aliases=["DeGLaD", "amodal", "occlusion mask"],
-            description="A box, or a mask, without what is nearer than a depth: where an object at that depth can be seen. For inpainting.",
+            description="A box, or a mask, without what is nearer than a depth: where an object at that depth can be "
+            "seen. For inpainting.",
             inputs=[
                 io.Image.Input("image", tooltip="The picture that the region lies in; it gives the size."),
                 depth_input(),
@@ -368,7 +383,8 @@ class ComposeByDepth(Node):
             display_name="Compose two scenes at a depth",
             category="Strata/Depth",
             search_aliases=["DeGLaD", "swap background", "replace background"],
-            description="Pastes what is nearer than a depth in one scene over another scene, and composes their depths in the same way.",
+            description="Pastes what is nearer than a depth in one scene over another scene, and composes their "
+            "depths in the same way.",
             inputs=[
                 io.Image.Input("foreground", tooltip="The scene whose near part is kept; it gives the size."),
                 depth_input("foreground_depth"),
@@ -432,11 +448,11 @@ class ComposeByDepth(Node):
             round((columns - min(columns, rows * width / height)) / 2),
             round((rows - min(rows, columns * height / width)) / 2),
         )
-        if (
-            columns <= 2 * cut[0] or rows <= 2 * cut[1]
-        ):  # as common_upscale crops, which leaves nothing of pictures of a few pixels
+        # As common_upscale crops, which leaves nothing of pictures of a few pixels.
+        if columns <= 2 * cut[0] or rows <= 2 * cut[1]:
             raise ValueError(
-                f"foreground, background: nothing is left of the background's {columns}×{rows} pixels when it is cut to the foreground's "
+                f"foreground, background: nothing is left of the background's {columns}×{rows} pixels when it is cut "
+                "to the foreground's "
                 f"shape of {width}×{height}; crop one of them."
             )
         back = common_upscale(back.movedim(-1, 1), width, height, "lanczos", "center").movedim(1, -1)
@@ -457,14 +473,16 @@ class LoadDepth(Node):
             display_name="Load depth",
             category="Strata/Depth",
             search_aliases=["16-bit depth", "load disparity", "depth png"],
-            description="Loads a depth or disparity file with its full precision: 8- and 16-bit PNG, TIFF with floats, or a NumPy file.",
+            description="Loads a depth or disparity file with its full precision: 8- and 16-bit PNG, TIFF with "
+            "floats, or a NumPy file.",
             inputs=[
                 io.Combo.Input(
                     "file",
                     names,
                     upload=io.UploadType.image,
                     image_folder=io.FolderType.input,
-                    tooltip="A depth file in ComfyUI's input folder; core's Load Image spoils 16-bit files (8 bits at most, or all white).",
+                    tooltip="A depth file in ComfyUI's input folder; core's Load Image spoils 16-bit files (8 bits at "
+                    "most, or all white).",
                 )
             ],
             outputs=[
@@ -505,13 +523,15 @@ def read_depth_file(path: Path) -> np.ndarray:
         chosen = named if len(named) == 1 else found
         if len(chosen) != 1:
             raise ValueError(
-                f"file: {path.name} holds {', '.join(values) or 'no array'}, and it is not clear which one is the depth; save that array alone."
+                f"file: {path.name} holds {', '.join(values) or 'no array'}, and it is not clear which one is the "
+                "depth; save that array alone."
             )
         (values,) = chosen.values()
     values = _plane(values)
     if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "uif":
         raise ValueError(
-            f"file: {path.name} holds {values.dtype} values of shape {values.shape}; depth is one number per pixel, [height, width]."
+            f"file: {path.name} holds {values.dtype} values of shape {values.shape}; depth is one number per pixel, "
+            "[height, width]."
         )
     if values.dtype.kind == "f":
         return values.astype(np.float32)
@@ -550,7 +570,8 @@ class EstimateDepth(Node):
             display_name="Estimate depth",
             category="Strata/Depth",
             search_aliases=["Depth Anything V2", "monocular depth", "depth map"],
-            description="Depth of a picture by Depth Anything V2 (or another transformers depth model) from a folder below models/depth_estimation.",
+            description="Depth of a picture by Depth Anything V2 (or another transformers depth model) from a folder "
+            "below models/depth_estimation.",
             inputs=[
                 io.Image.Input("image", tooltip="The picture whose depth is wanted."),
                 io.Combo.Input(

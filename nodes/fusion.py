@@ -26,7 +26,8 @@ class EncodeLayerPrompts(Node):
             display_name="Encode layer prompts",
             category="Strata/Generate",
             search_aliases=["layerfusion", "layer prompts", "foreground prompt"],
-            description="One conditioning for foreground, background and blended picture, which knows where the foreground's prompt ends.",
+            description="One conditioning for foreground, background and blended picture, which knows where the "
+            "foreground's prompt ends.",
             inputs=[
                 io.Clip.Input("clip", tooltip="Text encoder of SD1.5, SD2, SDXL or the mini family."),
                 io.String.Input(
@@ -41,7 +42,8 @@ class EncodeLayerPrompts(Node):
                     "blended",
                     **prompt,
                     tooltip="The whole picture. Empty joins foreground and background with a comma. "
-                    "The blend reads it only where Attention blend is set to own prompt, switched off, or limited to some blocks or steps.",
+                    "The blend reads it only where Attention blend is set to own prompt, switched off, or limited to "
+                    "some blocks or steps.",
                 ),
             ],
             outputs=[
@@ -66,11 +68,13 @@ class AttentionBlend(Node):
             display_name="Attention blend",
             category="Strata/Generate",
             search_aliases=["layerfusion", "attention blending", "layered generation"],
-            description="LayerFusion: lets foreground, background and blended picture exchange their attention while they are sampled as one batch.",
+            description="LayerFusion: lets foreground, background and blended picture exchange their attention while "
+            "they are sampled as one batch.",
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="SD1.5, SD2, SDXL or the mini family. Put LoRAs and other patches before or behind this node.",
+                    tooltip="SD1.5, SD2, SDXL or the mini family. Put LoRAs and other patches before or behind this "
+                    "node.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -106,20 +110,23 @@ class AttentionBlend(Node):
                     options=list(STRUCTURE),
                     default=STRUCTURE[0],
                     tooltip="Where the foreground's outline comes from. A prior "
-                    "pass, as published, costs up to a quarter of a step more (more at cfg 1); reuse takes the outline of the step before.",
+                    "pass, as published, costs up to a quarter of a step more (more at cfg 1); reuse takes the "
+                    "outline of the step before.",
                 ),
                 io.Combo.Input(
                     "blended_text",
                     options=list(BLENDED_TEXT),
                     default=BLENDED_TEXT[0],
                     tooltip="The words that the blended picture's "
-                    "attention reads: the background's, as published (the object then comes from the foreground alone), or its own.",
+                    "attention reads: the background's, as published (the object then comes from the foreground "
+                    "alone), or its own.",
                 ),
                 Transparency.Input(
                     "transparency",
                     optional=True,
                     tooltip="Adapter for a transparent foreground, from Load transparency; it acts on the "
-                    "foreground only. Attention files add low-rank terms; convolution files are full differences, a second set of weights.",
+                    "foreground only. Attention files add low-rank terms; convolution files are full differences, a "
+                    "second set of weights.",
                 ),
                 io.Combo.Input(
                     "entry",
@@ -127,7 +134,8 @@ class AttentionBlend(Node):
                     default=ENTRY[0],
                     optional=True,
                     tooltip="How the object enters the blended picture: "
-                    "through the soft mask as published, or through a wide one, whole up to its rim (the mini family's objects agree better so).",
+                    "through the soft mask as published, or through a wide one, whole up to its rim (the mini "
+                    "family's objects agree better so).",
                 ),
             ],
             outputs=[
@@ -177,11 +185,13 @@ class LayerFusionSampler(Node):
             display_name="LayerFusion sampler",
             category="Strata/Generate",
             search_aliases=["layerfusion", "ksampler", "layered generation", "foreground and background"],
-            description="Samples foreground, background and blended picture together, one of each for every latent that comes in.",
+            description="Samples foreground, background and blended picture together, one of each for every latent "
+            "that comes in.",
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="From Attention blend. Without it the three are sampled side by side and know nothing of each other.",
+                    tooltip="From Attention blend. Without it the three are sampled side by side and know nothing of "
+                    "each other.",
                 ),
                 io.Conditioning.Input("positive", tooltip="From Encode layer prompts."),
                 *sampling_inputs(),
@@ -220,7 +230,9 @@ class LayerFusionSampler(Node):
 
 
 def map_strips(steps: list[torch.Tensor]) -> torch.Tensor:
-    """[steps × pictures,4H,4·K·W,3] of maps [N,K,H,W] of each step, each stretched to its own range; a black pixel where there are none."""
+    """[steps × pictures,4H,4·K·W,3] of maps [N,K,H,W] of each step, each stretched to its own range; a black pixel
+    where there are none.
+    """
     if not steps:
         return torch.zeros(1, 1, 1, 3)
     maps = torch.cat(steps)

@@ -16,7 +16,8 @@ class RenderScene(Node):
             display_name="Render a layered scene",
             category="Strata/Generate",
             search_aliases=["synthetic scene", "example layers", "ground truth", "test picture"],
-            description="Draws objects with shadows on a ground plane and returns the picture with its exact layers, depth and masks.",
+            description="Draws objects with shadows on a ground plane and returns the picture with its exact layers, "
+            "depth and masks.",
             inputs=[
                 io.Combo.Input(
                     "kind",
@@ -65,7 +66,8 @@ class RenderScene(Node):
                 Layers.Output(
                     "LAYERS",
                     display_name="layers",
-                    tooltip="Background and an object with its shadow per layer, back to front; flattened they are the picture.",
+                    tooltip="Background and an object with its shadow per layer, back to front; flattened they are "
+                    "the picture.",
                 ),
                 io.Image.Output(
                     "DEPTH", display_name="depth", tooltip="Exact depth, near is black: 0 = nearest, 1 = farthest."

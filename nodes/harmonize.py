@@ -32,7 +32,8 @@ class HarmonizeLayers(Node):
             display_name="Harmonize layers",
             category="Strata/Compose",
             search_aliases=["dreamlayer", "IRH", "harmonization", "contact shadow", "blend layers", "relight"],
-            description="Draws the shadows and the light that a stack of layers lacks: the background is denoised anew with the layers put into it on the way.",
+            description="Draws the shadows and the light that a stack of layers lacks: the background is denoised "
+            "anew with the layers put into it on the way.",
             inputs=[
                 io.Model.Input(
                     "model", tooltip="Any diffusion model of ComfyUI, with LoRAs and other patches as you like."
@@ -44,7 +45,8 @@ class HarmonizeLayers(Node):
                 io.Vae.Input("vae", tooltip="The autoencoder of the model."),
                 Layers.Input(
                     "layers",
-                    tooltip="Background first, things in front of it. Move, turn, flip or resize a layer and run again: nothing else has to "
+                    tooltip="Background first, things in front of it. Move, turn, flip or resize a layer and run "
+                    "again: nothing else has to "
                     "change.",
                 ),
                 io.Int.Input(
@@ -118,7 +120,8 @@ class HarmonizeLayers(Node):
                     step=0.5,
                     optional=True,
                     tooltip="Above 0 the background keeps its own texture, and "
-                    "takes from the model only what is smoother than so many pixels: light and shadow. 0 takes it as the model has drawn it.",
+                    "takes from the model only what is smoother than so many pixels: light and shadow. 0 takes it as "
+                    "the model has drawn it.",
                 ),
                 sockets.Inversion.Input(
                     "retained",
@@ -202,38 +205,47 @@ class HarmonizeLayers(Node):
 
 
 def _shown(stack: LayerStack) -> LayerStack:
-    """The visible layers. Raises ValueError for fewer than two, for blend modes, and for layers without transparency in front."""
+    """The visible layers. Raises ValueError for fewer than two, for blend modes, and for layers without transparency in
+    front.
+    """
     stack = stack.with_layers(layer for layer in stack.layers if layer.visible)
     if len(stack.layers) < 2:
         raise ValueError(
-            f"layers: there are {len(stack.layers)} visible layers; harmonising needs a background and at least one thing in front of it."
+            f"layers: there are {len(stack.layers)} visible layers; harmonising needs a background and at least one "
+            "thing in front of it."
         )
     for layer in stack.layers[1:]:
         if layer.blend_mode != "normal":
             raise ValueError(
-                f"layers: layer {layer.name!r} has the blend mode {layer.blend_mode!r}, and latents can only be laid over each other; "
+                f"layers: layer {layer.name!r} has the blend mode {layer.blend_mode!r}, and latents can only be laid "
+                "over each other; "
                 "merge it with the layer behind it (Order layers), or set it to normal."
             )
         if (rasterise(layer, stack.canvas)[..., 3] >= 1).all():
             raise ValueError(
-                f"layers: layer {layer.name!r} covers the whole canvas and has no transparent pixel, so nothing behind it would be seen; "
+                f"layers: layer {layer.name!r} covers the whole canvas and has no transparent pixel, so nothing "
+                "behind it would be seen; "
                 "give it an alpha or a mask."
             )
     return stack
 
 
 def _retained(path: Inversion, stack: LayerStack, side: int) -> Callable[[float], torch.Tensor]:
-    """[1+K,C,h,w] of the visible layers at a noise level, where they lie on the canvas. Raises ValueError for a path of other layers."""
+    """[1+K,C,h,w] of the visible layers at a noise level, where they lie on the canvas. Raises ValueError for a path of
+    other layers.
+    """
     count, (height, width) = path.latents.shape[1], path.latents.shape[-2:]
     if count != len(stack.layers):
         raise ValueError(
-            f"retained: it is the way of {count} latents and layers has {len(stack.layers)}; connect layers and path of the same run."
+            f"retained: it is the way of {count} latents and layers has {len(stack.layers)}; connect layers and path "
+            "of the same run."
         )
     for layer in stack.layers:
         own = layer.image.shape[:2]
         if tuple(-(-length // side) for length in own) != (height, width):
             raise ValueError(
-                f"retained: its latents are of {width * side}×{height * side} pixels and layer {layer.name!r} is {own[1]}×{own[0]}; "
+                f"retained: its latents are of {width * side}×{height * side} pixels and layer {layer.name!r} is "
+                f"{own[1]}×{own[0]}; "
                 "connect layers and path of the same run."
             )
     levels = len(path.latents)
@@ -265,9 +277,11 @@ def _with_harmonised_background(
     seen: torch.Tensor,
     alpha: torch.Tensor,
 ) -> LayerStack:
-    """The model's background where it is seen, and behind the things what was there before, in the light that goes on from around them.
+    """The model's background where it is seen, and behind the things what was there before, in the light that goes on
+    from around them.
 
-    So no silhouette shows when a thing is moved away. clear, seen [1,H,W]: where that light is taken from, and where the background is the model's.
+    So no silhouette shows when a thing is moved away. clear, seen [1,H,W]: where that light is taken from, and where
+    the background is the model's.
     alpha [1,1,H,W] of the background stays.
     """
     before, drawn = before.movedim(1, -1), drawn.movedim(1, -1)

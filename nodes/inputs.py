@@ -1,4 +1,6 @@
-"""What arrives on sockets, one check for each type and one sentence for each fault, and the files of ComfyUI's input folder."""
+"""What arrives on sockets, one check for each type and one sentence for each fault, and the files of ComfyUI's input
+folder.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ import torch
 
 
 def check(declared, value, files: bool = False):
-    """A value for an input of a schema as the node is to have it. Raises ValueError with one sentence that names the input.
+    """A value for an input of a schema as the node is to have it. Raises ValueError with one sentence that names the
+    input.
 
     files: the node looks itself whether a chosen file is there; the list of the schema is of an earlier time.
     """
@@ -33,7 +36,8 @@ def check(declared, value, files: bool = False):
             return value
         except UnicodeEncodeError:
             raise ValueError(
-                f"{name}: there is half of a character in it (a lone surrogate), which no encoder and no file can hold; type it again."
+                f"{name}: there is half of a character in it (a lone surrogate), which no encoder and no file can "
+                "hold; type it again."
             ) from None
     if kind == "COMBO":
         _typed(name, value, str, "one of the choices")
@@ -44,7 +48,8 @@ def check(declared, value, files: bool = False):
 
 
 def check_together(values: dict, kinds: dict[str, str]) -> None:
-    """Conditionings and latents of a UNet must be of its kind: torch's own words for it name no input. Raises ValueError.
+    """Conditionings and latents of a UNet must be of its kind: torch's own words for it name no input. Raises
+    ValueError.
 
     kinds: {input: type}, as values.
     """
@@ -60,7 +65,8 @@ def check_together(values: dict, kinds: dict[str, str]) -> None:
             for text, _ in values[name]:
                 if text.shape[-1] != width:
                     raise ValueError(
-                        f"{name}: its embeddings have {text.shape[-1]} numbers a token and the model takes {width}; encode the text with the "
+                        f"{name}: its embeddings have {text.shape[-1]} numbers a token and the model takes {width}; "
+                        "encode the text with the "
                         "text encoder of this model."
                     )
         if kind == "LATENT" and values.get(name) is not None:
@@ -72,7 +78,8 @@ def check_together(values: dict, kinds: dict[str, str]) -> None:
                 and samples.any()
             ):
                 raise ValueError(
-                    f"{name}: its latents are of shape {list(samples.shape)} and the model takes {form.latent_channels} channels"
+                    f"{name}: its latents are of shape {list(samples.shape)} and the model takes "
+                    f"{form.latent_channels} channels"
                     f"{' of single pictures' * (samples.ndim != 4)}; encode the picture with the VAE of this model."
                 )
 
@@ -82,7 +89,8 @@ def _number(declared, value, kind: str):
     _typed(name, value, (int, float), "a number")
     if isinstance(value, float) and (not math.isfinite(value) or kind == "INT" and value != int(value)):
         raise ValueError(
-            f"{name}: {value} is no {'whole ' * (kind == 'INT')}number; connect one from {_shown(low)} to {_shown(high)}."
+            f"{name}: {value} is no {'whole ' * (kind == 'INT')}number; connect one from {_shown(low)} to "
+            f"{_shown(high)}."
         )
     if low is not None and value < low or high is not None and value > high:
         raise ValueError(
@@ -122,7 +130,9 @@ def check_mask(mask: torch.Tensor, socket: str) -> torch.Tensor:
 
 
 def check_layers(document, socket: str):
-    """A LAYERS document whose tensors lie where ComfyUI keeps pictures; what else is in it is techniques.layers.read_layers' business."""
+    """A LAYERS document whose tensors lie where ComfyUI keeps pictures; what else is in it is
+    techniques.layers.read_layers' business.
+    """
     if not isinstance(document, dict) or not isinstance(document.get("layers"), list | tuple):
         return document
     device = comfy.model_management.intermediate_device()
@@ -145,7 +155,8 @@ def check_layers(document, socket: str):
 def _in_range(tensor: torch.Tensor, socket: str, what: str, allowed: tuple[float, float]) -> torch.Tensor:
     if tensor.dtype != torch.bool and not tensor.is_floating_point():
         raise ValueError(
-            f"{socket}: it has whole numbers ({str(tensor.dtype).removeprefix('torch.')}) and {what} has values of 0 to 1; divide it by 255."
+            f"{socket}: it has whole numbers ({str(tensor.dtype).removeprefix('torch.')}) and {what} has values of 0 "
+            "to 1; divide it by 255."
         )
     tensor = _finite(tensor, socket)
     low, high = tensor.aminmax()
@@ -153,13 +164,14 @@ def _in_range(tensor: torch.Tensor, socket: str, what: str, allowed: tuple[float
         raise ValueError(
             f"{socket}: its values go from {low:g} to {high:g} and {what} has values of 0 to 1; scale it first."
         )
-    return tensor.to(
-        comfy.model_management.intermediate_device()
-    )  # the one place for pictures: the card with --gpu-only
+    # The one place for pictures: the card with --gpu-only.
+    return tensor.to(comfy.model_management.intermediate_device())
 
 
 def check_latent(latent: dict, socket: str) -> dict:
-    """A LATENT whose samples [B,C,H,W] or [B,C,T,H,W] are finite and whose other fields go with them. Raises ValueError."""
+    """A LATENT whose samples [B,C,H,W] or [B,C,T,H,W] are finite and whose other fields go with them. Raises
+    ValueError.
+    """
     samples = latent.get("samples") if isinstance(latent, dict) else None
     if (
         samples is None
@@ -169,7 +181,8 @@ def check_latent(latent: dict, socket: str) -> dict:
         or 0 in samples.shape
     ):
         raise ValueError(
-            f"{socket}: {_what(latent if samples is None else samples)} is not the latent of a picture; connect a LATENT output."
+            f"{socket}: {_what(latent if samples is None else samples)} is not the latent of a picture; connect a "
+            "LATENT output."
         )
     _finite(samples, socket)
     mask, numbers = latent.get("noise_mask"), latent.get("batch_index")
@@ -181,7 +194,8 @@ def check_latent(latent: dict, socket: str) -> dict:
         _finite(mask, socket)
     if numbers is not None and len(numbers) != len(samples):
         raise ValueError(
-            f"{socket}: it has {len(samples)} latents and numbers for {len(numbers)}; make it again, or take its rows with Latent From Batch."
+            f"{socket}: it has {len(samples)} latents and numbers for {len(numbers)}; make it again, or take its rows "
+            "with Latent From Batch."
         )
     return latent
 
@@ -197,7 +211,8 @@ def check_inversion(inversion, socket: str):
     path = inversion.latents
     if path.ndim < 5 or 0 in path.shape or len(path) != len(inversion.sigmas):
         raise ValueError(
-            f"{socket}: its trajectory, {_what(path)}, does not go with {len(inversion.sigmas)} noise levels; invert the picture again."
+            f"{socket}: its trajectory, {_what(path)}, does not go with {len(inversion.sigmas)} noise levels; invert "
+            "the picture again."
         )
     _finite(path, socket)
     return inversion
@@ -240,10 +255,8 @@ MISSING = {
     "VAE": "the checkpoint has no VAE in it; connect Load VAE",
     "MODEL": "connect a checkpoint's model",
 }
-IMAGE_RANGE, MASK_RANGE = (
-    (-1.0, 4.0),
-    (-0.01, 1.01),
-)  # sharpening and upscaling overshoot, and pictures of high range go beyond 1
+# Sharpening and upscaling overshoot, and pictures of high range go beyond 1.
+IMAGE_RANGE, MASK_RANGE = ((-1.0, 4.0), (-0.01, 1.01))
 CHECKS = {
     "LAYERS": check_layers,
     "IMAGE": check_image,
@@ -275,14 +288,17 @@ def encodable(image: torch.Tensor, vae, socket: str = "image") -> torch.Tensor:
     side, (height, width) = vae.spacial_compression_encode(), image.shape[1:3]
     if min(height, width) < side:
         raise ValueError(
-            f"{socket}: it is {width}×{height} and the VAE takes pictures of at least {side}×{side} pixels; scale it up."
+            f"{socket}: it is {width}×{height} and the VAE takes pictures of at least {side}×{side} pixels; scale it "
+            "up."
         )
     return image
 
 
 @contextmanager
 def named(socket: str, instead: str = "transparency"):
-    """Sentences of what is called in here, which names its value `instead`, name the socket that the value came from."""
+    """Sentences of what is called in here, which names its value `instead`, name the socket that the value
+    came from.
+    """
     try:
         yield
     except ValueError as error:
@@ -292,13 +308,17 @@ def named(socket: str, instead: str = "transparency"):
 
 
 def centred(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The middle of pictures or masks [B,H,W,…], where ComfyUI cuts what a VAE cannot encode whole; what is smaller stays as it is."""
+    """The middle of pictures or masks [B,H,W,…], where ComfyUI cuts what a VAE cannot encode whole; what is smaller
+    stays as it is.
+    """
     top, left = (max(0, (have - want) // 2) for have, want in zip(pixels.shape[1:3], (height, width), strict=True))
     return pixels[:, top : top + height, left : left + width]
 
 
 def seen_by_latent(mask: torch.Tensor, latent: torch.Tensor, side: int = 8) -> torch.Tensor:
-    """A mask [B,H,W] of a picture that latents [..., h, w] were encoded from, without the rim that encoding has cut; others as they are."""
+    """A mask [B,H,W] of a picture that latents [..., h, w] were encoded from, without the rim that encoding has cut;
+    others as they are.
+    """
     height, width = latent.shape[-2:]
     of_the_picture = (mask.shape[1] // side, mask.shape[2] // side) == (height, width)
     return centred(mask, height * side, width * side) if of_the_picture else mask
@@ -311,7 +331,9 @@ def input_names(suffixes: tuple[str, ...]) -> list[str]:
 
 
 def inside(folder: str, path: str) -> bool:
-    """Whether a path lies in a folder as it is written, by ComfyUI's own rule: links in the folder may lead elsewhere."""
+    """Whether a path lies in a folder as it is written, by ComfyUI's own rule: links in the folder may lead
+    elsewhere.
+    """
     try:
         return os.path.commonpath((os.path.abspath(folder), os.path.abspath(path))) == os.path.abspath(folder)
     except ValueError:  # another drive
@@ -327,7 +349,9 @@ def holds_name(name: str, longest: int = 255) -> bool:
 
 
 def input_file(name: str) -> Path | None:
-    """The file of the input folder (or, with " [output]" behind its name, of that folder); None when it is not inside."""
+    """The file of the input folder (or, with " [output]" behind its name, of that folder); None when it is not
+    inside.
+    """
     if not holds_name(name):
         return None
     name, folder = folder_paths.annotated_filepath(name)

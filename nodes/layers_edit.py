@@ -12,7 +12,8 @@ from ..techniques.layers import BLEND_MODES, MAX_SIDE, read_layers, write_layers
 from .sockets import Layers, Node, schema, told
 
 SELECT = (
-    "Which layers: numbers from 1 at the back, ranges and names, as in: 1, 3-5, Sky. A name with a comma, or one that is a number, goes in "
+    "Which layers: numbers from 1 at the back, ranges and names, as in: 1, 3-5, Sky. A name with a comma, or one that "
+    "is a number, goes in "
     "double quotes. Empty means all."
 )
 
@@ -97,7 +98,8 @@ class SetLayer(Node):
                     options=["append", "insert below", "change"],
                     default="append",
                     tooltip="append: a new layer in front of "
-                    "all. insert below: a new layer just behind the one named in layer. change: set fields of the layers named in layer.",
+                    "all. insert below: a new layer just behind the one named in layer. change: set fields of the "
+                    "layers named in layer.",
                 ),
                 io.String.Input("layer", default="", tooltip=f"For change and insert below. {SELECT}"),
                 io.String.Input(
@@ -172,7 +174,8 @@ class TransformLayer(Node):
             node_id="Strata_TransformLayer",
             display_name="Transform layer",
             category="Strata/Layers",
-            description="Fits, flips, scales, turns and moves layers, in this order. Pixels are not resampled until the layers are flattened.",
+            description="Fits, flips, scales, turns and moves layers, in this order. Pixels are not resampled until "
+            "the layers are flattened.",
             search_aliases=["move layer", "scale layer", "rotate layer", "flip layer", "fit layer"],
             inputs=[
                 layers_input(),
@@ -182,7 +185,8 @@ class TransformLayer(Node):
                     options=list(geometry.FITS),
                     default="none",
                     tooltip="First size and centre the layer, as it is before "
-                    "rotation: contain (wholly visible), cover (no gap), stretch (exactly the canvas), centre (keep the size).",
+                    "rotation: contain (wholly visible), cover (no gap), stretch (exactly the canvas), centre (keep "
+                    "the size).",
                 ),
                 io.Boolean.Input("flip_h", default=False, tooltip="Mirror left and right, as seen on the canvas."),
                 io.Boolean.Input("flip_v", default=False, tooltip="Mirror top and bottom, as seen on the canvas."),
@@ -202,7 +206,8 @@ class TransformLayer(Node):
                     "about",
                     options=["layer centre", "canvas centre", "canvas top left"],
                     default="layer centre",
-                    tooltip="The point that stays where it is in flip, scale and rotation. The canvas points keep several layers "
+                    tooltip="The point that stays where it is in flip, scale and rotation. The canvas points keep "
+                    "several layers "
                     "together.",
                 ),
                 io.Combo.Input(
@@ -256,8 +261,10 @@ class OrderLayers(Node):
                     options=list(arrange.ACTIONS),
                     default="pick",
                     tooltip="pick: keep these, in the order written. drop: remove these. "
-                    "reorder: all layers, in the order written, back to front. bring to front, send to back: move these. reverse: turn "
-                    "the order of these round. rename: see names. merge: flatten neighbouring layers into one; hidden ones are left out.",
+                    "reorder: all layers, in the order written, back to front. bring to front, send to back: move "
+                    "these. reverse: turn "
+                    "the order of these round. rename: see names. merge: flatten neighbouring layers into one; hidden "
+                    "ones are left out.",
                 ),
                 io.String.Input("select", default="", tooltip=SELECT),
                 io.String.Input(
@@ -292,7 +299,8 @@ class FlattenLayers(Node):
                     options=["sRGB", "linear light"],
                     default="sRGB",
                     tooltip="sRGB mixes the stored values, as image editors "
-                    "do, and gives a sliced picture back as it was. linear light mixes light, as ComfyUI's layer editor does.",
+                    "do, and gives a sliced picture back as it was. linear light mixes light, as ComfyUI's layer "
+                    "editor does.",
                 ),
                 io.String.Input(
                     "background",
@@ -323,7 +331,8 @@ class LayersToBatch(Node):
             node_id="Strata_LayersToBatch",
             display_name="Layers to batch",
             category="Strata/Layers",
-            description="Gives the layers to nodes that know images and masks only, one image per layer, back to front.",
+            description="Gives the layers to nodes that know images and masks only, one image per layer, back to "
+            "front.",
             search_aliases=["layers to images", "split layers"],
             inputs=[
                 layers_input(),
@@ -360,7 +369,8 @@ class PreviewLayers(Node):
             display_name="Preview layers",
             category="Strata/Layers",
             is_output_node=True,
-            description="Shows the flattened picture, then every layer on a checkerboard, back to front, hidden ones too.",
+            description="Shows the flattened picture, then every layer on a checkerboard, back to front, hidden ones "
+            "too.",
             search_aliases=["show layers", "view layers"],
             inputs=[layers_input()],
             outputs=[Layers.Output(display_name="layers", tooltip="The same layers, unchanged.")],
@@ -386,7 +396,8 @@ def _colour(text: str) -> tuple[float, float, float, float]:
         red, green, blue, *alpha = ImageColor.getrgb(text.strip())
     except ValueError:
         raise ValueError(
-            f"background: {text!r} is not a colour; write transparent, a hex colour such as #ffffff, or a name such as white."
+            f"background: {text!r} is not a colour; write transparent, a hex colour such as #ffffff, or a name such "
+            "as white."
         ) from None
     return red / 255, green / 255, blue / 255, (alpha[0] / 255 if alpha else 1.0)
 

@@ -29,21 +29,24 @@ class SaveLayers(Node):
             category="Strata/Layers",
             is_output_node=True,
             search_aliases=["psd", "ora", "openraster", "photoshop", "krita", "gimp", "export layers"],
-            description="Saves layers to the output folder as a Photoshop or OpenRaster document, or as one picture per layer. "
+            description="Saves layers to the output folder as a Photoshop or OpenRaster document, or as one picture "
+            "per layer. "
             "The workflow is embedded in every file.",
             inputs=[
                 Layers.Input("layers", tooltip="The layers to save, from any node that makes layers."),
                 io.String.Input(
                     "filename_prefix",
                     default="layers/strata",
-                    tooltip="Start of the file names; a / makes a subfolder of the output folder. %date:yyyy-MM-dd%, %year%, %month%, "
+                    tooltip="Start of the file names; a / makes a subfolder of the output folder. %date:yyyy-MM-dd%, "
+                    "%year%, %month%, "
                     "%day%, %hour%, %minute%, %second%, %width% and %height% are replaced.",
                 ),
                 io.Combo.Input(
                     "format",
                     options=list(files.FORMATS),
                     default=files.FORMATS[0],
-                    tooltip="PSD: Photoshop, GIMP, Krita, Affinity. OpenRaster: Krita, GIMP, MyPaint. PNG or WebP layers: one lossless "
+                    tooltip="PSD: Photoshop, GIMP, Krita, Affinity. OpenRaster: Krita, GIMP, MyPaint. PNG or WebP "
+                    "layers: one lossless "
                     "canvas-sized picture per layer and the flattened one.",
                 ),
             ],
@@ -79,7 +82,8 @@ class LoadLayers(Node):
             display_name="Load layers",
             category="Strata/Layers",
             search_aliases=["psd", "ora", "openraster", "photoshop", "krita", "import layers"],
-            description="Loads the layers of a Photoshop (PSD, PSB) or OpenRaster (ORA) file. Groups become their layers where that shows the same.",
+            description="Loads the layers of a Photoshop (PSD, PSB) or OpenRaster (ORA) file. Groups become their "
+            "layers where that shows the same.",
             inputs=[
                 io.Combo.Input(
                     "file",
@@ -92,7 +96,8 @@ class LoadLayers(Node):
                     default=GROUPS[0],
                     optional=True,
                     tooltip=(
-                        "leaves: a group's layers one by one where they show the same without it, and otherwise the group as one layer. one layer each: every "
+                        "leaves: a group's layers one by one where they show the same without it, and otherwise the "
+                        "group as one layer. one layer each: every "
                         "outermost group as one layer."
                     ),
                 ),
@@ -145,7 +150,8 @@ def _target(prefix: str, canvas: tuple[int, int]) -> tuple[Path, str, str]:
     )
     if not holds_name(prefix, LONGEST):
         raise ValueError(
-            f"filename_prefix: {prefix[:60]!r} cannot be the start of a file name; use ordinary characters, at most {LONGEST} bytes a part."
+            f"filename_prefix: {prefix[:60]!r} cannot be the start of a file name; use ordinary characters, at most "
+            f"{LONGEST} bytes a part."
         )
     if not inside(root, os.path.join(root, os.path.dirname(prefix))):
         raise ValueError(
@@ -161,7 +167,8 @@ def _target(prefix: str, canvas: tuple[int, int]) -> tuple[Path, str, str]:
         ) from error
     except Exception as error:  # newer ComfyUI follows links, and raises in several lines when one leads elsewhere
         raise ValueError(
-            f"filename_prefix: ComfyUI does not save to {prefix!r}, which leads outside its output folder by a link; use another folder, or "
+            f"filename_prefix: ComfyUI does not save to {prefix!r}, which leads outside its output folder by a link; "
+            "use another folder, or "
             "start ComfyUI with --output-directory."
         ) from error
     return Path(folder), f"{name}_{counter:05}_", subfolder

@@ -1,4 +1,6 @@
-"""DreamLayer: background, any number of objects and the whole picture sampled together, without training or with trained modules."""
+"""DreamLayer: background, any number of objects and the whole picture sampled together, without training or with
+trained modules.
+"""
 
 import comfy.model_sampling
 import comfy.sample
@@ -78,7 +80,8 @@ class LayerPrompts(Node):
             display_name="Layer prompts",
             category="Strata/Generate",
             search_aliases=[*ALIASES, "objects"],
-            description="One conditioning for a background, any number of objects in front of it, and the whole picture that they make.",
+            description="One conditioning for a background, any number of objects in front of it, and the whole "
+            "picture that they make.",
             inputs=[
                 io.Clip.Input("clip", tooltip="Text encoder of SD1.5, SD2, SDXL or the mini family."),
                 io.String.Input(
@@ -87,7 +90,8 @@ class LayerPrompts(Node):
                 io.String.Input(
                     "objects",
                     **prompt,
-                    tooltip="One object a line, as in: a red apple. The first line is farthest back, the last one in front. "
+                    tooltip="One object a line, as in: a red apple. The first line is farthest back, the last one in "
+                    "front. "
                     "Each becomes a layer; empty lines do not count, and no object at all gives the background alone.",
                 ),
             ],
@@ -113,13 +117,15 @@ class LoadLayerModules(LayerModelFile):
             display_name="Load layer modules",
             category="Strata/Generate",
             search_aliases=[*ALIASES, "layer_model", "context-aware layers"],
-            description="Loads what DreamLayer's training makes: keys and values for layers, the layer embedding, and context-aware layers.",
+            description="Loads what DreamLayer's training makes: keys and values for layers, the layer embedding, and "
+            "context-aware layers.",
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=layer_modules.choices(),
                     tooltip=(
-                        "A file below models/layer_model that python -m training dreamlayer has made, whatever its name."
+                        "A file below models/layer_model that python -m training dreamlayer has made, whatever its "
+                        "name."
                     ),
                 )
             ],
@@ -145,11 +151,13 @@ class SharedLayers(Node):
             display_name="Shared layers",
             category="Strata/Generate",
             search_aliases=[*ALIASES, "LSSA", "layer-shared self-attention"],
-            description="DreamLayer's LSSA: in the up blocks every layer sees all layers of its picture, so that they go together.",
+            description="DreamLayer's LSSA: in the up blocks every layer sees all layers of its picture, so that they "
+            "go together.",
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="SD1.5, SD2, SDXL or the mini family. Put LoRAs and other patches before or behind this node.",
+                    tooltip="SD1.5, SD2, SDXL or the mini family. Put LoRAs and other patches before or behind this "
+                    "node.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -192,7 +200,8 @@ class ContextMaps(Node):
             display_name="Context maps",
             category="Strata/Generate",
             search_aliases=[*ALIASES, "CACA", "context-aware cross-attention", "attention maps"],
-            description="DreamLayer's CACA: finds where the whole picture puts each object, and lets the object's layer take over its place and size.",
+            description="DreamLayer's CACA: finds where the whole picture puts each object, and lets the object's "
+            "layer take over its place and size.",
             inputs=[
                 io.Model.Input("model", tooltip="SD1.5, SD2, SDXL or the mini family, most often from Shared layers."),
                 io.Float.Input(
@@ -233,11 +242,13 @@ class LayersSampler(Node):
             display_name="Layers sampler",
             category="Strata/Generate",
             search_aliases=[*ALIASES, "ksampler"],
-            description="Samples background, objects and whole picture together, one of each for every latent that comes in, and makes layers of them.",
+            description="Samples background, objects and whole picture together, one of each for every latent that "
+            "comes in, and makes layers of them.",
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="From Shared layers and Context maps. Without them the layers are sampled side by side and know nothing "
+                    tooltip="From Shared layers and Context maps. Without them the layers are sampled side by side "
+                    "and know nothing "
                     "of each other.",
                 ),
                 io.Vae.Input("vae", tooltip="The autoencoder of the model."),
@@ -248,7 +259,8 @@ class LayersSampler(Node):
                     options=list(NOISE),
                     default=next(iter(NOISE)),
                     tooltip="The same noise, as published, makes "
-                    "the layers agree in their layout; half the same lets objects stand apart, and is what the mini family's modules learnt with.",
+                    "the layers agree in their layout; half the same lets objects stand apart, and is what the mini "
+                    "family's modules learnt with.",
                 ),
                 io.Boolean.Input(
                     "harmonize",
@@ -318,7 +330,8 @@ class LayersSampler(Node):
         count = layer_count(names)
         if count > 1 and decoder is None and sampling["denoise"] == 0:
             raise ValueError(
-                "denoise: at 0 nothing is sampled, so there are no maps to find the objects by; raise it, or connect a decoder."
+                "denoise: at 0 nothing is sampled, so there are no maps to find the objects by; raise it, or connect "
+                "a decoder."
             )
         if count > 1 and harmonize:
             levels = {key: sampling[key] for key in ("steps", "sampler_name", "scheduler")}
@@ -363,11 +376,13 @@ class ImageToLayers(Node):
             display_name="Image to layers",
             category="Strata/Generate",
             search_aliases=[*ALIASES, "decompose", "image decomposition", "inversion"],
-            description="DreamLayer's image to layers: takes a picture apart into the background and the objects that are named, without training.",
+            description="DreamLayer's image to layers: takes a picture apart into the background and the objects that "
+            "are named, without training.",
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="From Shared layers and Context maps. Without Shared layers the layers do not see the picture.",
+                    tooltip="From Shared layers and Context maps. Without Shared layers the layers do not see the "
+                    "picture.",
                 ),
                 io.Vae.Input("vae", tooltip="The autoencoder of the model."),
                 io.Image.Input(
@@ -375,7 +390,8 @@ class ImageToLayers(Node):
                 ),
                 io.Conditioning.Input(
                     "positive",
-                    tooltip="From Layer prompts: the background without the objects, and each object, the farthest first.",
+                    tooltip="From Layer prompts: the background without the objects, and each object, the farthest "
+                    "first.",
                 ),
                 io.Conditioning.Input("negative", tooltip="What no layer should show, from an ordinary text encoding."),
                 io.Int.Input(
@@ -440,7 +456,8 @@ class ImageToLayers(Node):
         layered.model_options["transformer_options"][PATH] = found.at
         start = found.latents[0].repeat(count, 1, 1, 1)
         nothing = torch.zeros_like(start)
-        # ComfyUI scales noise at the highest level by sqrt(1 + sigma²), 1.0023 times as loud as the trajectory; a latent it leaves alone
+        # ComfyUI scales noise at the highest level by sqrt(1 + sigma²), 1.0023 times as loud as the trajectory; a
+        # latent it leaves alone
         noise, latent = (start / sigmas[0], nothing) if found.flow else (nothing, model.model.process_latent_out(start))
         made = comfy.sample.sample_custom(
             layered,
@@ -467,14 +484,17 @@ class ImageToLayers(Node):
 
 
 def _layer_names(model, positive: list, negative: list, decoder) -> list[str]:
-    """The layers' prompts, back to front. Raises ValueError for other conditionings, and where nothing would tell what is transparent."""
+    """The layers' prompts, back to front. Raises ValueError for other conditionings, and where nothing would tell what
+    is transparent.
+    """
     if len(positive) != 1 or LAYERS not in positive[0][1]:
         raise ValueError(
             "positive: this is not one conditioning with the words of every layer; connect Layer prompts directly."
         )
     if any(LAYERS in values for _, values in negative):
         raise ValueError(
-            "negative: this is a conditioning of Layer prompts, which has a row for every layer; connect an ordinary text encoding."
+            "negative: this is a conditioning of Layer prompts, which has a row for every layer; connect an ordinary "
+            "text encoding."
         )
     names = [prompt for prompt, _ in positive[0][1][LAYERS]]
     if decoder is not None:  # before the sampling that it would come after
@@ -483,19 +503,23 @@ def _layer_names(model, positive: list, negative: list, decoder) -> list[str]:
             channels = model.get_model_object("latent_format").latent_channels
             if decoder.latent["channels"] != channels:
                 raise ValueError(
-                    f"transparency: {decoder.name} is {decoder.describe()} and the model's latents have {channels} channels; load the decoder "
+                    f"transparency: {decoder.name} is {decoder.describe()} and the model's latents have {channels} "
+                    "channels; load the decoder "
                     "of the model's family."
                 )
     if len(names) > 1 and decoder is None and MAPS not in model.model_options["transformer_options"]:
         raise ValueError(
-            "decoder: nothing tells where the objects are transparent; connect a transparent decoder from Load transparency, or put "
+            "decoder: nothing tells where the objects are transparent; connect a transparent decoder from Load "
+            "transparency, or put "
             "Context maps on the model."
         )
     return names
 
 
 def _prepared(model, adapter, count: int, record: Record):
-    """A clone that keeps its maps in the record, and whose objects have hidden transparency when there is an adapter."""
+    """A clone that keeps its maps in the record, and whose objects have hidden transparency when there is an
+    adapter.
+    """
     with named("adapter"):
         layered = (
             model.clone()
@@ -535,7 +559,9 @@ def _with_alpha(
 
 
 def _all_rows(branches: list[dict]) -> dict:
-    """One LATENT of every branch of the first latent, then of the next. Numbers of the batch would name rows that are not there any more."""
+    """One LATENT of every branch of the first latent, then of the next. Numbers of the batch would name rows that are
+    not there any more.
+    """
     latent = {key: value for key, value in branches[0].items() if key != "batch_index"}
     if "noise_mask" in latent:
         mask = repeat_to_batch_size(latent["noise_mask"], len(branches[0]["samples"]))
@@ -546,7 +572,9 @@ def _all_rows(branches: list[dict]) -> dict:
 def _paths(
     model, positive: list, seen: dict[float, torch.Tensor], samples: torch.Tensor, names: list[str]
 ) -> list[Inversion | None]:
-    """The trajectory of each picture's background and objects, from what the model was called with; None when it was not called."""
+    """The trajectory of each picture's background and objects, from what the model was called with; None when it was
+    not called.
+    """
     sigmas = sorted((sigma for sigma in seen if sigma > 0), reverse=True)
     rows, flow = layer_count(names), isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
     if not sigmas:
@@ -567,7 +595,9 @@ def _stacked(stack: LayerStack, path: Inversion | None) -> torch.Tensor:
 
 
 def _harmonizer(model, positive: list, negative: list, vae, settings: dict, notes: list[str]):
-    """Harmonize layers with the whole picture's conditioning; a stack that it refuses stays stacked, and a note says why."""
+    """Harmonize layers with the whole picture's conditioning; a stack that it refuses stays stacked, and a note says
+    why.
+    """
     whole = _whole(positive)
 
     def draw(stack: LayerStack, path: Inversion | None) -> torch.Tensor:

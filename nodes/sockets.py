@@ -1,4 +1,6 @@
-"""Every custom socket of the pack, the one way to build a node's schema, and what every node does before its work: look at what has arrived."""
+"""Every custom socket of the pack, the one way to build a node's schema, and what every node does before its work: look
+at what has arrived.
+"""
 
 import functools
 import inspect
@@ -18,7 +20,9 @@ _KNOWN = {field.name for field in fields(io.Schema)}
 
 
 def schema(**values) -> io.Schema:
-    """io.Schema without the fields that this ComfyUI does not know yet: an unknown one would cost the user the whole pack."""
+    """io.Schema without the fields that this ComfyUI does not know yet: an unknown one would cost the user the whole
+    pack.
+    """
     return io.Schema(**{name: value for name, value in values.items() if name in _KNOWN})
 
 
@@ -28,14 +32,15 @@ def told(notes: list[str]) -> dict:
 
 
 class Node(io.ComfyNode):
-    """A node whose execute sees checked values alone: ComfyUI checks constants of a graph, and nothing that comes over a link."""
+    """A node whose execute sees checked values alone: ComfyUI checks constants of a graph, and nothing that comes over
+    a link.
+    """
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         own = cls.__dict__.get("execute")
-        if own is not None and not hasattr(
-            own.__func__, "__wrapped__"
-        ):  # ComfyUI runs copies of the class, locked and checked already
+        # ComfyUI runs copies of the class, locked and checked already.
+        if own is not None and not hasattr(own.__func__, "__wrapped__"):
             cls.execute = classmethod(_checked(own.__func__))
 
 
@@ -51,9 +56,8 @@ def _checked(execute):
             one.get_io_type() == "COMBO" and named.get(one.id, one.default) not in (one.options or ())
             for one in declared
         ):
-            declared[:] = (
-                cls.define_schema().inputs
-            )  # which lists folders; a node that looks for its own file checks that itself
+            # Which lists folders; a node that looks for its own file checks that itself.
+            declared[:] = cls.define_schema().inputs
         for one in declared:
             if one.id in named:
                 named[one.id] = inputs.check(one, named[one.id], files="validate_inputs" in cls.__dict__)

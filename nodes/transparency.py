@@ -20,7 +20,9 @@ def weights_input(tooltip: str):
 
 
 class LayerModelFile(Node):
-    """What loaders of the folder layer_model have in common: the choice is checked before the run, and a changed file is loaded again."""
+    """What loaders of the folder layer_model have in common: the choice is checked before the run, and a changed file
+    is loaded again.
+    """
 
     @classmethod
     def validate_inputs(cls, file):
@@ -39,13 +41,15 @@ class LoadTransparency(LayerModelFile):
             display_name="Load transparency",
             category="Strata/Transparency",
             search_aliases=[*NAMES, "layer_model", "load layer diffuse"],
-            description="Loads one of LayerDiffuse's weight files from models/layer_model and finds out by itself what it is for.",
+            description="Loads one of LayerDiffuse's weight files from models/layer_model and finds out by itself "
+            "what it is for.",
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=files.choices(),
                     tooltip=(
-                        "A file below models/layer_model, whatever its name. Published files that are missing are in the list too; running one says where "
+                        "A file below models/layer_model, whatever its name. Published files that are missing are in "
+                        "the list too; running one says where "
                         "to get it."
                     ),
                 )
@@ -76,11 +80,13 @@ class ApplyTransparency(Node):
             display_name="Apply transparency",
             category="Strata/Transparency",
             search_aliases=[*NAMES, "transparent background", "layer diffuse apply"],
-            description="Makes a model draw one object with hidden transparency, or a layer that goes with given ones. Decode with Decode transparency.",
+            description="Makes a model draw one object with hidden transparency, or a layer that goes with given "
+            "ones. Decode with Decode transparency.",
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="A model of the weights' family. LoRAs, ControlNets and other patches may come before or after.",
+                    tooltip="A model of the weights' family. LoRAs, ControlNets and other patches may come before or "
+                    "after.",
                 ),
                 weights_input("Weights for a model, from Load transparency."),
                 io.Float.Input(
@@ -96,7 +102,8 @@ class ApplyTransparency(Node):
                     "layer",
                     optional=True,
                     tooltip=(
-                        "The given foreground or background, encoded by the VAE, for files with more input channels (fg2ble, bg2ble, fgble2bg, bgble2fg). "
+                        "The given foreground or background, encoded by the VAE, for files with more input channels "
+                        "(fg2ble, bg2ble, fgble2bg, bgble2fg). "
                         "Flatten transparent pictures on mid gray (#808080) first."
                     ),
                 ),
@@ -144,7 +151,8 @@ class DecodeTransparency(Node):
                     options=["8", "4", "2", "1"],
                     default="8",
                     tooltip=(
-                        "How often the picture is decoded, mirrored and turned; the median counts. 8 is as published; fewer are faster, with rougher edges "
+                        "How often the picture is decoded, mirrored and turned; the median counts. 8 is as published; "
+                        "fewer are faster, with rougher edges "
                         "and now and then a stain in the alpha."
                     ),
                 ),
@@ -155,7 +163,8 @@ class DecodeTransparency(Node):
                     max=8192,
                     step=64,
                     tooltip=(
-                        "Sides in pixels of parts that are decoded one by one, which needs less memory; 0 decodes the picture whole. The decoder sees less "
+                        "Sides in pixels of parts that are decoded one by one, which needs less memory; 0 decodes the "
+                        "picture whole. The decoder sees less "
                         "around it then: use 1024 or more; below 128 counts as 128."
                     ),
                 ),
@@ -163,7 +172,8 @@ class DecodeTransparency(Node):
                     "background",
                     optional=True,
                     tooltip=(
-                        "A picture of the same size to go behind it in the layers: one for all, or one for each. LayerFusion sampler and Sample joint "
+                        "A picture of the same size to go behind it in the layers: one for all, or one for each. "
+                        "LayerFusion sampler and Sample joint "
                         "layers make such ones."
                     ),
                 ),
@@ -173,7 +183,8 @@ class DecodeTransparency(Node):
                     default=transparent_latents.CLEAN[0],
                     optional=True,
                     tooltip=(
-                        "on: takes away a faint veil and specks apart from the object, of less than 2 % of it. auto: on for the mini family, whose small "
+                        "on: takes away a faint veil and specks apart from the object, of less than 2 % of it. auto: "
+                        "on for the mini family, whose small "
                         "decoder leaves some; off for all others, as published."
                     ),
                 ),
@@ -212,13 +223,15 @@ class DecodeTransparency(Node):
         image = (vae.decode(latent) if image is None else image)[..., :3]
         if image.shape[:3] != (len(latent), latent.shape[2] * 8, latent.shape[3] * 8):
             raise ValueError(
-                f"image: {_sizes(image, 'picture')} and {len(latent)} of {latent.shape[3] * 8}×{latent.shape[2] * 8} in the latent do not go "
+                f"image: {_sizes(image, 'picture')} and {len(latent)} of {latent.shape[3] * 8}×{latent.shape[2] * 8} "
+                "in the latent do not go "
                 "together; connect the decoded picture of these samples, unchanged."
             )
         if background is not None:
             if background.shape[1:3] != image.shape[1:3] or len(background) not in (1, len(image)):
                 raise ValueError(
-                    f"background: {_sizes(background, 'background')} and {_sizes(image, 'picture')} do not go together; connect one "
+                    f"background: {_sizes(background, 'background')} and {_sizes(image, 'picture')} do not go "
+                    "together; connect one "
                     "background of that size, or one for each."
                 )
             background = background.expand(len(image), -1, -1, -1)
@@ -243,12 +256,14 @@ class EncodeTransparency(Node):
             display_name="Encode transparency",
             category="Strata/Transparency",
             search_aliases=[*NAMES, "layer diffuse encode", "RGBA to latent"],
-            description="Hides a picture's transparency in its latent, so that a model with transparency can go on from it (denoise below 1).",
+            description="Hides a picture's transparency in its latent, so that a model with transparency can go on "
+            "from it (denoise below 1).",
             inputs=[
                 weights_input("An encoder, from Load transparency."),
                 io.Image.Input(
                     "image",
-                    tooltip="RGBA, or RGB with a mask. Sides that are no multiple of 8 are filled up with transparency.",
+                    tooltip="RGBA, or RGB with a mask. Sides that are no multiple of 8 are filled up with "
+                    "transparency.",
                 ),
                 io.Vae.Input("vae", tooltip="The model's VAE."),
                 io.Mask.Input(
@@ -269,7 +284,8 @@ class EncodeTransparency(Node):
         if mask is not None:
             if mask.shape[1:] != image.shape[2:] or len(mask) not in (1, len(image)):
                 raise ValueError(
-                    f"mask: {_sizes(mask, 'mask')} and {_sizes(image.movedim(1, -1), 'picture')} do not go together; make them the same size, "
+                    f"mask: {_sizes(mask, 'mask')} and {_sizes(image.movedim(1, -1), 'picture')} do not go together; "
+                    "make them the same size, "
                     "or disconnect a mask that is not the picture's."
                 )
             alpha = alpha * (1 - mask[:, None])
@@ -284,7 +300,8 @@ class SampleJointLayers(Node):
             display_name="Sample joint layers",
             category="Strata/Transparency",
             search_aliases=[*NAMES, "layer diffuse joint", "foreground and background"],
-            description="SD1.5: draws foreground, background and blended picture together, so that they agree. Needs layer_sd15_joint.",
+            description="SD1.5: draws foreground, background and blended picture together, so that they agree. Needs "
+            "layer_sd15_joint.",
             inputs=[
                 io.Model.Input("model", tooltip="An SD1.5 model, without Apply transparency."),
                 weights_input("Attention sharing of three pictures, from Load transparency."),
@@ -315,15 +332,18 @@ class SampleAroundLayer(Node):
             display_name="Sample around a layer",
             category="Strata/Transparency",
             search_aliases=[*NAMES, "fg2bg", "bg2fg", "layer diffuse cond joint"],
-            description="SD1.5: draws the other layer and the blended picture for a given one. Needs layer_sd15_fg2bg or layer_sd15_bg2fg.",
+            description="SD1.5: draws the other layer and the blended picture for a given one. Needs layer_sd15_fg2bg "
+            "or layer_sd15_bg2fg.",
             inputs=[
                 io.Model.Input("model", tooltip="An SD1.5 model, without Apply transparency."),
                 weights_input(
-                    "Attention sharing of two pictures, from Load transparency: fg2bg when a foreground is given, bg2fg for a background."
+                    "Attention sharing of two pictures, from Load transparency: fg2bg when a foreground is given, "
+                    "bg2fg for a background."
                 ),
                 io.Image.Input(
                     "image",
-                    tooltip="The given foreground (RGBA) or background. Another size is scaled and centred to fill the frame.",
+                    tooltip="The given foreground (RGBA) or background. Another size is scaled and centred to fill "
+                    "the frame.",
                 ),
                 io.Conditioning.Input("layer", tooltip="Prompt of the layer that is drawn."),
                 io.Conditioning.Input("blended", tooltip="Prompt of the whole picture."),

@@ -1,4 +1,6 @@
-"""The attention blocks of a UNet: where they are, what is known inside of them, and patches put around others' patches."""
+"""The attention blocks of a UNet: where they are, what is known inside of them, and patches put around others'
+patches.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
 
 
 def around(options: dict, name: str, places: list[Place], own: Callable) -> dict:
-    """Replacing patches `own(there, q, k, v, options)` at the places, where `there` is the patch that another node has put there, or the attention."""
+    """Replacing patches `own(there, q, k, v, options)` at the places, where `there` is the patch that another node has
+    put there, or the attention.
+    """
     there = options.get("patches_replace", {}).get(name, {})
     return {
         **there,
@@ -49,11 +53,14 @@ def _checked(own: Callable, there: Callable, q: Tensor, k: Tensor, v: Tensor, op
 
 
 def check_tokens(rows: Tensor, options: dict) -> None:
-    """Raises ValueError for queries [B,T,C] that are no longer one row a picture and one token a place: their layers could not be told apart."""
+    """Raises ValueError for queries [B,T,C] that are no longer one row a picture and one token a place: their layers
+    could not be told apart.
+    """
     shape = options.get("activations_shape")
     if shape is not None and rows.shape[:2] != (shape[0], shape[2] * shape[3]):
         raise ValueError(
-            "model: another patch on it (HyperTile, Token merging or one like them) cuts or merges what the attention works on, so layers "
+            "model: another patch on it (HyperTile, Token merging or one like them) cuts or merges what the attention "
+            "works on, so layers "
             "cannot be told apart any more; remove that patch."
         )
 

@@ -1,4 +1,6 @@
-"""Attention over several pictures of a batch, as LayerDiffuse's SD1.5 files do it: beside the UNet's own attentions, put there while the model is in use."""
+"""Attention over several pictures of a batch, as LayerDiffuse's SD1.5 files do it: beside the UNet's own attentions,
+put there while the model is in use.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,8 @@ from .foreground import FUSION, Rows
 NAME = re.compile(r"(input_blocks|output_blocks|middle_block)\..*\.attn[12]")
 KEY = "strata_sharing_"
 MOST_REPEATED = 4  # as ComfyUI puts conditionings of several lengths into one batch
-OF_A_RUN = (
-    "cond_hint",
-    "timestep_range",
-    "extra_concat",
-    "model_sampling_current",
-)  # a ControlNet's fields that its run sets
+# A ControlNet's fields that its run sets.
+OF_A_RUN = ("cond_hint", "timestep_range", "extra_concat", "model_sampling_current")
 CONTROL = (
     "strata_sharing_picture"  # the picture's features by number of pixels, in the transformer options of one evaluation
 )
@@ -51,7 +49,9 @@ def widths(model: ModelPatcher) -> list[dict[str, tuple[int, int]]]:
 
 
 def attach(model: ModelPatcher, sharing: ModelPatcher, strength: float, picture: Tensor | None = None) -> ModelPatcher:
-    """A clone whose attentions are shared; strength 0 is the model itself. picture: the given layer, [B,3,H,W] in -1..1, for files that take one."""
+    """A clone whose attentions are shared; strength 0 is the model itself. picture: the given layer, [B,3,H,W] in
+    -1..1, for files that take one.
+    """
     clone = model.clone()
     if not strength:
         return clone
@@ -65,7 +65,9 @@ def attach(model: ModelPatcher, sharing: ModelPatcher, strength: float, picture:
 
 
 def attach_to_foreground(model: ModelPatcher, sharing: ModelPatcher, rows: Rows = FUSION) -> ModelPatcher:
-    """A clone in which a file of one frame acts on the foregrounds among the rows, and the others have the model's own attention."""
+    """A clone in which a file of one frame acts on the foregrounds among the rows, and the others have the model's own
+    attention.
+    """
     clone = model.clone()
     clone.set_additional_models(f"{KEY}foreground", [sharing])
     clone.add_wrapper_with_key(
@@ -75,7 +77,9 @@ def attach_to_foreground(model: ModelPatcher, sharing: ModelPatcher, rows: Rows 
 
 
 def _with_foreground(sharing: AttentionSharing, rows: Rows, executor, x: Tensor, *args, **kwargs):
-    """Hooks on the projections, since a replaced attention calls those and not the attention itself; for one call only."""
+    """Hooks on the projections, since a replaced attention calls those and not the attention itself; for one
+    call only.
+    """
     rows.check(x)
     layers = zip(attentions(executor.class_obj), sharing.hookers.layers, strict=True)
     hooks = [hook for module, layer in layers for hook in _on_foreground(module, layer, rows)]
@@ -109,7 +113,9 @@ def _on_foreground(module: nn.Module, layer: nn.Module, rows: Rows) -> list:
 
 
 class Injection:
-    """Puts the shared forward on each attention, and takes it off again; what was there (another pack's, say) is called inside."""
+    """Puts the shared forward on each attention, and takes it off again; what was there (another pack's, say) is called
+    inside.
+    """
 
     def __init__(self, sharing: AttentionSharing, strength: float):
         self.sharing, self.strength = sharing, strength
@@ -157,7 +163,9 @@ def shared(module: nn.Module, plain: Callable, layer: nn.Module, strength: float
 
 
 def seeing(sharing: AttentionSharing, picture: Tensor) -> Callable:
-    """Wrapper of the UNet: the picture's features at the size of this latent go along in its options. Pictures repeat over the batch."""
+    """Wrapper of the UNet: the picture's features at the size of this latent go along in its options. Pictures repeat
+    over the batch.
+    """
 
     def wrapper(executor, x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
         fitted = comfy.utils.common_upscale(picture, x.shape[-1] * 8, x.shape[-2] * 8, "bilinear", "center")
@@ -173,32 +181,39 @@ def seeing(sharing: AttentionSharing, picture: Tensor) -> Callable:
 
 
 def together(prompts: list[tuple[str, list]]) -> list:
-    """One conditioning from those of the frames: a row of tokens per frame, which the host repeats over the batch. Raises ValueError."""
+    """One conditioning from those of the frames: a row of tokens per frame, which the host repeats over the batch.
+    Raises ValueError.
+    """
     for name, prompt in prompts:
         if len(prompt) != 1:
             raise ValueError(
-                f"{name}: it is {len(prompt)} conditionings in one (combined, or of areas), and each frame takes one; connect a plain one."
+                f"{name}: it is {len(prompt)} conditionings in one (combined, or of areas), and each frame takes one; "
+                "connect a plain one."
             )
     carried = [{key: value for key, value in prompt[0][1].items() if key != "pooled_output"} for _, prompt in prompts]
     for key in sorted(set().union(*carried)):
         holders = [name for (name, _), own in zip(prompts, carried, strict=True) if key in own]
         if len(holders) < len(prompts) or not all(_same(carried[0][key], own[key]) for own in carried):
             raise ValueError(
-                f"{holders[0]}: it carries {key!r}, which the other prompts lack or have otherwise, and the frames are sampled as one; "
+                f"{holders[0]}: it carries {key!r}, which the other prompts lack or have otherwise, and the frames "
+                "are sampled as one; "
                 "connect plain prompts here, and put what shall act on all of them on the model or on negative."
             )
     tokens = [prompt[0][0][:1] for _, prompt in prompts]
     longest = lcm(*(one.shape[1] for one in tokens))  # repeated tokens change nothing in attention
     if longest > MOST_REPEATED * max(one.shape[1] for one in tokens):
         raise ValueError(
-            f"{', '.join(name for name, _ in prompts)}: their {', '.join(str(one.shape[1]) for one in tokens)} tokens have no common length "
+            f"{', '.join(name for name, _ in prompts)}: their {', '.join(str(one.shape[1]) for one in tokens)} tokens "
+            "have no common length "
             "that is not many times as long; shorten the longer prompts."
         )
     return [[torch.cat([one.repeat(1, longest // one.shape[1], 1) for one in tokens]), prompts[-1][1][0][1]]]
 
 
 def _same(one, other) -> bool:
-    """ControlNets are the same when all but what a run leaves on them is: Apply ControlNet makes a copy for each conditioning."""
+    """ControlNets are the same when all but what a run leaves on them is: Apply ControlNet makes a copy for each
+    conditioning.
+    """
     if one is other or type(one) is not type(other):
         return one is other
     if isinstance(one, Tensor):

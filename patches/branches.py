@@ -31,10 +31,12 @@ def sample_branches(
     own_noise: float = 1.0,
     seen: dict[float, Tensor] | None = None,
 ) -> list[dict]:
-    """One LATENT per branch. positive: with a row per branch, which the host repeats over the batch. own_noise: how much of the noise's
+    """One LATENT per branch. positive: with a row per branch, which the host repeats over the batch. own_noise: how
+    much of the noise's
     variance is a branch's own, 0..1; at 0 the branches of a latent have the same.
 
-    seen: gets, for each noise level that the model is called at, the batch [B·count,C,h,w] of the last such call, in the model's scale, on the CPU.
+    seen: gets, for each noise level that the model is called at, the batch [B·count,C,h,w] of the last such call, in
+    the model's scale, on the CPU.
     """
     latents = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
     mask = latent_image.get("noise_mask")
@@ -65,14 +67,16 @@ def sample_branches(
 
 
 def watched(model: ModelPatcher, seen: dict[float, Tensor]) -> ModelPatcher:
-    """A clone that keeps what its sampler asks it for. What samplers hand to their callback is not always the latent of that step (DEIS)."""
+    """A clone that keeps what its sampler asks it for. What samplers hand to their callback is not always the latent of
+    that step (DEIS).
+    """
 
     def watch(executor, x: Tensor, timestep: Tensor, *args, **kwargs):
         sigma = float(timestep.flatten()[0])
         for level in [level for level in seen if math.isclose(level, sigma, rel_tol=LEVEL)]:
-            del seen[
-                level
-            ]  # Heun's first call at a level is a guess, and its second one the step's latent; DPM-Solver++(2S)'s is a rounding beside it
+            # Heun's first call at a level is a guess, and its second one the step's latent; DPM-Solver++(2S)'s is a
+            # rounding beside it.
+            del seen[level]
         seen[sigma] = x.detach().float().cpu().clone()
         return executor(x, timestep, *args, **kwargs)
 
@@ -82,7 +86,9 @@ def watched(model: ModelPatcher, seen: dict[float, Tensor]) -> ModelPatcher:
 
 
 def _noise(start: Tensor, seed: int, numbers: list[int] | None, count: int, own: float) -> Tensor:
-    """Noise for `start`, [B·count,C,h,w]. The host draws equal noise for equal numbers, which are the latents' places in the batch unless given."""
+    """Noise for `start`, [B·count,C,h,w]. The host draws equal noise for equal numbers, which are the latents' places
+    in the batch unless given.
+    """
     if own == 1 and numbers is None:
         return comfy.sample.prepare_noise(start, seed)
     numbers = range(len(start) // count) if numbers is None else numbers

@@ -38,7 +38,8 @@ def find(name: str) -> Path:
             return folder
     url = next((model["url"] for model in CONFIG["models"] if model["name"] == name), CONFIG["models"][0]["url"])
     raise ValueError(
-        f"model: config.json and model.safetensors of {name} are not in {Path(folder_paths.get_folder_paths(KIND)[0]) / name}; "
+        f"model: config.json and model.safetensors of {name} are not in "
+        f"{Path(folder_paths.get_folder_paths(KIND)[0]) / name}; "
         f"download them from {url} into that folder."
     )
 
@@ -46,7 +47,8 @@ def find(name: str) -> Path:
 def estimate(image: Tensor, name: str) -> Tensor:
     """Relative depth [B,H,W,3] of images [B,H,W,3] in 0..1, white = near, each stretched to its own range.
 
-    Source: Depth Anything V2 (arXiv 2406.09414); inputs are resized to sides of about 518 pixels, multiples of 14, as published.
+    Source: Depth Anything V2 (arXiv 2406.09414); inputs are resized to sides of about 518 pixels, multiples of 14, as
+    published.
     """
     from transformers import AutoModelForDepthEstimation
 
@@ -73,12 +75,13 @@ def estimate(image: Tensor, name: str) -> Tensor:
 
 
 def input_size(folder: Path, height: int, width: int) -> tuple[int, int]:
-    """The network's input: the shorter side as its preprocessor says (518 by default), the longer one at most four times that; multiples of 14."""
+    """The network's input: the shorter side as its preprocessor says (518 by default), the longer one at most four
+    times that; multiples of 14.
+    """
     file = folder / "preprocessor_config.json"
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     side = settings.get("size", {}).get("height", 518)
     multiple = settings.get("ensure_multiple_of", 14)
-    scale = min(
-        side / min(height, width), 4 * side / max(height, width)
-    )  # a picture of 1×4096 would be two million wide
+    # A picture of 1×4096 would be two million wide.
+    scale = min(side / min(height, width), 4 * side / max(height, width))
     return tuple(max(multiple, round(length * scale / multiple) * multiple) for length in (height, width))

@@ -1,4 +1,6 @@
-"""FeatGLaC in ComfyUI's sampling: before each step the latent is moved until the decoder's features are those of the scenes that it is composed of."""
+"""FeatGLaC in ComfyUI's sampling: before each step the latent is moved until the decoder's features are those of the
+scenes that it is composed of.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +27,8 @@ STARTS = ("background inversion", "given latent")
 SAMPLERS = ("euler", "ddim")
 UNCONDITIONAL = ("negative", "null-text of the background")
 INPAINTING = ("concat_latent_image", "concat_mask")  # what InpaintModelConditioning leaves in a conditioning
-APART = {
-    "area",
-    "mask",
-    "control",
-    "gligen",
-    "hooks",
-    "default",
-    "timestep_start",
-    "timestep_end",
-}  # keys of a conditioning that no batch can share
+# Keys of a conditioning that no batch can share.
+APART = {"area", "mask", "control", "gligen", "hooks", "default", "timestep_start", "timestep_end"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,9 @@ class Plane:
 
 @dataclass(frozen=True, eq=False)
 class Planes:
-    """Back to front. recorded: features of earlier runs, by model and by (levels, sigma, planes in use), in half precision on the CPU."""
+    """Back to front. recorded: features of earlier runs, by model and by (levels, sigma, planes in use), in half
+    precision on the CPU.
+    """
 
     planes: tuple[Plane, ...]
     recorded: WeakKeyDictionary = field(default_factory=WeakKeyDictionary)
@@ -56,7 +52,9 @@ class Planes:
 
 @dataclass(frozen=True)
 class Settings:
-    """level_weights: as techniques.feature_guidance.parse_level_weights takes them; foreground: lambda, of all planes but the first."""
+    """level_weights: as techniques.feature_guidance.parse_level_weights takes them; foreground: lambda, of all planes
+    but the first.
+    """
 
     level_weights: str = "0.2, 8.5"
     foreground: float = 1.0
@@ -84,17 +82,20 @@ def guider(
     """Raises ValueError for a model that has no decoder of this kind, and for level weights that do not fit it."""
     if not isinstance(model.model.diffusion_model, UNetModel) or is_flow(model):
         raise ValueError(
-            "model: feature guidance works with SD1.5, SD2, SDXL and the Strata mini family; load a checkpoint of one of them."
+            "model: feature guidance works with SD1.5, SD2, SDXL and the Strata mini family; load a checkpoint of one "
+            "of them."
         )
     if settings.unconditional == UNCONDITIONAL[1]:
         if planes.planes[0].inversion.null is None:
             raise ValueError(
-                "unconditional: the first plane's inversion has no embeddings; invert the background with the method null-text, or "
+                "unconditional: the first plane's inversion has no embeddings; invert the background with the method "
+                "null-text, or "
                 f"choose {UNCONDITIONAL[0]}."
             )
         if len(negative) != 1:
             raise ValueError(
-                "negative: it combines several conditionings, and the embeddings of null-text can replace only one; connect one "
+                "negative: it combines several conditionings, and the embeddings of null-text can replace only one; "
+                "connect one "
                 "text encoding."
             )
     found = FeatureGuider(model)
@@ -108,7 +109,9 @@ def guider(
 
 
 class FeatureGuider(comfy.samplers.CFGGuider):
-    """A CFG guider whose sampler moves the latent before each step. energies: per guided step of the latest run, one value per iteration."""
+    """A CFG guider whose sampler moves the latent before each step. energies: per guided step of the latest run, one
+    value per iteration.
+    """
 
     planes: Planes
     settings: Settings
@@ -149,7 +152,9 @@ class FeatureGuider(comfy.samplers.CFGGuider):
             self.plane_conds = self.level_masks = None
 
     def guides(self) -> bool:
-        """Whether anything moves the latent at all. Without a foreground there is nothing to compose, and the sampling is the plain one."""
+        """Whether anything moves the latent at all. Without a foreground there is nothing to compose, and the sampling
+        is the plain one.
+        """
         settings = self.settings
         return bool(
             settings.iterations and settings.step_size and self.level_weights and any(self.weights[1:] or self.weights)
@@ -158,7 +163,8 @@ class FeatureGuider(comfy.samplers.CFGGuider):
     def inner_sample(self, noise, latent_image, device, sampler, sigmas, denoise_mask, *args, **kwargs):
         """The scenes' conditionings are prepared apart: ComfyUI would hand them the composite's ControlNets.
 
-        An inpainting model sees the same mask and picture with all of them, so that a scene's own latent has the scene's own features.
+        An inpainting model sees the same mask and picture with all of them, so that a scene's own latent has the
+        scene's own features.
         """
         keys = [key for key in self.conds if key.startswith("plane ")]
         shown = {name: value for name, value in self.conds["positive"][0].items() if name in INPAINTING}
@@ -177,16 +183,20 @@ class FeatureGuider(comfy.samplers.CFGGuider):
             shape = plane.inversion.latents.shape[1:]
             if shape[1:] != latent.shape[1:]:
                 raise ValueError(
-                    f"planes: an inversion is of {shape[3] * 8}×{shape[2] * 8} pixels and {shape[1]} latent channels, the latent of "
-                    f"{latent.shape[3] * 8}×{latent.shape[2] * 8} and {latent.shape[1]}; resize the pictures to one size before inverting them."
+                    f"planes: an inversion is of {shape[3] * 8}×{shape[2] * 8} pixels and {shape[1]} latent channels, "
+                    "the latent of "
+                    f"{latent.shape[3] * 8}×{latent.shape[2] * 8} and {latent.shape[1]}; resize the pictures to one "
+                    "size before inverting them."
                 )
             if len(latent) % shape[0]:
                 raise ValueError(
-                    f"planes: an inversion of {shape[0]} pictures does not go with {len(latent)} latents; invert one picture, or one for each."
+                    f"planes: an inversion of {shape[0]} pictures does not go with {len(latent)} latents; invert one "
+                    "picture, or one for each."
                 )
             if plane.inversion.flow:
                 raise ValueError(
-                    "planes: an inversion was made with a flow matching model; invert the picture with the model that samples."
+                    "planes: an inversion was made with a flow matching model; invert the picture with the model that "
+                    "samples."
                 )
         return featglac.visible_masks([plane.mask for plane in self.planes.planes], *latent.shape[2:])
 
@@ -256,7 +266,8 @@ class FeatureGuider(comfy.samplers.CFGGuider):
                 energies.append(energy.sum().item())
                 if not torch.isfinite(gradient).all():
                     raise ValueError(
-                        "step_size: the guidance grew beyond all numbers at this size of step; lower step_size or level_weights."
+                        "step_size: the guidance grew beyond all numbers at this size of step; lower step_size or "
+                        "level_weights."
                     )
                 x = featglac.guided_update(x, gradient, sigma, settings.step_size)
         self.energies.append(energies)
@@ -276,7 +287,9 @@ class FeatureGuider(comfy.samplers.CFGGuider):
         return {level: values.to(x.device) for level, values in recorded[key].items()}
 
     def _forget_other_levels(self, sigmas: Tensor) -> None:
-        """The cache holds one schedule: with SDXL at 1024 pixels, every other one would take 2.4 GB more, for as long as the planes live."""
+        """The cache holds one schedule: with SDXL at 1024 pixels, every other one would take 2.4 GB more, for as long
+        as the planes live.
+        """
         recorded, levels = self.planes.recorded.get(self.model_patcher, {}), set(sigmas.tolist())
         for key in [key for key in recorded if key[1] not in levels]:
             del recorded[key]
@@ -303,7 +316,9 @@ class FeatureGuider(comfy.samplers.CFGGuider):
 
 
 class Probe:
-    """Around one call of the UNet: keeps the features of the levels that have a weight, and stops behind the last of them."""
+    """Around one call of the UNet: keeps the features of the levels that have a weight, and stops behind the last of
+    them.
+    """
 
     def __init__(self, unet: nn.Module, levels, gradient: bool):
         modules = decoder_levels(unet)
@@ -338,7 +353,8 @@ class Probe:
     def check(self, rows: int, socket: str) -> None:
         if self.calls != 1 or any(len(values) != rows for values in self.features.values()):
             raise ValueError(
-                f"{socket}: several conditionings are combined, or none is for this step; feature guidance needs one for the whole picture."
+                f"{socket}: several conditionings are combined, or none is for this step; feature guidance needs one "
+                "for the whole picture."
             )
 
 
@@ -367,6 +383,7 @@ def check_sampler(sampler) -> None:
     )
     if not euler or sampler.extra_options.get("s_churn"):
         raise ValueError(
-            f"sampler: feature guidance moves the latent between two steps, which only samplers without memory and noise of their own allow; "
+            "sampler: feature guidance moves the latent between two steps, which only samplers without memory and "
+            "noise of their own allow; "
             f"choose one of {', '.join(SAMPLERS)}."
         )

@@ -1,4 +1,6 @@
-"""Weight differences that act on the foregrounds alone, in a batch that has other pictures too: one model and one call serve all of them."""
+"""Weight differences that act on the foregrounds alone, in a batch that has other pictures too: one model and one call
+serve all of them.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,17 @@ BRANCHES = 3  # foreground, background, blended, in this order, once for every p
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows of a batch are foregrounds: those from `first` on, `number` of them, in every `layers` rows. shown: the end of check's sentence."""
+    """Which rows of a batch are foregrounds: those from `first` on, `number` of them, in every `layers` rows. shown:
+    the end of check's sentence.
+    """
 
     layers: int = BRANCHES
     first: int = 0
     number: int = 1
-    shown: str = "foreground, background and blended; use Strata's LayerFusion sampler, or a latent batch that is a multiple of three."
+    shown: str = (
+        "foreground, background and blended; use Strata's LayerFusion sampler, or a latent batch that is a "
+        "multiple of three."
+    )
 
     def of(self, rows: Tensor) -> Tensor:
         return self._places(rows).flatten(0, 1)
@@ -68,9 +75,11 @@ def foreground_rows(rows: Tensor) -> Tensor:
 def apply_to_foreground(
     model: ModelPatcher, terms: dict[str, tuple[Tensor, Tensor] | Tensor], strength: float = 1.0, rows: Rows = FUSION
 ) -> ModelPatcher:
-    """A clone of the model whose foreground rows see `weight + strength * difference` in the named weights, and whose other rows do not.
+    """A clone of the model whose foreground rows see `weight + strength * difference` in the named weights, and whose
+    other rows do not.
 
-    terms: {weight key such as "diffusion_model.….to_q.weight": (up [out,rank], down [rank,in]), or a full difference of the weight's or bias's shape}.
+    terms: {weight key such as "diffusion_model.….to_q.weight": (up [out,rank], down [rank,in]), or a full difference of
+    the weight's or bias's shape}.
     """
     added = differences(model, terms)
     if strength == 0:
@@ -82,7 +91,9 @@ def apply_to_foreground(
 
 
 def differences(model: ModelPatcher, terms: dict[str, tuple[Tensor, Tensor] | Tensor]) -> dict[str, nn.Module]:
-    """By the name of the UNet's module, what the terms add to its output. Raises ValueError for weights that the model does not have."""
+    """By the name of the UNet's module, what the terms add to its output. Raises ValueError for weights that the model
+    does not have.
+    """
     unet, parts = model.model.diffusion_model, {}
     for key, term in terms.items():
         name, _, kind = key.removeprefix("diffusion_model.").rpartition(".")
@@ -90,7 +101,8 @@ def differences(model: ModelPatcher, terms: dict[str, tuple[Tensor, Tensor] | Te
         shape = (term[0].shape[0], term[1].shape[1]) if isinstance(term, tuple) else tuple(term.shape)
         if not isinstance(module, SUPPORTED) or getattr(getattr(module, kind, None), "shape", None) != shape:
             raise ValueError(
-                f"model: the difference of {key} ({'×'.join(map(str, shape))}) does not fit this model; load the file of the model's family."
+                f"model: the difference of {key} ({'×'.join(map(str, shape))}) does not fit this model; load the file "
+                "of the model's family."
             )
         parts.setdefault(name, {})[kind] = term
     return {name: _difference(unet.get_submodule(name), **own) for name, own in parts.items()}
@@ -114,7 +126,9 @@ def _submodule(module: nn.Module, name: str) -> nn.Module | None:
 def _difference(
     module: nn.Module, weight: tuple[Tensor, Tensor] | Tensor | None = None, bias: Tensor | None = None
 ) -> nn.Module:
-    """What the terms add to the module's output, which is linear in weight and bias: the same layer with the differences for weights."""
+    """What the terms add to the module's output, which is linear in weight and bias: the same layer with the
+    differences for weights.
+    """
     if isinstance(weight, tuple):
         up, down = weight
         return nn.Sequential(

@@ -1,4 +1,6 @@
-"""LayerFusion: the attention of foreground, background and blended, three rows of one batch, blended in every block while sampling."""
+"""LayerFusion: the attention of foreground, background and blended, three rows of one batch, blended in every block
+while sampling.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ BLOCKS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """strength 0..1; boundary: the paper's d; percents of the sampling; reuse: structure of the step before instead of a prior pass.
+    """strength 0..1; boundary: the paper's d; percents of the sampling; reuse: structure of the step before instead of
+    a prior pass.
 
     wide: after Eq. 2 the blended branch goes on with the foreground through the wide mask instead of the soft one.
     """
@@ -56,7 +59,9 @@ class Settings:
 
 @dataclass
 class Run:
-    """One sampling run: the structure prior in use with its size, and the masks of the latest conditional estimate: soft, hard and, where used, wide."""
+    """One sampling run: the structure prior in use with its size, and the masks of the latest conditional estimate:
+    soft, hard and, where used, wide.
+    """
 
     record: Record | None = None
     structure: tuple[Tensor, tuple[int, int]] | None = None
@@ -77,7 +82,9 @@ class Call:
 
 
 def blend_attention(model: ModelPatcher, settings: Settings) -> ModelPatcher:
-    """The model with LayerFusion's blending; with strength 0 the model as it is. Raises ValueError for a family that is not known."""
+    """The model with LayerFusion's blending; with strength 0 the model as it is. Raises ValueError for a family that is
+    not known.
+    """
     place = structure_place(model)
     if settings.strength == 0:
         return model
@@ -89,7 +96,9 @@ def blend_attention(model: ModelPatcher, settings: Settings) -> ModelPatcher:
 
 
 def structure_place(model: ModelPatcher) -> Place:
-    """The self-attention that shows the structure: the model's last one in the published families, the mini family's last but one (docs/layerfusion.md)."""
+    """The self-attention that shows the structure: the model's last one in the published families, the mini family's
+    last but one (docs/layerfusion.md).
+    """
     config = getattr(model.model, "model_config", None)
     place = next(
         (tuple(STRUCTURE_LAYER[kind.__name__]) for kind in type(config).__mro__ if kind.__name__ in STRUCTURE_LAYER),
@@ -97,7 +106,8 @@ def structure_place(model: ModelPatcher) -> Place:
     )
     if place is None or place not in transformers(model.model.diffusion_model):
         raise ValueError(
-            f"model: {type(config).__name__} is not supported; LayerFusion works with SD1.5, SD2, SDXL and the Strata mini family."
+            f"model: {type(config).__name__} is not supported; LayerFusion works with SD1.5, SD2, SDXL and the Strata "
+            "mini family."
         )
     return place
 
@@ -113,7 +123,8 @@ def _calculate(
 ):
     """The foreground's prior pass, then the conditional estimate, then the others with its masks.
 
-    ComfyUI would put conditional and unconditional into one batch, or, short of memory, run the unconditional first, which has no masks to use yet.
+    ComfyUI would put conditional and unconditional into one batch, or, short of memory, run the unconditional first,
+    which has no masks to use yet.
     """
     check_batch(x)
     if not settings.active(model.model_sampling, timestep):
@@ -121,7 +132,8 @@ def _calculate(
     options = model_options.get("transformer_options", {})
     if KEY in options:
         raise ValueError(
-            "model: two Attention blend nodes act on it at the same time; remove one of them, or give them other start and end percents."
+            "model: two Attention blend nodes act on it at the same time; remove one of them, or give them other "
+            "start and end percents."
         )
     run = options.get(RUN) or Run()
     lead = next(
@@ -156,11 +168,13 @@ def _calculate(
 def _check_conds(conds: list, lead: int | None, run: Run) -> None:
     if lead is None and not run.masks:
         raise ValueError(
-            "positive: this conditioning does not say where the foreground's prompt ends; make it with Encode layer prompts."
+            "positive: this conditioning does not say where the foreground's prompt ends; make it with Encode layer "
+            "prompts."
         )
     if any("area" in entry for entries in conds if entries for entry in entries):
         raise ValueError(
-            "positive or negative: a conditioning is limited to an area; LayerFusion needs conditionings of the whole picture."
+            "positive or negative: a conditioning is limited to an area; LayerFusion needs conditionings of the whole "
+            "picture."
         )
     if lead is not None and len(conds[lead]) > 1:
         raise ValueError(
@@ -231,9 +245,8 @@ def _attend_self(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, 
     pair = attend(*map(fusion.shared_tokens, branches), options)
     shared = torch.cat([own, pair], 1).unflatten(1, (BRANCHES, -1)).flatten(0, 1)
     if attend is not attention_blocks.attend and call.settings.strength == 1:
-        attend(
-            q, k, v, options
-        )  # patches that record what they see, as Self-Attention Guidance does, see all rows last
+        # Patches that record what they see, as Self-Attention Guidance does, see all rows last.
+        attend(q, k, v, options)
     return _mix(call, shared, lambda: attend(q, k, v, options))
 
 
@@ -259,9 +272,8 @@ def _remember(call: Call, name: str, q: Tensor, k: Tensor, options: dict) -> Non
     wide = [fusion.wide_mask(masks[0], call.settings.boundary)] if call.settings.wide else []
     call.run.masks[name, place] = *masks, *wide
     if call.run.record is not None and name == "attn2" and place == call.structure_place:
-        call.run.record.add(
-            torch.stack([structure, content, *masks], 1).unflatten(2, size), options
-        )  # the paper's Fig. 3
+        # The paper's Fig. 3.
+        call.run.record.add(torch.stack([structure, content, *masks], 1).unflatten(2, size), options)
 
 
 def _blend(name: str, call: Call, hidden: Tensor, options: dict) -> Tensor:

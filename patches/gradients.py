@@ -1,4 +1,6 @@
-"""Gradients through a UNet in ComfyUI's executor, which runs in inference mode and loads weights that autograd refuses."""
+"""Gradients through a UNet in ComfyUI's executor, which runs in inference mode and loads weights that autograd
+refuses.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,10 @@ MISSING = object()
 def differentiable(unet: nn.Module, checkpointing: bool = False) -> Iterator[None]:
     """While open, autograd accepts the parameters, wherever the host keeps them.
 
-    Parameters that layers use as they lie are views of the same memory, made outside of inference mode, so nothing is copied. Layers that cast
-    or fetch theirs (manual cast, fp8, offloading, dynamic VRAM) get them as copies, because the host may use that memory again.
+    Parameters that layers use as they lie are views of the same memory, made outside of inference mode, so nothing is
+    copied. Layers that cast
+    or fetch theirs (manual cast, fp8, offloading, dynamic VRAM) get them as copies, because the host may use that
+    memory again.
     checkpointing: blocks compute their activations again in the backward pass in place of keeping them.
     Afterwards, also after an exception, the module holds the very objects that it held before.
     """
@@ -103,16 +107,20 @@ def _recomputing(self, *args, **kwargs):
 
 
 def _kept(value):
-    """What can wait for the backward pass: autograd keeps no inference tensors, and transformer_options name another block by then."""
+    """What can wait for the backward pass: autograd keeps no inference tensors, and transformer_options name another
+    block by then.
+    """
     if isinstance(value, Tensor) and value.is_inference():
         return value.clone()
     return dict(value) if isinstance(value, dict) else value
 
 
 def call_unet(around: Callable, model, conds: list[dict], x: Tensor, sigma: Tensor, model_options: dict) -> Tensor:
-    """The denoised latent for conditionings, as ComfyUI computes it, with `around(executor, x, timesteps, context, …)` closest to the UNet.
+    """The denoised latent for conditionings, as ComfyUI computes it, with `around(executor, x, timesteps, context, …)`
+    closest to the UNet.
 
-    Attention is torch's own: the faster ones that ComfyUI and other packs put in its place (Sage, Flash) have no gradient.
+    Attention is torch's own: the faster ones that ComfyUI and other packs put in its place (Sage, Flash) have no
+    gradient.
     """
     options = model_options.get("transformer_options", {})
     wrappers = options.get("wrappers", {})
@@ -134,9 +142,8 @@ def call_unet(around: Callable, model, conds: list[dict], x: Tensor, sigma: Tens
         "patches_replace": replaced,
         OVERRIDE: partial(_attention, options.get(OVERRIDE)),
     }
-    with (
-        torch.inference_mode()
-    ):  # a ControlNet changes tensors that it made in it, so autograd is switched on within `around` alone
+    # A ControlNet changes tensors that it made in it, so autograd is switched on within `around` alone.
+    with torch.inference_mode():
         timestep = sigma.expand(len(x)).contiguous()
         return comfy.samplers.calc_cond_batch(
             model, [conds], x, timestep, {**model_options, "transformer_options": options}
@@ -160,14 +167,17 @@ def _checked(patch: Callable, *args, **kwargs) -> Tensor:
     found = patch(*args, **kwargs)
     if _cut(found, *args):
         raise ValueError(
-            "model: a patch on it replaces an attention block by one without gradients, which guidance and null-text need; "
+            "model: a patch on it replaces an attention block by one without gradients, which guidance and null-text "
+            "need; "
             "remove that patch, or start ComfyUI with --use-pytorch-cross-attention."
         )
     return found
 
 
 class _OnCopies(torch.autograd.Function):
-    """A patch between blocks, which may write into what it is given, as FreeU does: called with copies, and once more for the backward pass."""
+    """A patch between blocks, which may write into what it is given, as FreeU does: called with copies, and once more
+    for the backward pass.
+    """
 
     @classmethod
     def run(cls, patch: Callable, *args):

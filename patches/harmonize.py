@@ -1,4 +1,6 @@
-"""Information Retained Harmonization as a sampler: in a range of noise levels the layers are put back at every step, after it the model is free."""
+"""Information Retained Harmonization as a sampler: in a range of noise levels the layers are put back at every step,
+after it the model is free.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from ..techniques.inversion import ode_step
 class HarmonizingSampler(comfy.samplers.Sampler):
     """Fuses while the noise is at least `until`, with Euler's steps; a stock sampler does the rest.
 
-    foregrounds: [K,C,...,h,w] as an autoencoder makes them. alphas: [K,1,h,w], back to front. retained: [1+K,C,h,w] at a noise level, background
+    foregrounds: [K,C,...,h,w] as an autoencoder makes them. alphas: [K,1,h,w], back to front. retained: [1+K,C,h,w] at
+    a noise level, background
     first, in the model's scale, instead of noise on the layers.
     """
 
@@ -86,7 +89,9 @@ def remaining_sigmas(
     start_percent: float,
     socket: str = "start_percent",
 ) -> Tensor:
-    """The noise levels of a whole denoising that come after start_percent. Raises ValueError, naming the socket, when no step is left."""
+    """The noise levels of a whole denoising that come after start_percent. Raises ValueError, naming the socket, when
+    no step is left.
+    """
     start = float(model.get_model_object("model_sampling").percent_to_sigma(start_percent))
     sigmas = comfy.samplers.KSampler(
         model, steps, model.load_device, sampler_name, scheduler, 1.0, model_options=model.model_options
@@ -118,7 +123,8 @@ def harmonize(
 ) -> Tensor:
     """The harmonised latent [1,C,...,h,w].
 
-    background: [1,C,...,h,w]. foregrounds: [K,C,...,h,w]. alphas: [K,1,H,W] in pixels. The noise added is that of start_percent
+    background: [1,C,...,h,w]. foregrounds: [K,C,...,h,w]. alphas: [K,1,H,W] in pixels. The noise added is that of
+    start_percent
     of the sampling, and the layers are put back until end_percent. retained: see HarmonizingSampler.
     """
     background = comfy.sample.fix_empty_latent_channels(model, background)

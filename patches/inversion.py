@@ -1,4 +1,6 @@
-"""A picture's path to noise through a model, recorded while ComfyUI samples: DDIM inversion, null-text inversion, or plain noising."""
+"""A picture's path to noise through a model, recorded while ComfyUI samples: DDIM inversion, null-text inversion, or
+plain noising.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,8 @@ from ..techniques import inversion
 from .gradients import call_unet, differentiable
 from .kept import Kept
 
-LIMITS = {
-    "start_percent",
-    "end_percent",
-    "area",
-    "mask",
-    "control",
-    "gligen",
-    "hooks",
-}  # keys of a conditioning that is not plain
+# Keys of a conditioning that is not plain.
+LIMITS = {"start_percent", "end_percent", "area", "mask", "control", "gligen", "hooks"}
 METHODS = ("ddim", "null-text", "noise only")
 
 
@@ -33,7 +28,8 @@ METHODS = ("ddim", "null-text", "noise only")
 class Inversion(Kept):
     """latents [N,B,C,H,W] at descending sigmas [N], in the model's scale, on the CPU; the last is the picture.
 
-    positive: the CONDITIONING that the path was taken with. null: one unconditional embedding per step [N-1,B,T,D], of null-text.
+    positive: the CONDITIONING that the path was taken with. null: one unconditional embedding per step [N-1,B,T,D], of
+    null-text.
     reconstruction: the latent, in the VAE's scale, that sampling from latents[0] gives back; None for noise only.
     """
 
@@ -61,7 +57,8 @@ def is_flow(model: ModelPatcher) -> bool:
     if isinstance(sampling, comfy.model_sampling.EPS) and getattr(sampling, "sigma_data", 1.0) == 1.0:
         return False
     raise ValueError(
-        "model: its kind of prediction cannot be inverted; noise prediction, v prediction and flow matching can (SD1.5, SD2, SDXL, Flux, …)."
+        "model: its kind of prediction cannot be inverted; noise prediction, v prediction and flow matching can "
+        "(SD1.5, SD2, SDXL, Flux, …)."
     )
 
 
@@ -78,7 +75,8 @@ def invert(
     callback: Callable | None = None,
     checkpointing: bool = False,
 ) -> Inversion:
-    """The path of a latent [B,C,H,W] from the VAE. negative, cfg and inner_steps are of use to null-text, seed to noise only.
+    """The path of a latent [B,C,H,W] from the VAE. negative, cfg and inner_steps are of use to null-text, seed to noise
+    only.
 
     checkpointing: of null-text, as patches.gradients.differentiable takes it.
     """
@@ -106,7 +104,8 @@ def invert(
 def _check_null_text(model: ModelPatcher, negative: list | None, cfg: float) -> None:
     if not isinstance(model.model.diffusion_model, UNetModel):
         raise ValueError(
-            "model: null-text inversion works with SD1.5, SD2, SDXL and the Strata mini family; take the method ddim for this one."
+            "model: null-text inversion works with SD1.5, SD2, SDXL and the Strata mini family; take the method ddim "
+            "for this one."
         )
     if negative is None or len(negative) != 1:
         raise ValueError(
@@ -115,7 +114,8 @@ def _check_null_text(model: ModelPatcher, negative: list | None, cfg: float) -> 
     limits = sorted(LIMITS & negative[0][1].keys())
     if limits:
         raise ValueError(
-            f"negative: it carries {', '.join(limits)}, and null-text takes one plain conditioning for the whole picture and the whole way; "
+            f"negative: it carries {', '.join(limits)}, and null-text takes one plain conditioning for the whole "
+            "picture and the whole way; "
             "connect the text encoding of an empty prompt."
         )
     if cfg == 1:
@@ -126,7 +126,9 @@ def _check_null_text(model: ModelPatcher, negative: list | None, cfg: float) -> 
 
 @dataclass
 class _Walk(comfy.samplers.Sampler):
-    """One run: up from the picture to noise, then down again to see what comes back. cfg None goes down with the conditional prediction."""
+    """One run: up from the picture to noise, then down again to see what comes back. cfg None goes down with the
+    conditional prediction.
+    """
 
     flow: bool
     cfg: float | None
@@ -208,13 +210,16 @@ class _Walk(comfy.samplers.Sampler):
             return leaf.detach()
 
     def predict_from(self, leaf: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """The denoised latent as a function of the unconditional embedding: only the UNet and what follows it are in the graph."""
+        """The denoised latent as a function of the unconditional embedding: only the UNet and what follows it are in
+        the graph.
+        """
         kept = []
 
         def around(executor, x, timesteps, context, *args, **kwargs):
             if len(context) != len(leaf) or context.shape[2] != leaf.shape[2]:
                 raise ValueError(
-                    "negative: null-text takes one plain conditioning for the whole picture; connect the text encoding of an empty prompt."
+                    "negative: null-text takes one plain conditioning for the whole picture; connect the text "
+                    "encoding of an empty prompt."
                 )
             with torch.inference_mode(False), torch.enable_grad():
                 kept.append(executor(x, timesteps, leaf.to(context.dtype), *args, **kwargs))

@@ -1,4 +1,6 @@
-"""Inversions on disk, found by what they were made from: the picture's latent, the texts, the noise levels, the settings and the model."""
+"""Inversions on disk, found by what they were made from: the picture's latent, the texts, the noise levels, the
+settings and the model.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def folder() -> Path:
 
 
 def key(model: ModelPatcher, *parts) -> str | None:
-    """A name for the result of these; None when something takes part that has no content to compare, such as another pack's patch of the model."""
+    """A name for the result of these; None when something takes part that has no content to compare, such as another
+    pack's patch of the model.
+    """
     digest = hashlib.sha256(b"1")
     try:
         for part in (*_model(model), *parts):

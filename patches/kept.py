@@ -11,7 +11,9 @@ LEVEL = 1e-4  # noise levels that differ less, relatively, are one: samplers com
 
 
 class Kept:
-    """ComfyUI deep-copies the options whenever a model is cloned: weights would be copied that it does not manage, and a record would be lost."""
+    """ComfyUI deep-copies the options whenever a model is cloned: weights would be copied that it does not manage, and
+    a record would be lost.
+    """
 
     def __deepcopy__(self, memo: dict):
         return self
@@ -19,8 +21,10 @@ class Kept:
 
 @dataclass
 class Record(Kept):
-    """Maps of a run by noise level, the first of each: samplers that call the model twice a step, and patches that call it once more (PAG, say),
-    add nothing to what one entry a step shows."""
+    """Maps of a run by noise level, the first of each: samplers that call the model twice a step, and patches that call
+    it once more (PAG, say),
+    add nothing to what one entry a step shows.
+    """
 
     levels: dict[float, Tensor] = field(default_factory=dict)
     schedule: Tensor | None = None

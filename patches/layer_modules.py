@@ -1,13 +1,17 @@
-"""DreamLayer's trained modules, one file: what they add to keys and values, the layer embedding, and the context-aware layers.
+"""DreamLayer's trained modules, one file: what they add to keys and values, the layer embedding, and the context-aware
+layers.
 
 Keys, by ComfyUI's names of the model's weights, for SD1.5 and the mini family alike:
 
-    layer_embedding                                                                       [layers, width of the tokens], the background's first
-    shared.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_k.weight        difference, for background and whole picture
-    foreground.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_k.weight    difference, for the objects instead
-    context_layers.0.attn.to_q.weight                                                     networks/context_layers.py
+    layer_embedding                                                                       [layers, width of the tokens],
+    the background's first shared.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_k.weight
+    difference, for background and whole picture
+    foreground.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_k.weight    difference, for the objects
+    instead context_layers.0.attn.to_q.weight
+    networks/context_layers.py
 
-Differences, so that LoRAs, adapters and other checkpoints of the family go with them. `python -m training dreamlayer` makes such files.
+Differences, so that LoRAs, adapters and other checkpoints of the family go with them. `python -m training dreamlayer`
+makes such files.
 """
 
 from __future__ import annotations
@@ -47,7 +51,8 @@ class LayerModules:
     def describe(self) -> str:
         count = len(self.context)
         return (
-            f"layer modules for {self.family}, trained with up to {len(self.embedding) - 1} objects, {count} context-aware "
+            f"layer modules for {self.family}, trained with up to {len(self.embedding) - 1} objects, {count} "
+            "context-aware "
             f"layer{'s' * (count != 1)}"
         )
 
@@ -83,7 +88,8 @@ def recognise(name: str, weights: dict[str, Tensor]) -> LayerModules:
     """Raises ValueError."""
     if EMBEDDING not in weights:
         raise ValueError(
-            f"file: {name} holds no layer modules of DreamLayer; choose {SHIPPED}, or a file that python -m training dreamlayer has made."
+            f"file: {name} holds no layer modules of DreamLayer; choose {SHIPPED}, or a file that python -m training "
+            "dreamlayer has made."
         )
     shared, objects, context = (
         {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}

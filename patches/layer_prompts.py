@@ -14,7 +14,9 @@ LAYERS = (
 
 
 def encode_prompts(clip, prompts: tuple[str, str, str]) -> list:
-    """CONDITIONING whose rows are foreground, background and blended. Raises ValueError for text encoders that are not CLIP alone."""
+    """CONDITIONING whose rows are foreground, background and blended. Raises ValueError for text encoders that are not
+    CLIP alone.
+    """
     tokens = [clip.tokenize(prompt) for prompt in prompts]
     encoded = [clip.encode_from_tokens_scheduled(one) for one in tokens]
     ends = end_tokens(tokens[0], clip.tokenizer)
@@ -26,9 +28,11 @@ def encode_prompts(clip, prompts: tuple[str, str, str]) -> list:
 
 
 def encode_layers(clip, background: str, objects: list[str]) -> list:
-    """CONDITIONING whose rows are background, objects back to front, and the whole picture; with no object the background's alone.
+    """CONDITIONING whose rows are background, objects back to front, and the whole picture; with no object the
+    background's alone.
 
-    The whole picture's embedding has the words of all; its pooled form (SDXL) is that of the prompts with commas between them.
+    The whole picture's embedding has the words of all; its pooled form (SDXL) is that of the prompts with commas
+    between them.
     Raises ValueError for text encoders that are not CLIP alone.
     """
     prompts = [background, *objects]
@@ -49,13 +53,16 @@ def encode_layers(clip, background: str, objects: list[str]) -> list:
 
 
 def end_tokens(tokens: dict[str, list], tokenizer) -> list[int]:
-    """Positions of the end-of-text tokens in the encoded prompt: one for each chunk, of every encoder (SDXL's two agree but for embeddings)."""
+    """Positions of the end-of-text tokens in the encoded prompt: one for each chunk, of every encoder (SDXL's two agree
+    but for embeddings).
+    """
     found, start = set(), 0
     for name, chunks in tokens.items():
         end = getattr(getattr(tokenizer, f"clip_{name}", None), "end_token", None)
         if end is None:
             raise ValueError(
-                f"clip: the text encoder {name} has no end token of CLIP's kind; layer prompts work with those of SD1.5, SD2 and SDXL."
+                f"clip: the text encoder {name} has no end token of CLIP's kind; layer prompts work with those of "
+                "SD1.5, SD2 and SDXL."
             )
         start = 0
         for chunk in chunks:
@@ -73,8 +80,11 @@ def _chunk_ends(ends: list[int], chunk: int) -> list[int]:
 
 
 def _join(entries: list[list], clip) -> tuple[Tensor, dict]:
-    """Prompts brought to the length of the longest: repeated where that comes out even, which changes no attention's result, and otherwise filled
-    up with chunks of the empty prompt. The least common multiple of lengths would be tens of thousands of tokens for long prompts."""
+    """Prompts brought to the length of the longest: repeated where that comes out even, which changes no attention's
+    result, and otherwise filled
+    up with chunks of the empty prompt. The least common multiple of lengths would be tens of thousands of tokens for
+    long prompts.
+    """
     conds, extras = [entry[0] for entry in entries], [entry[1] for entry in entries]
     length = max(cond.shape[1] for cond in conds)
     values = {**extras[0]}
@@ -93,7 +103,9 @@ def _join(entries: list[list], clip) -> tuple[Tensor, dict]:
 
 
 def _repeated(places: list[int], own: int, length: int) -> list[int]:
-    """Positions in the first `own` tokens, in all repetitions up to `length`; those alone when it is no multiple of `own`."""
+    """Positions in the first `own` tokens, in all repetitions up to `length`; those alone when it is no multiple of
+    `own`.
+    """
     return [
         start + place for start in range(0, own if length % own else length, own) for place in places if place < own
     ]

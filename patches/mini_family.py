@@ -1,4 +1,6 @@
-"""The mini family for ComfyUI's stock loaders: how its checkpoints are told from all others, and where this pack's model files lie."""
+"""The mini family for ComfyUI's stock loaders: how its checkpoints are told from all others, and where this pack's
+model files lie.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ TOKEN_ROWS = "cond_stage_model.transformer.text_model.embeddings.token_embedding
 
 
 class StrataMiniLatent(comfy.latent_formats.LatentFormat):
-    """Latents as the autoencoder makes them, which trains it to about unit deviation; previews need rgb_factors [4,3] and rgb_bias [3]."""
+    """Latents as the autoencoder makes them, which trains it to about unit deviation; previews need rgb_factors [4,3]
+    and rgb_bias [3].
+    """
 
     latent_channels = LATENT["channels"]
     scale_factor = LATENT["scale_factor"]
@@ -73,8 +77,10 @@ def gray_latent(like: Tensor) -> Tensor:
 def all_token_rows(rows: Tensor, ids: Tensor) -> Tensor:
     """CLIP's whole embedding table from the rows [N,C] of the tokens `ids` [N].
 
-    Every other token gets the row of id -1, which a trainer can train for words it does not know, or else the mean of the words' rows:
-    what an unknown word then says is the average of all known ones, while a row of zeros would leave its position alone, which no training has seen.
+    Every other token gets the row of id -1, which a trainer can train for words it does not know, or else the mean of
+    the words' rows:
+    what an unknown word then says is the average of all known ones, while a row of zeros would leave its position
+    alone, which no training has seen.
     """
     unknown = ids == -1
     words = unknown if unknown.any() else ids < TEXT["bos_token_id"]
@@ -84,7 +90,9 @@ def all_token_rows(rows: Tensor, ids: Tensor) -> Tensor:
 
 
 def register() -> None:
-    """Put the family before ComfyUI's own models, once, and this pack's models folder behind the user's own, where nothing is downloaded to."""
+    """Put the family before ComfyUI's own models, once, and this pack's models folder behind the user's own, where
+    nothing is downloaded to.
+    """
     ours = [StrataMini, StrataMiniInpaint]
     names = [model.__name__ for model in ours]  # by name: another copy of the pack, or a reload, has classes of its own
     known = comfy.supported_models.models

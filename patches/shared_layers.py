@@ -1,4 +1,5 @@
-"""DreamLayer: background, objects and whole picture, rows of one batch, share attention, and objects find their place in the whole.
+"""DreamLayer: background, objects and whole picture, rows of one batch, share attention, and objects find their place
+in the whole.
 
 Settings and state travel in the transformer options, so that the order of the two nodes in a graph does not matter.
 """
@@ -39,7 +40,9 @@ class Sharing(Kept):
 
 @dataclass(frozen=True)
 class Maps(Kept):
-    """CACA. strength 0..1 of Eq. 9's mixing until that percent of the sampling; the published T_G of 850 is 0.15. refine: Eq. 5's layers."""
+    """CACA. strength 0..1 of Eq. 9's mixing until that percent of the sampling; the published T_G of 850 is 0.15.
+    refine: Eq. 5's layers.
+    """
 
     strength: float = 1.0
     end_percent: float = 0.15
@@ -48,9 +51,11 @@ class Maps(Kept):
 
 @dataclass
 class Run:
-    """One sampling run: the positions of each layer's words, back to front, in so many tokens, and the maps of the latest conditional estimate.
+    """One sampling run: the positions of each layer's words, back to front, in so many tokens, and the maps of the
+    latest conditional estimate.
 
-    path: the whole picture at each noise level, when it is a given one. No layer then changes it, and it alone is what the others look at.
+    path: the whole picture at each noise level, when it is a given one. No layer then changes it, and it alone is what
+    the others look at.
     """
 
     words: list[list[int]]
@@ -66,7 +71,9 @@ class Run:
 
 @dataclass
 class Call:
-    """One call of the model. sharing and mixing: strengths; looked_at: where maps are taken from; lead: number of the conditional estimate."""
+    """One call of the model. sharing and mixing: strengths; looked_at: where maps are taken from; lead: number of the
+    conditional estimate.
+    """
 
     run: Run
     sharing: float
@@ -95,7 +102,8 @@ def object_rows(count: int) -> Rows:
         count,
         1,
         count - 2,
-        f"scenes of {count} layers (background, {count - 2} objects and the whole picture), as many as there are prompts; "
+        f"scenes of {count} layers (background, {count - 2} objects and the whole picture), as many as there are "
+        "prompts; "
         "use Layers sampler, or a latent batch that is a multiple of it.",
     )
 
@@ -103,7 +111,9 @@ def object_rows(count: int) -> Rows:
 def share_layers(
     model: ModelPatcher, settings: Sharing, modules: layer_modules.LayerModules | None = None
 ) -> ModelPatcher:
-    """The model with layer-shared self-attention in its up blocks; with strength 0 the model as it is. Raises ValueError for models without them."""
+    """The model with layer-shared self-attention in its up blocks; with strength 0 the model as it is. Raises
+    ValueError for models without them.
+    """
     if modules is None:
         return _attach(model, SHARING, settings)
     terms = layer_modules.terms(model, modules)
@@ -111,7 +121,9 @@ def share_layers(
 
 
 def map_context(model: ModelPatcher, settings: Maps, modules: layer_modules.LayerModules | None = None) -> ModelPatcher:
-    """The model in which objects take over the whole picture's layout from its context maps; with strength 0 the model as it is. Raises ValueError."""
+    """The model in which objects take over the whole picture's layout from its context maps; with strength 0 the model
+    as it is. Raises ValueError.
+    """
     if modules is None or not modules.context:
         return _attach(model, MAPS, settings)
     layer_modules.terms(model, modules)  # for its sentence about another family
@@ -127,11 +139,14 @@ def without_layers(model: ModelPatcher) -> ModelPatcher:
 
 
 def map_places(model: ModelPatcher) -> list[Place]:
-    """The cross-attentions of the down blocks at their lowest resolution, which is the published one on SD1.5: 16×16 for 512 pixels."""
+    """The cross-attentions of the down blocks at their lowest resolution, which is the published one on SD1.5: 16×16
+    for 512 pixels.
+    """
     blocks = [place for place in transformers(model.model.diffusion_model) if place[0] == "input"]
     if not blocks:
         raise ValueError(
-            f"model: {type(model.model.model_config).__name__} has no cross-attention in down and up blocks; layers that share attention "
+            f"model: {type(model.model.model_config).__name__} has no cross-attention in down and up blocks; layers "
+            "that share attention "
             "work with SD1.5, SD2, SDXL and the Strata mini family."
         )
     parts, level, levels = model.model.diffusion_model.input_blocks, 0, []
@@ -166,7 +181,8 @@ def _start_run(executor, noise: Tensor, *args, **kwargs):
         )
     if any("area" in entry for entry in entries):
         raise ValueError(
-            "positive or negative: a conditioning is limited to an area; layers need conditionings of the whole picture."
+            "positive or negative: a conditioning is limited to an area; layers need conditionings of the whole "
+            "picture."
         )
     if any(len(entries) > 1 and any(LAYERS in entry for entry in entries) for entries in guider.conds.values()):
         raise ValueError("positive: several conditionings are combined; layers need the one of Layer prompts alone.")
@@ -178,7 +194,9 @@ def _start_run(executor, noise: Tensor, *args, **kwargs):
 
 
 def _calculate(executor, model, conds: list, x: Tensor, timestep: Tensor, model_options: dict):
-    """The conditional estimate before the others while its maps are mixed in: ComfyUI would put them into one batch, or the unconditional first."""
+    """The conditional estimate before the others while its maps are mixed in: ComfyUI would put them into one batch, or
+    the unconditional first.
+    """
     options = model_options["transformer_options"]
     run: Run = options[RUN]
     if run.layers == 1:
@@ -237,7 +255,9 @@ def _denoise(executor, x: Tensor, timesteps: Tensor, context: Tensor, y, control
 
 
 def _labelled(call: Call, context: Tensor, chunks: list[int]) -> Tensor:
-    """The tokens, those of the conditional estimate with the layer embedding. ComfyUI may have repeated them to another estimate's length."""
+    """The tokens, those of the conditional estimate with the layer embedding. ComfyUI may have repeated them to another
+    estimate's length.
+    """
     if call.lead not in chunks:
         return context
     parts = list(context.chunk(len(chunks)))
@@ -284,7 +304,9 @@ def _see(call: Call, n: Tensor, context: Tensor, value: Tensor, options: dict) -
 
 
 def _look(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
-    """Takes the maps from the whole picture's rows of the conditional estimate; the last place makes the run's maps of the sum."""
+    """Takes the maps from the whole picture's rows of the conditional estimate; the last place makes the run's maps of
+    the sum.
+    """
     call.shares.append(
         dreamlayer.token_shares(call.whole(q, options), call.whole(k, options), options["n_heads"], call.run.words[1:])
     )
@@ -299,7 +321,9 @@ def _look(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, options
 
 
 def _mix(call: Call, n: Tensor, context: Tensor, value: Tensor, options: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 9 on what goes into the self-attention: queries, keys and values. Tokens that another patch has added to the keys stay as they are."""
+    """Eq. 9 on what goes into the self-attention: queries, keys and values. Tokens that another patch has added to the
+    keys stay as they are.
+    """
     if options["block"][0] != "output" or call.run.maps is None:
         return n, context, value
     check_tokens(n, options)

@@ -37,9 +37,11 @@ WHAT = {
 
 @dataclass(frozen=True)
 class Transparency:
-    """One file. parts: "adapter" and "flux" are weights by key, "sharing", "decoder" and "encoder" networks in a ModelPatcher.
+    """One file. parts: "adapter" and "flux" are weights by key, "sharing", "decoder" and "encoder" networks in a
+    ModelPatcher.
 
-    families: the models it is for. extra_channels: what an adapter adds to the UNet's input. frames: pictures that share attention.
+    families: the models it is for. extra_channels: what an adapter adds to the UNet's input. frames: pictures that
+    share attention.
     latent: how a decoder or encoder sees latents, an entry of `latents` in models_config.
     """
 
@@ -107,7 +109,9 @@ def read(name: str) -> dict[str, Tensor]:
 
 
 def of_this_pack(path: Path) -> bool:
-    """Whether the pack's own trainers wrote the file, which put their command into it: a pair for the mini family can have the published widths."""
+    """Whether the pack's own trainers wrote the file, which put their command into it: a pair for the mini family can
+    have the published widths.
+    """
     if path.suffix != ".safetensors":
         return False
     with safe_open(path, "pt") as file:
@@ -115,7 +119,9 @@ def of_this_pack(path: Path) -> bool:
 
 
 def recognise(name: str, weights: dict[str, Tensor], own: bool = False) -> Transparency:
-    """Tell a file's kind and family from its keys and shapes, and build its networks; own: written by this pack's trainers. Raises ValueError."""
+    """Tell a file's kind and family from its keys and shapes, and build its networks; own: written by this pack's
+    trainers. Raises ValueError.
+    """
     if any("::" in key for key in weights):
         return _adapter(name, weights)
     if any(key.startswith("hookers.layers.0.to_q_lora.") for key in weights):
@@ -161,7 +167,8 @@ def _sharing(name: str, weights: dict[str, Tensor]) -> Transparency:
     families = tuple(family for family in FAMILIES if count[family] == len(shape["attentions"]))
     if not families:
         raise ValueError(
-            f"file: {name} shares {len(shape['attentions'])} attentions, and no model of {', '.join(FAMILIES)} has so many; "
+            f"file: {name} shares {len(shape['attentions'])} attentions, and no model of {', '.join(FAMILIES)} has so "
+            "many; "
             "it is for another kind of model."
         )
     network = filled(name, AttentionSharing(**shape, operations=comfy.ops.manual_cast), weights)
@@ -170,7 +177,9 @@ def _sharing(name: str, weights: dict[str, Tensor]) -> Transparency:
 
 
 def _pair(name: str, weights: dict[str, Tensor], trained_here: bool) -> Transparency:
-    """A decoder, an encoder, or one file with both below `decoder.` and `encoder.` (beside them may be the whole autoencoder)."""
+    """A decoder, an encoder, or one file with both below `decoder.` and `encoder.` (beside them may be the whole
+    autoencoder).
+    """
     parts, found = {}, None
     for kind, probe, build, shape in (
         ("decoder", "latent_conv_in.weight", TransparentDecoder, decoder_shape),
@@ -213,11 +222,14 @@ def filled(name: str, network: nn.Module, weights: dict[str, Tensor]) -> nn.Modu
 
 
 def _latent(kind: str, options: dict, trained_here: bool) -> str:
-    """The entry of `latents` that a network of this shape belongs to; widths that are not published are this pack's own as well."""
+    """The entry of `latents` that a network of this shape belongs to; widths that are not published are this pack's own
+    as well.
+    """
     same = [key for key, latent in LATENTS.items() if latent["channels"] == options["latent_channels"]]
     if not same:
         raise ValueError(
-            f"file: it is for latents of {options['latent_channels']} channels, which no model of {', '.join(FAMILIES)} has."
+            f"file: it is for latents of {options['latent_channels']} channels, which no model of "
+            f"{', '.join(FAMILIES)} has."
         )
     return next(
         (key for key in same if LATENTS[key].get(f"{kind}_widths") == options["widths"] and not trained_here), same[-1]
@@ -246,7 +258,9 @@ def encoder_shape(weights: dict[str, Tensor]) -> dict:
 
 @cache
 def structure(family: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a family's weights, read from ComfyUI's own network without memory for it; empty for one that is no UNet."""
+    """Names and shapes of a family's weights, read from ComfyUI's own network without memory for it; empty for one that
+    is no UNet.
+    """
     unet = FAMILIES[family].get("unet")
     if unet is None:
         return {}
@@ -264,7 +278,9 @@ def structure(family: str) -> dict[str, tuple[int, ...]]:
 
 
 def fits(key: str, parts: dict[str, Tensor], shape: tuple[int, ...]) -> bool:
-    """Whether a low-rank term or difference is one of a weight of this shape. The input convolution may have more channels on either side."""
+    """Whether a low-rank term or difference is one of a weight of this shape. The input convolution may have more
+    channels on either side.
+    """
     if "diff::0" in parts:
         other = tuple(parts["diff::0"].shape)
         return other == shape or (key == FIRST and (other[0], *other[2:]) == (shape[0], *shape[2:]))

@@ -1,4 +1,6 @@
-"""LayerDiffuse's weights on a model: adapters merged on a clone, given layers as further input channels, Flux's layer LoRA."""
+"""LayerDiffuse's weights on a model: adapters merged on a clone, given layers as further input channels, Flux's layer
+LoRA.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def apply(
     layer: Tensor | None = None,
     blended: Tensor | None = None,
 ) -> ModelPatcher:
-    """A clone with the file's weights at that strength; 0 changes nothing. layer, blended: latents [B,C,h,w] for files with more input channels."""
+    """A clone with the file's weights at that strength; 0 changes nothing. layer, blended: latents [B,C,h,w] for files
+    with more input channels.
+    """
     given = _given(transparency, layer, blended)
     if "sharing" in transparency.parts:
         return share(model, transparency, 1, strength)
@@ -45,12 +49,15 @@ def apply(
 def apply_to_foreground(
     model: ModelPatcher, transparency: Transparency, rows: foreground.Rows = foreground.FUSION
 ) -> ModelPatcher:
-    """A clone whose foreground rows have the adapter's weights, while the others have the model's own; rows: LayerFusion's, or those of more layers."""
+    """A clone whose foreground rows have the adapter's weights, while the others have the model's own; rows:
+    LayerFusion's, or those of more layers.
+    """
     if "sharing" in transparency.parts:
         return attention_sharing.attach_to_foreground(model, _sharing(model, transparency, 1), rows)
     if transparency.extra_channels:
         raise ValueError(
-            f"transparency: {transparency.name} is {transparency.describe()}; layers need {NEEDS}, which draws single objects."
+            f"transparency: {transparency.name} is {transparency.describe()}; layers need {NEEDS}, which draws single "
+            "objects."
         )
     _adapter(model, transparency)  # for its sentences about another family
     terms = {
@@ -61,7 +68,9 @@ def apply_to_foreground(
 
 
 def further_channels(latents: list[Tensor]):
-    """Wrapper of one evaluation: the latents go into the UNet behind the noisy one, at its size, and cropped as it is for area conditionings."""
+    """Wrapper of one evaluation: the latents go into the UNet behind the noisy one, at its size, and cropped as it is
+    for area conditionings.
+    """
 
     def wrapper(executor, model, conds, x_in, *args, **kwargs):
         fitted = [
@@ -83,7 +92,8 @@ def _given(transparency: Transparency, layer: Tensor | None, blended: Tensor | N
     count = transparency.extra_channels // 4
     if count and layer is None:
         raise ValueError(
-            f"layer: {transparency.name} is {transparency.describe()}; connect the latent of the foreground or background that is given."
+            f"layer: {transparency.name} is {transparency.describe()}; connect the latent of the foreground or "
+            "background that is given."
         )
     if count > 1 and blended is None:
         raise ValueError(
@@ -98,7 +108,8 @@ def _given(transparency: Transparency, layer: Tensor | None, blended: Tensor | N
     for socket in list(given)[:count]:
         if given[socket].ndim != 4 or given[socket].shape[1] != 4:
             raise ValueError(
-                f"{socket}: the latent has {given[socket].shape[1]} channels and {transparency.family} has 4; encode it with the model's VAE."
+                f"{socket}: the latent has {given[socket].shape[1]} channels and {transparency.family} has 4; encode "
+                "it with the model's VAE."
             )
     return list(given.values())[:count]
 
@@ -107,21 +118,22 @@ def _adapter(model: ModelPatcher, transparency: Transparency) -> dict:
     adapter = transparency.part("adapter", NEEDS)
     weights = unpatched(model)
     for key, parts in adapter.items():
-        packed = (
-            key in weights and not weights[key].is_floating_point()
-        )  # quantised: its shape is not that of the layer
+        # Quantised: its shape is not that of the layer.
+        packed = key in weights and not weights[key].is_floating_point()
         if key not in weights or not (packed or fits(key, parts, tuple(weights[key].shape))):
             raise ValueError(wrong_family(model, transparency))
     if transparency.extra_channels and model.get_wrappers(WrappersMP.CALC_COND_BATCH, KEY):
         raise ValueError(
-            f"model: a file with more input channels is on it already, and {transparency.name} is another; apply one of them."
+            f"model: a file with more input channels is on it already, and {transparency.name} is another; apply one "
+            "of them."
         )
     if (
         transparency.extra_channels
         and weights[FIRST].shape[1] != adapter[FIRST]["diff::0"].shape[1] - transparency.extra_channels
     ):
         raise ValueError(
-            f"model: it has {weights[FIRST].shape[1]} input channels already and {transparency.name} would put its own there; use a plain model."
+            f"model: it has {weights[FIRST].shape[1]} input channels already and {transparency.name} would put its "
+            "own there; use a plain model."
         )
     return {key: _patch(parts, weights[key]) for key, parts in adapter.items()}
 
@@ -130,9 +142,8 @@ def _patch(parts: dict[str, Tensor], weight: Tensor):
     if "diff::0" not in parts:
         return LoRAAdapter(set(), (parts["lora::0"], parts["lora::1"], None, None, None, None))
     difference = parts["diff::0"]
-    if (
-        difference.ndim == 4 and difference.shape[1] < weight.shape[1]
-    ):  # an inpainting model's further channels stay as they are
+    # An inpainting model's further channels stay as they are.
+    if difference.ndim == 4 and difference.shape[1] < weight.shape[1]:
         difference = torch.nn.functional.pad(difference, (0, 0, 0, 0, 0, weight.shape[1] - difference.shape[1]))
     return "diff", (difference, {"pad_weight": True})
 
@@ -152,7 +163,8 @@ def _flux(model: ModelPatcher, transparency: Transparency) -> dict:
             raise ValueError(wrong_family(model, transparency))
     if unused := [key for key in weights if key not in used]:
         raise ValueError(
-            f"transparency: {transparency.name} has {len(unused)} weights that this Flux model has no place for, such as {unused[0]}; "
+            f"transparency: {transparency.name} has {len(unused)} weights that this Flux model has no place for, such "
+            f"as {unused[0]}; "
             "it is for another version of Flux."
         )
     return patches
@@ -166,7 +178,9 @@ def unpatched(model: ModelPatcher) -> dict[str, Tensor]:
 def share(
     model: ModelPatcher, transparency: Transparency, frames: int, strength: float = 1.0, picture: Tensor | None = None
 ) -> ModelPatcher:
-    """A clone that draws `frames` pictures of a batch together. picture: [B,3,H,W] in -1..1, the layer that is given. Raises ValueError."""
+    """A clone that draws `frames` pictures of a batch together. picture: [B,3,H,W] in -1..1, the layer that is given.
+    Raises ValueError.
+    """
     return attention_sharing.attach(
         model, _sharing(model, transparency, frames, picture is not None), strength, picture
     )
@@ -176,13 +190,15 @@ def _sharing(model: ModelPatcher, transparency: Transparency, frames: int, given
     sharing = transparency.part("sharing", f"attention sharing such as {SHARING[frames]}")
     if transparency.frames != frames or hasattr(sharing.model, "kwargs_encoder") != given:
         raise ValueError(
-            f"transparency: {transparency.name} is {transparency.describe()}; this node needs one such as {SHARING[frames]}."
+            f"transparency: {transparency.name} is {transparency.describe()}; this node needs one such as "
+            f"{SHARING[frames]}."
         )
     if attention_sharing.widths(model) != sharing.model.attentions:
         raise ValueError(wrong_family(model, transparency))
     if any(name.startswith(attention_sharing.KEY) for name in model.additional_models):
         raise ValueError(
-            f"model: attention sharing is on it already, and {transparency.name} is another; connect the model without Apply transparency."
+            f"model: attention sharing is on it already, and {transparency.name} is another; connect the model "
+            "without Apply transparency."
         )
     return sharing
 

@@ -23,10 +23,12 @@ OVERLAP = 8  # latent pixels over which tiles fade into each other
 def decode(
     transparency: Transparency, image: Tensor, latent: Tensor, passes: int = 8, tile: int = 0, clean: str = CLEAN[0]
 ) -> tuple[Tensor, Tensor]:
-    """image: [B,3,8h,8w] in 0..1; latent: [B,C,h,w] in the autoencoder's own space, as LATENT has it -> straight colours [B,3,·,·], alpha [B,1,·,·].
+    """image: [B,3,8h,8w] in 0..1; latent: [B,C,h,w] in the autoencoder's own space, as LATENT has it -> straight
+    colours [B,3,·,·], alpha [B,1,·,·].
 
     tile: sides in pixels of the parts that are decoded alone, 0 for the whole picture.
-    clean: whether veil and specks go (techniques.transparency.clean_alpha); auto is on for the mini family, whose small decoder leaves some.
+    clean: whether veil and specks go (techniques.transparency.clean_alpha); auto is on for the mini family, whose small
+    decoder leaves some.
     """
     patcher = transparency.part("decoder", DECODER)
     device, dtype = _load(patcher, min(image[0, 0].numel(), tile**2 or image[0, 0].numel()), 800)
@@ -67,14 +69,17 @@ def check_latent(samples: dict, transparency: Transparency) -> Tensor:
     latent, settings = samples["samples"], transparency.latent
     if settings is not None and (latent.ndim != 4 or latent.shape[1] != settings["channels"]):
         raise ValueError(
-            f"samples: the latent has {latent.shape[1]} channels and {transparency.name} is {transparency.describe()}, which has "
+            f"samples: the latent has {latent.shape[1]} channels and {transparency.name} is "
+            f"{transparency.describe()}, which has "
             f"{settings['channels']}; load the decoder of the model's family."
         )
     return latent
 
 
 def encode(transparency: Transparency, vae, colour: Tensor, alpha: Tensor) -> Tensor:
-    """colour: [B,3,H,W] in 0..1, alpha: [B,1,H,W] -> [B,C,⌈H/8⌉,⌈W/8⌉] in the autoencoder's own space; sides are filled up with transparency."""
+    """colour: [B,3,H,W] in 0..1, alpha: [B,1,H,W] -> [B,C,⌈H/8⌉,⌈W/8⌉] in the autoencoder's own space; sides are filled
+    up with transparency.
+    """
     patcher, settings = (
         transparency.part("encoder", "an encoder such as vae_transparent_encoder.safetensors"),
         transparency.latent,
@@ -84,12 +89,14 @@ def encode(transparency: Transparency, vae, colour: Tensor, alpha: Tensor) -> Te
     mean, deviation = posterior(vae, over_gray(colour, alpha))
     if mean.shape[1] != settings["channels"]:
         raise ValueError(
-            f"vae: it makes latents of {mean.shape[1]} channels and {transparency.name} is {transparency.describe()}; load the VAE of its family."
+            f"vae: it makes latents of {mean.shape[1]} channels and {transparency.name} is {transparency.describe()}; "
+            "load the VAE of its family."
         )
     if settings["offset_in_deviations"]:
         if deviation is None:
             raise ValueError(
-                f"vae: it gives no deviation, which {transparency.name} scales by; load the full VAE of {transparency.family}."
+                f"vae: it gives no deviation, which {transparency.name} scales by; load the full VAE of "
+                f"{transparency.family}."
             )
         scale = settings["offset"] * deviation
     else:
@@ -110,7 +117,9 @@ def encode(transparency: Transparency, vae, colour: Tensor, alpha: Tensor) -> Te
 
 
 def posterior(vae, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
-    """pictures: [B,3,H,W] in 0..1 -> mean and deviation of their latents; None as the deviation where the autoencoder has none."""
+    """pictures: [B,3,H,W] in 0..1 -> mean and deviation of their latents; None as the deviation where the autoencoder
+    has none.
+    """
     network = vae.first_stage_model
     if not hasattr(network, "regularization"):
         return vae.encode(pictures.movedim(1, -1)), None

@@ -1,1 +1,3 @@
-"""Rendered scenes whose layers, depth and light are known: what the mini family learns from, and what the node Render scene draws."""
+"""Rendered scenes whose layers, depth and light are known: what the mini family learns from, and what the node Render
+scene draws.
+"""

@@ -1,6 +1,7 @@
 """Procedural places: a ground plane in perspective, what stands behind it, and the light that falls on it. NumPy only.
 
-The camera looks level over a plane. `t` is 0 at the horizon and 1 at the lower edge of the picture, so z = 1/t is the distance along the
+The camera looks level over a plane. `t` is 0 at the horizon and 1 at the lower edge of the picture, so z = 1/t is the
+distance along the
 plane; one unit of world length is one picture height at z = 1.
 """
 
@@ -17,7 +18,9 @@ TILE = 256
 
 @dataclass(frozen=True)
 class Light:
-    """shadow: where the shadow of a point one unit high falls, (right, away from the viewer). color: tint of lit things. strength: 0..1."""
+    """shadow: where the shadow of a point one unit high falls, (right, away from the viewer). color: tint of lit
+    things. strength: 0..1.
+    """
 
     shadow: tuple[float, float]
     color: tuple[float, float, float]
@@ -27,7 +30,9 @@ class Light:
 
 @dataclass(frozen=True)
 class Place:
-    """image: [H,W,3] sRGB 0..1. depth: [H,W], 0 = nearest, 1 = farthest; on the ground exactly 1 - t. horizon: row as a fraction of H."""
+    """image: [H,W,3] sRGB 0..1. depth: [H,W], 0 = nearest, 1 = farthest; on the ground exactly 1 - t. horizon: row as a
+    fraction of H.
+    """
 
     image: np.ndarray
     depth: np.ndarray

@@ -1,8 +1,10 @@
-"""Layered scenes whose truth is known exactly: objects on a ground plane, their shadows, masks, depth, boxes and words. NumPy and Pillow only.
+"""Layered scenes whose truth is known exactly: objects on a ground plane, their shadows, masks, depth, boxes and words.
+NumPy and Pillow only.
 
     scene = render(Request(kind="beach", objects=("dog", "apple")), 128, 128, seed=7)
 
-Every picture is float32 sRGB in 0..1 at one resolution; alpha is straight, 1 = opaque. Layers go from back to front, farthest object first,
+Every picture is float32 sRGB in 0..1 at one resolution; alpha is straight, 1 = opaque. Layers go from back to front,
+farthest object first,
 and laying them over the background gives the composite.
 """
 
@@ -42,7 +44,9 @@ NEAREST, FARTHEST = 0.97, 0.42  # where feet may stand, as t of the ground plane
 
 @dataclass(frozen=True)
 class ObjectKind:
-    """size: height relative to the others. hover: gap to the ground, in heights. material: solid, glass, bubble, smoke or flame."""
+    """size: height relative to the others. hover: gap to the ground, in heights. material: solid, glass, bubble, smoke
+    or flame.
+    """
 
     name: str
     file: str
@@ -55,7 +59,9 @@ class ObjectKind:
 
 @dataclass(frozen=True)
 class Request:
-    """What to render; None is drawn from the seed. train: leave out the objects and pairs kept for tests; held_out: only those pairs."""
+    """What to render; None is drawn from the seed. train: leave out the objects and pairs kept for tests; held_out:
+    only those pairs.
+    """
 
     kind: str | None = None
     objects: tuple[str, ...] | None = None
@@ -66,9 +72,12 @@ class Request:
 
 @dataclass(frozen=True)
 class SceneObject:
-    """rgba: without shadow. shadow: shadow alone. rgba_with_shadow: both. mask: [H,W], 1 where this is the frontmost thing with alpha over 1/2.
-    depth: 0 = nearest .. 1 = farthest, of the ground at its foot. box: (left, top, right, bottom) pixels of the whole object, right and bottom
-    exclusive. visible: share of the object's alpha that nearer ones leave."""
+    """rgba: without shadow. shadow: shadow alone. rgba_with_shadow: both. mask: [H,W], 1 where this is the frontmost
+    thing with alpha over 1/2.
+    depth: 0 = nearest .. 1 = farthest, of the ground at its foot. box: (left, top, right, bottom) pixels of the whole
+    object, right and bottom
+    exclusive. visible: share of the object's alpha that nearer ones leave.
+    """
 
     name: str
     prompt: str
@@ -83,8 +92,10 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """composite, background: [H,W,3]. depth, background_depth: [H,W], 0 = nearest, 1 = farthest. objects: farthest first. horizon: row as a
-    fraction of the height."""
+    """composite, background: [H,W,3]. depth, background_depth: [H,W], 0 = nearest, 1 = farthest. objects: farthest
+    first. horizon: row as a
+    fraction of the height.
+    """
 
     composite: np.ndarray
     background: np.ndarray
@@ -100,7 +111,9 @@ class Scene:
 
     @property
     def masks(self) -> np.ndarray:
-        """[1 + objects, H, W]: the background's mask, then the objects', back to front; 1 = belongs to it, they sum to one."""
+        """[1 + objects, H, W]: the background's mask, then the objects', back to front; 1 = belongs to it, they sum to
+        one.
+        """
         objects = np.array([o.mask for o in self.objects], np.float32).reshape(-1, *self.depth.shape)
         return np.concatenate([1 - objects.sum(0, keepdims=True), objects])
 
@@ -124,7 +137,9 @@ def is_held_out_pair(name: str, kind: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def is_held_out(name: str, kind: str) -> bool:
-    """Whether this object in this place is never seen in training: a held-out pair, or a held-out object in any place."""
+    """Whether this object in this place is never seen in training: a held-out pair, or a held-out object in
+    any place.
+    """
     return catalogue()[name].held_out or is_held_out_pair(name, kind)
 
 
@@ -191,7 +206,8 @@ def _sentence(kind: str, prompts: list[str], rng) -> tuple[str, str]:
 
 
 def choose(request: Request, rng: np.random.Generator) -> tuple[str, list[str]]:
-    """The place and the objects, farthest first, that a scene of this request shows; the first thing that render() draws.
+    """The place and the objects, farthest first, that a scene of this request shows; the first thing that render()
+    draws.
 
     Raises ValueError when an object or a place is not known or no such pair is left.
     """
@@ -220,7 +236,9 @@ def choose(request: Request, rng: np.random.Generator) -> tuple[str, list[str]]:
 
 
 def _arrange(entries: list[ObjectKind], horizon: float, height: int, width: int, rng):
-    """Feet and sizes, farthest first: (object, t, left pixel, (height, width) pixels). Tries for places where nothing hides another."""
+    """Feet and sizes, farthest first: (object, t, left pixel, (height, width) pixels). Tries for places where nothing
+    hides another.
+    """
     best, best_hidden = [], np.inf
     for _attempt in range(24):
         spots, boxes, hidden = [], [], 0.0
@@ -333,7 +351,9 @@ def _stand(sprite, entry: ObjectKind, place, t: float, left: int, height: int, w
 
 
 def _cast(alpha, entry: ObjectKind, place, t: float, left: int, height: int, width: int) -> np.ndarray:
-    """Alpha of the shadow on the ground: the outline thrown along the light, and a dark spot where the object touches."""
+    """Alpha of the shadow on the ground: the outline thrown along the light, and a dark spot where the object
+    touches.
+    """
     shadow = np.zeros((height, width), np.float32)
     if entry.material == "flame":
         return shadow

@@ -21,7 +21,8 @@ _PART = re.compile(r'\s*(?:"([^"]*)"|([^",]*))\s*(?:,|$)')
 def select(stack: LayerStack, text: str, socket: str = "select") -> list[int]:
     """Indices of the layers that a text such as `1, 3-5, Sky` names, in its order; all of them for an empty text.
 
-    Numbers count from 1 at the back; a range may run backwards. Anything else is a name (capitals do not matter), and stands for
+    Numbers count from 1 at the back; a range may run backwards. Anything else is a name (capitals do not matter), and
+    stands for
     every layer of that name; in double quotes it is always a name, so that it may be a number or hold a comma.
     Raises ValueError for a layer that is not there or is named twice. Source: ours, page ranges of a print dialog.
     """
@@ -49,8 +50,10 @@ def select(stack: LayerStack, text: str, socket: str = "select") -> list[int]:
 def arrange(stack: LayerStack, action: str, text: str, names: str = "") -> LayerStack:
     """The stack after one action on the selected layers (see `select`).
 
-    pick: only these, in the order written. drop: all but these. reorder: all layers, in the order written, back to front.
-    bring to front, send to back: these, in the order written. reverse: these swap places, front to back. rename: one line of
+    pick: only these, in the order written. drop: all but these. reorder: all layers, in the order written, back to
+    front.
+    bring to front, send to back: these, in the order written. reverse: these swap places, front to back. rename: one
+    line of
     `names` for each. merge: neighbouring layers become one, named by `names` or after the nearest.
     Raises ValueError naming the input. Source: ours, what layer panels of image editors do.
     """
@@ -94,10 +97,13 @@ def rename(stack: LayerStack, indices: Sequence[int], names: str) -> LayerStack:
 
 
 def merge(stack: LayerStack, indices: Sequence[int], name: str = "") -> LayerStack:
-    """Neighbouring layers flattened (sRGB) into one normal layer that covers their boxes on the canvas; hidden ones are left out.
+    """Neighbouring layers flattened (sRGB) into one normal layer that covers their boxes on the canvas; hidden ones are
+    left out.
 
-    The flattened picture stays the same when the merged layers are normal, and always when the range begins at the back: a
-    blend mode further up mixes only with what is merged. Raises ValueError for a gap or when nothing of them is visible.
+    The flattened picture stays the same when the merged layers are normal, and always when the range begins at the
+    back: a
+    blend mode further up mixes only with what is merged. Raises ValueError for a gap or when nothing of them is
+    visible.
     Source: w3c, section 5.5 (a merged range is an isolated group).
     """
     indices = sorted(indices)
@@ -107,7 +113,8 @@ def merge(stack: LayerStack, indices: Sequence[int], name: str = "") -> LayerSta
     boxes = [box for layer in group.layers if layer.visible and (box := place(layer, stack.canvas))]
     if not boxes:
         raise ValueError(
-            "select: none of the selected layers is visible on the canvas, so there is nothing to merge; drop them or show one."
+            "select: none of the selected layers is visible on the canvas, so there is nothing to merge; drop them or "
+            "show one."
         )
     left, top = min(box.left for box in boxes), min(box.top for box in boxes)
     right, bottom = max(box.right for box in boxes), max(box.bottom for box in boxes)
@@ -125,21 +132,25 @@ def from_images(
     below: LayerStack | None = None,
     sockets: tuple[str, str] = ("images", "masks"),
 ) -> LayerStack:
-    """One layer per image [B,H,W,3|4], the first at the back, on top of `below` when given; otherwise the canvas is the image's size.
+    """One layer per image [B,H,W,3|4], the first at the back, on top of `below` when given; otherwise the canvas is the
+    image's size.
 
-    masks: [B,H,W] or one for all, 1 = transparent. names: one per line, "Layer N" beyond the last line. sockets: what errors call the first two.
+    masks: [B,H,W] or one for all, 1 = transparent. names: one per line, "Layer N" beyond the last line. sockets: what
+    errors call the first two.
     Raises ValueError naming the input. Source: ours, ComfyUI's layer document.
     """
     _check_mask(images, masks, *sockets)
     before = below.layers if below else ()
     if len(before) + len(images) > MAX_LAYERS:
         raise ValueError(
-            f"{sockets[0]}: this makes {len(before) + len(images)} layers and a LAYERS document holds at most {MAX_LAYERS}; pass fewer."
+            f"{sockets[0]}: this makes {len(before) + len(images)} layers and a LAYERS document holds at most "
+            f"{MAX_LAYERS}; pass fewer."
         )
     lines = _lines(names)
     if len(lines) > len(images):
         raise ValueError(
-            f"names: there are {len(lines)} names for {len(images)} images; write one name per line, at most one for each image."
+            f"names: there are {len(lines)} names for {len(images)} images; write one name per line, at most one for "
+            "each image."
         )
     lines += [f"Layer {len(before) + number}" for number in range(len(lines) + 1, len(images) + 1)]
     mask = [None] * len(images) if masks is None else masks.expand(len(images), -1, -1)
@@ -150,7 +161,8 @@ def from_images(
 def insert(
     stack: LayerStack | None, images: Tensor, masks: Tensor | None, below: str | None, fields: dict[str, Any]
 ) -> LayerStack:
-    """The images as new layers with these fields, on top, or just behind the layer that `below` names; on their own without a stack.
+    """The images as new layers with these fields, on top, or just behind the layer that `below` names; on their own
+    without a stack.
 
     Raises ValueError naming the input. Source: ours, ComfyUI's "Add Layer".
     """
@@ -204,7 +216,8 @@ def transform_layers(stack: LayerStack, text: str, how: str = "none", **changes:
 
 
 def chosen_fields(values: dict[str, Any], text: str) -> dict[str, Any]:
-    """The fields to set: those that the text lists (`x, y, opacity`), or for an empty text those that are not a new layer's.
+    """The fields to set: those that the text lists (`x, y, opacity`), or for an empty text those that are not a new
+    layer's.
 
     Raises ValueError for a field that is not in `values`. Source: ours, unchanged fields stay.
     """
@@ -221,7 +234,8 @@ def chosen_fields(values: dict[str, Any], text: str) -> dict[str, Any]:
 
 
 def to_batch(stack: LayerStack, at_canvas_size: bool = True) -> Tensor:
-    """[layers,H,W,4], straight alpha with mask and opacity in it, back to front: as placed on the canvas, or every layer's own pixels.
+    """[layers,H,W,4], straight alpha with mask and opacity in it, back to front: as placed on the canvas, or every
+    layer's own pixels.
 
     Raises ValueError when the layers' own sizes differ. Source: ours, see `rasterise`.
     """
@@ -237,17 +251,21 @@ def to_batch(stack: LayerStack, at_canvas_size: bool = True) -> Tensor:
 
 
 def _check_mask(images: Tensor, masks: Tensor | None, image_socket: str, mask_socket: str) -> None:
-    """Raises ValueError when masks [B,H,W] do not fit images [B,H,W,C]: one mask for all, or one for each, of the same size."""
+    """Raises ValueError when masks [B,H,W] do not fit images [B,H,W,C]: one mask for all, or one for each, of the same
+    size.
+    """
     if masks is None:
         return
     height, width = images.shape[1:3]
     if tuple(masks.shape[1:]) != (height, width):
         raise ValueError(
-            f"{mask_socket}: it is {masks.shape[2]}×{masks.shape[1]} and {image_socket} is {width}×{height}; make them the same size."
+            f"{mask_socket}: it is {masks.shape[2]}×{masks.shape[1]} and {image_socket} is {width}×{height}; make "
+            "them the same size."
         )
     if len(masks) not in (1, len(images)):
         raise ValueError(
-            f"{mask_socket}: there are {len(masks)} masks for {len(images)} {image_socket}; pass one for all or one for each."
+            f"{mask_socket}: there are {len(masks)} masks for {len(images)} {image_socket}; pass one for all or one "
+            "for each."
         )
 
 
@@ -257,7 +275,8 @@ def _parts(text: str, socket: str) -> list[tuple[str, str]]:
         match = _PART.match(text, position)
         if not match:
             raise ValueError(
-                f'{socket}: {text!r} cannot be read; write numbers, ranges and names with commas between, as in: 1, 3-5, "Sky, left".'
+                f"{socket}: {text!r} cannot be read; write numbers, ranges and names with commas between, as in: 1, "
+                '3-5, "Sky, left".'
             )
         if match[1] or (match[2] and match[2].strip()):
             parts.append((match[1] or "", (match[2] or "").strip()))

@@ -54,7 +54,9 @@ def _set_lum(colour: Tensor, lum: Tensor) -> Tensor:
 
 
 def _set_sat(colour: Tensor, sat: Tensor) -> Tensor:
-    """SetSat of the recommendation: the smallest channel becomes 0, the largest sat, the middle one stays in proportion."""
+    """SetSat of the recommendation: the smallest channel becomes 0, the largest sat, the middle one stays in
+    proportion.
+    """
     return (colour - colour.amin(0, keepdim=True)) * (sat / _sat(colour).clamp(min=1e-12))
 
 
@@ -105,10 +107,13 @@ def flatten(
     linear: bool = False,
     socket: str = "layers",
 ) -> tuple[Tensor, Tensor]:
-    """The picture of a stack: colour [H,W,3] straight, sRGB in 0..1, and alpha [H,W], 1 = opaque; colour is 0 where alpha is.
+    """The picture of a stack: colour [H,W,3] straight, sRGB in 0..1, and alpha [H,W], 1 = opaque; colour is 0 where
+    alpha is.
 
-    background: sRGB and alpha behind the layers. linear: mix light (as ComfyUI's layer editor does) and not sRGB values.
-    Invisible layers are skipped. Each layer is first mixed with what is behind it, Cs' = (1 - αb)·Cs + αb·B(Cb, Cs), then put
+    background: sRGB and alpha behind the layers. linear: mix light (as ComfyUI's layer editor does) and not sRGB
+    values.
+    Invisible layers are skipped. Each layer is first mixed with what is behind it, Cs' = (1 - αb)·Cs + αb·B(Cb, Cs),
+    then put
     over it: co = αs·Cs' + (1 - αs)·αb·Cb, αo = αs + αb·(1 - αs), and Co = co / αo at the end.
     Raises ValueError naming the layer for a blend mode without a W3C formula.
     Source: w3c, section 5.1 and 9.1.4 (source over).
@@ -148,7 +153,8 @@ def flatten_image(
 
 
 def preview(stack: LayerStack, longest: int = 512, square: int = 8) -> Tensor:
-    """[1 + layers,h,w,3] on a grey checkerboard: the flattened picture, then every layer alone, back to front, hidden ones too.
+    """[1 + layers,h,w,3] on a grey checkerboard: the flattened picture, then every layer alone, back to front, hidden
+    ones too.
 
     longest: the longer side of the pictures, which are never enlarged. square: side of the checkerboard's squares.
     Source: ours, what image editors show.
@@ -175,7 +181,8 @@ def _check_modes(layers: list[Layer], socket: str) -> None:
     for layer in layers:
         if layer.blend_mode not in _BLENDS:
             raise ValueError(
-                f"{socket}: layer {layer.name!r} has the blend mode {layer.blend_mode!r}, which has no W3C formula and cannot be "
+                f"{socket}: layer {layer.name!r} has the blend mode {layer.blend_mode!r}, which has no W3C formula "
+                "and cannot be "
                 f"flattened; hide the layer or give it one of {', '.join(W3C_MODES)}."
             )
 

@@ -31,21 +31,26 @@ def normalise_depth(
 ) -> Tensor:
     """Raw depth or disparity [B,H,W] -> 0..1, 0 = nearest; missing values filled.
 
-    spread: each image is stretched to its own range, or all to that of the whole batch (a video, whose cuts would jump otherwise), or the values
-    from limits[0] to limits[1] are. NaN and infinite values are missing, zeros too when asked. Raises ValueError when a whole image is missing, and
+    spread: each image is stretched to its own range, or all to that of the whole batch (a video, whose cuts would jump
+    otherwise), or the values
+    from limits[0] to limits[1] are. NaN and infinite values are missing, zeros too when asked. Raises ValueError when a
+    whole image is missing, and
     for limits that do not rise.
     Source: deglad, Sec. 3.2 (the depth map D that a threshold d is compared with).
-    Differs: the paper takes the predictor's values as they are; a range of 0..1 makes thresholds comparable between sources.
+    Differs: the paper takes the predictor's values as they are; a range of 0..1 makes thresholds comparable between
+    sources.
     """
     valid = depth.isfinite() & ((depth != 0) | (not zero_is_missing))
     if not valid.flatten(1).any(1).all():
         raise ValueError(
-            "depth: there is no valid value in it (all are missing, NaN or infinite); connect the depth of this picture."
+            "depth: there is no valid value in it (all are missing, NaN or infinite); connect the depth of this "
+            "picture."
         )
     if spread == "fixed":
         if not limits[0] < limits[1]:
             raise ValueError(
-                f"range_low, range_high: {limits[0]:g} is not below {limits[1]:g}; enter the lowest and the highest value of the depth."
+                f"range_low, range_high: {limits[0]:g} is not below {limits[1]:g}; enter the lowest and the highest "
+                "value of the depth."
             )
         low, high = (depth.new_tensor(limit) for limit in limits)
     else:
@@ -60,9 +65,12 @@ def normalise_depth(
 def fill_missing(depth: Tensor, valid: Tensor) -> Tensor:
     """Depth [B,H,W], 0 = nearest, with every pixel outside `valid` given the depth of a valid one in its row or column.
 
-    A hole is crossed where it is narrowest, along its row or along its column. A rim of at most RIM pixels is an edge that was not
-    measured sharply, and each pixel takes the closer end; a wider hole is what a nearer object hides from one of a camera's two eyes, or
-    lies beyond its range, and takes the farther end. So nothing near is smeared over what is behind it. At the picture's border, where a
+    A hole is crossed where it is narrowest, along its row or along its column. A rim of at most RIM pixels is an edge
+    that was not
+    measured sharply, and each pixel takes the closer end; a wider hole is what a nearer object hides from one of a
+    camera's two eyes, or
+    lies beyond its range, and takes the farther end. So nothing near is smeared over what is behind it. At the
+    picture's border, where a
     hole has one end, it counts as twice as wide as that end is far.
     Source: ours, depth sensors leave holes on the far side of an edge.
     """
@@ -87,7 +95,9 @@ def fill_missing(depth: Tensor, valid: Tensor) -> Tensor:
 def _nearest(
     depth: Tensor, valid: Tensor, holes: tuple[Tensor, ...], axis: int, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Distance to, and depth of, the last valid pixel before each hole along an axis (after it when reversed); infinity, −1 if none."""
+    """Distance to, and depth of, the last valid pixel before each hole along an axis (after it when reversed);
+    infinity, −1 if none.
+    """
     length = depth.shape[axis]
     seen = (valid.flip(axis) if reverse else valid).cpu().numpy()
     place = np.where(
@@ -105,7 +115,8 @@ def _nearest(
 def resize_depth(depth: Tensor, height: int, width: int, edge: float = 0.02) -> Tensor:
     """Depth [B,H,W] at another size without new depths at edges.
 
-    Where the four samples around a pixel agree within `edge` they are interpolated; across an edge the one closest to the
+    Where the four samples around a pixel agree within `edge` they are interpolated; across an edge the one closest to
+    the
     interpolated value is taken, so that no rim of in-between depth appears.
     Source: ours, a rim of invented depth would fall into a middle slice.
     """
@@ -140,7 +151,8 @@ def parse_thresholds(text: str) -> list[float]:
         raise ValueError(f"thresholds: {text!r} is not a list of numbers; write for example 0.35, 0.6.") from error
     if outside := [value for value in values if not 0 < value < 1]:
         raise ValueError(
-            f"thresholds: {outside[0]:g} is outside of 0 to 1; 0 is the nearest depth of the picture and 1 the farthest."
+            f"thresholds: {outside[0]:g} is outside of 0 to 1; 0 is the nearest depth of the picture and 1 the "
+            "farthest."
         )
     if values != sorted(set(values)):
         raise ValueError(
@@ -150,7 +162,8 @@ def parse_thresholds(text: str) -> list[float]:
 
 
 def parse_points(text: str) -> list[tuple[float, float]]:
-    """ "0.5, 0.4; 0.2, 0.7" -> [(0.5, 0.4), (0.2, 0.7)]: x, y as fractions of width and height. Raises ValueError naming the input.
+    """ "0.5, 0.4; 0.2, 0.7" -> [(0.5, 0.4), (0.2, 0.7)]: x, y as fractions of width and height. Raises ValueError
+    naming the input.
 
     Source: ours, one click per slice as in the paper's interface.
     """
@@ -165,12 +178,15 @@ def parse_points(text: str) -> list[tuple[float, float]]:
 
 
 def threshold_behind(depth: Tensor, x: float, y: float) -> float:
-    """The depth just behind the object at a point. depth [H,W]; x, y fractions of width and height; returns a value in (0, 1).
+    """The depth just behind the object at a point. depth [H,W]; x, y fractions of width and height; returns a value in
+    (0, 1).
 
-    1. A histogram of depth in 256 bins (bin = min(floor(256·D), 255)); a pixel counts exp(−r²/2s²), r its distance in pixels
+    1. A histogram of depth in 256 bins (bin = min(floor(256·D), 255)); a pixel counts exp(−r²/2s²), r its distance in
+    pixels
        from the pixel of the point (floor(x·W), floor(y·H), clamped), s = 0.15·max(W, H).
     2. Smoothed three times by (1, 2, 1)/4, the end bins repeated.
-    3. From the point's bin, deeper while it rises: the object's peak. Then on, keeping the lowest bin so far, until a bin is above
+    3. From the point's bin, deeper while it rises: the object's peak. Then on, keeping the lowest bin so far, until a
+    bin is above
        1.5 times the lowest (something else begins), or the lowest is below 1/20 of the peak, or the end.
     4. The far edge of the lowest bin: (bin + 1)/256, at most 255/256.
     Source: ours, the paper's click chooses a depth on the top view; this one chooses an object.
@@ -209,7 +225,8 @@ def slice_masks(depth: Tensor, thresholds: list[float]) -> Tensor:
 
 
 def soften(weights: Tensor, width: float) -> Tensor:
-    """Slice weights [B,N,H,W] with edges that fade over about `width` pixels; their sum stays what it was. 0 changes nothing.
+    """Slice weights [B,N,H,W] with edges that fade over about `width` pixels; their sum stays what it was. 0 changes
+    nothing.
 
     Source: ours, a normalised blur of a partition of one is a partition of one.
     """
@@ -230,16 +247,18 @@ def soften(weights: Tensor, width: float) -> Tensor:
 
 
 def over_alphas(weights: Tensor, opacity: Tensor | None = None) -> Tensor:
-    """Alpha [B,N,H,W] of each layer, back to front, that shows the weights [B,N,H,W] when the layers are laid over each other.
+    """Alpha [B,N,H,W] of each layer, back to front, that shows the weights [B,N,H,W] when the layers are laid over each
+    other.
 
-    weights: shares of a pixel, sum one. alpha_i = M_i / (M_1 + … + M_i): what lies in front of layer i takes its share off afterwards.
-    opacity: [B,H,W] in 0..1, the alpha a of the picture that is cut, which the layers then have together: a M_i / (1 − a + a (M_1 + … + M_i)).
+    weights: shares of a pixel, sum one. alpha_i = M_i / (M_1 + … + M_i): what lies in front of layer i takes its share
+    off afterwards.
+    opacity: [B,H,W] in 0..1, the alpha a of the picture that is cut, which the layers then have together: a M_i / (1 −
+    a + a (M_1 + … + M_i)).
     Source: ours, the inverse of dreamlayer Eq. 1 (composite of layers by "over").
     """
     alphas, behind = torch.empty_like(weights), torch.zeros_like(weights[:, 0])
-    for weight, alpha in zip(
-        weights.unbind(1), alphas.unbind(1), strict=True
-    ):  # one layer at a time stays in the processor's cache
+    # One layer at a time stays in the processor's cache.
+    for weight, alpha in zip(weights.unbind(1), alphas.unbind(1), strict=True):
         behind += weight
         let_through = behind if opacity is None else torch.lerp(torch.ones_like(behind), behind, opacity)
         torch.div(weight if opacity is None else weight * opacity, let_through.clamp_min(1e-4), out=alpha)
@@ -256,9 +275,11 @@ def hidden_parts(weights: Tensor) -> Tensor:
 
 
 def grow_nearer(weights: Tensor, pixels: int) -> Tensor:
-    """Weights [B,N,H,W], back to front, with each layer and all that is nearer grown by so many pixels; their sum stays.
+    """Weights [B,N,H,W], back to front, with each layer and all that is nearer grown by so many pixels; their sum
+    stays.
 
-    Source: ours, the rim of a hard cut is mixed of both sides, and belongs to the nearer one when the farther one is made whole.
+    Source: ours, the rim of a hard cut is mixed of both sides, and belongs to the nearer one when the farther one is
+    made whole.
     """
     nearer = weights.flip(1).cumsum(1).flip(1)
     grown = (
@@ -270,10 +291,13 @@ def grow_nearer(weights: Tensor, pixels: int) -> Tensor:
 
 
 def fill_behind(colours: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Colours [B,N,H,W,3] and extra alpha [B,N,H,W] (0 or 1) that make layers whole where nearer ones hide them completely.
+    """Colours [B,N,H,W,3] and extra alpha [B,N,H,W] (0 or 1) that make layers whole where nearer ones hide them
+    completely.
 
-    colours: of each layer, of use where its weight is. A hidden pixel goes to the layer that most of the visible, farther
-    surroundings belong to, and always to the farthest one; its colour is a smooth continuation. The flattened picture is unchanged.
+    colours: of each layer, of use where its weight is. A hidden pixel goes to the layer that most of the visible,
+    farther
+    surroundings belong to, and always to the farthest one; its colour is a smooth continuation. The flattened picture
+    is unchanged.
     Source: ours, push-pull interpolation (Gortler et al. 1996, The Lumigraph, Sec. 3.4).
     """
     behind = weights.cumsum(1)
@@ -324,7 +348,8 @@ def _depth_layers(colours: Tensor, alphas: Tensor, thresholds: list[float]) -> L
 
 
 def amodal_mask(region: Tensor, depth: Tensor, threshold: float) -> Tensor:
-    """The part of a region [B,H,W] (1 = in it) where an object at depth `threshold` is visible: the region minus what is nearer.
+    """The part of a region [B,H,W] (1 = in it) where an object at depth `threshold` is visible: the region minus what
+    is nearer.
 
     Source: deglad, Sec. 4.3 (amodal bounding box).
     """
@@ -334,7 +359,8 @@ def amodal_mask(region: Tensor, depth: Tensor, threshold: float) -> Tensor:
 def compose_by_depth(
     front: Tensor, back: Tensor, front_depth: Tensor, back_depth: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Image [B,H,W,3] and depth [B,H,W] of one scene's foreground pasted over another scene; weights [B,H,W] 1 = foreground.
+    """Image [B,H,W,3] and depth [B,H,W] of one scene's foreground pasted over another scene; weights [B,H,W] 1 =
+    foreground.
 
     Source: deglad, Eq. 3 in image space (the paste baseline); the depth as the released code composes it.
     """
@@ -343,7 +369,8 @@ def compose_by_depth(
 
 
 def top_view(image: Tensor, depth: Tensor, height: int = 256) -> Tensor:
-    """Picture [B,height,W,3] of the scene from above: columns of the image [B,H,W,3] against depth [B,H,W], nearest at the bottom.
+    """Picture [B,height,W,3] of the scene from above: columns of the image [B,H,W,3] against depth [B,H,W], nearest at
+    the bottom.
 
     A place shows the mean colour of the pixels that fall there, and is brighter the more they are.
     Source: deglad, Suppl. B (the top view that a click chooses the depth on).
@@ -360,7 +387,8 @@ def top_view(image: Tensor, depth: Tensor, height: int = 256) -> Tensor:
 
 
 def all_thresholds(depth: Tensor, given: list[float], points: list[tuple[float, float]]) -> list[float]:
-    """The given thresholds and one behind the object at each point of depth [H,W], ascending, without repeats closer than 1/256.
+    """The given thresholds and one behind the object at each point of depth [H,W], ascending, without repeats closer
+    than 1/256.
 
     Raises ValueError when there are none or too many for a document. Source: ours, clicks add to what was typed.
     """
@@ -374,7 +402,8 @@ def all_thresholds(depth: Tensor, given: list[float], points: list[tuple[float, 
         )
     if len(used) >= MAX_LAYERS:
         raise ValueError(
-            f"thresholds: there are {len(used)} cuts and a document holds {MAX_LAYERS} layers; give at most {MAX_LAYERS - 1}."
+            f"thresholds: there are {len(used)} cuts and a document holds {MAX_LAYERS} layers; give at most "
+            f"{MAX_LAYERS - 1}."
         )
     return used
 
@@ -388,11 +417,14 @@ def cut_layers(
     rim: int = 2,
     soft_edge: float = 0,
 ) -> LayerStack:
-    """The layers of one picture from colours [1,N,H,W,3] and weights [1,N,H,W], back to front, made whole behind nearer ones if asked.
+    """The layers of one picture from colours [1,N,H,W,3] and weights [1,N,H,W], back to front, made whole behind nearer
+    ones if asked.
 
-    rim: by how many pixels nearer layers grow then, for colours that are the picture's for every layer; 0 for colours that are cleaned already.
+    rim: by how many pixels nearer layers grow then, for colours that are the picture's for every layer; 0 for colours
+    that are cleaned already.
     opacity: [1,H,W] in 0..1, the alpha of a picture that is itself transparent in places.
-    soft_edge: over how many pixels the cut fades; the rim then is wider by half of it, so that the fade ends beside what is removed.
+    soft_edge: over how many pixels the cut fades; the rim then is wider by half of it, so that the fade ends beside
+    what is removed.
     Source: deglad, Sec. 3.2 (the layers that the masks of Eq. 2 give).
     """
     if fill and rim:

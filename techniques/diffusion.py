@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def noise_levels(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Tensor:
-    """[steps] float64: the share of the picture's variance that is left at each timestep, falling from about 1 to about 0.
+    """[steps] float64: the share of the picture's variance that is left at each timestep, falling from about 1 to about
+    0.
 
     Source: ddpm, Eq. 4 (alpha bar), with the squared linear schedule of Stable Diffusion 1.x.
     """
@@ -34,7 +35,8 @@ def noise_loss_weight(level: Tensor, gamma: float = 5.0) -> Tensor:
 
 
 def ddim_step(latent: Tensor, noise: Tensor, level: Tensor, next_level: Tensor) -> Tensor:
-    """The latent at next_level from the noise predicted at level; both are scalars in 0..1, next_level 1 gives the clean picture.
+    """The latent at next_level from the noise predicted at level; both are scalars in 0..1, next_level 1 gives the
+    clean picture.
 
     Source: ddim, Eq. 12 with sigma 0.
     """

@@ -1,4 +1,6 @@
-"""FeatGLaC: the energy between the decoder features of a composite and those of the scenes it is made of, and the update that lowers it."""
+"""FeatGLaC: the energy between the decoder features of a composite and those of the scenes it is made of, and the
+update that lowers it.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,11 @@ RELEASED_GAIN = 30 * 1.5
 
 
 def visible_masks(masks: list[Tensor | None], height: int, width: int) -> Tensor:
-    """[P,H,W] in 0..1: where each plane is seen, from masks [H,W] back to front (1 = in the plane, any size, None = everywhere).
+    """[P,H,W] in 0..1: where each plane is seen, from masks [H,W] back to front (1 = in the plane, any size, None =
+    everywhere).
 
-    A plane is seen where no nearer one covers it, so that with one foreground the background's mask is 1 - the foreground's.
+    A plane is seen where no nearer one covers it, so that with one foreground the background's mask is 1 - the
+    foreground's.
     Source: deglad, Eq. 2 and Sec. 3.2 (several depths), with planes that may overlap
     """
     own = [
@@ -35,7 +39,8 @@ def masks_at_level(masks: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def feature_energy_l2(features: Tensor, source: Tensor, mask: Tensor) -> Tensor:
-    """[B]: sum over pixels of the mean over channels of (M (Psi_source - Psi))²; features and source [B,C,h,w], mask [h,w] in 0..1.
+    """[B]: sum over pixels of the mean over channels of (M (Psi_source - Psi))²; features and source [B,C,h,w], mask
+    [h,w] in 0..1.
 
     Source: featglac, Eq. 4, one term of the sum
     Differs: the mean over channels, so that one step size serves levels of any width.
@@ -44,10 +49,12 @@ def feature_energy_l2(features: Tensor, source: Tensor, mask: Tensor) -> Tensor:
 
 
 def feature_energy_l1(features: Tensor, source: Tensor, mask: Tensor) -> Tensor:
-    """[B]: mean absolute difference over channels and masked pixels; features and source [B,C,h,w], mask [h,w]. An empty mask gives 0.
+    """[B]: mean absolute difference over channels and masked pixels; features and source [B,C,h,w], mask [h,w]. An
+    empty mask gives 0.
 
     Source: featglac, released code (in place of Eq. 4's norm)
-    Differs: a place on the rim counts for both scenes by their shares of it; the released background mask leaves out every latent place that has
+    Differs: a place on the rim counts for both scenes by their shares of it; the released background mask leaves out
+    every latent place that has
     any foreground pixel.
     """
     return (mask * (source - features)).abs().mean(1).sum((1, 2)) / mask.sum().clamp_min(torch.finfo(mask.dtype).tiny)
@@ -61,7 +68,8 @@ def composition_energy(
     plane_weights: list[float],
     norm: str = "l2",
 ) -> Tensor:
-    """[B]: G of a composite; features {level: [B,C,h,w]}, sources {level: [P,B,C,h,w]}, masks [P,H,W] of what is seen of each plane.
+    """[B]: G of a composite; features {level: [B,C,h,w]}, sources {level: [P,B,C,h,w]}, masks [P,H,W] of what is seen
+    of each plane.
 
     plane_weights [P]: 1 for the background and lambda for the foreground in the paper.
     Source: featglac, Eq. 4
@@ -78,7 +86,8 @@ def composition_energy(
 
 
 def iteration_factor(iteration: int, norm: str) -> float:
-    """What the energy of an iteration within a step, 0 = the first, is multiplied by: the released code's factors for l1, 1 for Eq. 4's norm.
+    """What the energy of an iteration within a step, 0 = the first, is multiplied by: the released code's factors for
+    l1, 1 for Eq. 4's norm.
 
     Source: featglac, released code
     """
@@ -86,7 +95,8 @@ def iteration_factor(iteration: int, norm: str) -> float:
 
 
 def guided_update(latent: Tensor, gradient: Tensor, sigma: Tensor, step_size: float) -> Tensor:
-    """The latent [B,C,H,W] after one iteration, in ComfyUI's scale clean + sigma * noise; gradient: of G by the network's input z.
+    """The latent [B,C,H,W] after one iteration, in ComfyUI's scale clean + sigma * noise; gradient: of G by the
+    network's input z.
 
     The paper's z is the latent divided by sqrt(1 + sigma²), and z - eta grad G is what is taken here.
     Source: featglac, Sec. 3.3 (z - grad G, K times at each step), with the released code's step size
@@ -103,7 +113,8 @@ def composite_latent(front: Tensor, back: Tensor, mask: Tensor) -> Tensor:
 
 
 def parse_level_weights(text: str, levels: int) -> dict[int, float]:
-    """{level: weight} from numbers with commas between them, of which the last is the finest level, number levels - 1; zeros are left out.
+    """{level: weight} from numbers with commas between them, of which the last is the finest level, number levels - 1;
+    zeros are left out.
 
     Raises ValueError. Source: featglac, Sec. 4.6 (the weights of its layers 2 and 3, the last two of four)
     """
@@ -113,7 +124,8 @@ def parse_level_weights(text: str, levels: int) -> dict[int, float]:
         raise ValueError(f"level_weights: {text[:60]!r} is not a list of numbers; write them like 0.2, 8.5.") from None
     if len(values) > levels:
         raise ValueError(
-            f"level_weights: there are {len(values)} numbers and this model's decoder has {levels} levels; leave some out at the front."
+            f"level_weights: there are {len(values)} numbers and this model's decoder has {levels} levels; leave some "
+            "out at the front."
         )
     if any(value < 0 or value == float("inf") or value != value for value in values):
         raise ValueError(

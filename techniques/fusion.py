@@ -12,7 +12,8 @@ MOST_PROBABILITIES = 2**21  # held at once, over all heads: 8 MB in float32, whi
 
 
 def structure_prior(q: Tensor, k: Tensor, heads: int) -> Tensor:
-    """[B,M] in 0..1, high where a token of the foreground attends to few others; q: [B,M,C], k: [B,T,C], projected, C = heads × width.
+    """[B,M] in 0..1, high where a token of the foreground attends to few others; q: [B,M,C], k: [B,T,C], projected, C =
+    heads × width.
 
     Exact, in chunks of rows: the extra memory grows with tokens, not with their square.
     Source: layerfusion, Alg. 1
@@ -25,7 +26,8 @@ def structure_prior(q: Tensor, k: Tensor, heads: int) -> Tensor:
 
 
 def content_prior(q: Tensor, k: Tensor, heads: int, ends: list[int]) -> Tensor:
-    """[B,M] in 0..1: how much of each token's attention goes to the prompt's end; q: [B,M,C] of the foreground, k: [B,T,C] of its prompt.
+    """[B,M] in 0..1: how much of each token's attention goes to the prompt's end; q: [B,M,C] of the foreground, k:
+    [B,T,C] of its prompt.
 
     ends: positions of the end-of-text tokens; a prompt of several chunks has one in each, and their shares add up.
     Source: layerfusion, Alg. 2
@@ -34,7 +36,8 @@ def content_prior(q: Tensor, k: Tensor, heads: int, ends: list[int]) -> Tensor:
 
 
 def blending_masks(structure: Tensor, content: Tensor, boundary: float = 10.0) -> tuple[Tensor, Tensor]:
-    """(mask_soft, mask_hard), each [B,M] in 0..1, from the two priors [B,M]; boundary: the coefficient d, larger is sharper.
+    """(mask_soft, mask_hard), each [B,M] in 0..1, from the two priors [B,M]; boundary: the coefficient d, larger is
+    sharper.
 
     Source: layerfusion, Alg. 3
     """
@@ -43,16 +46,16 @@ def blending_masks(structure: Tensor, content: Tensor, boundary: float = 10.0) -
 
 
 def wide_mask(soft: Tensor, boundary: float = 10.0) -> Tensor:
-    """[B,M] in 0..1, as sharp as the hard mask but around the level that parts object and surroundings, so that an object comes in whole; soft: [B,M].
+    """[B,M] in 0..1, as sharp as the hard mask but around the level that parts object and surroundings, so that an
+    object comes in whole; soft: [B,M].
 
-    The level is halfway between the means of the two sides that differ most (Otsu's threshold); in a flat mask there is no object, as in the hard one.
-    Source: ours, in place of the soft mask of layerfusion, Eq. 1, for what the blended branch goes on with
+    The level is halfway between the means of the two sides that differ most (Otsu's threshold); in a flat mask there is
+    no object, as in the hard one. Source: ours, in place of the soft mask of layerfusion, Eq. 1, for what the blended
+    branch goes on with
     """
     count = soft.shape[1]
-    low, sums = (
-        torch.arange(count + 1, device=soft.device),
-        F.pad(soft.sort(1).values.cumsum(1), (1, 0)),
-    )  # of the 0 to M lowest
+    # Of the 0 to M lowest.
+    low, sums = (torch.arange(count + 1, device=soft.device), F.pad(soft.sort(1).values.cumsum(1), (1, 0)))
     below, above = sums / low.clamp_min(1), (sums[:, -1:] - sums) / (count - low).clamp_min(1)
     spread, best = (low * (count - low) * (above - below).square()).max(1, keepdim=True)
     level = torch.where(spread > 0, (below + above).gather(1, best) / 2, 0.5)
@@ -76,7 +79,8 @@ def return_to_foreground(foreground: Tensor, blended: Tensor, hard: Tensor) -> T
 
 
 def shared_tokens(values: Tensor) -> Tensor:
-    """Queries, keys or values [B,3,T,C] of foreground, background and blended -> [B,2T,C]: background and blended as one picture of all their tokens.
+    """Queries, keys or values [B,3,T,C] of foreground, background and blended -> [B,2T,C]: background and blended as
+    one picture of all their tokens.
 
     Source: layerfusion, Sec. 3.3, attention shared between the hidden states of background and blended
     """
@@ -84,7 +88,8 @@ def shared_tokens(values: Tensor) -> Tensor:
 
 
 def shared_prompt(values: Tensor) -> Tensor:
-    """Keys or values [B,3,T,C] of the three prompts -> [3B,T,C] with the background's prompt for the blended branch as well.
+    """Keys or values [B,3,T,C] of the three prompts -> [3B,T,C] with the background's prompt for the blended branch as
+    well.
 
     Source: layerfusion, Alg. 3, a_BG and a_Blended both with p_BG
     """
@@ -113,7 +118,8 @@ def stretched(values: Tensor) -> Tensor:
 
 
 def over_rows(q: Tensor, k: Tensor, heads: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    """[B,M,…]: `reduce` to [rows,…] of the attention's probabilities [heads,rows,T], which exist for a few rows at a time; q: [B,M,C], k: [B,T,C].
+    """[B,M,…]: `reduce` to [rows,…] of the attention's probabilities [heads,rows,T], which exist for a few rows at a
+    time; q: [B,M,C], k: [B,T,C].
 
     Source: ours, the extra memory does not grow with the picture
     """
@@ -122,9 +128,8 @@ def over_rows(q: Tensor, k: Tensor, heads: int, reduce: Callable[[Tensor], Tenso
         start = 0
         for part in _probabilities(one, keys, heads):
             values = reduce(part)
-            if (
-                found is None
-            ):  # made before the large parts come and go: small results kept between them would keep the heap from shrinking
+            # Made before the large parts come and go: small results kept between would keep the heap from shrinking.
+            if found is None:
                 found = values.new_empty(len(q), q.shape[1], *values.shape[1:])
             found[row, start : start + len(values)] = values
             start += len(values)

@@ -1,6 +1,7 @@
 """Where a layer lies on the canvas, and its pixels there, a few rows at a time.
 
-A pixel is a unit square: pixel i covers [i, i + 1). Layers are [H,W,C] as in the document; pixels come out planar, [C,rows,W],
+A pixel is a unit square: pixel i covers [i, i + 1). Layers are [H,W,C] as in the document; pixels come out planar,
+[C,rows,W],
 which is what makes compositing fast.
 """
 
@@ -22,9 +23,12 @@ FITS = ("none", "contain", "cover", "stretch", "centre")
 class Placement:
     """The visible box of one layer: left, top, right, bottom on the canvas, right and bottom exclusive.
 
-    Either a copy (image and mask are views of the layer's pixels, already turned and cropped to the box), or a resampling, when
-    `source` [1,3|4,h,w] is the (premultiplied) picture and `inverse` (a, b, c, d, e, f) takes a canvas point to the layer's own
-    display coordinates: u = a·x + b·y + c, v = d·x + e·y + f, inside the layer where 0 ≤ u ≤ size[0] and 0 ≤ v ≤ size[1].
+    Either a copy (image and mask are views of the layer's pixels, already turned and cropped to the box), or a
+    resampling, when
+    `source` [1,3|4,h,w] is the (premultiplied) picture and `inverse` (a, b, c, d, e, f) takes a canvas point to the
+    layer's own
+    display coordinates: u = a·x + b·y + c, v = d·x + e·y + f, inside the layer where 0 ≤ u ≤ size[0] and 0 ≤ v ≤
+    size[1].
     """
 
     left: int
@@ -38,7 +42,9 @@ class Placement:
     size: tuple[int, int] = (0, 0)
 
     def rows(self, top: int, bottom: int) -> tuple[Tensor, Tensor]:
-        """(colour [3,bottom-top,width] straight, alpha [bottom-top,width], 1 = opaque) of these canvas rows of the box."""
+        """(colour [3,bottom-top,width] straight, alpha [bottom-top,width], 1 = opaque) of these canvas rows of
+        the box.
+        """
         return self._copied(top - self.top, bottom - self.top) if self.source is None else self._resampled(top, bottom)
 
     def _copied(self, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -67,11 +73,16 @@ class Placement:
 def place(layer: Layer, canvas: tuple[int, int]) -> Placement | None:
     """Where a layer shows on the canvas (width, height), ready to be read row by row; None when it lies wholly outside.
 
-    At native size, and turned by quarter turns only, pixels are copied bit by bit (a quarter turn of a layer with one odd and
-    one even side would end between pixels and moves by half a pixel to the left or up). Everything else is resampled with
-    premultiplied alpha, so that the colour of transparent pixels never shows at an edge: a bicubic antialiased reduction first
-    where the layer is shown smaller, then a bicubic lookup, with the layer's border antialiased by its coverage of each pixel.
-    Source: ours, inverse mapping of ComfyUI's layer fields: flips, then scaling to w × h, then rotation about the centre.
+    At native size, and turned by quarter turns only, pixels are copied bit by bit (a quarter turn of a layer with one
+    odd and
+    one even side would end between pixels and moves by half a pixel to the left or up). Everything else is resampled
+    with
+    premultiplied alpha, so that the colour of transparent pixels never shows at an edge: a bicubic antialiased
+    reduction first
+    where the layer is shown smaller, then a bicubic lookup, with the layer's border antialiased by its coverage of each
+    pixel.
+    Source: ours, inverse mapping of ComfyUI's layer fields: flips, then scaling to w × h, then rotation about the
+    centre.
     """
     width, height = layer.size
     turns = layer.rotation / (math.pi / 2)
@@ -88,7 +99,8 @@ def place(layer: Layer, canvas: tuple[int, int]) -> Placement | None:
 
 
 def rasterise(layer: Layer, canvas: tuple[int, int]) -> Tensor:
-    """[H,W,4] straight alpha, the whole canvas with this layer alone on it, opacity applied, hidden colour kept where it is a copy.
+    """[H,W,4] straight alpha, the whole canvas with this layer alone on it, opacity applied, hidden colour kept where
+    it is a copy.
 
     Source: ours, the layer as `place` reads it.
     """
@@ -130,11 +142,13 @@ def transform(
     flip_h: bool = False,
     flip_v: bool = False,
 ) -> Layer:
-    """The layer flipped as it is seen, scaled and turned (radians, clockwise) about the pivot, then moved; canvas pixels throughout.
+    """The layer flipped as it is seen, scaled and turned (radians, clockwise) about the pivot, then moved; canvas
+    pixels throughout.
 
-    pivot: a point of the canvas, or None for the layer's own centre. Positions and sizes are whole pixels in the document; their fractions go along
-    under extra["strata"]["exact"], so that a chain of transforms is off by less than one pixel altogether. Raises ValueError when scale is not positive.
-    Source: ours, similarity transform of ComfyUI's layer fields.
+    pivot: a point of the canvas, or None for the layer's own centre. Positions and sizes are whole pixels in the
+    document; their fractions go along
+    under extra["strata"]["exact"], so that a chain of transforms is off by less than one pixel altogether. Raises
+    ValueError when scale is not positive. Source: ours, similarity transform of ComfyUI's layer fields.
     """
     if scale <= 0:
         raise ValueError(
@@ -168,7 +182,9 @@ def transform(
 
 
 def _exact(layer: Layer) -> tuple[float, ...]:
-    """Centre and size with their fractions, as long as they are those of the layer's whole numbers: another node may have moved it."""
+    """Centre and size with their fractions, as long as they are those of the layer's whole numbers: another node may
+    have moved it.
+    """
     whole = layer.x, layer.y, *layer.size
     ours = layer.extra.get("strata")
     exact = ours.get("exact") if isinstance(ours, dict) else None
@@ -199,12 +215,16 @@ def _with_exact(layer: Layer, exact: tuple[float, ...] | None) -> Layer:
 
 
 def pivot(about: str, canvas: tuple[int, int]) -> tuple[float, float] | None:
-    """The point of `transform` for "layer centre" (None), "canvas centre" or "canvas top left". Source: ours, anchors of image editors."""
+    """The point of `transform` for "layer centre" (None), "canvas centre" or "canvas top left". Source: ours, anchors
+    of image editors.
+    """
     return {"layer centre": None, "canvas centre": (canvas[0] / 2, canvas[1] / 2), "canvas top left": (0.0, 0.0)}[about]
 
 
 def in_pixels(distance: tuple[float, float], unit: str, canvas: tuple[int, int]) -> tuple[float, float]:
-    """A (right, down) distance in "pixels" or in "fractions" of the canvas, to pixels. Source: ours, fractions of width and height."""
+    """A (right, down) distance in "pixels" or in "fractions" of the canvas, to pixels. Source: ours, fractions of width
+    and height.
+    """
     return distance if unit == "pixels" else (distance[0] * canvas[0], distance[1] * canvas[1])
 
 

@@ -1,4 +1,6 @@
-"""Information Retained Harmonization: layers fused while they are denoised, so that the model draws shadows and light that belong together."""
+"""Information Retained Harmonization: layers fused while they are denoised, so that the model draws shadows and light
+that belong together.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from .layers import Layer
 
 
 def visible_shares(alphas: Tensor) -> tuple[Tensor, Tensor]:
-    """What of each layer is seen: background [1,H,W] and foregrounds [K,1,H,W], which sum to one; alphas: [K,1,H,W], back to front, 1 = opaque.
+    """What of each layer is seen: background [1,H,W] and foregrounds [K,1,H,W], which sum to one; alphas: [K,1,H,W],
+    back to front, 1 = opaque.
 
     Source: dreamlayer, Eq. 1 and 12, the weights of the sum.
     """
@@ -23,7 +26,8 @@ def visible_shares(alphas: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fuse_latents(background: Tensor, foregrounds: Tensor, alphas: Tensor) -> Tensor:
-    """[...,h,w]: the background's latent [...,h,w] with the foregrounds' [K,...,h,w] over it, all at one noise level; alphas: [K,1,h,w], back to front.
+    """[...,h,w]: the background's latent [...,h,w] with the foregrounds' [K,...,h,w] over it, all at one noise level;
+    alphas: [K,1,h,w], back to front.
 
     Source: dreamlayer, Eq. 12.
     """
@@ -33,9 +37,11 @@ def fuse_latents(background: Tensor, foregrounds: Tensor, alphas: Tensor) -> Ten
 
 
 def on_canvas(latent: Tensor, layer: Layer, canvas: tuple[int, int], side: int) -> Tensor:
-    """[C,⌈H/side⌉,⌈W/side⌉]: a latent [C,h,w] of the layer's own pixels, side × side of them in each, where the layer lies on the canvas (W, H).
+    """[C,⌈H/side⌉,⌈W/side⌉]: a latent [C,h,w] of the layer's own pixels, side × side of them in each, where the layer
+    lies on the canvas (W, H).
 
-    Each takes the one that lies nearest, since a mean of several would have less noise than its noise level says. Where the layer is not, anything.
+    Each takes the one that lies nearest, since a mean of several would have less noise than its noise level says. Where
+    the layer is not, anything.
     Source: dreamlayer, Eq. 13, op(·) of a latent: moved, resized, flipped, turned
     """
     height, width = layer.image.shape[:2]
@@ -53,7 +59,8 @@ def on_canvas(latent: Tensor, layer: Layer, canvas: tuple[int, int], side: int) 
 
 
 def feathered(alpha: Tensor, radius: float) -> Tensor:
-    """[K,1,H,W]: alpha [K,1,H,W] that fades in from where it begins to itself `radius` pixels further in; 0 leaves it as it is.
+    """[K,1,H,W]: alpha [K,1,H,W] that fades in from where it begins to itself `radius` pixels further in; 0 leaves it
+    as it is.
 
     Source: ours, for putting pixels back without a seam: alpha times 2·blurred − 1 of where it is above zero.
     """
@@ -63,10 +70,13 @@ def feathered(alpha: Tensor, radius: float) -> Tensor:
 
 
 def keep_detail(before: Tensor, drawn: Tensor, same: Tensor, seen: Tensor, radius: float) -> Tensor:
-    """[1,3,H,W]: the background `before` with what is smoother than `radius` pixels of the way from `same` to `drawn`: light and shadow, no texture.
+    """[1,3,H,W]: the background `before` with what is smoother than `radius` pixels of the way from `same` to `drawn`:
+    light and shadow, no texture.
 
-    same: `before` as the autoencoder gives it back; drawn: the harmonised picture; all [1,3,H,W]. seen: [1,1,H,W], 1 where the background is seen. A rim of
-    a third of the radius around things does not count, since models draw them wider than they are and their colours would run.
+    same: `before` as the autoencoder gives it back; drawn: the harmonised picture; all [1,3,H,W]. seen: [1,1,H,W], 1
+    where the background is seen. A rim of
+    a third of the radius around things does not count, since models draw them wider than they are and their colours
+    would run.
     Source: ours, an autoencoder and a few steps of denoising blur every texture that they touch.
     """
     rim = round(radius / 3)

@@ -1,6 +1,8 @@
-"""Turning a picture's latent back into the noise that a sampler would make it from: steps, schedules and the trajectory between.
+"""Turning a picture's latent back into the noise that a sampler would make it from: steps, schedules and the trajectory
+between.
 
-Latents are ComfyUI's: clean + sigma * noise for noise and v prediction, (1 - sigma) * clean + sigma * noise for flow matching.
+Latents are ComfyUI's: clean + sigma * noise for noise and v prediction, (1 - sigma) * clean + sigma * noise for flow
+matching.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ RELEASED_STEPS = 50  # the number of steps that the published schedules of null-
 
 
 def scale_between(sigma: Tensor, next_sigma: Tensor, flow: bool = False) -> Tensor:
-    """Factor for a latent at sigma which the network is to see as if it were at next_sigma, scalars >= 0; 1 for flow matching.
+    """Factor for a latent at sigma which the network is to see as if it were at next_sigma, scalars >= 0; 1 for flow
+    matching.
 
     The network's input is latent / sqrt(1 + sigma²), and that is what stays as it is.
     Source: nulltext, Sec. 3.1 (DDIM inversion takes the noise of z_t at the timestep that it goes to)
@@ -21,11 +24,15 @@ def scale_between(sigma: Tensor, next_sigma: Tensor, flow: bool = False) -> Tens
 
 
 def ode_step(latent: Tensor, seen: Tensor, denoised: Tensor, at: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
-    """The latent [B,C,H,W] at next_sigma from the one at sigma, with the prediction denoised [B,C,H,W] of the latent `seen` at noise level `at`.
+    """The latent [B,C,H,W] at next_sigma from the one at sigma, with the prediction denoised [B,C,H,W] of the latent
+    `seen` at noise level `at`.
 
-    Sampling has seen = latent and at = sigma; inversion sees the latent of sigma at next_sigma, above sigma. (seen - denoised) / at is the
-    noise of a diffusion model and the velocity of a flow matching one, so the same line is DDIM, its inversion, and Euler's method for both.
-    Source: ddim, Eq. 13 (the ODE that DDIM integrates by Euler's method, in x / sqrt(alpha) and sigma), in either direction
+    Sampling has seen = latent and at = sigma; inversion sees the latent of sigma at next_sigma, above sigma. (seen -
+    denoised) / at is the
+    noise of a diffusion model and the velocity of a flow matching one, so the same line is DDIM, its inversion, and
+    Euler's method for both.
+    Source: ddim, Eq. 13 (the ODE that DDIM integrates by Euler's method, in x / sqrt(alpha) and sigma), in either
+    direction
     """
     return latent + (next_sigma - sigma) * (seen - denoised) / at
 
@@ -33,8 +40,10 @@ def ode_step(latent: Tensor, seen: Tensor, denoised: Tensor, at: Tensor, sigma: 
 def trajectory_at(latents: Tensor, sigmas: Tensor, sigma: float, flow: bool = False) -> Tensor:
     """The latent [B,C,H,W] at noise level sigma, 0 or more, from a trajectory [N,B,C,H,W] at descending sigmas [N].
 
-    Exact on the path of Euler steps, which is straight between two of them. Above the first noise level the noise that the trajectory's first
-    latent has beside its last one grows to sigma; below the last one nothing is left to take away, and that latent is given.
+    Exact on the path of Euler steps, which is straight between two of them. Above the first noise level the noise that
+    the trajectory's first
+    latent has beside its last one grows to sigma; below the last one nothing is left to take away, and that latent is
+    given.
     Source: ours, any schedule of the sampler can follow one inversion
     """
     if sigma > sigmas[0]:
@@ -49,7 +58,9 @@ def trajectory_at(latents: Tensor, sigmas: Tensor, sigma: float, flow: bool = Fa
 
 
 def _noisier(latent: Tensor, clean: Tensor, at: float, sigma: float, flow: bool) -> Tensor:
-    """clean with the noise that `latent` has at noise level `at`, at level sigma; a latent without any noise stays as it is."""
+    """clean with the noise that `latent` has at noise level `at`, at level sigma; a latent without any noise stays as
+    it is.
+    """
     if at == 0:
         return latent
     noise = (latent - clean * (1 - at if flow else 1)) / at
@@ -57,7 +68,8 @@ def _noisier(latent: Tensor, clean: Tensor, at: float, sigma: float, flow: bool)
 
 
 def noised_trajectory(clean: Tensor, noise: Tensor, sigmas: Tensor, flow: bool = False) -> Tensor:
-    """[N,B,C,H,W]: one noise added to a clean latent [B,C,H,W] at each of sigmas [N]. No inversion: denoising it does not give the picture back.
+    """[N,B,C,H,W]: one noise added to a clean latent [B,C,H,W] at each of sigmas [N]. No inversion: denoising it does
+    not give the picture back.
 
     Source: ddpm, Eq. 4, in ComfyUI's scale; the same noise at every step
     """
@@ -83,7 +95,8 @@ def null_text_tolerance(step: int, steps: int) -> float:
 
 
 def null_text_loss(latent: Tensor, target: Tensor, sigma: Tensor, flow: bool = False) -> Tensor:
-    """[B]: mean squared error between a denoising step's result [B,C,H,W] at sigma and the inversion's latent there, in the network's scale.
+    """[B]: mean squared error between a denoising step's result [B,C,H,W] at sigma and the inversion's latent there, in
+    the network's scale.
 
     Source: nulltext, Eq. 3
     """

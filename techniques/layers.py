@@ -1,6 +1,7 @@
 """ComfyUI's LAYERS document, read and written in one place.
 
-A document comes from any node of any pack, so everything in it is checked here and nowhere else. The rest of the pack works
+A document comes from any node of any pack, so everything in it is checked here and nowhere else. The rest of the pack
+works
 with `LayerStack` and `Layer`: one frame per layer, every field present, back to front.
 """
 
@@ -66,8 +67,10 @@ _FIELDS = {
 class Layer:
     """One raster layer on the canvas.
 
-    image: [H,W,3|4] sRGB in 0..1, straight alpha. mask: [H,W], 1 = transparent, or None. x, y: top left corner of the unrotated
-    layer on the canvas, pixels. w, h: display size in pixels, 0 = native. rotation: radians, clockwise, about the centre.
+    image: [H,W,3|4] sRGB in 0..1, straight alpha. mask: [H,W], 1 = transparent, or None. x, y: top left corner of the
+    unrotated
+    layer on the canvas, pixels. w, h: display size in pixels, 0 = native. rotation: radians, clockwise, about the
+    centre.
     extra: keys that are not ComfyUI's, carried through unchanged; ours are under extra["strata"].
     """
 
@@ -88,7 +91,9 @@ class Layer:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Displayed (width, height) in pixels before rotation; ComfyUI reads an absent or non-positive side as the native one."""
+        """Displayed (width, height) in pixels before rotation; ComfyUI reads an absent or non-positive side as the
+        native one.
+        """
         height, width = self.image.shape[:2]
         return (self.w if self.w > 0 else width), (self.h if self.h > 0 else height)
 
@@ -119,7 +124,8 @@ def read_layers(document: Any, socket: str = "layers") -> LayerStack:
     """
     if not isinstance(document, dict) or "layers" not in document:
         raise ValueError(
-            f"{socket}: this is not a LAYERS document (got {type(document).__name__}); connect the output of a node that makes layers."
+            f"{socket}: this is not a LAYERS document (got {type(document).__name__}); connect the output of a node "
+            "that makes layers."
         )
     if document.get("version") != 1:
         raise ValueError(
@@ -254,7 +260,9 @@ def _integer(entry: dict, key: str, default: int, where: str) -> int:
 
 
 def _read_canvas(canvas: Any, layers: tuple[Layer, ...], socket: str) -> tuple[int, int]:
-    """The canvas as given, or (it is optional in core) the smallest one from the origin that holds every unrotated layer."""
+    """The canvas as given, or (it is optional in core) the smallest one from the origin that holds every unrotated
+    layer.
+    """
     if canvas is None:
         sides = [(layer.x + layer.size[0], layer.y + layer.size[1]) for layer in layers]
         return max(1, max(x for x, _ in sides)), max(1, max(y for _, y in sides))

@@ -5,7 +5,8 @@ from torch import Tensor
 
 
 def gradient_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute difference of horizontal and of vertical neighbour differences, added; [B,C,H,W] each, a scalar back.
+    """Mean absolute difference of horizontal and of vertical neighbour differences, added; [B,C,H,W] each, a scalar
+    back.
 
     Source: ours, keeps edges where L1 alone averages them away.
     """

@@ -1,4 +1,6 @@
-"""Cuts whose edges are partly transparent and carry no colour of the other side: matting along the edge of each slice."""
+"""Cuts whose edges are partly transparent and carry no colour of the other side: matting along the edge of
+each slice.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from torch import Tensor
 
 KNOWN, PRIOR = 100.0, 0.05
 FILL = 8  # times as many values as the system has, at most, in its factor
-FAINT = 0.03  # less than this of a layer is noise of the solution, which would leave specks of made-up colour in the layer behind
+# Less than this of a layer is noise of the solution, which would leave specks of made-up colour in the layer behind.
+FAINT = 0.03
 MAX_SOLVED = 1_000_000  # pixels: the closed-form system grows with them, and finer than this no eye sees it in an edge
 
 
@@ -21,11 +24,15 @@ def refine_slices(
 ) -> tuple[Tensor, Tensor]:
     """Weights [N,H,W] and colours [N,H,W,3] of slices whose edges were refined by matting.
 
-    image: [H,W,3] in 0..1. masks: [N,H,W] of 0 or 1, back to front, sum one. width: pixels around each edge that are open to
-    change. step is called after each of the N − 1 edges. The weights still sum to one, and the layers laid over each other give
+    image: [H,W,3] in 0..1. masks: [N,H,W] of 0 or 1, back to front, sum one. width: pixels around each edge that are
+    open to
+    change. step is called after each of the N − 1 edges. The weights still sum to one, and the layers laid over each
+    other give
     the image within 1/255. Raises ModuleNotFoundError with advice when pymatting is missing.
-    What is thinner than 3 pixels at the edge of a nearer layer is taken for depth mixed across that edge and goes to the layers around it.
-    Source: ours, closed-form matting (Levin et al. 2008) and multi-level foreground estimation (Germer et al. 2020) of pymatting.
+    What is thinner than 3 pixels at the edge of a nearer layer is taken for depth mixed across that edge and goes to
+    the layers around it.
+    Source: ours, closed-form matting (Levin et al. 2008) and multi-level foreground estimation (Germer et al. 2020) of
+    pymatting.
     """
     if masks[0].numel() < 2:  # the solvers need neighbours
         return masks, image.expand(len(masks), -1, -1, -1)
@@ -36,7 +43,8 @@ def refine_slices(
         own = _without_slivers(mask, hard)
         hard = hard + mask
         alpha = torch.maximum(nearer, matte(image, hard, width))
-        # where this layer is far and the one behind it near, both cuts follow the same edge: what they differ by is not a layer
+        # where this layer is far and the one behind it near, both cuts follow the same edge: what they differ by is not
+        # a layer
         shared = (_erode(1 - own, reach) == 1) & (_erode(hard, reach) == 0)
         alpha = torch.where(shared, nearer, alpha)
         weights.append(alpha - nearer)
@@ -49,10 +57,12 @@ def refine_slices(
 
 
 def matte(image: Tensor, mask: Tensor, width: int) -> Tensor:
-    """Alpha [H,W] for a cut-out mask [H,W] of 0 or 1, estimated within `width` pixels of its edge from the image [H,W,3].
+    """Alpha [H,W] for a cut-out mask [H,W] of 0 or 1, estimated within `width` pixels of its edge from the image
+    [H,W,3].
 
     Source: ours, closed-form matting (Levin et al. 2008, A closed-form solution to natural image matting) of pymatting.
-    Differs: inside the band the cut-out mask stays a weak prior, because a depth edge is roughly right and thin things have no
+    Differs: inside the band the cut-out mask stays a weak prior, because a depth edge is roughly right and thin things
+    have no
     certain inside; without it three of the six photographs that it was measured on got worse than the mask itself.
     """
     reach = max(1, round(width / 2))
@@ -94,7 +104,9 @@ def _keeping_threads(call: Callable) -> Callable:
 
 @_keeping_threads
 def _closed_form(image: np.ndarray, mask: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """argmin of aᵀLa + Σ c (a − mask)², L the matting Laplacian, c strong where the mask is known and weak elsewhere."""
+    """argmin of aᵀLa + Σ c (a − mask)², L the matting Laplacian, c strong where the mask is known and weak
+    elsewhere.
+    """
     pymatting = _pymatting()
     import scipy.sparse
 
@@ -107,10 +119,12 @@ def _closed_form(image: np.ndarray, mask: np.ndarray, known: np.ndarray) -> np.n
 
 @_keeping_threads
 def separate_colours(image: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """Foreground and background colours [H,W,3] of an image [H,W,3] with alpha [H,W], such that alpha·F + (1 − alpha)·B is the image.
+    """Foreground and background colours [H,W,3] of an image [H,W,3] with alpha [H,W], such that alpha·F + (1 − alpha)·B
+    is the image.
 
     Source: ours, multi-level foreground estimation (Germer et al. 2020) of pymatting.
-    Differs: its estimate is then moved to the nearest colours within 0..1 that the compositing equation holds for, so that nothing is lost.
+    Differs: its estimate is then moved to the nearest colours within 0..1 that the compositing equation holds for, so
+    that nothing is lost.
     """
     front, back = _pymatting().estimate_foreground_ml(_numpy(image), _numpy(alpha), return_background=True)
     front, back = (torch.from_numpy(value).to(image).clamp(0, 1) for value in (front, back))
@@ -126,7 +140,9 @@ def separate_colours(image: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _without_slivers(mask: Tensor, nearer: Tensor) -> Tensor:
-    """The mask [H,W] less what is thinner than 3 pixels along the edge of nearer layers [H,W]: depth that was mixed across that edge."""
+    """The mask [H,W] less what is thinner than 3 pixels along the edge of nearer layers [H,W]: depth that was mixed
+    across that edge.
+    """
     thick = 1 - _erode(1 - _erode(mask, 1), 1)
     return torch.maximum(thick, mask * _erode(1 - nearer, 2))
 
@@ -153,7 +169,8 @@ def _pymatting():
         import pymatting
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "refine_edges: matting needs the Python package pymatting, which is not installed; run 'pip install pymatting' in ComfyUI's Python, "
+            "refine_edges: matting needs the Python package pymatting, which is not installed; run 'pip install "
+            "pymatting' in ComfyUI's Python, "
             "or set refine_edges to off."
         ) from error
     return pymatting

@@ -1,4 +1,5 @@
-"""Measures against the renderer's truth. Pictures are [B,C,H,W] in 0..1, masks and alphas [B,1,H,W] in 0..1, 1 = opaque or inside; one figure per picture, [B].
+"""Measures against the renderer's truth. Pictures are [B,C,H,W] in 0..1, masks and alphas [B,1,H,W] in 0..1, 1 = opaque
+or inside; one figure per picture, [B].
 
 A measure over a mask is nan for a picture whose mask is empty. psnr is in techniques.losses.
 """
@@ -15,7 +16,7 @@ GRAY = 1e-3  # added to both sides of a ratio, so that black against black is on
 def ssim(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean structural similarity over pixels and channels, at most 1, which is equal; sides of at least 11.
 
-    Source: Wang et al. 2004 by scikit-image, with the paper's Gaussian window of 1.5 pixels.
+    Source: ssim, Eq. 13 by scikit-image, with the paper's Gaussian window of 1.5 pixels.
     """
     from skimage.metrics import structural_similarity
 
@@ -33,20 +34,25 @@ def ssim(prediction: Tensor, target: Tensor) -> Tensor:
 def alpha_sad(prediction: Tensor, target: Tensor) -> Tensor:
     """Sum of absolute differences in pixels; tables of matting papers divide it by 1000.
 
-    Source: Rhemann et al. 2009, A perceptually motivated online benchmark for image matting, section 4.
+    Source: matting, section 4.
     """
     return (prediction - target).abs().flatten(1).sum(1)
 
 
 def alpha_mse(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared difference, 0..1, over the whole picture. Source: as alpha_sad, which takes it over the unknown region of a trimap."""
+    """Mean squared difference, 0..1.
+
+    Source: matting, section 4
+    Differs: over the whole picture instead of a trimap's unknown region.
+    """
     return (prediction - target).square().flatten(1).mean(1)
 
 
 def alpha_iou(prediction: Tensor, target: Tensor) -> Tensor:
     """Intersection over union of soft masks, Σ min / Σ max, 0..1; 1 when both are empty.
 
-    Source: LayerD (Suzuki et al., ICCV 2025), its alpha IoU. Differs: LayerD's code gives 0 when both are empty.
+    Source: layerd, alpha IoU of its evaluation.
+    Differs: LayerD's code gives 0 when both are empty.
     """
     both, either = (
         torch.minimum(prediction, target).flatten(1).sum(1),
@@ -58,31 +64,43 @@ def alpha_iou(prediction: Tensor, target: Tensor) -> Tensor:
 def layer_rgb_l1(prediction: Tensor, target: Tensor) -> Tensor:
     """Absolute colour difference, mean over RGB, weighted by the true alpha; straight-alpha RGBA [B,4,H,W], 0..1.
 
-    Source: LayerD (Suzuki et al., ICCV 2025), its RGB L1. Differs: LayerD's code counts every pixel of alpha over 0 fully.
+    Source: layerd, RGB L1 of its evaluation.
+    Differs: LayerD's code counts every pixel of alpha over 0 fully.
     """
     return mask_error(prediction[:, :3], target[:, :3], target[:, 3:])
 
 
 def mask_error(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Absolute difference, mean over channels, weighted by a mask; 0..1. In a shadow_band it is the shadow-band error."""
+    """Absolute difference, mean over channels, weighted by a mask; 0..1.
+    In a shadow_band it is the shadow-band error.
+
+    Source: ours, an error inside of a soft mask
+    """
     difference = (prediction - target).abs().mean(1, keepdim=True)
     return (difference * mask).flatten(1).sum(1) / mask.flatten(1).sum(1)
 
 
 def shadow_band(shadow: Tensor, alpha: Tensor, reach: int) -> Tensor:
-    """1 where a shadow lies or is nearer than `reach` pixels, and no object is: shadow, alpha [B,N,H,W] of a picture's N objects.
+    """1 where a shadow lies or is nearer than `reach` pixels, and no object is: shadow, alpha [B,N,H,W] of a picture's
+    N objects.
 
-    The reach is there to count shadows that are too large or in the wrong place. Source: ours.
+    The reach is there to count shadows that are too large or in the wrong place.
+
+    Source: ours, effects of objects are judged apart from the objects
     """
     lies = F.max_pool2d((shadow.amax(1, keepdim=True) > 0.05).float(), 2 * reach + 1, 1, reach)
     return lies * (alpha.amax(1, keepdim=True) < 0.05)
 
 
 def beyond_shadow(picture: Tensor, background: Tensor, darkest: float = 0.5, window: int = 5) -> Tensor:
-    """[B,1,H,W], 0..1: how far a picture is from its background, and from the same background in any shadow down to `darkest` of its brightness.
+    """[B,1,H,W], 0..1: how far a picture is from its background, and from the same background in any shadow down to
+    `darkest` of its brightness.
 
-    The largest channel's difference at the shadow that fits the pixel best; then the median over a window, so that an outline of the background
-    that moved by a pixel does not count. Source: ours.
+    The largest channel's difference at the shadow that fits the pixel best; then the median over a window, so that an
+    outline of the background
+    that moved by a pixel does not count.
+
+    Source: ours, an object is found in a picture without its alpha
     """
     from scipy.ndimage import median_filter
 
@@ -92,20 +110,30 @@ def beyond_shadow(picture: Tensor, background: Tensor, darkest: float = 0.5, win
 
 
 def colour_ratio(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean colour inside the mask over the true one, [B,C], in sRGB values, which are what the renderer's lights multiply. Source: ours."""
+    """Mean colour inside the mask over the true one, [B,C], in sRGB values, which are what the renderer's lights
+    multiply.
+
+    Source: ours, light on an object apart from its texture
+    """
     inside = [(picture * mask).flatten(2).sum(2) / mask.flatten(2).sum(2) for picture in (prediction, target)]
     return (inside[0] + GRAY) / (inside[1] + GRAY)
 
 
 def lighting_error(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """|ln colour_ratio|, mean over channels: 0 = lit as the truth, 0.69 = half or twice as bright. Source: ours."""
+    """|ln colour_ratio|, mean over channels: 0 = lit as the truth, 0.69 = half or twice as bright.
+
+    Source: ours, light on an object apart from its texture
+    """
     return colour_ratio(prediction, target, mask).log().abs().mean(1)
 
 
 def seam_error(prediction: Tensor, target: Tensor, mask: Tensor, width: int = 2) -> Tensor:
-    """Difference of the two pictures' gradients along the border of a mask of 0 or 1, mean over channels and neighbour steps, 0..2.
+    """Difference of the two pictures' gradients along the border of a mask of 0 or 1, mean over channels and neighbour
+    steps, 0..2.
 
-    Steps between neighbours, down and right, count when both are within `width` pixels of the border. Source: ours.
+    Steps between neighbours, down and right, count when both are within `width` pixels of the border.
+
+    Source: ours, what is seen of a paste is its edge
     """
     size = 2 * width + 1
     band = F.max_pool2d(mask, size, 1, width) + F.max_pool2d(1 - mask, size, 1, width) - 1
@@ -121,7 +149,7 @@ def seam_error(prediction: Tensor, target: Tensor, mask: Tensor, width: int = 2)
 def frechet_distance(first: Tensor, second: Tensor) -> float:
     """|μ₁ − μ₂|² + tr(S₁ + S₂ − 2(S₁S₂)^½) of two sets of features [N,F], [M,F]; 0 = the same mean and covariance.
 
-    Source: Heusel et al. 2017 (FID), with features of one's own; fewer pictures than features make it larger.
+    Source: fid, Eq. 6, with features of one's own; fewer pictures than features make it larger.
     """
     first, second = first.double(), second.double()
     one, two = first.T.cov(), second.T.cov()
@@ -132,9 +160,11 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 
 
 def kernel_distance(first: Tensor, second: Tensor) -> float:
-    """Unbiased squared MMD with the kernel (x·y/F + 1)³ of two sets of features [N,F], [M,F], at least two each; about 0 for equal sets.
+    """Unbiased squared MMD with the kernel (x·y/F + 1)³ of two sets of features [N,F], [M,F], at least two each; about
+    0 for equal sets.
 
-    Source: Bińkowski et al. 2018 (KID), over all pictures at once instead of a mean over subsets.
+    Source: kid, Eq. 4
+    Differs: over all pictures at once instead of a mean over subsets.
     """
     first, second = first.double(), second.double()
 

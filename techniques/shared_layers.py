@@ -1,4 +1,6 @@
-"""DreamLayer's prompts of many layers, the maps of where each object is in the whole picture, and attention shared by all layers of a scene."""
+"""DreamLayer's prompts of many layers, the maps of where each object is in the whole picture, and attention shared by
+all layers of a scene.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,15 @@ from .fusion import over_rows, stretched
 
 
 def global_embedding(layers: list[Tensor], ends: list[list[int]], chunk: int = 77) -> tuple[Tensor, list[list[int]]]:
-    """The whole picture's embedding [S,D], and for each layer the positions of its words in it; S is the least multiple of `chunk` that holds all.
+    """The whole picture's embedding [S,D], and for each layer the positions of its words in it; S is the least multiple
+    of `chunk` that holds all.
 
-    layers: [S_i,D], back to front, as a text encoder gives them in chunks with a start, words, an end and padding. ends: the position of
+    layers: [S_i,D], back to front, as a text encoder gives them in chunks with a start, words, an end and padding.
+    ends: the position of
     every chunk's end in each layer.
     Source: dreamlayer, Sec. 3 Overview, the tokens between start and end of every prompt, concatenated
-    Differs: the paper does not say what stands before and behind them; here the layers' starts, and their ends with the padding, averaged.
+    Differs: the paper does not say what stands before and behind them; here the layers' starts, and their ends with the
+    padding, averaged.
     """
     words = [
         torch.cat([layer[i * chunk + 1 : end] for i, end in enumerate(own)])
@@ -37,9 +42,11 @@ def global_embedding(layers: list[Tensor], ends: list[list[int]], chunk: int = 7
 
 
 def layer_offsets(embedding: Tensor, words: list[list[int]], length: int) -> Tensor:
-    """[L+1,length,D]: what the trained layer embedding [N,D] adds to the tokens of L layers, back to front, and of the whole picture.
+    """[L+1,length,D]: what the trained layer embedding [N,D] adds to the tokens of L layers, back to front, and of the
+    whole picture.
 
-    words: the layers' positions in the whole picture's embedding, as global_embedding gives them. The result is what embedding the layers
+    words: the layers' positions in the whole picture's embedding, as global_embedding gives them. The result is what
+    embedding the layers
     first and joining them then would give. Layers behind the last of the N take its row.
     Source: dreamlayer, Sec. 3 Overview, the learnable layer assign embedding
     """
@@ -51,9 +58,11 @@ def layer_offsets(embedding: Tensor, words: list[list[int]], length: int) -> Ten
 
 
 def token_shares(q: Tensor, k: Tensor, heads: int, tokens: list[list[int]]) -> Tensor:
-    """[B,F,M]: how much attention each of M places of the whole picture pays to the words of each of F objects, averaged over the heads.
+    """[B,F,M]: how much attention each of M places of the whole picture pays to the words of each of F objects,
+    averaged over the heads.
 
-    q: [B,M,C] of the whole picture, k: [B,T,C] of the global embedding, projected, C = heads × width. tokens: the F objects' positions in T.
+    q: [B,M,C] of the whole picture, k: [B,T,C] of the global embedding, projected, C = heads × width. tokens: the F
+    objects' positions in T.
     Source: dreamlayer, Eq. 3 and the sum over an object's tokens in Eq. 4
     """
     return over_rows(
@@ -62,7 +71,8 @@ def token_shares(q: Tensor, k: Tensor, heads: int, tokens: list[list[int]]) -> T
 
 
 def share_noise(shared: Tensor, own: Tensor, own_share: float) -> Tensor:
-    """Noise of unit variance, of which the share `own_share` in 0..1 of the variance is each layer's own; both independent and of unit variance.
+    """Noise of unit variance, of which the share `own_share` in 0..1 of the variance is each layer's own; both
+    independent and of unit variance.
 
     Source: ours, between the paper's same noise for all layers (0) and layers that know nothing of each other (1)
     """
@@ -70,7 +80,8 @@ def share_noise(shared: Tensor, own: Tensor, own_share: float) -> Tensor:
 
 
 def context_maps(shares: Tensor) -> Tensor:
-    """[B,F,M] in 0..1, from the shares [B,F,M] summed over the layers of the model: each map stretched to its own range, a flat one zeros.
+    """[B,F,M] in 0..1, from the shares [B,F,M] summed over the layers of the model: each map stretched to its own
+    range, a flat one zeros.
 
     Source: dreamlayer, Eq. 4
     """
@@ -91,7 +102,8 @@ def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def mix_global_in(layers: Tensor, maps: Tensor) -> Tensor:
-    """Hidden states [B,L,M,C] of background, objects and whole picture, in which the objects have the whole picture's where their maps [B,L-2,M] are 1.
+    """Hidden states [B,L,M,C] of background, objects and whole picture, in which the objects have the whole picture's
+    where their maps [B,L-2,M] are 1.
 
     Source: dreamlayer, Eq. 9
     """
@@ -107,10 +119,13 @@ def joint_attention(
     attend: Callable[[Tensor, Tensor, Tensor], Tensor],
     isolated: bool = False,
 ) -> Tensor:
-    """[B·L,M,C]: attention of every layer's queries [B·L,M,C] to the keys and values [B·L,T,C] of all L layers of its scene.
+    """[B·L,M,C]: attention of every layer's queries [B·L,M,C] to the keys and values [B·L,T,C] of all L layers of its
+    scene.
 
-    All layers see the same keys, so one call of `attend` over sequences as long as the layers together does it without repeating any.
-    isolated: the last layer, the whole picture, sees its own keys only, which is Eq. 15's mask without writing the mask down.
+    All layers see the same keys, so one call of `attend` over sequences as long as the layers together does it without
+    repeating any.
+    isolated: the last layer, the whole picture, sees its own keys only, which is Eq. 15's mask without writing the mask
+    down.
     Source: dreamlayer, Eq. 10 and 11; Eq. 14 to 16 when isolated
     """
     q, k, v = (values.unflatten(0, (-1, layers)) for values in (q, k, v))
@@ -122,7 +137,8 @@ def joint_attention(
 
 
 def map_distance(maps: Tensor, others: Tensor) -> Tensor:
-    """[B]: how far the context maps [B,F,M] of F objects are from others of the same shape, added over the objects; all in 0..1.
+    """[B]: how far the context maps [B,F,M] of F objects are from others of the same shape, added over the objects; all
+    in 0..1.
 
     others: the objects' alphas at the maps' size, or the maps of the objects' own branches.
     Source: dreamlayer, Eq. 6 with alphas, Eq. 7 with the own maps

@@ -19,7 +19,8 @@ PASSES = {
 
 
 def extend_colours(colour: Tensor, alpha: Tensor) -> Tensor:
-    """Colours [B,3,H,W] that run on smoothly where alpha [B,1,H,W] is below one, so that no edge shows where opacity ends; 0..1.
+    """Colours [B,3,H,W] that run on smoothly where alpha [B,1,H,W] is below one, so that no edge shows where opacity
+    ends; 0..1.
 
     Opaque pixels keep their colour; a picture without any opaque pixel becomes its mean, black.
     Source: layerdiffuse, Sec. 3.1 (padded RGB: an alpha pyramid, each level 1.2 times smaller).
@@ -36,7 +37,9 @@ def extend_colours(colour: Tensor, alpha: Tensor) -> Tensor:
 
 
 def _area_mean(values: Tensor, size: int, dim: int) -> Tensor:
-    """Means over `size` equal parts of an axis, pixels at their borders counted by the share that lies inside: differences of the integral."""
+    """Means over `size` equal parts of an axis, pixels at their borders counted by the share that lies inside:
+    differences of the integral.
+    """
     old = values.shape[dim]
     edges = torch.arange(size + 1, dtype=torch.float64, device=values.device) * old / size
     whole = edges.floor().long().clamp_max(old - 1)
@@ -57,7 +60,8 @@ def over_gray(colour: Tensor, alpha: Tensor) -> Tensor:
 def median_of_passes(
     decode: Callable[[Tensor, Tensor], Tensor], image: Tensor, latent: Tensor, passes: int = 8
 ) -> Tensor:
-    """[B,4,H,W] in 0..1: what decode(image [B,3,H,W], latent [B,C,H/8,W/8]) finds in mirrored and turned copies, turned back, their median.
+    """[B,4,H,W] in 0..1: what decode(image [B,3,H,W], latent [B,C,H/8,W/8]) finds in mirrored and turned copies, turned
+    back, their median.
 
     Source: layerdiffuse, as published: two flips times four quarter turns, of eight values the lower middle one.
     Differs: two and four passes take the mean of the middle two, since the lower one of few is too transparent.
@@ -74,7 +78,8 @@ def median_of_passes(
 def clean_alpha(alpha: Tensor, veil: float = 10 / 255, speck: float = 0.02) -> Tensor:
     """Alpha [B,1,H,W] in 0..1 without what a decoder leaves beside the object: a faint veil, and specks apart from it.
 
-    A part is what holds together above `veil`; parts with less than the share `speck` of the largest one's sum go. What stays keeps its own values and
+    A part is what holds together above `veil`; parts with less than the share `speck` of the largest one's sum go. What
+    stays keeps its own values and
     one pixel of its fading edge. A picture that is nowhere above the veil stays as it is.
     Source: ours, what a small decoder is unsure of is no part of the object.
     """
@@ -94,7 +99,8 @@ def clean_alpha(alpha: Tensor, veil: float = 10 / 255, speck: float = 0.02) -> T
 
 
 def clean_colours(colour: Tensor, alpha: Tensor) -> Tensor:
-    """[B,3,H,W]: colours in 0..1 as they are where alpha [B,1,H,W] is above zero, continued from there where it is zero.
+    """[B,3,H,W]: colours in 0..1 as they are where alpha [B,1,H,W] is above zero, continued from there where it is
+    zero.
 
     Source: ours, a resized or blurred cut-out then has no fringe of colours that were never seen.
     """

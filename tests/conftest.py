@@ -13,7 +13,8 @@ SHARED = PACK.parent / "shared"
 
 
 def _register_pack() -> None:
-    # A folder named nodes/ stands beside ours in ComfyUI, so the pack is never put on sys.path: its modules are strata.*
+    # A folder named nodes/ stands beside ours in ComfyUI, so the pack is never put on sys.path: its modules are
+    # strata.*
     spec = importlib.util.spec_from_file_location(
         "strata", PACK / "__init__.py", submodule_search_locations=[str(PACK)]
     )

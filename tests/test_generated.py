@@ -32,8 +32,7 @@ def test_a_sample_that_is_off_by_more_than_four_standard_errors_is_named(tmp_pat
     table = {"x": {"figures": {"ours": {"error": {"mean": 0.5, "deviation": 0.1, "count": 100}}}}}
     monkeypatch.setattr(figures, "TABLE", tmp_path / "figures.json")
     figures.TABLE.write_text(json.dumps(table))
-    figures.check(
-        "x", {"ours": {"error": [0.5 + 0.1, 0.5 + 0.1, 0.5 + 0.1, 0.5 + 0.1]}}
-    )  # 2 standard errors of 4 values
+    # 2 standard errors of 4 values.
+    figures.check("x", {"ours": {"error": [0.5 + 0.1, 0.5 + 0.1, 0.5 + 0.1, 0.5 + 0.1]}})
     with pytest.raises(AssertionError, match="x, ours, error: 0.8000"):
         figures.check("x", {"ours": {"error": [0.8] * 4}})

@@ -108,7 +108,8 @@ def test_the_rule_catches_an_upward_import(tmp_path, monkeypatch):
     folder.mkdir()
     bad = folder / "bad.py"
     bad.write_text(
-        "import comfy.utils\nfrom ..nodes import depth\nfrom .. import patches\nimport PIL\ndef f():\n    import pymatting\n"
+        "import comfy.utils\nfrom ..nodes import depth\nfrom .. import patches\nimport PIL\ndef f():\n    import "
+        "pymatting\n"
     )
     monkeypatch.setitem(globals(), "PACK", tmp_path)
     assert len(problems(bad)) == 6  # comfy breaks two rules

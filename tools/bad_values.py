@@ -1,9 +1,11 @@
-"""Every input of every node with bad values made from its schema: each must be refused in one sentence that names the input, or give a sound result.
+"""Every input of every node with bad values made from its schema: each must be refused in one sentence that names the
+input, or give a sound result.
 
     python tools/host.py exec tools/bad_values.py             # all nodes, some minutes; part of `make test-full`
     python tools/host.py exec tools/bad_values.py "Set layer" # nodes whose name has these words
 
-Good values come from the shipped mini family, so that a value that is let through is really used. What would end the process (memory) or never
+Good values come from the shipped mini family, so that a value that is let through is really used. What would end the
+process (memory) or never
 end (60 s) is counted as a fault too. Exit status 1 when there is any.
 """
 
@@ -191,10 +193,8 @@ def bad(one, good) -> Iterator:
     kind = str(one.get_io_type())
     if kind in ("INT", "FLOAT"):
         yield from NO_NUMBER
-        for limit in (
-            one.min,
-            None if one.id == "steps" else one.max,
-        ):  # ten thousand steps take their time, as asked for
+        # Ten thousand steps take their time, as asked for.
+        for limit in (one.min, None if one.id == "steps" else one.max):
             yield from () if limit is None else (limit - 1, limit + 1, limit * 2 + 1, limit)
     elif kind == "STRING":
         yield from [*NO_TEXT, *TEXTS]

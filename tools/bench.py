@@ -25,7 +25,8 @@ def import_seconds() -> str:
 def table(name: str) -> None:
     module = importlib.import_module(name)
     print(
-        f"\n{module.__doc__.strip().splitlines()[0]}\n| what, seconds of the fastest turn unless it says otherwise | ours | plain | "
+        f"\n{module.__doc__.strip().splitlines()[0]}\n| what, seconds of the fastest turn unless it says otherwise | "
+        "ours | plain | "
         "ratio | ratio of medians |\n|---|---|---|---|---|",
         flush=True,
     )

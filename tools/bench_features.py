@@ -1,8 +1,9 @@
-"""One guided step of feature guidance (5 iterations, two scenes, and the step itself) against the released loop, on SD1.5's structure with random weights.
+"""One guided step of feature guidance (5 iterations, two scenes, and the step itself) against the released loop, on
+SD1.5's structure with random weights.
 
-The released loop records the features of both scenes once a step, one scene after the other, and runs the whole UNet forward and backward for every
-iteration. Both in float32, a fifth of the width and 32×32 latents; with `published`, the width of SD1.5 and 64×64 latents, on a graphics card in half
-precision too.
+The released loop records the features of both scenes once a step, one scene after the other, and runs the whole UNet
+forward and backward for every iteration. Both in float32, a fifth of the width and 32×32 latents; with `published`, the
+width of SD1.5 and 64×64 latents, on a graphics card in half precision too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Saving ten 4K layers, against plain scripts with NumPy, Pillow and psd-tools' public calls that write files with the same content."""
+"""Saving ten 4K layers, against plain scripts with NumPy, Pillow and psd-tools' public calls that write files with the
+same content.
+"""
 
 from __future__ import annotations
 

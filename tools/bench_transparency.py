@@ -1,8 +1,10 @@
-"""Transparency and LayerFusion at published width with random weights at 512×512, against plain ways; on the graphics card where there is one.
+"""Transparency and LayerFusion at published width with random weights at 512×512, against plain ways; on the graphics
+card where there is one.
 
-Decode transparency (104M weights) against a plain loop over its 8 passes with the blocks of diffusers it was published with; a step of LayerFusion on SD1.5's
-structure, with an adapter of rank 256 on the foreground, against a step of each of three plain runs. Attention is torch's,
-ComfyUI's choice on NVIDIA cards; `default`: its choice on the processor, three times as slow there.
+Decode transparency (104M weights) against a plain loop over its 8 passes with the blocks of diffusers it was published
+with; a step of LayerFusion on SD1.5's structure, with an adapter of rank 256 on the foreground, against a step of each
+of three plain runs. Attention is torch's, ComfyUI's choice on NVIDIA cards; `default`: its choice on the processor,
+three times as slow there.
 `python tools/host.py exec tools/bench_transparency.py small` only shows that it works.
 """
 
@@ -104,7 +106,9 @@ def sd15(**changes):
 
 @torch.inference_mode()
 def a_step(models, side: int, pictures: int, end: int | None = None) -> float:
-    """Seconds of the second sampling step with guidance, of each model one behind the other. end: position of the prompt's end, for LayerFusion."""
+    """Seconds of the second sampling step with guidance, of each model one behind the other. end: position of the
+    prompt's end, for LayerFusion.
+    """
     import comfy.sample
     from strata.patches.layer_prompts import END_TOKENS
 

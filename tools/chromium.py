@@ -1,4 +1,6 @@
-"""Say whether the browser tests can run, and install Chromium first where that is allowed (Debian or Ubuntu, as root)."""
+"""Say whether the browser tests can run, and install Chromium first where that is allowed (Debian or Ubuntu,
+as root).
+"""
 
 import os
 import shutil
@@ -30,6 +32,7 @@ if __name__ == "__main__":
         install()
     if not find():
         print(
-            "The browser tests will be skipped: there is no Chromium or Chrome here. Install one, or set CHROMIUM to its path.",
+            "The browser tests will be skipped: there is no Chromium or Chrome here. Install one, or set CHROMIUM to "
+            "its path.",
             file=sys.stderr,
         )

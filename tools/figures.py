@@ -1,8 +1,10 @@
-"""Every number of README and docs about the shipped mini family, from seeds: `make figures`, or `make figures ARGS=layers` for some of them.
+"""Every number of README and docs about the shipped mini family, from seeds: `make figures`, or `make figures
+ARGS=layers` for some of them.
 
-Settings were chosen on seeds below 1000 (TUNING). What is told is measured on seeds from 1000 on (REPORTED), which nobody looks at while tuning: change
-nothing after having seen them. docs/figures.json keeps mean, standard deviation and number of each figure, docs/figures.md shows them with
-their standard errors and the differences of methods seed by seed. `make test` measures a small sample of the tuning seeds again, see check.
+Settings were chosen on seeds below 1000 (TUNING). What is told is measured on seeds from 1000 on (REPORTED), which
+nobody looks at while tuning: change nothing after having seen them. docs/figures.json keeps mean, standard deviation
+and number of each figure, docs/figures.md shows them with their standard errors and the differences of methods seed by
+seed. `make test` measures a small sample of the tuning seeds again, see check.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ def error(found: dict[str, float]) -> float:
 
 
 def check(name: str, measured: dict[str, dict[str, list[float]]]) -> None:
-    """Raise AssertionError for a figure whose sample is off the table's mean by more than 4 standard errors of the two together."""
+    """Raise AssertionError for a figure whose sample is off the table's mean by more than 4 standard errors of the two
+    together.
+    """
     table = json.loads(TABLE.read_text())[name]["figures"]
     for column, figures in measured.items():
         for figure, values in figures.items():

@@ -1,6 +1,7 @@
 """FeatGLaC against its ablations over pairs of rendered scenes whose true composite the renderer knows.
 
-Each object is photographed in one place and put into another, where the truth has it at the same spot in the new place's light. The pictures go
+Each object is photographed in one place and put into another, where the truth has it at the same spot in the new
+place's light. The pictures go
 to output/composition.png, one row a pair: photo, new place, the methods in their order, truth.
 """
 
@@ -83,7 +84,9 @@ def composed(family, number):
 
 @torch.inference_mode()
 def measure(seeds: range) -> dict[str, dict[str, list[float]]]:
-    """{method: {figure: one value a seed}}: less is better for all but features, the likeness of the cut-out to the photo's for the classifier."""
+    """{method: {figure: one value a seed}}: less is better for all but features, the likeness of the cut-out to the
+    photo's for the classifier.
+    """
     judge, family, rows = oracle.load(), Family(), []
     found = {method: {} for method in METHODS}
     for seed in seeds:

@@ -1,5 +1,7 @@
-"""Harmonize layers against plain stacking, by the rendered truth. The pictures go to output/harmonize.png, one column a scene: plain stacking,
-harmonised, truth."""
+"""Harmonize layers against plain stacking, by the rendered truth. The pictures go to output/harmonize.png, one column a
+scene: plain stacking,
+harmonised, truth.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ CLAIMS = [("harmonised", "plain stacking", "shadow band"), ("harmonised", "plain
 
 
 def stacked(scene, moved=0):
-    """The layers without their shadows, the objects so many pixels to the right, and what they look like one over the other."""
+    """The layers without their shadows, the objects so many pixels to the right, and what they look like one over the
+    other.
+    """
     things = [np.roll(thing.rgba, moved, 1) for thing in scene.objects]
     below = scene.background
     for thing in things:
@@ -70,8 +74,10 @@ def scene_of(seed: int, count: int):
 
 @torch.inference_mode()
 def measure(seeds: range) -> dict[str, dict[str, list[float]]]:
-    """{method: {figure: one value a seed}}. Shadow band: mean error there. Darker: how much darker than the stack the ground is, where the
-    shadow of an object that was moved belongs now, and where it was; 0 for plain stacking by its definition."""
+    """{method: {figure: one value a seed}}. Shadow band: mean error there. Darker: how much darker than the stack the
+    ground is, where the
+    shadow of an object that was moved belongs now, and where it was; 0 for plain stacking by its definition.
+    """
     family, shown = Family(), []
     found = {
         method: {"shadow band": [], "darker at the new place": [], "darker at the old place": []}

@@ -1,8 +1,8 @@
 """LayerFusion: layers that agree with the blended picture, and objects that follow their place and stay themselves.
 
-wide: as in layerfusion_mini.json, at boundary 15 and cfg 2; soft: the paper's soft mask at boundary 10. The pictures go to output/layerfusion_wide.png and
-output/layerfusion_soft.png, one row a picture: foreground, background, blended, layers flattened, an independent foreground pasted in, and foreground and
-blended picture for another background.
+wide: as in layerfusion_mini.json, at boundary 15 and cfg 2; soft: the paper's soft mask at boundary 10. The pictures go
+to output/layerfusion_wide.png and output/layerfusion_soft.png, one row a picture: foreground, background, blended,
+layers flattened, an independent foreground pasted in, and foreground and blended picture for another background.
 """
 
 from __future__ import annotations
@@ -131,7 +131,9 @@ def overlap(alpha, blended, background):
 
 @torch.inference_mode()
 def rendered_overlap(family, names):
-    """The same of rendered scenes, whose truth is known, after they went through the autoencoder: as much as can be asked for."""
+    """The same of rendered scenes, whose truth is known, after they went through the autoencoder: as much as can be
+    asked for.
+    """
     requests = [renderer.Request(kind=PLACES[OBJECTS.index(name)], objects=(name,)) for name in names]
     shown = [renderer.render(request, SIDE, SIDE, seed) for seed, request in enumerate(requests)]
     picture, background = (

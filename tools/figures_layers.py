@@ -1,6 +1,7 @@
 """DreamLayer's ablation (its Tab. 3): what shared attention, context maps and trained modules do for layers from text.
 
-The pictures go to output/layers.png, for each scene one row a method: background, objects on a checkerboard, empty places, layers over each
+The pictures go to output/layers.png, for each scene one row a method: background, objects on a checkerboard, empty
+places, layers over each
 other, whole picture.
 """
 
@@ -44,7 +45,9 @@ def content(number):
 
 
 def overlap(alphas):
-    """Mean IoU of every two of the objects' alphas [F,1,H,W]; a pair with an empty layer counts 1, a miss; nan for a single one."""
+    """Mean IoU of every two of the objects' alphas [F,1,H,W]; a pair with an empty layer counts 1, a miss; nan for a
+    single one.
+    """
     pairs = torch.combinations(torch.arange(len(alphas)))
     if not len(pairs):
         return torch.tensor(torch.nan)

@@ -1,4 +1,6 @@
-"""The shipped mini model: does the classifier see the place and the object of the prompt, for every object in every place?"""
+"""The shipped mini model: does the classifier see the place and the object of the prompt, for every object in every
+place?
+"""
 
 from __future__ import annotations
 

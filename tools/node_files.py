@@ -1,4 +1,5 @@
-"""Write the two files that follow from the nodes' schemas: the English locale, and the record of ids that old graphs depend on.
+"""Write the two files that follow from the nodes' schemas: the English locale, and the record of ids that old graphs
+depend on.
 
 python tools/host.py exec tools/node_files.py
 """
@@ -14,12 +15,8 @@ import run
 
 LOCALE = host.PACK / "locales" / "en" / "nodeDefs.json"
 GOLDEN = host.PACK / "tests" / "server" / "object_info.json"
-FROM_DISK = {
-    "file",
-    "model",
-    "sampler_name",
-    "scheduler",
-}  # inputs whose choices are what lies in a folder, or what this ComfyUI has
+# Inputs whose choices are what lies in a folder, or what this ComfyUI has.
+FROM_DISK = {"file", "model", "sampler_name", "scheduler"}
 
 
 def ours(object_info: dict) -> dict:

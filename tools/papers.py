@@ -26,6 +26,11 @@ PAPERS = {
     "ddim": "DDIM (arXiv 2010.02502)",
     "nulltext": "Null-text inversion (arXiv 2211.09794)",
     "minsnr": "Min-SNR weighting (arXiv 2303.09556)",
+    "ssim": "SSIM (Wang et al. 2004, Image quality assessment)",
+    "matting": "Alpha matting benchmark (Rhemann et al., CVPR 2009)",
+    "layerd": "LayerD (Suzuki et al., ICCV 2025)",
+    "fid": "FID (arXiv 1706.08500)",
+    "kid": "KID (arXiv 1801.01401)",
     "w3c": "W3C Compositing and Blending Level 1",
     "ours": "Ours",
 }

@@ -1,8 +1,11 @@
-"""Run one workflow file, saved from the editor (UI format) or in API format, through ComfyUI's API, and print the files it made.
+"""Run one workflow file, saved from the editor (UI format) or in API format, through ComfyUI's API, and print the files
+it made.
 
-    python tools/host.py exec tools/run.py workflows/depth_slice_to_psd.json --set "Slice by depth.thresholds=0.3, 0.6" --out pictures
+    python tools/host.py exec tools/run.py workflows/depth_slice_to_psd.json --set "Slice by depth.thresholds=0.3, 0.6"
+    --out pictures
 
---set takes NODE.INPUT=VALUE; NODE is a node's id, its title or its type. VALUE is read as the input's type; for an input with choices, a file here
+--set takes NODE.INPUT=VALUE; NODE is a node's id, its title or its type. VALUE is read as the input's type; for an
+input with choices, a file here
 is uploaded first, under another name where ComfyUI has a different file of that name. --list shows what can be set.
 Without --server a ComfyUI with this pack is started for the run.
 """
@@ -64,7 +67,9 @@ class Client:
         return answer.json()["name"]
 
     def to_api(self, workflow: dict) -> dict:
-        """A workflow in API format: {node id: {class_type, inputs}}. Raises RunError for nodes that this ComfyUI does not have."""
+        """A workflow in API format: {node id: {class_type, inputs}}. Raises RunError for nodes that this ComfyUI does
+        not have.
+        """
         try:
             prompt = convert_ui_to_api(workflow, self.object_info())
         except WorkflowConversionError as error:
@@ -72,9 +77,8 @@ class Client:
         missing = sorted({node["class_type"] for node in prompt.values()} - self.object_info().keys())
         if missing:
             raise RunError(f"This ComfyUI has no node {', '.join(missing)}; install the node pack that it belongs to.")
-        for node in (
-            prompt.values()
-        ):  # buttons leave an empty value, which the converter gives to the input that has come after them
+        # Buttons leave an empty value, which the converter gives to the input that has come after them.
+        for node in prompt.values():
             optional = self.object_info()[node["class_type"]]["input"].get("optional", {})
             node["inputs"] = {
                 name: value for name, value in node["inputs"].items() if value is not None or name not in optional
@@ -156,7 +160,9 @@ class Client:
         return prompt_id not in waiting and not self.get(f"/history/{prompt_id}").json()
 
     def files(self, entry: dict) -> list[dict]:
-        """References {filename, subfolder, type} of every file that a run reports, previews in the temp folder left out."""
+        """References {filename, subfolder, type} of every file that a run reports, previews in the temp folder left
+        out.
+        """
         found = []
         for output in entry["outputs"].values():
             for items in output.values():

@@ -1,9 +1,11 @@
-"""A long random run of one ComfyUI: prompts, interrupts and wrong inputs, and the same probes in between, which must stay bit-equal.
+"""A long random run of one ComfyUI: prompts, interrupts and wrong inputs, and the same probes in between, which must
+stay bit-equal.
 
     python tools/host.py exec tools/soak.py            # 400 prompts, about ten minutes; part of `make test-full`
     python tools/host.py exec tools/soak.py 40 --seed 7
 
-Ends with status 1 when a prompt fails that should not, a probe's picture changes, the server stops, or its memory grows without end.
+Ends with status 1 when a prompt fails that should not, a probe's picture changes, the server stops, or its memory grows
+without end.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ def broken(prompt: dict, chance: random.Random) -> dict:
 
 
 def shown(client: run.Client, name: str) -> str:
-    """The probe's pictures as one hash. ComfyUI is told to free its models and results before; what ran last it may still take from there."""
+    """The probe's pictures as one hash. ComfyUI is told to free its models and results before; what ran last it may
+    still take from there.
+    """
     requests.post(client.url + "/free", json={"unload_models": True, "free_memory": True}, timeout=60)
     entry = client.run(old_graphs.read_prompt(name))
     found = [
@@ -118,7 +122,8 @@ def main() -> int:
         quarter = memory[len(memory) // 4 : len(memory) // 2] or memory
         if server.process.poll() is None and memory and min(memory[-len(memory) // 4 :]) > max(quarter) + GROWTH:
             faults.append(
-                f"the server held {max(quarter) / 2**20:.0f} MB after a quarter and {memory[-1] / 2**20:.0f} MB at the end"
+                f"the server held {max(quarter) / 2**20:.0f} MB after a quarter and {memory[-1] / 2**20:.0f} MB at "
+                "the end"
             )
     print("\n".join(faults) or f"{options.count} prompts, nothing failed or grew, every probe bit-equal")
     return 1 if faults else 0

@@ -1,6 +1,8 @@
-"""Ways of doing the same, measured in turns: each has a process of its own, so that neither memory nor caches of one help the other.
+"""Ways of doing the same, measured in turns: each has a process of its own, so that neither memory nor caches of one
+help the other.
 
-The parent computes with one thread until then, since threads do not survive a fork; the processes use all that torch would.
+The parent computes with one thread until then, since threads do not survive a fork; the processes use all that torch
+would.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ torch.set_num_threads(1)
 
 @dataclass(frozen=True)
 class Measured:
-    """seconds: of each turn; gib: the most memory beyond what the process held before its first run; result: what the first run returned, where asked for."""
+    """seconds: of each turn; gib: the most memory beyond what the process held before its first run; result: what the
+    first run returned, where asked for.
+    """
 
     seconds: list[float]
     gib: float
@@ -30,9 +34,11 @@ class Measured:
 
 
 def in_turns(*ways: Callable[[], object], results: bool = False) -> list[Measured]:
-    """Each once to warm up, then TURNS times one behind the other, so that other work on the machine slows a turn of all of them down.
+    """Each once to warm up, then TURNS times one behind the other, so that other work on the machine slows a turn of
+    all of them down.
 
-    A way that returns a float has measured its own seconds. With CUDA all run in this process, and memory is the card's.
+    A way that returns a float has measured its own seconds. With CUDA all run in this process, and memory is the
+    card's.
     """
     global _ways, _results
     _ways, _results = ways, results
@@ -57,7 +63,9 @@ def compared(name: str, ours: Callable[[], object], plain: Callable[[], object])
 
 
 def rows_of(name: str, ours: Measured, plain: Measured) -> Iterator[tuple]:
-    """(what, ours, plain, ratio of the fastest turns, ratio of the median turns), and the same for memory, whose ratio is one."""
+    """(what, ours, plain, ratio of the fastest turns, ratio of the median turns), and the same for memory, whose ratio
+    is one.
+    """
     yield (
         name,
         *(min(one.seconds) for one in (ours, plain)),

@@ -1,4 +1,6 @@
-"""Trains the low-rank adapter that makes the denoiser draw one object with hidden transparency, in LayerDiffuse's attention form."""
+"""Trains the low-rank adapter that makes the denoiser draw one object with hidden transparency, in LayerDiffuse's
+attention form.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 class CutOutLatents:
-    """Latents of cut-outs with their transparency in them, encoded once. Prompts name the object, now and then with a plain background."""
+    """Latents of cut-outs with their transparency in them, encoded once. Prompts name the object, now and then with a
+    plain background.
+    """
 
     def __init__(self, pool: CutOuts, autoencoder: Autoencoder, encoder: OffsetEncoder):
         self.pool, self.autoencoder, self.encoder = pool, autoencoder, encoder

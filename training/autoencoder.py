@@ -1,6 +1,7 @@
 """Trains the small autoencoder: L1, squared and gradient loss on rendered scenes, latents kept at about unit variance.
 
-Its second run, `decoder`, leaves the encoder as it is: what was trained on its latents stays valid while pictures get sharper.
+Its second run, `decoder`, leaves the encoder as it is: what was trained on its latents stays valid while pictures get
+sharper.
 """
 
 from __future__ import annotations
@@ -33,9 +34,8 @@ def build(config: dict) -> Joined:
     model = Joined(config["channels"], config["latent_channels"])
     with torch.no_grad():
         for module in model.modules():
-            if (
-                isinstance(module, torch.nn.Sequential) and len(module) == 5
-            ):  # the last convolution of a residual branch
+            # The last convolution of a residual branch.
+            if isinstance(module, torch.nn.Sequential) and len(module) == 5:
                 module[4].weight.mul_(0.15)
         for layer in (*model.taesd_encoder, *model.taesd_decoder):
             if isinstance(layer, torch.nn.Conv2d):

@@ -1,6 +1,8 @@
-"""Trains the judge of pictures: places and objects of rendered scenes, seen as soft, noisy and tinted as generated ones are.
+"""Trains the judge of pictures: places and objects of rendered scenes, seen as soft, noisy and tinted as generated ones
+are.
 
-It learns all sixty objects, those that are held out from the other trainers too, because it has to judge them; what it never sees
+It learns all sixty objects, those that are held out from the other trainers too, because it has to judge them; what it
+never sees
 are the held-out pairs of object and place, on which it is measured.
 """
 
@@ -21,7 +23,9 @@ PLAIN = -1  # the place of an object that was cut out
 
 
 class Extra(data.ScenePool):
-    """What the common pool lacks: the held-out objects (even numbers), and every object cut out on a flat colour (odd numbers)."""
+    """What the common pool lacks: the held-out objects (even numbers), and every object cut out on a flat colour (odd
+    numbers).
+    """
 
     name = "extra"
 
@@ -76,7 +80,9 @@ class Mixture:
 
 
 def disturb(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """[B,3,S,S] as a generator might have drawn it: tinted, less or more saturated, every other one soft, some noisy."""
+    """[B,3,S,S] as a generator might have drawn it: tinted, less or more saturated, every other one soft, some
+    noisy.
+    """
 
     def factors(low: float, high: float, channels: int = 1) -> Tensor:
         return torch.from_numpy(rng.uniform(low, high, (len(image), channels, 1, 1))).float()
@@ -106,7 +112,8 @@ def losses(logits: tuple[Tensor, Tensor], places: Tensor, objects: Tensor) -> di
 
 
 def checks(count: int, side: int, first: int = 2 * 10**9) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Scenes of one object that no training batch holds, `count` of ordinary pairs and of held-out ones each: bytes [N,3,S,S], places, objects.
+    """Scenes of one object that no training batch holds, `count` of ordinary pairs and of held-out ones each: bytes
+    [N,3,S,S], places, objects.
 
     There are 540 ordinary pairs of object and place and 60 held-out ones; they take turns.
     """

@@ -21,7 +21,8 @@ TRAINERS = {
     "transparency": "LayerDiffuse's pair: hides the alpha of an object in its latent, and finds it again.",
     "transparent_decoder": "The pair's second half alone, longer: closer alphas from the same latents.",
     "adapter": "Low-rank adapter with which the denoiser draws single objects with hidden transparency.",
-    "dreamlayer": "What makes the denoiser draw several layers of a scene together: keys, values, layer embedding and context-aware layers.",
+    "dreamlayer": "What makes the denoiser draw several layers of a scene together: keys, values, layer embedding and "
+    "context-aware layers.",
     "dreamlayer_apart": "The same, longer, with noise that is in part each layer's own: objects that stand apart.",
     "inpaint": "The denoiser with nine input channels, which paints inside a mask; starts from the one before.",
 }
@@ -92,7 +93,9 @@ def publish(options: argparse.Namespace) -> int:
 
 
 def judge(options: argparse.Namespace) -> int:
-    """Generate one picture of every object in every place and print in how many the classifier sees what the prompt says."""
+    """Generate one picture of every object in every place and print in how many the classifier sees what the prompt
+    says.
+    """
     found = family.agreement(
         options.models, options.cfg, options.steps, options.side, options.folder / "judge.png", options.seed
     )
@@ -152,7 +155,8 @@ def run(arguments: list[str] | None) -> int:
     least = 2 * getattr(trainer, "CHECK", 0)  # scenes kept for validation
     if config.get("scenes", least) < least:
         raise SystemExit(
-            f"error: scenes is {config['scenes']}, and {trainer.CHECK} of them are kept for validation; set it to {least} or more."
+            f"error: scenes is {config['scenes']}, and {trainer.CHECK} of them are kept for validation; set it to "
+            f"{least} or more."
         )
     try:
         trainer.train(config, options.folder, options.minutes, options.save_every)
@@ -164,7 +168,8 @@ def run(arguments: list[str] | None) -> int:
         return 130
     except OSError as error:
         raise SystemExit(
-            f"error: {error.strerror or error} ({error.filename or options.folder}); free some space or choose another --folder, "
+            f"error: {error.strerror or error} ({error.filename or options.folder}); free some space or choose "
+            "another --folder, "
             "then give the same command again."
         ) from error
     return 0

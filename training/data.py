@@ -16,7 +16,9 @@ RENDERER = 1  # raise when the renderer's pictures change: kept pictures of anot
 
 
 class Draw(NamedTuple):
-    """Which scenes a batch holds, [size]; the top left corners of the cuts, [size,2] as y, x; which of them are mirrored, [size]."""
+    """Which scenes a batch holds, [size]; the top left corners of the cuts, [size,2] as y, x; which of them are
+    mirrored, [size].
+    """
 
     scenes: np.ndarray
     corners: np.ndarray
@@ -24,7 +26,9 @@ class Draw(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """Places as indices into renderer.KINDS, [count]; objects as indices into the catalogue, [count, most objects], filled up with -1."""
+    """Places as indices into renderer.KINDS, [count]; objects as indices into the catalogue, [count, most objects],
+    filled up with -1.
+    """
 
     places: np.ndarray
     objects: np.ndarray

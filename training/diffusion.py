@@ -1,4 +1,6 @@
-"""Trains the denoiser and the text encoder together: noise prediction on latents of rendered scenes, Stable Diffusion 1.x's schedule."""
+"""Trains the denoiser and the text encoder together: noise prediction on latents of rendered scenes, Stable Diffusion
+1.x's schedule.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def build(config: dict) -> TextToImage:
 def loss_of(
     model: nn.Module, batch: latents.Batch, config: dict, levels: Tensor, rng: np.random.Generator
 ) -> dict[str, Tensor]:
-    """Weighted squared error of the predicted noise; one prompt in `1 / empty_prompt` is left out, for classifier-free guidance."""
+    """Weighted squared error of the predicted noise; one prompt in `1 / empty_prompt` is left out, for classifier-free
+    guidance.
+    """
     device, size = next(model.parameters()).device, len(batch.prompts)
     timesteps = torch.from_numpy(rng.integers(0, len(levels), size))
     noise = torch.from_numpy(rng.standard_normal(batch.latent.shape, np.float32))

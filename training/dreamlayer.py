@@ -1,7 +1,9 @@
-"""Trains DreamLayer's modules on rendered scenes: layer embedding, keys and values of every attention, context-aware layers (Eq. 2 and 5 to 8).
+"""Trains DreamLayer's modules on rendered scenes: layer embedding, keys and values of every attention, context-aware
+layers (Eq. 2 and 5 to 8).
 
-Its second run, `dreamlayer_apart`, gives each layer noise that is in part its own. With one noise for all, the difference of two noisy layers shows where
-their things are, however noisy they are, and sampling begins without any difference; that is thought to be why things collide.
+Its second run, `dreamlayer_apart`, gives each layer noise that is in part its own. With one noise for all, the
+difference of two noisy layers shows where their things are, however noisy they are, and sampling begins without any
+difference; that is thought to be why things collide.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ GUIDANCE, SAMPLING_STEPS, SHOWN = 4.0, 20, 3
 
 @dataclass(frozen=True)
 class Batch:
-    """latent: [B,L,4,h,w] of background, objects back to front and whole picture; alphas: [B,L-2,h,w]; prompts: of all but the whole picture."""
+    """latent: [B,L,4,h,w] of background, objects back to front and whole picture; alphas: [B,L-2,h,w]; prompts: of all
+    but the whole picture.
+    """
 
     latent: Tensor
     alphas: Tensor
@@ -40,7 +44,9 @@ class Batch:
 
 
 class SceneLayers:
-    """Scene i has 1 + i % MOST objects. Its layers are encoded when first asked for and kept on disk, under a digest of the encoders."""
+    """Scene i has 1 + i % MOST objects. Its layers are encoded when first asked for and kept on disk, under a digest of
+    the encoders.
+    """
 
     def __init__(self, folder: Path, autoencoder: Autoencoder, encoder: OffsetEncoder, count: int, side: int):
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +94,9 @@ def _tensor(pictures: list[np.ndarray]) -> Tensor:
 
 
 def object_count(step: int, config: dict, rng: np.random.Generator) -> int:
-    """How many objects the scenes of a step have: the shares go evenly from those of the first step to those of the last."""
+    """How many objects the scenes of a step have: the shares go evenly from those of the first step to those of the
+    last.
+    """
     first, last = (np.array(shares, float) for shares in config["shares"])
     shares = first + (last - first) * min(1.0, step / config["steps"])
     return 1 + int(rng.choice(MOST, p=shares / shares.sum()))
@@ -102,8 +110,10 @@ def prompt_rows(prompts: list[list[str]]) -> Tensor:
 def loss_of(
     model: nn.Module, batch: Batch, config: dict, levels: Tensor, rng: np.random.Generator
 ) -> dict[str, Tensor]:
-    """Eq. 8. All layers of a scene have one timestep and, but for the share `own_noise`, the same noise; a scene in `1 / empty_prompt` has no words, and
-    its alphas for maps. A step at low signal-to-noise ratio, where layouts form, counts up to `early_weight` times as much.
+    """Eq. 8. All layers of a scene have one timestep and, but for the share `own_noise`, the same noise; a scene in `1
+    / empty_prompt` has no words, and
+    its alphas for maps. A step at low signal-to-noise ratio, where layouts form, counts up to `early_weight` times as
+    much.
     """
     device, size = next(model.parameters()).device, len(batch.prompts)
     timesteps = torch.from_numpy(rng.integers(0, len(levels), size))
@@ -139,7 +149,9 @@ def loss_of(
 
 
 def build(config: dict, root: Path) -> LayeredDenoiser:
-    """The trained denoiser, on the objects' rows with the trained adapter, and what learns: at zero, or as the run `start` left it."""
+    """The trained denoiser, on the objects' rows with the trained adapter, and what learns: at zero, or as the run
+    `start` left it.
+    """
     torch.manual_seed(config["seed"])
     plain = diffusion.build({**config, "in_channels": 4})
     loop.start_from(plain, root / "diffusion" / "model.safetensors")
@@ -176,7 +188,9 @@ def adapter_terms(folder: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def sample(model: nn.Module, prompts: list[list[str]], side: int, own_noise: float, seed: int = 0) -> Tensor:
-    """[B,L,4,h,w]: deterministic sampling with classifier-free guidance, the layers from noise as in training, as Layers sampler does it."""
+    """[B,L,4,h,w]: deterministic sampling with classifier-free guidance, the layers from noise as in training, as
+    Layers sampler does it.
+    """
     device, size = next(model.parameters()).device, side // latents.FACTOR
     generator, layers = torch.Generator().manual_seed(seed), len(prompts[0]) + 1
     latent = torch.randn(len(prompts), 1, 4, size, size, generator=generator).repeat(1, layers, 1, 1, 1)
@@ -225,7 +239,9 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
 def _shown(
     model: nn.Module, pool: SceneLayers, count: int, autoencoder: Autoencoder, decoder: nn.Module, own_noise: float
 ) -> Tensor:
-    """[SHOWN·(MOST+2),3,S,S]: background, objects on a checkerboard, empty places, whole picture of a few scenes, by the prompts of the pool's first."""
+    """[SHOWN·(MOST+2),3,S,S]: background, objects on a checkerboard, empty places, whole picture of a few scenes, by
+    the prompts of the pool's first.
+    """
     layers = sample(model, [pool.words(count - 1 + MOST * i, 0) for i in range(SHOWN)], pool.side, own_noise).cpu()
     pictures = autoencoder.decode(layers.flatten(0, 1)).clamp(0, 1)
     found = decoder(pictures, layers.flatten(0, 1)).clamp(0, 1)

@@ -15,9 +15,11 @@ LICENCE = "GPL-3.0, as the pack; trained on pictures of Microsoft's Fluent Emoji
 
 
 def save(path: Path, state: dict[str, Tensor], metadata: dict[str, str], fp8: str | None = None) -> None:
-    """Write a state, floating-point tensors as fp16; the file is complete or not there. metadata: describe(), and what loading needs.
+    """Write a state, floating-point tensors as fp16; the file is complete or not there. metadata: describe(), and what
+    loading needs.
 
-    fp8: matrices and kernels whose keys start with it are stored as float8 e4m3, which halves a file that they fill. ComfyUI's loaders
+    fp8: matrices and kernels whose keys start with it are stored as float8 e4m3, which halves a file that they fill.
+    ComfyUI's loaders
     cast them as they cast any other fp8 model.
     A file that says the same already stays as it is, byte for byte: the format does not fix the metadata's order.
     """
@@ -28,7 +30,8 @@ def save(path: Path, state: dict[str, Tensor], metadata: dict[str, str], fp8: st
     for key, value in half.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise settings.TrainingError(
-                f"{key} is too large for the fp16 of {path.name}; train again with a lower learning_rate in a new --folder."
+                f"{key} is too large for the fp16 of {path.name}; train again with a lower learning_rate in a new "
+                "--folder."
             )
         if fp8 is not None and key.startswith(fp8) and value.ndim > 1:
             half[key] = value.to(torch.float8_e4m3fn)

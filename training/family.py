@@ -1,4 +1,6 @@
-"""The finished family: trained parts put together into the files that ComfyUI loads, and how well they do what prompts say."""
+"""The finished family: trained parts put together into the files that ComfyUI loads, and how well they do what prompts
+say.
+"""
 
 from __future__ import annotations
 
@@ -53,10 +55,8 @@ def classifier(root: Path) -> dict[str, Tensor]:
     return {key: value for key, value in _trained(root / "classifier").items() if value.is_floating_point()}
 
 
-FP8 = {
-    "checkpoints/strata_mini_sd.safetensors": UNET,
-    "diffusion_models/strata_mini_inpaint.safetensors": "",
-}  # see export.save
+# See export.save.
+FP8 = {"checkpoints/strata_mini_sd.safetensors": UNET, "diffusion_models/strata_mini_inpaint.safetensors": ""}
 FILES = {  # trainer, file, weights
     "checkpoints/strata_mini_sd.safetensors": ("diffusion", checkpoint),
     "diffusion_models/strata_mini_inpaint.safetensors": ("inpaint", inpainting_unet),
@@ -81,7 +81,9 @@ FILES = {  # trainer, file, weights
 
 
 def publish(root: Path, models: Path = settings.MODELS) -> None:
-    """Write every file whose trainers have run; name those that are missing. For the pack's own models, previews in models_config are fitted to them."""
+    """Write every file whose trainers have run; name those that are missing. For the pack's own models, previews in
+    models_config are fitted to them.
+    """
     for name, (what, weights) in FILES.items():
         if not (root / what / "metrics.csv").exists():  # what a trainer writes last
             print(f"{name}: not written, python -m training {what} has not run", flush=True)
@@ -125,7 +127,9 @@ def _trained(folder: Path) -> dict[str, Tensor]:
 
 
 def published(models: Path) -> tuple[diffusion.TextToImage, Autoencoder]:
-    """Denoiser with text encoder, and autoencoder, of the checkpoint that users load. Raises TrainingError when there is none."""
+    """Denoiser with text encoder, and autoencoder, of the checkpoint that users load. Raises TrainingError when there
+    is none.
+    """
     path = models / "checkpoints" / "strata_mini_sd.safetensors"
     if not path.exists():
         raise settings.TrainingError(f"{path} is missing; write it first: python -m training publish.")
@@ -139,7 +143,8 @@ def published(models: Path) -> tuple[diffusion.TextToImage, Autoencoder]:
 
 
 def agreement(models: Path, guidance: float, steps: int, side: int, report: Path, seed: int) -> dict[str, Tensor]:
-    """Per generated picture, 1 where the classifier sees the place and the object of the prompt, over every pair of the two.
+    """Per generated picture, 1 where the classifier sees the place and the object of the prompt, over every pair of the
+    two.
 
     Asks the checkpoint in models, as it is shipped. Picture i of the pairs is drawn from noise of seed + i // 50.
     """

@@ -22,7 +22,9 @@ AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Batch:
-    """latent: [B,4,h,w]. condition: [B,5,h,w], the mask (1 = to paint) and the latent of the picture with that part gray; None without inpainting."""
+    """latent: [B,4,h,w]. condition: [B,5,h,w], the mask (1 = to paint) and the latent of the picture with that part
+    gray; None without inpainting.
+    """
 
     latent: Tensor
     condition: Tensor | None
@@ -30,7 +32,9 @@ class Batch:
 
 
 def load_autoencoder(root: Path) -> Autoencoder:
-    """The trained autoencoder, with its better decoder once that was trained too. Raises TrainingError when there is none."""
+    """The trained autoencoder, with its better decoder once that was trained too. Raises TrainingError when there is
+    none.
+    """
     paths = [root / what / "model.safetensors" for what in ("decoder", "autoencoder")]
     path = next((path for path in paths if path.exists()), None)
     if path is None:
@@ -54,15 +58,15 @@ def digest(*networks: nn.Module) -> str:
 
 
 class LatentPool(data.ScenePool):
-    """Scene i of a side, encoded when first asked for. The file carries a digest of the encoder's weights: another encoder starts anew."""
+    """Scene i of a side, encoded when first asked for. The file carries a digest of the encoder's weights: another
+    encoder starts anew.
+    """
 
     def __init__(self, folder: Path, autoencoder: Autoencoder, count: int, side: int, inpaint: bool = False):
         folder.mkdir(parents=True, exist_ok=True)
         self.autoencoder, self.count, self.side, self.inpaint = autoencoder, count, side, inpaint
-        path = (
-            folder
-            / f"latents-{data.RENDERER}-{side}-{count}-{'inpaint-' if inpaint else ''}{digest(autoencoder.taesd_encoder)}"
-        )
+        kind = f"{side}-{count}-{'inpaint-' if inpaint else ''}{digest(autoencoder.taesd_encoder)}"
+        path = folder / f"latents-{data.RENDERER}-{kind}"
         self.values = self._open(path, (count, 9 if inpaint else 4, side // FACTOR, side // FACTOR), np.float16)
         self.holes = self._open(path.with_name(path.name + "-holes"), (count,), np.int16) if inpaint else None
 
@@ -120,7 +124,9 @@ class LatentPool(data.ScenePool):
         self.values[indices] = values
 
     def hole(self, index: int) -> tuple[int, np.ndarray]:
-        """What is to be painted: around an object (its place in the catalogue), any box, or everything (-1); mask [h,w] of latent pixels, 1 = to paint."""
+        """What is to be painted: around an object (its place in the catalogue), any box, or everything (-1); mask [h,w]
+        of latent pixels, 1 = to paint.
+        """
         rng, kind = np.random.default_rng((index, 2)), -1
         size = self.side // FACTOR
         mask, share = np.zeros((size, size), np.float32), rng.random()

@@ -1,4 +1,6 @@
-"""The loop that every trainer shares: learning rate, moving average, checkpoints that continue to the same curve, loss table, grids."""
+"""The loop that every trainer shares: learning rate, moving average, checkpoints that continue to the same curve, loss
+table, grids.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,9 @@ def fit(
     minutes: float | None,
     save_every: float,
 ) -> nn.Module:
-    """Train until config["steps"]; returns the averaged model. loss(model, step, rank) returns {"loss": scalar, ...} of one batch."""
+    """Train until config["steps"]; returns the averaged model. loss(model, step, rank) returns {"loss": scalar, ...} of
+    one batch.
+    """
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
@@ -128,9 +132,8 @@ def fit(
         while progress.step < config["steps"]:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(progress.step, config)
-            terms = loss(
-                model, progress.step, accelerator.process_index
-            )  # bf16 inside the prepared model alone: frozen networks beside it stay exact
+            # Bf16 inside the prepared model alone: frozen networks beside it stay exact.
+            terms = loss(model, progress.step, accelerator.process_index)
             if not torch.isfinite(terms["loss"]):
                 raise settings.TrainingError(
                     f"the loss is {terms['loss'].item()} at step {progress.step}; "
@@ -165,7 +168,9 @@ def fit(
 
 @contextlib.contextmanager
 def _stop_on_request() -> Iterator[list]:
-    """A list that the first Ctrl-C or SIGTERM fills, so that the step ends and a checkpoint is written; the second one stops at once."""
+    """A list that the first Ctrl-C or SIGTERM fills, so that the step ends and a checkpoint is written; the second one
+    stops at once.
+    """
     asked, before = [], {}
 
     def ask(number, frame):
@@ -184,7 +189,9 @@ def _stop_on_request() -> Iterator[list]:
 
 
 def _save(accelerator, folder: Path) -> None:
-    """The new checkpoint is complete before the old one goes. Raises OSError when it cannot be written, whatever the writer raised."""
+    """The new checkpoint is complete before the old one goes. Raises OSError when it cannot be written, whatever the
+    writer raised.
+    """
     try:
         accelerator.save_state(str(folder / "next"))
     except (

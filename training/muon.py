@@ -12,7 +12,8 @@ SIDES = range(32, 129)  # short sides that are worth it: the cost grows with the
 class Muon(torch.optim.Optimizer):
     """One optimizer, so that one checkpoint holds it. torch.optim.Muon takes no kernels and no vectors.
 
-    Matrices move along the orthogonalised momentum, scaled to the root mean square of Adam's steps, so that both share one learning rate.
+    Matrices move along the orthogonalised momentum, scaled to the root mean square of Adam's steps, so that both share
+    one learning rate.
     """
 
     def __init__(self, model: nn.Module, lr: float, momentum: float = 0.95, betas: tuple[float, float] = (0.9, 0.99)):
@@ -68,7 +69,8 @@ def _adam(parameter: Tensor, state: dict, group: dict) -> None:
 def orthogonalised(matrices: list[Tensor]) -> list[Tensor]:
     """Of each, about U V^T of its singular value decomposition: five steps of the quintic Newton-Schulz iteration.
 
-    Each step multiplies by a polynomial of x x^T, so all of them are gathered in a square matrix of the short side, for all matrices of one
+    Each step multiplies by a polynomial of x x^T, so all of them are gathered in a square matrix of the short side, for
+    all matrices of one
     short side together.
     """
     wide = [matrix.T if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]

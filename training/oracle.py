@@ -1,4 +1,6 @@
-"""The trained classifier as a judge: does a picture show what was asked for, is it the same thing, are two sets of pictures alike."""
+"""The trained classifier as a judge: does a picture show what was asked for, is it the same thing, are two sets of
+pictures alike.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +41,17 @@ class Oracle:
     def text_agreement(
         self, image: Tensor, places: Sequence[str | None], objects: Sequence[Sequence[str]]
     ) -> tuple[Tensor, Tensor]:
-        """Per picture, [B] each: 1 where the place is the one asked for, and the share of the n objects asked for that are among the n likeliest.
+        """Per picture, [B] each: 1 where the place is the one asked for, and the share of the n objects asked for that
+        are among the n likeliest.
 
-        A place of None counts as right. Where no object was asked for, 1 stands for a picture in which none is more likely there than not.
+        A place of None counts as right. Where no object was asked for, 1 stands for a picture in which none is more
+        likely there than not.
         """
         unknown = {*places, *(name for names in objects for name in names)} - {None, *self.places, *self.objects}
         if unknown:
             raise ValueError(
-                f"text_agreement: the classifier does not know {', '.join(sorted(unknown))}; ask for what the scene renderer knows."
+                f"text_agreement: the classifier does not know {', '.join(sorted(unknown))}; ask for what the scene "
+                "renderer knows."
             )
         seen_places, seen_objects = self.logits(image)
         place = [
@@ -65,7 +70,9 @@ class Oracle:
 
 
 def load(path: Path = FILE) -> Oracle:
-    """The shipped classifier, or another one written by its trainer. Raises FileNotFoundError or ValueError with what to do."""
+    """The shipped classifier, or another one written by its trainer. Raises FileNotFoundError or ValueError with what
+    to do.
+    """
     from safetensors import safe_open
 
     if not path.exists():
@@ -84,7 +91,8 @@ def load(path: Path = FILE) -> Oracle:
 
 
 def cut_out(image: Tensor, alpha: Tensor) -> Tensor:
-    """The thing in the alpha [B,1,H,W] of pictures [B,3,H,W], on mid gray in the middle of [B,3,128,128], its longer side 64 pixels.
+    """The thing in the alpha [B,1,H,W] of pictures [B,3,H,W], on mid gray in the middle of [B,3,128,128], its longer
+    side 64 pixels.
 
     Where and how large it was does not change the cut-out. Raises ValueError when an alpha is empty.
     """

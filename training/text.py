@@ -25,7 +25,8 @@ def tokenizer():
 
 @lru_cache(maxsize=1)
 def token_ids() -> list[int]:
-    """CLIP's numbers of every token that a prompt can hold, rising; row i of the trained embedding belongs to number i of this list.
+    """CLIP's numbers of every token that a prompt can hold, rising; row i of the trained embedding belongs to number i
+    of this list.
 
     The first is -1: its row stands for every word that training has not seen.
     """

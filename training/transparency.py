@@ -1,6 +1,8 @@
-"""Trains LayerDiffuse's pair on rendered objects: an encoder that hides transparency in a latent, a decoder that finds it again.
+"""Trains LayerDiffuse's pair on rendered objects: an encoder that hides transparency in a latent, a decoder that finds
+it again.
 
-Its second run, `transparent_decoder`, leaves the encoder as it is: an adapter that was trained on its latents stays valid. It sees cut-outs turned
+Its second run, `transparent_decoder`, leaves the encoder as it is: an adapter that was trained on its latents stays
+valid. It sees cut-outs turned
 and mirrored, since the decoder's passes do so too.
 """
 
@@ -28,7 +30,8 @@ SHADOW_SHARE = 0.2  # of the cut-outs have their shadow with them, which is wide
 class CutOuts(data.ScenePool):
     """Objects without their scene: bytes [side,side,4], colours that run on under the transparent part, then alpha.
 
-    longer_side: least and most length of an object, in picture sides, anywhere in the picture; None leaves it as it is in its scene.
+    longer_side: least and most length of an object, in picture sides, anywhere in the picture; None leaves it as it is
+    in its scene.
     """
 
     channels = 4
@@ -76,7 +79,8 @@ class Pair(nn.Module):
     def forward(
         self, rgba: Tensor, autoencoder: Autoencoder, kept: tuple[Tensor, ...] | None = None
     ) -> tuple[Tensor, ...]:
-        """rgba: [B,4,S,S], colours that run on, then alpha -> the latent, its offset, the decoded picture, and [B,4,S,S], alpha first.
+        """rgba: [B,4,S,S], colours that run on, then alpha -> the latent, its offset, the decoded picture, and
+        [B,4,S,S], alpha first.
 
         kept: the first three, where they are known.
         """
@@ -85,13 +89,14 @@ class Pair(nn.Module):
             latent = clean + offset
             kept = latent, offset, autoencoder.decode(latent)
         latent, _, picture = kept
-        return *kept, self.decoder(
-            picture.clamp(0, 1).contiguous(memory_format=torch.channels_last), latent
-        )  # a third faster on two cores
+        # A third faster on two cores.
+        return *kept, self.decoder(picture.clamp(0, 1).contiguous(memory_format=torch.channels_last), latent)
 
 
 def hidden(rgba: Tensor, autoencoder: Autoencoder, encoder: OffsetEncoder) -> tuple[Tensor, Tensor]:
-    """Latents of [B,4,H,W], colours that run on, then alpha; and the offsets to add, which hide the transparency in them."""
+    """Latents of [B,4,H,W], colours that run on, then alpha; and the offsets to add, which hide the transparency in
+    them.
+    """
     colour, alpha = rgba[:, :3], rgba[:, 3:]
     return autoencoder.encode(over_gray(colour, alpha)), encoder(torch.cat([alpha, colour], 1))
 
@@ -129,7 +134,8 @@ def _turned(picture: Tensor, view: int) -> Tensor:
 
 
 def losses(config: dict, rgba: Tensor, offset: Tensor, picture: Tensor, found: Tensor) -> dict[str, Tensor]:
-    """Alpha and colours found again, colours counted where they are seen; the picture stays what it would be without the offset.
+    """Alpha and colours found again, colours counted where they are seen; the picture stays what it would be without
+    the offset.
 
     overlap counts small and faint objects as much as large ones.
     """

@@ -46,7 +46,8 @@ def browser():
     path = chromium.find()
     if path is None:
         pytest.skip(
-            "no Chromium on PATH: `make test` installs it where it may; elsewhere install chromium or set CHROMIUM to its path"
+            "no Chromium on PATH: `make test` installs it where it may; elsewhere install chromium or set CHROMIUM to "
+            "its path"
         )
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="playwright is not installed (pip install playwright)"
@@ -90,7 +91,8 @@ class Editor:
         """Run the graph from the page and wait until all of its messages have arrived."""
         self.page.evaluate("""() => { window.ran = new Promise((done, fail) => {
             app.api.addEventListener('execution_success', () => done(), { once: true });
-            app.api.addEventListener('execution_error', (event) => fail(new Error(event.detail.exception_message)), { once: true });
+            app.api.addEventListener('execution_error', 
+                (event) => fail(new Error(event.detail.exception_message)), { once: true });
         }); }""")
         self.page.evaluate("() => app.queuePrompt(0, 1)")
         self.page.evaluate("() => window.ran")

@@ -64,9 +64,11 @@ class Picker:
         """Until the widget holds these numbers, as three decimals."""
         self.page.wait_for_function(
             """([type, expected, within]) => {
-            const text = app.graph.nodes.find((n) => n.type === type).widgets.find((w) => w.name === 'thresholds').value;
+            const text = app.graph.nodes.find((n) => n.type === type)
+                .widgets.find((w) => w.name === 'thresholds').value;
             const found = text.split(', ');
-            return found.length === expected.length && found.every((part, i) => /^[01]\\.\\d{3}$/.test(part) && Math.abs(part - expected[i]) <= within);
+            return found.length === expected.length && found.every((part, i) =>
+                /^[01]\\.\\d{3}$/.test(part) && Math.abs(part - expected[i]) <= within);
         }""",
             arg=[SLICE, list(expected), within],
             timeout=5000,
@@ -181,18 +183,23 @@ def test_each_drag_is_one_step_of_undo(picker, no_run):
         picker.page.wait_for_function(
             """([type, value]) => {
             const { activeState } = app.extensionManager.workflow.activeWorkflow.changeTracker;
-            return activeState.nodes.some((node) => node.type === type && Math.abs(node.widgets_values[0] - value) < 0.011);
+            return activeState.nodes.some((node) => node.type === type
+                && Math.abs(node.widgets_values[0] - value) < 0.011);
         }""",
             arg=[SLICE, value],
         )
 
     def only_layout() -> bool:
-        """Nodes 2.0 of 1.32.9 enlarges all nodes by 1.2 when it loads a state, as undo does, and on a busy machine records that as a step."""
+        """Nodes 2.0 of 1.32.9 enlarges all nodes by 1.2 when it loads a state, as undo does, and on a busy machine
+        records that as a step.
+        """
         return picker.page.evaluate(
             """(type) => {
             const { activeState, redoQueue } = app.extensionManager.workflow.activeWorkflow.changeTracker;
-            const [now, undone] = [activeState, redoQueue.at(-1)].map((state) => state.nodes.find((node) => node.type === type));
-            return now.widgets_values[0] === undone.widgets_values[0] && Math.abs(undone.size[0] / now.size[0] - 1.2) < 0.001;
+            const [now, undone] = [activeState, redoQueue.at(-1)]
+                .map((state) => state.nodes.find((node) => node.type === type));
+            return now.widgets_values[0] === undone.widgets_values[0]
+                && Math.abs(undone.size[0] / now.size[0] - 1.2) < 0.001;
         }""",
             SLICE,
         )
@@ -278,7 +285,8 @@ def test_keyboard(picker, no_run):
 def test_it_follows_the_typed_value(picker):
     picker.editor.set_widget(SLICE, "thresholds", "0.1, 0.45, 0.9")
     picker.page.wait_for_function(
-        "() => document.querySelector('.strata-depth-picker').shadowRoot.querySelectorAll('.line:not(.fixed)').length === 3"
+        "() => document.querySelector('.strata-depth-picker').shadowRoot.querySelectorAll('.line:not(.fixed)').length "
+        "=== 3"
     )
     assert picker.shown() == [0.1, 0.45, 0.9]
     picker.editor.set_widget(SLICE, "thresholds", "0.9, near")
@@ -328,7 +336,8 @@ def test_a_side_panel_leaves_its_width_alone(picker):
     """Newer frontends show the widgets of the selected node in a panel too."""
     width = picker.root.evaluate("(host) => host.getBoundingClientRect().width")
     set_open = """async (open) => {
-        try { await app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', open); } catch { /* older ones have none */ }
+        try { await app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', open); }
+        catch { /* older ones have none */ }
     }"""
     picker.page.evaluate("(type) => app.canvas.selectNode(app.graph.nodes.find((n) => n.type === type))", SLICE)
     picker.page.evaluate(set_open, True)
@@ -413,10 +422,12 @@ def test_zoom_and_pan_go_through_to_the_canvas(picker):
 
 
 CORNER = """(type) => {
-    const node = app.graph.nodes.find((n) => n.type === type), card = document.querySelector(`[data-node-id="${node.id}"]`);
+    const node = app.graph.nodes.find((n) => n.type === type);
+    const card = document.querySelector(`[data-node-id="${node.id}"]`);
     if (card) return [card.getBoundingClientRect().right, card.getBoundingClientRect().bottom];
     const box = app.canvas.canvas.getBoundingClientRect(), { scale, offset } = app.canvas.ds;
-    return [box.left + (node.pos[0] + node.size[0] + offset[0]) * scale, box.top + (node.pos[1] + node.size[1] + offset[1]) * scale];
+    return [box.left + (node.pos[0] + node.size[0] + offset[0]) * scale,
+            box.top + (node.pos[1] + node.size[1] + offset[1]) * scale];
 }"""
 
 
@@ -430,8 +441,10 @@ def test_it_resizes_and_leaves_with_its_node(picker):
     picker.page.mouse.up()
     picker.page.wait_for_function(
         """(width) => {
-        const host = document.querySelector('.strata-depth-picker'), canvas = host.shadowRoot.querySelector('.front canvas');
-        return Math.abs(host.clientWidth - width - 200) < 10 && Math.abs(canvas.width - canvas.clientWidth * devicePixelRatio) <= 1;
+        const host = document.querySelector('.strata-depth-picker');
+        const canvas = host.shadowRoot.querySelector('.front canvas');
+        return Math.abs(host.clientWidth - width - 200) < 10
+            && Math.abs(canvas.width - canvas.clientWidth * devicePixelRatio) <= 1;
     }""",
         arg=width,
     )

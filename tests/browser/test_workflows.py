@@ -1,4 +1,6 @@
-"""Every bundled workflow in the real frontend: opens whole, means the same to the frontend and to our runner, and runs."""
+"""Every bundled workflow in the real frontend: opens whole, means the same to the frontend and to our runner,
+and runs.
+"""
 
 import itertools
 import json
@@ -108,7 +110,8 @@ def test_opens_and_runs(editor, workflow, comfy):
     page.wait_for_function(
         """(kinds) => app.graph.nodes.filter((n) => kinds.includes(n.type))
         .every((n) => n.imgs?.length && n.imgs.every((i) => i.naturalWidth))
-        || [...document.querySelectorAll('[data-node-id] img')].length >= app.graph.nodes.filter((n) => kinds.includes(n.type)).length""",
+        || [...document.querySelectorAll('[data-node-id] img')].length
+            >= app.graph.nodes.filter((n) => kinds.includes(n.type)).length""",
         arg=kinds,
     )
     editor.fit()

@@ -18,7 +18,9 @@ def eight_bit(image: torch.Tensor) -> np.ndarray:
 
 
 def example() -> LayerStack:
-    """Opaque back, a masked layer that begins outside the canvas, a hidden one that ends outside, one over transparent black."""
+    """Opaque back, a masked layer that begins outside the canvas, a hidden one that ends outside, one over transparent
+    black.
+    """
     soft = pixels(4, 9, 20, 4)
     soft[:4, :, 3] = 0
     return LayerStack(
@@ -51,7 +53,9 @@ def layers(modes: tuple[str, ...]):
 
 
 def linear_srgb():
-    """sRGB's primaries with linear light, which calls itself sRGB as Krita's profiles do: each parametric curve becomes a gamma of 1."""
+    """sRGB's primaries with linear light, which calls itself sRGB as Krita's profiles do: each parametric curve becomes
+    a gamma of 1.
+    """
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     place = profile.find(b"para")
     while place >= 0:

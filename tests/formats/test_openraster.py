@@ -80,9 +80,8 @@ def test_a_plain_zip_reader_finds_what_the_format_demands(tmp_path):
         root = ElementTree.fromstring(found.read("stack.xml"))
         assert (root.get("w"), root.get("h")) == ("40", "30")
         elements = root.findall("stack/layer")
-        assert [element.get("name") for element in elements] == [
-            layer.name for layer in reversed(stack.layers)
-        ]  # topmost first
+        # Topmost first.
+        assert [element.get("name") for element in elements] == [layer.name for layer in reversed(stack.layers)]
         assert [element.get("composite-op") for element in elements] == [
             "svg:src-over",
             "svg:luminosity",
@@ -292,7 +291,10 @@ def test_operators_that_cut_become_masks(tmp_path):
     for operator, left, right in (("src-atop", green, blue), ("dst-out", blue, red), ("dst-in", red, blue)):
         top = half(green) if operator != "src-atop" else flat(green)
         body = half(red) if operator == "src-atop" else flat(red)
-        xml = f"<stack name='g'><layer src='top.png' name='top' composite-op='svg:{operator}'/><layer src='body.png' name='body'/></stack>{ground}"
+        xml = (
+            f"<stack name='g'><layer src='top.png' name='top' composite-op='svg:{operator}'/><layer src='body.png' "
+            f"name='body'/></stack>{ground}"
+        )
         notes = []
         found = eight_bit(
             picture(
@@ -306,7 +308,8 @@ def test_operators_that_cut_become_masks(tmp_path):
 def test_what_layers_cannot_hold_is_noted(tmp_path):
     xml = (
         "<layer src='a.png' name='odd' composite-op='krita:freeze'/><layer src='b.svg' name='vector'/>"
-        "<stack name='veil' opacity='0.5'><layer src='a.png' name='one'/><layer src='a.png' name='two'/></stack><layer src='a.png' name='ground'/>"
+        "<stack name='veil' opacity='0.5'><layer src='a.png' name='one'/><layer src='a.png' "
+        "name='two'/></stack><layer src='a.png' name='ground'/>"
     )
     notes = []
     stack = files.load(ora(tmp_path / "odd.ora", xml, a=flat((200, 10, 30, 255))), notes=notes)
@@ -332,7 +335,9 @@ def test_a_groups_opacity_and_isolation_show_what_the_formula_gives(tmp_path):
 
 
 def test_a_layers_colour_profile_is_applied(tmp_path):
-    """One whose red and blue primaries are swapped swaps them; a broken one is left alone with a note; sRGB's own changes nothing."""
+    """One whose red and blue primaries are swapped swaps them; a broken one is left alone with a note; sRGB's own
+    changes nothing.
+    """
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     swapped = (
         srgb.replace(b"rXYZ", b"tXYZ")
@@ -380,7 +385,8 @@ def test_pictures_of_every_mode(tmp_path, mode, value, expected):
     )
 
 
-# Porter and Duff: what is shown where the layer and what is below it both lie, where the layer lies alone, and where the other does.
+# Porter and Duff: what is shown where the layer and what is below it both lie, where the layer lies alone, and where
+# the other does.
 SHOWN = {
     "src-atop": "s-b",
     "src-in": "s--",
@@ -397,7 +403,9 @@ SHOWN = {
 
 
 def by_areas(operator, source, below):
-    """[H,W,4] premultiplied float64, by the areas of a pixel that two layers [H,W,4] cover independently of each other."""
+    """[H,W,4] premultiplied float64, by the areas of a pixel that two layers [H,W,4] cover independently of
+    each other.
+    """
     s, b = source[..., 3:], below[..., 3:]
     result = np.zeros(source.shape)
     for area, what in zip((s * b, s * (1 - b), (1 - s) * b), SHOWN[operator], strict=True):
@@ -419,8 +427,14 @@ def test_operators_on_half_transparent_layers_are_exact(tmp_path, operator, grou
     }
     top = f"<layer src='top.png' name='top' composite-op='svg:{operator}' opacity='0.6'/>"
     if grouped_layer:
-        top = f"<stack name='top' composite-op='svg:{operator}' opacity='0.6'><layer src='top.png'/><layer src='low.png'/></stack>"
-    rest = "<layer src='low.png' name='low'/><layer src='ground.png' name='ground'/><layer src='hidden.png' name='hidden' visibility='hidden'/>"
+        top = (
+            f"<stack name='top' composite-op='svg:{operator}' opacity='0.6'><layer src='top.png'/><layer "
+            "src='low.png'/></stack>"
+        )
+    rest = (
+        "<layer src='low.png' name='low'/><layer src='ground.png' name='ground'/><layer src='hidden.png' "
+        "name='hidden' visibility='hidden'/>"
+    )
     notes = []
     stack = files.load(ora(tmp_path / "soft.ora", top + rest, **images), notes=notes)
     values = {name: np.array(image, np.float64) / 255 for name, image in images.items()}
@@ -509,7 +523,9 @@ def test_pictures_of_every_mode_keep_their_rows_and_columns(tmp_path, mode):
     [{"rotation": 0.6}, {"rotation": 2.5, "flip_h": True}, {"w": 29, "h": 9}, {"w": 5, "h": 7, "rotation": -1.1}],
 )
 def test_a_turned_or_resized_layer_is_whole_after_saving(tmp_path, module, fields):
-    """What lies outside the canvas too: the saved layer, moved to the middle of a larger canvas, shows what the layer itself shows there."""
+    """What lies outside the canvas too: the saved layer, moved to the middle of a larger canvas, shows what the layer
+    itself shows there.
+    """
     smooth = torch.nn.functional.interpolate(pixels(6, 1, 4, 3, 4), size=(17, 4)).movedim(1, 2)[0]
     layer = Layer(smooth.contiguous(), "turned", None, -9, -11, **fields)
     path = tmp_path / "turned"
@@ -538,7 +554,9 @@ def test_the_thumbnail_is_the_picture_made_small(tmp_path):
 
 
 def test_a_group_with_an_operator_in_it_is_isolated(tmp_path):
-    """The blend mode beside the operator does not reach the ground: half green over plain red, and not over red times gray."""
+    """The blend mode beside the operator does not reach the ground: half green over plain red, and not over red times
+    gray.
+    """
     xml = (
         "<stack name='g'><layer src='top.png' name='top' composite-op='svg:src-atop'/>"
         "<layer src='body.png' name='body' composite-op='svg:multiply'/></stack>"

@@ -83,9 +83,8 @@ def test_pillow_reads_layers_and_flattened_picture(tmp_path):
             ("Back", "RGB", (0, 0, 40, 30)),
             ("front", "RGBA", (3, 5, 15, 15)),
         ]
-        for number, layer in reversed(
-            list(enumerate(stack.layers, 1))
-        ):  # Pillow begins with frame 1 being the flattened picture
+        # Pillow begins with frame 1 being the flattened picture.
+        for number, layer in reversed(list(enumerate(stack.layers, 1))):
             image.seek(number)
             assert np.array_equal(np.array(image.crop(image.layers[number - 1][2])), eight_bit(layer.image))
 
@@ -134,7 +133,9 @@ def test_flipped_and_turned_layers_are_drawn(tmp_path):
 
 
 def grouped(mode="RGB"):
-    """A document as paint programs make it, built with psd-tools' own API: group of 50 % with a mask, clipped layer, hidden group."""
+    """A document as paint programs make it, built with psd-tools' own API: group of 50 % with a mask, clipped layer,
+    hidden group.
+    """
     document = PSDImage.new(mode, (8, 6))
     document.create_pixel_layer(Image.new(mode, (8, 6), 10), name="base")
     inner = document.create_pixel_layer(
@@ -280,7 +281,9 @@ def test_a_group_larger_than_any_layer_is_refused_by_name(tmp_path):
 def test_the_fourth_channel_of_a_flat_document_is_transparency_only_where_the_file_says_so(
     tmp_path, identifiers, expected
 ):
-    """Stored are the colour over white and 153 of 255: either that colour with a saved selection, or red with an opacity of 0.6."""
+    """Stored are the colour over white and 153 of 255: either that colour with a saved selection, or red with an
+    opacity of 0.6.
+    """
     document = PSDImage.new("RGB", (4, 4))
     record = document._record
     record.header.channels = 4
@@ -366,7 +369,9 @@ def test_files_that_were_shown_wrong(name, pixel, note):
 
 
 def random_document(seed):
-    """Pixel layers of random alpha, opacity, visibility and mode, some clipped, some in groups in groups: psd-tools' own compositor knows what it shows."""
+    """Pixel layers of random alpha, opacity, visibility and mode, some clipped, some in groups in groups: psd-tools'
+    own compositor knows what it shows.
+    """
     random = np.random.default_rng(seed)
     document = PSDImage.new("RGB", (16, 12))
 
@@ -431,7 +436,9 @@ def test_mask_density_and_feather(tmp_path):
 
 
 def lab_of(colours):
-    """CIE Lab under D50 of 8-bit sRGB [N,3], by the standards' formulas: linear light, sRGB's matrix adapted to D50 by Bradford's transform, cube roots."""
+    """CIE Lab under D50 of 8-bit sRGB [N,3], by the standards' formulas: linear light, sRGB's matrix adapted to D50 by
+    Bradford's transform, cube roots.
+    """
     values = np.asarray(colours) / 255
     linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
     to_xyz = np.array(
@@ -446,9 +453,8 @@ def test_a_flat_lab_document_has_its_colours(tmp_path):
     path = tmp_path / "lab.psd"
     colours = [(200, 120, 80), (100, 140, 110), (128, 128, 128), (90, 70, 160)]
     lab = lab_of(colours)
-    planes = (
-        np.stack([lab[:, 0] * 2.55, lab[:, 1] + 128, lab[:, 2] + 128]).round().astype(np.uint8)
-    )  # a and b have 128 for 0
+    # A and b have 128 for 0.
+    planes = np.stack([lab[:, 0] * 2.55, lab[:, 1] + 128, lab[:, 2] + 128]).round().astype(np.uint8)
     header = struct.pack(">4sH6xHIIHH", b"8BPS", 1, 3, 1, len(colours), 8, 9)
     path.write_bytes(header + struct.pack(">III", 0, 0, 0) + struct.pack(">H", 0) + planes.tobytes())
     (layer,) = files.load(path).layers
@@ -479,7 +485,8 @@ def test_a_mode_without_a_formula_is_told_where_layers_are_merged(tmp_path):
     _, notes = loaded(document, tmp_path / "modes.psd")
     assert [note for note in notes if "no formula" in note] == [
         "The merged layer 'g' shows 'add' (linear-dodge) in blend mode normal, because there is no formula for it.",
-        "The merged layer 'base' shows 'clipped' (vivid-light) in blend mode normal, because there is no formula for it.",
+        "The merged layer 'base' shows 'clipped' (vivid-light) in blend mode normal, because there is no formula for "
+        "it.",
     ]
 
 

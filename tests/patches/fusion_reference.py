@@ -1,4 +1,6 @@
-"""LayerFusion written out block by block in float64 with whole attention matrices, and small models of every family's structure."""
+"""LayerFusion written out block by block in float64 with whole attention matrices, and small models of every family's
+structure.
+"""
 
 import copy
 from types import MethodType
@@ -13,9 +15,8 @@ from strata.patches import mini_family
 
 from . import random_family
 
-V_PREDICTION = {
-    "output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([-1.0, 1.0])
-}  # by this ComfyUI knows SD2 models of it
+# By this ComfyUI knows SD2 models of it.
+V_PREDICTION = {"output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([-1.0, 1.0])}
 SHARED = {
     "image_size": 32,
     "in_channels": 4,
@@ -91,7 +92,9 @@ def minmax(values):
 
 
 def level_between(soft):
-    """[B,1]: for each row halfway between the means of the two parts, cut by a value, that vary least within themselves."""
+    """[B,1]: for each row halfway between the means of the two parts, cut by a value, that vary least within
+    themselves.
+    """
     found = []
     for row in soft.numpy():
         parts = [(row[row <= cut], row[row > cut]) for cut in np.sort(row)[:-1]]
@@ -110,7 +113,8 @@ def attention(module, x, context):
 
 
 class Reference:
-    """unet: the model; foreground: the same with the foreground's weights. Both are copied; call prior, then conditional, then other.
+    """unet: the model; foreground: the same with the foreground's weights. Both are copied; call prior, then
+    conditional, then other.
 
     structure_at: number from the end of the block that shows the structure.
     """

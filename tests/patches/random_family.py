@@ -1,4 +1,6 @@
-"""Checkpoints of the mini family with random weights, made of ComfyUI's own classes: what the trainers ship, but for the training."""
+"""Checkpoints of the mini family with random weights, made of ComfyUI's own classes: what the trainers ship, but for
+the training.
+"""
 
 from pathlib import Path
 

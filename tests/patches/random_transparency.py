@@ -1,4 +1,6 @@
-"""LayerDiffuse's files with random weights, put together key by key from what is published about them, not from the code that reads them."""
+"""LayerDiffuse's files with random weights, put together key by key from what is published about them, not from the
+code that reads them.
+"""
 
 import torch
 from safetensors.torch import save_file
@@ -13,7 +15,9 @@ def seeded(*shape, scale=None):
 
 
 def adapter(weights, rank=8, lora=PROJECTIONS, diff=(), extra=0, scale=None):
-    """weights: {key: shape} of a UNet. Low-rank terms on its attentions, differences where a key has one of `diff` in it; half precision as published."""
+    """weights: {key: shape} of a UNet. Low-rank terms on its attentions, differences where a key has one of `diff` in
+    it; half precision as published.
+    """
     found = {}
     for key, shape in weights.items():
         if any(key.endswith(f".{name}.weight") and ".attn" in key for name in lora):

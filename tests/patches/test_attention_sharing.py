@@ -147,7 +147,9 @@ def test_a_given_layers_picture_is_seen_at_every_size():
 
 
 def test_every_frame_has_its_own_prompt_whatever_the_lengths():
-    """Against the published way, which overwrites the conditional half of the tokens frame by frame, here made one batch by hand."""
+    """Against the published way, which overwrites the conditional half of the tokens frame by frame, here made one
+    batch by hand.
+    """
     model = small()
     weights, files = sharing(model, 3)
     torch.manual_seed(4)
@@ -197,7 +199,9 @@ def test_every_frame_has_its_own_prompt_whatever_the_lengths():
 
 
 def test_what_only_one_prompt_carries_is_refused_and_what_all_carry_is_kept():
-    """ControlNets, time ranges and the like of a single frame cannot be kept in one batch; they were dropped silently, but for the last frame's."""
+    """ControlNets, time ranges and the like of a single frame cannot be kept in one batch; they were dropped silently,
+    but for the last frame's.
+    """
     text, control = torch.randn(1, 77, 24), object()
     for key, value in (
         ("control", control),
@@ -221,7 +225,9 @@ def test_what_only_one_prompt_carries_is_refused_and_what_all_carry_is_kept():
 
 
 def test_copies_of_one_controlnet_are_the_same():
-    """Apply ControlNet copies it for each conditioning; another strength, picture, range or ControlNet before it is another."""
+    """Apply ControlNet copies it for each conditioning; another strength, picture, range or ControlNet before it is
+    another.
+    """
     text, hint = torch.randn(1, 77, 24), torch.rand(1, 3, 8, 8)
     control, before = (comfy.controlnet.ControlNet(torch.nn.Linear(1, 1)) for _ in range(2))
 
@@ -262,7 +268,9 @@ def test_prompts_do_not_grow_without_bound():
 
 
 def alone(unet, weights):
-    """The UNet with a file of one frame in it: low-rank terms merged, and what comes behind an attention's output as its `after`."""
+    """The UNet with a file of one frame in it: low-rank terms merged, and what comes behind an attention's output as
+    its `after`.
+    """
     unet = copy.deepcopy(unet)
 
     def after(get, h):

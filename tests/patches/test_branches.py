@@ -11,12 +11,10 @@ START = torch.zeros(2 * 3, 4, 64, 64)
 @pytest.mark.parametrize(("own", "between"), [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)])
 def test_branches_share_as_much_noise_as_asked(own, between):
     rows = _noise(START, 5, None, 3, own).flatten(1).double()
-    wanted = (
-        torch.block_diag(*[torch.full((3, 3), between)] * 2).double().fill_diagonal_(1)
-    )  # latents among themselves share nothing
-    assert torch.allclose(
-        rows @ rows.T / rows.shape[1], wanted, atol=0.03
-    )  # 16384 samples: a correlation's deviation is 0.008
+    # Latents among themselves share nothing.
+    wanted = torch.block_diag(*[torch.full((3, 3), between)] * 2).double().fill_diagonal_(1)
+    # 16384 samples: a correlation's deviation is 0.008.
+    assert torch.allclose(rows @ rows.T / rows.shape[1], wanted, atol=0.03)
 
 
 @pytest.mark.parametrize("own", [0.0, 0.5, 1.0])

@@ -1,6 +1,8 @@
-"""Every model node behind and in front of core's and other packs' patches, on the shipped mini family: the table of docs/compatibility.md.
+"""Every model node behind and in front of core's and other packs' patches, on the shipped mini family: the table of
+docs/compatibility.md.
 
-A patch works when the result is finite, has the same shape and is another than without it. Where it is refused, the error is one sentence that
+A patch works when the result is finite, has the same shape and is another than without it. Where it is refused, the
+error is one sentence that
 begins with the socket.
 """
 
@@ -134,7 +136,9 @@ class Bench(Family):
 
 
 class JointBench:
-    """The same for the nodes of SD1.5 alone: its whole structure at reduced width, with random weights, because no weights of it are shipped."""
+    """The same for the nodes of SD1.5 alone: its whole structure at reduced width, with random weights, because no
+    weights of it are shipped.
+    """
 
     side, latent, conditioned = 2 * SIDE, Bench.latent, Bench.conditioned
 

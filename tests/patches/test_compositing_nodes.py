@@ -229,12 +229,13 @@ def test_sides_that_no_latent_divides_are_cut_in_one_way():
         assert (
             made["noise_mask"].shape[1:] == (128, 128) and made["noise_mask"].all() and visible.shape[1:] == (134, 132)
         )
+        # Soft box, sharp occluder.
         assert (
             visible[0, 130, 60] < 0.2
             and visible[0, 100, 60] > 0.99
             and visible[0, :67].max() == 0
             and visible[0, 67, 60] > 0.99
-        )  # soft box, sharp occluder
+        )
         assert (
             torch.equal(guider.planes.planes[0].mask, nearer[0, 3:131, 2:130])
             and guider.planes.planes[0].mask.sum() == 64 * 128

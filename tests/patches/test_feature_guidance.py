@@ -190,7 +190,9 @@ def test_empty_masks_are_bit_equal_to_plain_sampling(case, masks):
 
 
 def test_on_composes_what_the_masks_say(case):
-    """The features are those of the scenes: the result is nearer to each scene in its half than plain sampling from the same noise."""
+    """The features are those of the scenes: the result is nearer to each scene in its half than plain sampling from the
+    same noise.
+    """
     found = case.sample(case.guider(iterations=10, end_percent=1.0, step_size=0.002))
     plain = case.sample(case.guider(iterations=0))
     front, back = (case.inversions[number].latents[-1] for number in (1, 0))
@@ -221,9 +223,8 @@ def test_a_run_in_two_parts_is_the_run_in_one(case):
     rest = case.guider()
     found = rest.sample(nothing, half, euler, case.sigmas[2:], disable_pbar=True, seed=1)
     assert torch.allclose(found, whole, atol=1e-4) and len(rest.energies) == 1
-    late = case.guider().sample(
-        picture(9), nothing, euler, case.sigmas[2:], disable_pbar=True, seed=1
-    )  # with noise: a run of its own
+    # With noise: a run of its own.
+    late = case.guider().sample(picture(9), nothing, euler, case.sigmas[2:], disable_pbar=True, seed=1)
     assert not torch.allclose(late, whole, atol=1e-3)
 
 
@@ -433,7 +434,9 @@ def test_sizes_that_no_level_divides(case, side):
 
 
 def test_the_composites_control_stays_its_own(case):
-    """A ControlNet on positive acts in the guided passes and not on the scenes, which keep the features of their own conditionings."""
+    """A ControlNet on positive acts in the guided passes and not on the scenes, which keep the features of their own
+    conditionings.
+    """
     hints = torch.randn(1, 192, 1, 1, generator=torch.Generator().manual_seed(4))
     controlled = [
         [case.positive[0][0], {**case.positive[0][1], "control": Hints(hints), "control_apply_to_uncond": True}]
@@ -508,7 +511,9 @@ def test_what_does_not_fit_is_refused_in_words(case):
 
 
 def test_the_paste_puts_the_pictures_latent_into_the_composite_once(case):
-    """Insertion: plain sampling up to the paste, and from there on plain sampling of the pasted latent, when no guidance follows."""
+    """Insertion: plain sampling up to the paste, and from there on plain sampling of the pasted latent, when no
+    guidance follows.
+    """
     planes = Planes((Plane(case.inversions[0], half_mask()),))
     found = case.sample(case.guider(planes, start="given latent", iterations=0, paste_percent=0.5))
     percent = [case.model.model.model_sampling.percent_to_sigma(0.5), *map(float, case.sigmas)]

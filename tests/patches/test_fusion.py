@@ -49,7 +49,9 @@ def noise(count=3, side=16, seed=5):
 
 
 def estimates(model, positive, negative, x, sigma=SIGMA):
-    """The conditional and the unconditional denoised picture of one model call at sigma, and the batch that the sampler had."""
+    """The conditional and the unconditional denoised picture of one model call at sigma, and the batch that the sampler
+    had.
+    """
     found = {}
 
     def keep(args):
@@ -102,7 +104,9 @@ def merged(unet, terms, strength=1.0):
 
 
 def expected(model, found, positive, negative, terms=None, foreground=None, **settings):
-    """The reference's two denoised pictures for the batch that the sampler had. foreground: a UNet instead of one with terms."""
+    """The reference's two denoised pictures for the batch that the sampler had. foreground: a UNet instead of one with
+    terms.
+    """
     unet = model.model.diffusion_model
     place = 2 if type(model.model.model_config).__name__ == "StrataMini" else 1  # models_config/fusion.json
     reference = fusion_reference.Reference(
@@ -201,7 +205,8 @@ def test_cond_and_uncond_in_one_batch_or_apart_are_the_same(models, monkeypatch)
         patched = blend_attention(model, Settings())
         patched.set_model_unet_function_wrapper(watching(seen))
         results[free] = estimates(patched, positive, negative, noise())
-    # ComfyUI's attention on the CPU cuts its matrices by the free memory: not bit by bit the same. Values reach 13 and differ by about 1e-5 on one thread.
+    # ComfyUI's attention on the CPU cuts its matrices by the free memory: not bit by bit the same. Values reach 13 and
+    # differ by about 1e-5 on one thread.
     assert all(
         torch.allclose(results[1e18][name], results[1.0][name], rtol=0, atol=1e-4) for name in ("cond", "uncond")
     )
@@ -302,9 +307,8 @@ def test_the_reused_structure_is_that_of_the_step_before(models):
 
     patched.set_model_attn1_replace(keep, *fusion.structure_place(model))
     sample(patched, layered(model), conditioning(model, 2, rows=1))
-    own = [pair for pair in options["conditional"] if len(pair[0]) == 1][
-        ::3
-    ]  # the foreground's own call, then the pair's and all three's
+    # The foreground's own call, then the pair's and all three's.
+    own = [pair for pair in options["conditional"] if len(pair[0]) == 1][::3]
     expected = [fusion.fusion.structure_prior(*pair, 4) for pair in [options["prior"][0], *own[:2]]]
     assert len(record.steps) == 3
     for step, prior in zip(record.steps, expected, strict=True):
@@ -314,7 +318,9 @@ def test_the_reused_structure_is_that_of_the_step_before(models):
 
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_other_patches_are_chained_whatever_the_order(models, ours_first):
-    """Replacing patches of another pack that scale an attention's values: the same as that weight scaled in the model."""
+    """Replacing patches of another pack that scale an attention's values: the same as that weight scaled in
+    the model.
+    """
     model = models("mini")
     positive, negative = layered(model), conditioning(model, 2, rows=1)
 
@@ -348,7 +354,9 @@ def test_other_patches_are_chained_whatever_the_order(models, ours_first):
 
 
 class Hints(comfy.controlnet.ControlBase):
-    """Stands in a conditioning as a ControlNet does: a hint for each row of the batch, kept in the size that was asked for last."""
+    """Stands in a conditioning as a ControlNet does: a hint for each row of the batch, kept in the size that was asked
+    for last.
+    """
 
     def __init__(self, hints):
         super().__init__()

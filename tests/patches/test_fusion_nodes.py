@@ -211,7 +211,9 @@ def test_other_samplers_and_the_saving_option(server):
 
 
 def test_an_adapter_changes_the_foreground_as_a_merged_model_does_and_nothing_else(server):
-    """Blending from the last moment on leaves three separate pictures, so that each can be compared with a stock run."""
+    """Blending from the last moment on leaves three separate pictures, so that each can be compared with a
+    stock run.
+    """
     checkpoint = load_file(server.server.base / "models" / "checkpoints" / "random_sd.safetensors")
     shapes = {
         key.removeprefix("model."): value.shape

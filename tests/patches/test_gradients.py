@@ -1,4 +1,6 @@
-"""The gradient of feature guidance against central differences of its energy in float64, on every kind of host and behind other packs' patches."""
+"""The gradient of feature guidance against central differences of its energy in float64, on every kind of host and
+behind other packs' patches.
+"""
 
 import comfy.ops
 import comfy.samplers
@@ -127,7 +129,9 @@ def cast(case, dtype):
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_on_hosts_that_cast_lend_or_patch_weights_at_each_call(held, checkpointing, monkeypatch):
-    """lent memory: resident weights lie outside of the parameters, are inference tensors, and one buffer serves every layer."""
+    """lent memory: resident weights lie outside of the parameters, are inference tensors, and one buffer serves every
+    layer.
+    """
     with torch.inference_mode():
         case = Case(dtype=torch.float64)
         cast(case, held if isinstance(held, torch.dtype) else torch.float64)

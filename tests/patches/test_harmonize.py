@@ -1,4 +1,6 @@
-"""Harmonising in ComfyUI's sampling, against the same steps taken one by one with stock samplers and the formula between them."""
+"""Harmonising in ComfyUI's sampling, against the same steps taken one by one with stock samplers and the formula
+between them.
+"""
 
 import comfy.sample
 import comfy.samplers
@@ -143,7 +145,9 @@ def test_steps_are_reported_in_order_and_other_samplers_go_on(case):
 
 
 def test_retained_latents_take_the_place_of_noise(case):
-    """The same noise on the layers by the inversion's formula is what is done without them; other latents are another picture."""
+    """The same noise on the layers by the inversion's formula is what is done without them; other latents are another
+    picture.
+    """
     model, _, _, background, foregrounds, _ = case
     noise, sigmas = comfy.sample.prepare_noise(background, SEED), schedule(model, 0.0)
     clean = model.model.latent_format.process_in(torch.cat([background, foregrounds]))

@@ -1,4 +1,6 @@
-"""Harmonize layers as a node on a checkpoint with random weights: which pixels are kept, what the layers hold, and what is refused."""
+"""Harmonize layers as a node on a checkpoint with random weights: which pixels are kept, what the layers hold, and what
+is refused.
+"""
 
 from dataclasses import replace
 
@@ -62,9 +64,8 @@ def test_things_keep_their_pixels_and_the_rest_is_the_models(loaded):
     image, latent, found = run(loaded, layers)
     drawn = run(loaded, layers, "relight")[0]
     assert image.shape == (1, HEIGHT, WIDTH, 3) and latent.shape == (1, 4, 10, 13)
-    assert torch.allclose(
-        image[0, 21:29, 11:39], layers.layers[1].image[1:9, 1:29, :3], atol=1e-6
-    )  # where nothing lies over the first
+    # Where nothing lies over the first.
+    assert torch.allclose(image[0, 21:29, 11:39], layers.layers[1].image[1:9, 1:29, :3], atol=1e-6)
     assert torch.equal(image[0, :19], drawn[0, :19]) and not torch.allclose(image[0, 21:29], drawn[0, 21:29], atol=0.05)
     half = layers.layers[2].image[20:, 20:, :3] * 0.5 + drawn[0, 50:60, 60:80] * 0.5
     assert torch.allclose(image[0, 50:60, 60:80], half, atol=1e-5)
@@ -77,7 +78,9 @@ def test_things_keep_their_pixels_and_the_rest_is_the_models(loaded):
 
 
 def test_behind_a_thing_the_background_is_as_it_was_in_the_light_around_it(loaded):
-    """Its texture stays, and what the model has changed around the thing goes on smoothly behind it, so that no silhouette is left."""
+    """Its texture stays, and what the model has changed around the thing goes on smoothly behind it, so that no
+    silhouette is left.
+    """
     layers = stack()
     layers = layers.with_layers(
         [replace(layers.layers[0], image=0.45 + 0.1 * layers.layers[0].image), *layers.layers[1:]]
@@ -93,7 +96,9 @@ def test_behind_a_thing_the_background_is_as_it_was_in_the_light_around_it(loade
 
 
 def test_a_transparent_canvas_stays_transparent(loaded):
-    """Where nothing lies the picture and the background are as transparent as they were; an opaque one has three channels as ever."""
+    """Where nothing lies the picture and the background are as transparent as they were; an opaque one has three
+    channels as ever.
+    """
     opaque = stack()
     alpha = torch.ones(HEIGHT, WIDTH, 1)
     alpha[:10] = 0

@@ -1,4 +1,6 @@
-"""What every node does with what arrives: one check for each type of socket, one sentence for each fault, before any work."""
+"""What every node does with what arrives: one check for each type of socket, one sentence for each fault, before any
+work.
+"""
 
 import re
 import subprocess

@@ -24,7 +24,9 @@ def models():
 
 
 def calm(model):
-    """Random weights answer to every change of their input with a large one of their own, which no trained model does: a weaker last layer."""
+    """Random weights answer to every change of their input with a large one of their own, which no trained model does:
+    a weaker last layer.
+    """
     with torch.no_grad():
         model.model.diffusion_model.out[2].weight *= 0.1
     return model
@@ -175,7 +177,9 @@ def test_sampling_with_each_steps_null_embedding_gives_the_reconstruction(models
 
 @pytest.mark.parametrize("method", ["ddim", "null-text"])
 def test_inside_the_executors_inference_mode_with_inference_weights(method):
-    """As in ComfyUI's executor: weights loaded in inference mode. The same numbers as outside of it, and the model is left as it was."""
+    """As in ComfyUI's executor: weights loaded in inference mode. The same numbers as outside of it, and the model is
+    left as it was.
+    """
     outside = calm(fusion_reference.patcher("mini"))
     arguments = (
         picture(),

@@ -1,4 +1,6 @@
-"""DreamLayer's trained modules in ComfyUI: what the trainer predicts is what the nodes make of its file, and the file is told from others."""
+"""DreamLayer's trained modules in ComfyUI: what the trainer predicts is what the nodes make of its file, and the file
+is told from others.
+"""
 
 import copy
 
@@ -104,7 +106,9 @@ def test_the_trainers_prediction_is_that_of_the_nodes(family, sigma):
 
 
 def test_a_file_of_zeros_changes_nothing(family):
-    """Bit-equal: zeros are added to keys, values, tokens and maps, and a fresh context-aware layer adds nothing to a map."""
+    """Bit-equal: zeros are added to keys, values, tokens and maps, and a fresh context-aware layer adds nothing to a
+    map.
+    """
     _, model, clip = family
     positive, negative = encode_layers(clip, PROMPTS[0], PROMPTS[1:]), conditioning(model, 2, rows=1)
     found, plain = (

@@ -1,4 +1,6 @@
-"""LayerFusion from the model to the layers, through the pack's nodes, on the whole structure of SD1.5, SD2 and SDXL at reduced width."""
+"""LayerFusion from the model to the layers, through the pack's nodes, on the whole structure of SD1.5, SD2 and SDXL at
+reduced width.
+"""
 
 import comfy.sd
 import pytest

@@ -1,4 +1,6 @@
-"""LayerFusion's figures: every step of the way to them on random weights, and a sample of the shipped family's against the table."""
+"""LayerFusion's figures: every step of the way to them on random weights, and a sample of the shipped family's against
+the table.
+"""
 
 import figures
 import figures_layerfusion

@@ -1,4 +1,6 @@
-"""The trajectory that Layers sampler retains, on the trained mini family, whose predictions leave noise of the level beside the result."""
+"""The trajectory that Layers sampler retains, on the trained mini family, whose predictions leave noise of the level
+beside the result.
+"""
 
 import comfy.samplers
 import pytest

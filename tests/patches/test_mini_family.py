@@ -1,4 +1,6 @@
-"""The mini family in ComfyUI's loaders: told from every other model, and each part equal to the same weights run another way."""
+"""The mini family in ComfyUI's loaders: told from every other model, and each part equal to the same weights run
+another way.
+"""
 
 import importlib.util
 import sys
@@ -44,6 +46,7 @@ SDXL = {
     "num_classes": "sequential",
     "adm_in_channels": 2816,
 }
+# ComfyUI after 0.3.75.
 FLUX = {
     "image_model": "flux",
     "in_channels": 16,
@@ -61,7 +64,7 @@ FLUX = {
     "qkv_bias": True,
     "guidance_embed": True,
     **({"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}),
-}  # ComfyUI after 0.3.75
+}
 OTHERS = {
     "SD1.5": (UNetModel, SD1, 4, "SD15"),
     "SD1.5 inpaint": (UNetModel, SD1, 9, "SD15"),
@@ -180,9 +183,8 @@ def test_a_second_copy_of_the_pack_registers_nothing_twice(registered):
 
 
 def test_model_files_of_the_pack_are_listed_behind_the_users_own(registered, monkeypatch, tmp_path):
-    folder_paths.add_model_folder_path(
-        "layer_model", str(tmp_path / "extra")
-    )  # as extra_model_paths.yaml or another pack has it
+    # As extra_model_paths.yaml or another pack has it.
+    folder_paths.add_model_folder_path("layer_model", str(tmp_path / "extra"))
     folder_paths.folder_names_and_paths["strata"] = ([], folder_paths.supported_pt_extensions)
     monkeypatch.setattr(mini_family, "PACK", tmp_path / "pack")
     for kind in mini_family.KINDS:
@@ -285,9 +287,8 @@ def test_the_text_encoder_is_transformers_clip_on_the_expanded_table(loaded, fam
     tokens = clip.tokenizer.clip_l.tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt")[
         "input_ids"
     ]
-    tokens = torch.where(
-        (tokens == 49407).cumsum(1) > 0, 49407, tokens
-    )  # padded with the end token, as ComfyUI does for SD1
+    # Padded with the end token, as ComfyUI does for SD1.
+    tokens = torch.where((tokens == 49407).cumsum(1) > 0, 49407, tokens)
     expected = model(tokens)
     for index, text in enumerate(texts):
         context, pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)

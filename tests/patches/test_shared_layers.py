@@ -1,4 +1,6 @@
-"""Shared layers and context maps in ComfyUI's sampling, against the same equations written out block by block in float64."""
+"""Shared layers and context maps in ComfyUI's sampling, against the same equations written out block by block in
+float64.
+"""
 
 import copy
 from types import MethodType
@@ -24,11 +26,8 @@ from .test_transparency_model import small_flux
 WORDS = [("a place", [1]), ("an apple", [2, 3]), ("a dog", [4])]  # four rows a scene: place, apple, dog, whole picture
 COUNT = 4
 EARLY, LATE = 12.0, 3.0  # noise levels before and after the published T_G
-DEEPEST = {
-    "mini": range(1, 99),
-    "SD1.5": (4, 5),
-    "SDXL": range(4, 99),
-}  # numbers of the attention blocks of the way down at its lowest resolution
+# Numbers of the attention blocks of the way down at its lowest resolution.
+DEEPEST = {"mini": range(1, 99), "SD1.5": (4, 5), "SDXL": range(4, 99)}
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +240,9 @@ def test_cond_and_uncond_go_together_but_while_the_maps_are_mixed_in(models, mon
 
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_other_patches_are_kept(models, ours_first):
-    """Replacing patches of another pack that scale an attention's values: the same as that weight scaled in the model."""
+    """Replacing patches of another pack that scale an attention's values: the same as that weight scaled in
+    the model.
+    """
     model = models("mini")
     positive, negative = layered(model), conditioning(model, 2, rows=1)
     down = shared_layers.map_places(model)[0][1]

@@ -1,4 +1,6 @@
-"""From prompts and a model to layers, through the pack's nodes, on the whole structure of SD1.5 and SDXL at reduced width."""
+"""From prompts and a model to layers, through the pack's nodes, on the whole structure of SD1.5 and SDXL at reduced
+width.
+"""
 
 import comfy.sd
 import pytest
@@ -79,9 +81,8 @@ def test_from_the_model_to_the_layers(kind, vae, decoder):
     assert (changed.view(2, 4)[:, 1:3] > 0.01).all(), "the adapter acts on the objects"
     for document, picture, stacked, path, own in zip(documents, composite, without[1], paths, rows, strict=True):
         assert torch.allclose(plain.model.latent_format.process_out(path.latents[-1]), own[:3].cpu(), atol=1e-5)
-        assert path.latents.shape[:2] == (len(path.sigmas), 3) and torch.equal(
-            path.latents[0, 0], path.latents[0, 1]
-        )  # the same noise
+        # The same noise.
+        assert path.latents.shape[:2] == (len(path.sigmas), 3) and torch.equal(path.latents[0, 0], path.latents[0, 1])
         stack = read_layers(document)
         assert [layer.name for layer in stack.layers] == NAMES and [
             layer.image.shape[-1] for layer in stack.layers
@@ -217,7 +218,9 @@ def test_a_wrong_file_is_named_by_its_own_socket_before_anything_is_sampled(vae,
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2", "dpmpp_sde", "dpmpp_2s_ancestral"])
 def test_maps_have_one_entry_a_step_and_none_of_perturbed_attention(sampler, vae, decoder):
-    """Samplers that call the model twice a step add none, and the first step's maps are those of the plain estimate, not of PAG's."""
+    """Samplers that call the model twice a step add none, and the first step's maps are those of the plain estimate,
+    not of PAG's.
+    """
     plain = fusion_reference.patcher("SD1.5")
     positive, settings = layered(plain), {"decoder": decoder, "harmonize": False, "sampler_name": sampler, "steps": 3}
     model = shared(plain)

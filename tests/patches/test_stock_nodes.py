@@ -114,7 +114,9 @@ def test_image_to_image_depends_on_the_image(server):
 
 @pytest.fixture(scope="module")
 def loras(server):
-    """The same low-rank term on a layer of the UNet and one of the text encoder, as kohya's, diffusers' and peft's files name them."""
+    """The same low-rank term on a layer of the UNet and one of the text encoder, as kohya's, diffusers' and peft's
+    files name them.
+    """
     generator = torch.Generator().manual_seed(3)
     pairs = [
         [torch.randn(*shape, generator=generator) / 4 for shape in ((4, width), (width, 4))] for width in (64, 128)

@@ -11,9 +11,8 @@ from strata.patches import mini_family, transparency
 
 from . import random_transparency as random_files
 
-SD15_WIDTHS = (
-    [320] * 4 + [640] * 4 + [1280] * 4 + [1280] * 6 + [640] * 6 + [320] * 6 + [1280] * 2
-)  # input, output, middle blocks' attentions
+# Input, output, middle blocks' attentions.
+SD15_WIDTHS = [320] * 4 + [640] * 4 + [1280] * 4 + [1280] * 6 + [640] * 6 + [320] * 6 + [1280] * 2
 PUBLISHED = (32, 32, 64, 128, 256, 512, 512)
 
 
@@ -103,15 +102,12 @@ def test_encoders_and_fluxs_pickle_of_both_are_known(folder):
 
 
 def test_the_family_that_this_pack_trains_is_known_from_the_trainers_own_state():
-    from strata.training import adapter
+    from strata.networks.transparency import published_adapter
 
-    state = {
-        f"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_{part}.default.weight": torch.zeros(
-            shape
-        )
-        for part, shape in (("A", (16, 64)), ("B", (64, 16)))
-    }
-    assert transparency.recognise("x", adapter.published_form(state)).families == ("Strata mini",)
+    module = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+    shapes = {"A": (16, 64), "B": (64, 16)}
+    state = {f"{module}.lora_{part}.default.weight": torch.zeros(shape) for part, shape in shapes.items()}
+    assert transparency.recognise("x", published_adapter(state)).families == ("Strata mini",)
     assert mini_family.CONFIG["unet"]["model_channels"] == 64
 
 

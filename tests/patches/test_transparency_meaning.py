@@ -1,4 +1,6 @@
-"""What the trained pair of the mini family makes of objects that it never saw: their alpha comes back from the latent."""
+"""What the trained pair of the mini family makes of objects that it never saw: their alpha comes back from the
+latent.
+"""
 
 import comfy.sd
 import numpy as np
@@ -34,7 +36,6 @@ def test_the_shipped_pair_finds_the_alpha_of_held_out_objects(tmp_path):
     error = metrics.mask_error(found_colour, colour, alpha).mean()
     print(f"alpha IoU {overlap.mean():.4f}, SAD {sad:.0f} of {128 * 128} pixels, colour {error:.4f}")
     assert overlap.mean() >= 0.95 and sad < 200 and error < 0.04
-    _, found = transparent_latents.decode(
-        decoder, picture[:16], latent[:16], 8
-    )  # all 64 take a minute; they come to 0.954 as well
+    # All 64 take a minute; they come to 0.954 as well.
+    _, found = transparent_latents.decode(decoder, picture[:16], latent[:16], 8)
     assert metrics.alpha_iou(found, alpha[:16]).mean() > overlap[:16].mean() - 0.005

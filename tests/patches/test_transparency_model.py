@@ -1,4 +1,6 @@
-"""LayerDiffuse's weights on ComfyUI's own UNets at reduced width: equal to the same network with the weights added by hand."""
+"""LayerDiffuse's weights on ComfyUI's own UNets at reduced width: equal to the same network with the weights added by
+hand.
+"""
 
 import re
 
@@ -296,7 +298,8 @@ def test_sd2_is_told_from_sd15_whose_structure_it_has(apply):
     for weights in (random_files.adapter(transparency.structure("SD1.5"), rank=1), shared):
         with pytest.raises(
             ValueError,
-            match="^transparency: weights.safetensors is for SD1.5 and the model is SD20; connect a model of its family, or load "
+            match="^transparency: weights.safetensors is for SD1.5 and the model is SD20; connect a model of its "
+            "family, or load "
             "the file for the model's.$",
         ):
             apply(model, recognised(weights))
@@ -330,7 +333,9 @@ def small_flux():
 
 
 def test_fluxs_layer_lora_reaches_its_place_in_the_joined_weights():
-    """In diffusers' names, as published: to_q, to_k and to_v are thirds of one weight here, and a single block's are the first of linear1."""
+    """In diffusers' names, as published: to_q, to_k and to_v are thirds of one weight here, and a single block's are
+    the first of linear1.
+    """
     model, width, weights, expected = small_flux(), 32, {}, {}
     for block in range(2):
         for name, place, start in (

@@ -135,8 +135,8 @@ def test_a_picture_with_alpha_its_mask_and_its_layer(server):
     assert np.abs(pictures(server, prompt, ("flat", 0))[0][..., :3] - over).max() <= 1.5
     prompt["behind"]["inputs"]["width"] = 64
     assert (
-        "background: 1 background of 64×40 and 2 pictures of 72×40 do not go together; connect one background of that size"
-        in error(server, prompt)
+        "background: 1 background of 64×40 and 2 pictures of 72×40 do not go together; connect one background of that "
+        "size" in error(server, prompt)
     )
     prompt = {**graph(batch=2), "plain": node("VAEDecode", samples=["sample", 0], vae=["load", 2])}
     prompt["decode"]["inputs"] |= {"image": ["plain", 0]}

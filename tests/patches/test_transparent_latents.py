@@ -130,7 +130,9 @@ def test_fewer_passes_are_the_middle_of_those_views():
 
 
 def test_tiles_agree_with_the_whole_where_the_network_sees_only_nearby():
-    """Without attention's reach (its output weights zero) tiles differ from the whole by group norms alone, so those are made to see the same."""
+    """Without attention's reach (its output weights zero) tiles differ from the whole by group norms alone, so those
+    are made to see the same.
+    """
     files, _ = decoder()
     image = torch.full((1, 3, 160, 224), 0.4)
     latent = torch.full((1, 4, 20, 28), 0.3)

@@ -1,4 +1,6 @@
-"""The depth nodes in a real ComfyUI: what comes out is what the techniques say, and what is wrong is said in one sentence."""
+"""The depth nodes in a real ComfyUI: what comes out is what the techniques say, and what is wrong is said in one
+sentence.
+"""
 
 import io
 import json
@@ -14,7 +16,9 @@ from strata.techniques import depth as deglad
 
 @pytest.fixture(scope="module")
 def inputs(comfy):
-    """A picture of three planes with 16-bit depth, near = dark, a hole (0) in the far plane; uploaded as planes.png and planes_depth.png."""
+    """A picture of three planes with 16-bit depth, near = dark, a hole (0) in the far plane; uploaded as planes.png and
+    planes_depth.png.
+    """
     folder = comfy.server.base / "input"
     rng = np.random.default_rng(0)
     depth = np.full((48, 64), 60000, np.uint16)
@@ -293,7 +297,9 @@ def test_estimate_depth_names_what_is_missing(comfy, inputs):
 
 
 def test_estimate_depth_equals_transformers_on_the_same_weights(comfy, inputs):
-    """A Depth Anything of full structure and small width, random weights: the node against the model called directly."""
+    """A Depth Anything of full structure and small width, random weights: the node against the model called
+    directly.
+    """
     from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
 
     backbone = Dinov2Config(

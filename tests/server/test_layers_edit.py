@@ -1,4 +1,6 @@
-"""The layer nodes in a real ComfyUI: every node in a graph, its pictures looked at, and the sentences that bad input gets."""
+"""The layer nodes in a real ComfyUI: every node in a graph, its pictures looked at, and the sentences that bad input
+gets.
+"""
 
 import io
 
@@ -135,7 +137,8 @@ def test_set_layer_takes_every_field(graph):
         blend_mode="multiply",
     )
     flat = graph.flat(layers, background="white")
-    # The first row is transparent; mirrored it is the last one, and a quarter turn clockwise takes that to the left column.
+    # The first row is transparent; mirrored it is the last one, and a quarter turn clockwise takes that to the left
+    # column.
     expected = np.full((9, 9, 3), 128, np.uint8)
     expected[3:6, 4:6] = [128, 0, 0]
     assert np.abs(flat.astype(int) - expected).max() <= 1
@@ -223,9 +226,8 @@ def test_preview_layers_shows_pictures_and_passes_the_layers_on(graph):
     assert len(images) == 4 and {image["type"] for image in images} == {"temp"}
     pictures = [np.asarray(Image.open(io.BytesIO(graph.comfy.download(image)))) for image in images]
     assert all(picture.shape == (40, 80, 3) for picture in pictures)
-    assert (
-        abs(int(pictures[1][0, 0, 0]) - 204) <= 1 and pictures[1][0, 0, 1] != pictures[1][0, 8, 1]
-    )  # red on the squares
+    # Red on the squares.
+    assert abs(int(pictures[1][0, 0, 0]) - 204) <= 1 and pictures[1][0, 0, 1] != pictures[1][0, 8, 1]
 
 
 def test_a_single_pixel_goes_through_every_node(graph):
@@ -322,5 +324,6 @@ def test_background_that_is_no_colour(graph):
     )
     assert_refused(
         graph,
-        "background: 'nothing' is not a colour; write transparent, a hex colour such as #ffffff, or a name such as white.",
+        "background: 'nothing' is not a colour; write transparent, a hex colour such as #ffffff, or a name such as "
+        "white.",
     )

@@ -183,7 +183,8 @@ def test_links_in_the_folders_are_followed_as_comfyui_does(comfy, source, tmp_pa
         (reference,) = comfy.files(save(comfy, source, "PSD", "disk/saved"))
     except run.RunError as error:  # newer ones do not write through links
         assert re.search(
-            r"filename_prefix: ComfyUI does not save to 'disk/saved', which leads outside its output folder by a link; [^\n]*$",
+            r"filename_prefix: ComfyUI does not save to 'disk/saved', which leads outside its output folder by a "
+            r"link; [^\n]*$",
             str(error),
         )
         return

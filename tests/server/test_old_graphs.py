@@ -59,7 +59,9 @@ def test_a_saved_graph_has_the_values_that_it_was_saved_with(comfy, name):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in EXACT])
 def test_a_saved_prompt_is_accepted(comfy, name):
-    """But for its model files, which get a name that no ComfyUI has: all is checked, and only what needs no model is run."""
+    """But for its model files, which get a name that no ComfyUI has: all is checked, and only what needs no model is
+    run.
+    """
     prompt, models = old_graphs.read_prompt(name), set()
     for node_id, node in prompt.items():
         for key, value in node["inputs"].items():

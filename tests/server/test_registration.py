@@ -1,4 +1,6 @@
-"""What the host makes of the pack: every node is there, explains itself, and keeps the ids that saved graphs rely on."""
+"""What the host makes of the pack: every node is there, explains itself, and keeps the ids that saved graphs
+rely on.
+"""
 
 import json
 import logging
@@ -12,7 +14,9 @@ import strata
 
 
 def test_ids_inputs_order_and_outputs_are_as_recorded(comfy):
-    """A difference is a change that old graphs see: append at the end, or say in CHANGELOG.md why not; then run tools/node_files.py."""
+    """A difference is a change that old graphs see: append at the end, or say in CHANGELOG.md why not; then run
+    tools/node_files.py.
+    """
     recorded = json.loads(node_files.GOLDEN.read_text(encoding="utf-8"))
     assert node_files.golden(comfy.object_info()) == recorded
 
@@ -45,9 +49,8 @@ def test_the_locale_file_is_current_and_served(comfy):
 def test_nothing_about_the_pack_in_the_log(comfy):
     started = comfy.server.log.read_text().split("Starting server")[0]
     lines = [line for line in started.splitlines() if host.PACK_NAME in line or "strata." in line]
-    lines = [
-        line for line in lines if "example_workflows" not in line
-    ]  # the folder's name is fixed; the host says so once
+    # The folder's name is fixed; the host says so once.
+    lines = [line for line in lines if "example_workflows" not in line]
     assert len(lines) == 1 and re.search(r"\d seconds: ", lines[0]), lines  # its line in the list of import times
 
 

@@ -188,9 +188,8 @@ def test_linear_light_mixes_light():
 def test_to_linear_and_to_srgb_undo_each_other_at_every_8_bit_value():
     values = torch.arange(256, dtype=torch.float64) / 255
     linear = compositing.to_linear(values)
-    assert linear[188].item() == pytest.approx(
-        0.5028864580325687, abs=1e-12
-    )  # the usual example: half the light is 188
+    # The usual example: half the light is 188.
+    assert linear[188].item() == pytest.approx(0.5028864580325687, abs=1e-12)
     torch.testing.assert_close(compositing.to_srgb(linear), values, atol=1e-7, rtol=0)
 
 

@@ -39,9 +39,8 @@ def test_slice_masks_is_equation_2_for_every_pixel(size, thresholds, seed):
     for image in range(2):
         for row in range(size[0]):
             for column in range(size[1]):
-                nearer = sum(
-                    float(depth[image, row, column]) >= d for d in thresholds
-                )  # 0 = in front of every threshold
+                # 0 = in front of every threshold.
+                nearer = sum(float(depth[image, row, column]) >= d for d in thresholds)
                 expected = [1.0 if len(thresholds) - index == nearer else 0.0 for index in range(len(thresholds) + 1)]
                 assert masks[image, :, row, column].tolist() == expected
 
@@ -123,15 +122,15 @@ def test_push_pull_keeps_known_values_and_stays_within_their_range():
 
 @pytest.mark.parametrize("soft_edge", [0, 1, 2, 4, 7.5, 8])
 def test_a_filled_layer_has_no_outline_of_what_was_in_front_of_it(soft_edge):
-    """An antialiased red disc before blue: its rim is mixed of both, and the blue layer is blue all over. The flattened picture is the picture."""
+    """An antialiased red disc before blue: its rim is mixed of both, and the blue layer is blue all over. The flattened
+    picture is the picture.
+    """
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(80.0), indexing="ij")
     distance = ((x - 40) ** 2 + (y - 30) ** 2).sqrt()
     share = (20.5 - distance).clamp(0, 1)[..., None].double()
     blue, red = torch.tensor([0, 0.25, 1.0]).double(), torch.tensor([1.0, 0, 0]).double()
-    image, depth = (
-        share * red + (1 - share) * blue,
-        torch.where(distance < 19.5, 0.1, 1.0)[None].double(),
-    )  # the depth's edge is a pixel inside
+    # The depth's edge is a pixel inside.
+    image, depth = (share * red + (1 - share) * blue, torch.where(distance < 19.5, 0.1, 1.0)[None].double())
     weights = deglad.slice_masks(depth, [0.5])
     stack = deglad.cut_layers(image.expand(1, 2, -1, -1, -1), weights, [0.5], True, soft_edge=soft_edge)
     back, front = (layer.image.double() for layer in stack.layers)
@@ -147,7 +146,9 @@ def test_a_filled_layer_has_no_outline_of_what_was_in_front_of_it(soft_edge):
 
 
 def test_hidden_pixels_go_to_the_layer_that_surrounds_them():
-    """Three layers: a near disc over the middle of a box, which stands before a wall. The box is made whole under the disc, the wall under both."""
+    """Three layers: a near disc over the middle of a box, which stands before a wall. The box is made whole under the
+    disc, the wall under both.
+    """
     depth = torch.ones(1, 60, 60).double()
     depth[:, 15:45, 15:45] = 0.5
     depth[:, 26:34, 26:34] = 0.1

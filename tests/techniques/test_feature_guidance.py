@@ -66,7 +66,9 @@ def test_half_precision_features_are_compared_in_single():
 
 
 def test_with_linear_features_the_updates_go_straight_to_the_composition():
-    """Psi = z: each iteration takes the share 2 eta w / C of the way, to one scene where its mask is and to the other elsewhere."""
+    """Psi = z: each iteration takes the share 2 eta w / C of the way, to one scene where its mask is and to the other
+    elsewhere.
+    """
     front, back, latent, sigma = (
         values(1, 1, 4, 3, 3),
         values(2, 1, 4, 3, 3),

@@ -205,7 +205,9 @@ print((peak() - before) // 1024)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is counted in KiB on Linux")
 def test_the_structure_prior_never_holds_its_whole_attention():
-    """Peak of a process of its own: the probabilities of 12288 tokens would be 1152 MiB, and small results between large parts would keep the heap."""
+    """Peak of a process of its own: the probabilities of 12288 tokens would be 1152 MiB, and small results between
+    large parts would keep the heap.
+    """
     tests = Path(__file__).resolve().parent.parent
     found = subprocess.run(
         [sys.executable, "-c", MEASURED],

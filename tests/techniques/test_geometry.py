@@ -18,13 +18,17 @@ def picture(height, width, channels=4, seed=0):
 
 
 def ramp(height, width):
-    """Colour grows linearly, so that any interpolation knows its value between pixels: red = u / width, green = v / height."""
+    """Colour grows linearly, so that any interpolation knows its value between pixels: red = u / width, green = v /
+    height.
+    """
     v, u = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     return torch.stack([u / width, v / height, torch.zeros_like(u)], -1).double()
 
 
 def display_point(layer, x, y):
-    """Where canvas point (x, y) is in the layer's own picture, as fractions of it: rotation, then scaling, then flips undone."""
+    """Where canvas point (x, y) is in the layer's own picture, as fractions of it: rotation, then scaling, then flips
+    undone.
+    """
     width, height = layer.size
     dx, dy = x - (layer.x + width / 2), y - (layer.y + height / 2)
     angle = -layer.rotation
@@ -131,9 +135,8 @@ def test_border_of_a_rotated_layer_is_its_coverage(degrees):
     x, y = np.meshgrid(points, points)
     u, v = np.vectorize(lambda x, y: display_point(layer, x, y))(x, y)
     covered = ((u > 0) & (u < 1) & (v > 0) & (v < 1)).reshape(60, 8, 60, 8).mean((1, 3))
-    assert (
-        np.abs(got[..., 3].numpy() - covered).max() < 0.16
-    )  # at a corner pixel; the edge is a straight ramp, not the exact area
+    # At a corner pixel; the edge is a straight ramp, not the exact area.
+    assert np.abs(got[..., 3].numpy() - covered).max() < 0.16
     assert got[..., 3].sum().item() == pytest.approx(36 * 25, rel=3e-3)
     assert got[..., :3][got[..., 3] > 1e-3].min() > 1 - 1e-6
 

@@ -86,9 +86,8 @@ def test_a_latent_goes_where_its_layer_goes():
     assert torch.equal(shown(x=16, y=-8)[:, :5, 2:], latent[:, 1:, :4])
     assert torch.equal(shown(rotation=math.pi / 2), torch.rot90(latent, -1, (1, 2)))  # clockwise, as rot90 is not
     assert torch.equal(shown((96, 96), w=96, h=96), latent.repeat_interleave(2, 1).repeat_interleave(2, 2))
-    assert torch.equal(
-        on_canvas(latent[:, :, :5], Layer(torch.rand(44, 37, 4)), (37, 44), 8), latent[:, :, :5]
-    )  # sides that are no multiples
+    # Sides that are no multiples.
+    assert torch.equal(on_canvas(latent[:, :, :5], Layer(torch.rand(44, 37, 4)), (37, 44), 8), latent[:, :, :5])
     turned = shown(rotation=0.5)
     assert abs(turned[:, 2:4, 2:4].std() - latent.std()) < 0.4 and all(
         value in latent for value in turned[:, 2:4, 2:4].flatten()

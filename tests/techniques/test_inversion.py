@@ -1,4 +1,6 @@
-"""Inversion's steps against DDIM written out as it is published, and its schedules against their numbers at 50 steps."""
+"""Inversion's steps against DDIM written out as it is published, and its schedules against their numbers at 50
+steps.
+"""
 
 import math
 

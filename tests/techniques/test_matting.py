@@ -84,7 +84,9 @@ def test_separate_colours_holds_the_compositing_equation_for_any_picture_and_alp
 
 
 def test_two_cuts_at_one_edge_leave_nothing_in_the_layer_between():
-    """A near disc before a far wall, and in the depth a ring of mixed values one pixel wide between them: it is no layer."""
+    """A near disc before a far wall, and in the depth a ring of mixed values one pixel wide between them: it is no
+    layer.
+    """
     image, alpha, _, _ = scene()
     near = (alpha > 0.5).float()
     ring = torch.nn.functional.max_pool2d(near[None], 3, 1, 1)[0] - near

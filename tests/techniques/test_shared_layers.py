@@ -89,7 +89,9 @@ def test_the_global_embedding_has_the_words_of_all_in_order():
 
 
 def test_what_does_not_fit_into_a_chunk_goes_into_the_next():
-    """A prompt of two chunks, and words that need a third of their own; padding that a prompt lacks repeats its last."""
+    """A prompt of two chunks, and words that need a third of their own; padding that a prompt lacks repeats
+    its last.
+    """
     layers, ends = [tokens(0, 16), tokens(1, 8), tokens(2, 8)], [[7, 11], [7], [5]]
     found, positions = shared_layers.global_embedding(layers, ends, chunk=8)
     assert [len(own) for own in positions] == [8, 6, 4] and len(found) == 24
@@ -133,7 +135,9 @@ def test_the_distance_of_maps_is_equations_6_and_7():
 
 
 def test_a_context_layer_is_equation_5():
-    """Attention over the places of each object's map, then the gated feed-forward network, place by place; two layers are one after the other."""
+    """Attention over the places of each object's map, then the gated feed-forward network, place by place; two layers
+    are one after the other.
+    """
     width, heads, places = 64, 2, 6
     torch.manual_seed(0)
     layers = ContextLayers(2, width).double()

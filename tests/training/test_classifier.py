@@ -1,4 +1,6 @@
-"""The classifier's trainer: it learns, goes on where it stopped, and writes a file that judges as the trained model does."""
+"""The classifier's trainer: it learns, goes on where it stopped, and writes a file that judges as the trained model
+does.
+"""
 
 import json
 

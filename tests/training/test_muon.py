@@ -36,9 +36,8 @@ def test_matrices_go_along_the_orthogonalised_gradient_and_the_rest_as_adam():
         if step == 0:
             moved = (model[0].weight - before).detach().flatten(1)
             assert torch.allclose(moved, -1e-2 * 0.2 * 288**0.5 * orthogonalised([gradient.flatten(1)])[0], atol=1e-5)
-            assert (
-                abs(moved.square().mean().sqrt() - 0.2 * 1e-2) < 4e-4
-            )  # as large as one of Adam's steps of that rate, times 0.2
+            # As large as one of Adam's steps of that rate, times 0.2.
+            assert abs(moved.square().mean().sqrt() - 0.2 * 1e-2) < 4e-4
     for p, twin in zip(rest, twins, strict=True):
         assert torch.allclose(p, twin, atol=1e-6)
 

@@ -176,9 +176,8 @@ def test_the_adapter_trains_nothing_but_its_own_terms_and_publishes_them(root, t
         assert torch.equal(twin, value), key
     published = published_adapter(after)
     downs = [key for key in published if key.endswith("::lora::1")]
-    assert (
-        len(published) == 2 * len(downs) == 2 * 4 * 2 * 7
-    )  # up and down, four projections, two attentions, seven blocks
+    # Up and down, four projections, two attentions, seven blocks.
+    assert len(published) == 2 * len(downs) == 2 * 4 * 2 * 7
     name = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     assert published[f"{name}::lora::0"].shape == (64, 32) and published[f"{name}::lora::1"].shape == (32, 128)
     assert all(published[key].abs().max() > 0 for key in published)
@@ -205,7 +204,9 @@ def test_the_adapter_trains_nothing_but_its_own_terms_and_publishes_them(root, t
 
 
 def test_layer_modules_learn_nine_scenes_and_nothing_else_changes(root, trained_diffusion, trained_pair, monkeypatch):
-    """The last 63 scenes of the pool are for validation, so that it learns nine: three of one object, three of two, three of three."""
+    """The last 63 scenes of the pool are for validation, so that it learns nine: three of one object, three of two,
+    three of three.
+    """
     monkeypatch.setattr(dreamlayer, "SAMPLING_STEPS", 2)
     config = config_of("dreamlayer")
     trained = dreamlayer.train(config, root / "dreamlayer", None, 1e9)
@@ -235,18 +236,15 @@ def test_layer_modules_learn_nine_scenes_and_nothing_else_changes(root, trained_
 
     fresh = dreamlayer.build(config, root)
     # 60 steps teach the maps and leave the predicted noise as good as it was
-    for what, share in (
-        ("error", 1.05),
-        ("context", 0.6),
-    ):  # the own maps have to follow maps that become alphas: `layout` rises at first, and `loss` with it
+    # The own maps have to follow maps that become alphas: `layout` rises at first, and `loss` with it.
+    for what, share in (("error", 1.05), ("context", 0.6)):
         assert measured(trained, what) < share * measured(fresh, what), what
     before, after = (load_file(folder / "model.safetensors") for folder in (trained_diffusion, root / "dreamlayer"))
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     published = layered_denoiser.published_form(after)
     assert all(value.abs().max() > 0 for value in published.values()) and published["layer_embedding"].shape == (4, 128)
-    assert all(
-        sum(key.startswith(kind) for key in published) == 2 * 2 * 7 for kind in ("shared.", "foreground.")
-    )  # two projections of 14 attentions
+    # Two projections of 14 attentions.
+    assert all(sum(key.startswith(kind) for key in published) == 2 * 2 * 7 for kind in ("shared.", "foreground."))
     assert published["foreground.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_v.weight"].shape == (
         192,
         192,
