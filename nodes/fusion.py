@@ -4,10 +4,9 @@ import torch
 from comfy_api.latest import io
 
 from ..patches import transparency_model
-from ..patches.branches import sample_branches
-from ..patches.foreground import BRANCHES
-from ..patches.fusion import BLOCKS, RECORD, Record, Settings, blend_attention
+from ..patches.fusion import BLOCKS, METHOD, ROWS, Settings, blend_attention
 from ..patches.layer_prompts import encode_prompts
+from ..patches.layer_rows import sample_rows
 from .sampling import sampling_inputs
 from .sockets import Node, Transparency, schema
 
@@ -222,11 +221,10 @@ class LayerFusionSampler(Node):
 
     @classmethod
     def execute(cls, model, positive, noise, **sampling):
-        model, record = model.clone(), Record()
-        model.model_options["transformer_options"][RECORD] = record
-        return io.NodeOutput(
-            *sample_branches(model, positive, BRANCHES, **sampling, own_noise=NOISE[noise]), map_strips(record.steps)
-        )
+        model = model.clone()
+        record = METHOD.record(model)
+        latents = sample_rows(model, positive, ROWS.count, **sampling, own_noise=NOISE[noise])
+        return io.NodeOutput(*latents, map_strips(record.steps))
 
 
 def map_strips(steps: list[torch.Tensor]) -> torch.Tensor:

@@ -12,14 +12,14 @@ from comfy.utils import repeat_to_batch_size
 from comfy_api.latest import io
 
 from ..patches import layer_modules, transparency_model, transparent_latents
-from ..patches.branches import sample_branches
 from ..patches.harmonize import remaining_sigmas
 from ..patches.inversion import Inversion, invert
 from ..patches.layer_prompts import LAYERS, encode_layers
+from ..patches.layer_rows import sample_rows
 from ..patches.shared_layers import (
     MAPS,
-    PATH,
-    RECORD,
+    METHOD,
+    TRAJECTORY,
     Maps,
     Record,
     Sharing,
@@ -337,7 +337,7 @@ class LayersSampler(Node):
             levels = {key: sampling[key] for key in ("steps", "sampler_name", "scheduler")}
             remaining_sigmas(model, **levels, start_percent=harmonize_start, socket="harmonize_start")
         layered = _prepared(model, adapter, count, record)
-        branches = sample_branches(layered, positive, count, **sampling, own_noise=NOISE[noise], seen=seen)
+        branches = sample_rows(layered, positive, count, **sampling, own_noise=NOISE[noise], seen=seen)
         latents = [branch["samples"] for branch in branches]
         stacks = _stacks(vae, names, latents, decoder, record)
         composite = whole = vae.decode(latents[-1])
@@ -453,7 +453,7 @@ class ImageToLayers(Node):
         )
         record = Record()
         layered = _prepared(model, adapter, count, record)
-        layered.model_options["transformer_options"][PATH] = found.at
+        layered.model_options["transformer_options"][TRAJECTORY] = found.at
         start = found.latents[0].repeat(count, 1, 1, 1)
         nothing = torch.zeros_like(start)
         # ComfyUI scales noise at the highest level by sqrt(1 + sigma²), 1.0023 times as loud as the trajectory; a
@@ -526,7 +526,7 @@ def _prepared(model, adapter, count: int, record: Record):
             if adapter is None or count == 1
             else transparency_model.apply_to_foreground(model, adapter, object_rows(count))
         )
-    layered.model_options["transformer_options"][RECORD] = record
+    layered.model_options["transformer_options"][METHOD.record_key] = record
     return layered
 
 

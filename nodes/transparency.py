@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from ..patches import transparency as files
 from ..patches import transparency_model, transparent_latents
 from ..patches.attention_sharing import together
-from ..patches.branches import sample_branches
+from ..patches.layer_rows import sample_rows
 from ..techniques.layers import Layer, LayerStack, write_layers
 from ..techniques.transparency import over_gray
 from .sampling import sampling_inputs
@@ -321,7 +321,7 @@ class SampleJointLayers(Node):
     def execute(cls, model, transparency, foreground, background, blended, **sampling):
         prompts = [("foreground", foreground), ("background", background), ("blended", blended)]
         shared = transparency_model.share(model, transparency, 3)
-        return io.NodeOutput(*sample_branches(shared, together(prompts), 3, **sampling))
+        return io.NodeOutput(*sample_rows(shared, together(prompts), 3, **sampling))
 
 
 class SampleAroundLayer(Node):
@@ -364,9 +364,7 @@ class SampleAroundLayer(Node):
         image = image.movedim(-1, 1)
         picture = over_gray(image[:, :3], image[:, 3:]) if image.shape[1] == 4 else image
         shared = transparency_model.share(model, transparency, 2, picture=picture * 2 - 1)
-        return io.NodeOutput(
-            *sample_branches(shared, together([("layer", layer), ("blended", blended)]), 2, **sampling)
-        )
+        return io.NodeOutput(*sample_rows(shared, together([("layer", layer), ("blended", blended)]), 2, **sampling))
 
 
 def _sizes(pictures: torch.Tensor, what: str) -> str:

@@ -36,15 +36,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
     )
 
 
-def around(options: dict, name: str, places: list[Place], own: Callable) -> dict:
-    """Replacing patches `own(there, q, k, v, options)` at the places, where `there` is the patch that another node has
-    put there, or the attention.
+def with_patches(
+    options: dict, replacing: dict[str, tuple[list[Place], Callable]], others: dict[str, Callable] | None = None
+) -> dict:
+    """Transformer options with our patches around those that are there already, whichever node came first in the graph.
+
+    replacing: {"attn1" or "attn2": (places, own)}, where own(there, q, k, v, options) calls `there`, the patch that
+    another node has put there, or the attention. others: {"attn1_patch", "attn1_output_patch" and so on: patch}.
     """
-    there = options.get("patches_replace", {}).get(name, {})
-    return {
-        **there,
-        **{place: partial(_checked, own, there.get(place, there.get(place[:2], attend))) for place in places},
-    }
+    replace, patches = {**options.get("patches_replace", {})}, {**options.get("patches", {})}
+    for name, (places, own) in replacing.items():
+        there = replace.get(name, {})
+        around = {place: partial(_checked, own, there.get(place, there.get(place[:2], attend))) for place in places}
+        replace[name] = {**there, **around}
+    for name, own in (others or {}).items():
+        patches[name] = [*patches.get(name, []), own]
+    return {**options, "patches": patches, "patches_replace": replace}
 
 
 def _checked(own: Callable, there: Callable, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..networks.attention_sharing import PROJECTIONS, AttentionSharing
 from .attention_blocks import check_tokens
-from .foreground import FUSION, Rows
+from .layer_rows import LAYERFUSION, Rows
 
 NAME = re.compile(r"(input_blocks|output_blocks|middle_block)\..*\.attn[12]")
 KEY = "strata_sharing_"
@@ -64,7 +64,7 @@ def attach(model: ModelPatcher, sharing: ModelPatcher, strength: float, picture:
     return clone
 
 
-def attach_to_foreground(model: ModelPatcher, sharing: ModelPatcher, rows: Rows = FUSION) -> ModelPatcher:
+def attach_to_foreground(model: ModelPatcher, sharing: ModelPatcher, rows: Rows = LAYERFUSION) -> ModelPatcher:
     """A clone in which a file of one frame acts on the foregrounds among the rows, and the others have the model's own
     attention.
     """

@@ -1,4 +1,4 @@
-"""Weight differences that act on the foregrounds alone, in a batch that has other pictures too: one model and one call
+"""Weight differences that act on the foregrounds alone, in a batch that has other rows too: one model and one call
 serve all of them.
 """
 
@@ -6,8 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
 
 import comfy.model_patcher
@@ -17,63 +15,18 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
+from .layer_rows import LAYERFUSION, Rows
+
 KEY = "strata_foreground"
 LAYERS = comfy.ops.manual_cast  # cast and moved by ComfyUI like the model's own
 SUPPORTED = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
-BRANCHES = 3  # foreground, background, blended, in this order, once for every picture
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Which rows of a batch are foregrounds: those from `first` on, `number` of them, in every `layers` rows. shown:
-    the end of check's sentence.
-    """
-
-    layers: int = BRANCHES
-    first: int = 0
-    number: int = 1
-    shown: str = (
-        "foreground, background and blended; use Strata's LayerFusion sampler, or a latent batch that is a "
-        "multiple of three."
-    )
-
-    def of(self, rows: Tensor) -> Tensor:
-        return self._places(rows).flatten(0, 1)
-
-    def add(self, rows: Tensor, term: Tensor, strength: float = 1.0) -> None:
-        places = self._places(rows)
-        places.add_(term.reshape(places.shape), alpha=strength)
-
-    def check(self, x: Tensor) -> None:
-        if not _alone.get() and len(x) % self.layers:
-            raise ValueError(f"latent: a batch of {len(x)} cannot be split into {self.shown}")
-
-    def _places(self, rows: Tensor) -> Tensor:
-        if _alone.get():
-            return rows[:, None]
-        return rows.unflatten(0, (-1, self.layers))[:, self.first : self.first + self.number]
-
-
-_alone = ContextVar("strata_alone", default=False)
-FUSION = Rows()
-
-
-@contextmanager
-def foregrounds_only() -> Iterator[None]:
-    """While this is open, every row that the model gets is a foreground."""
-    token = _alone.set(True)
-    try:
-        yield
-    finally:
-        _alone.reset(token)
-
-
-def foreground_rows(rows: Tensor) -> Tensor:
-    return FUSION.of(rows)
 
 
 def apply_to_foreground(
-    model: ModelPatcher, terms: dict[str, tuple[Tensor, Tensor] | Tensor], strength: float = 1.0, rows: Rows = FUSION
+    model: ModelPatcher,
+    terms: dict[str, tuple[Tensor, Tensor] | Tensor],
+    strength: float = 1.0,
+    rows: Rows = LAYERFUSION,
 ) -> ModelPatcher:
     """A clone of the model whose foreground rows see `weight + strength * difference` in the named weights, and whose
     other rows do not.
@@ -179,12 +132,3 @@ def acting(unet: nn.Module, added: dict[str, nn.Module], strength: float, rows: 
 def _add(term: nn.Module, strength: float, rows: Rows, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     rows.add(output, term(rows.of(args[0])), strength)
     return output
-
-
-def check_batch(x: Tensor) -> None:
-    FUSION.check(x)
-
-
-def split_branches(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[3N,...] -> foreground, background and blended, [N,...] each."""
-    return torch.unbind(rows.unflatten(0, (-1, BRANCHES)), 1)

@@ -3,12 +3,10 @@ layers.
 
 Keys, by ComfyUI's names of the model's weights, for SD1.5 and the mini family alike:
 
-    layer_embedding                                                                       [layers, width of the tokens],
-    the background's first shared.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_k.weight
-    difference, for background and whole picture
-    foreground.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_k.weight    difference, for the objects
-    instead context_layers.0.attn.to_q.weight
-    networks/context_layers.py
+    layer_embedding                                      [layers, width of the tokens], the background's first
+    shared.diffusion_model.<…>.attn1.to_k.weight         difference, for background and whole picture
+    foreground.diffusion_model.<…>.attn1.to_k.weight     difference, for the objects instead
+    context_layers.0.attn.to_q.weight                    networks/context_layers.py
 
 Differences, so that LoRAs, adapters and other checkpoints of the family go with them. `python -m training dreamlayer`
 makes such files.
@@ -28,6 +26,7 @@ from torch import Tensor, nn
 from ..networks.context_layers import ContextLayers
 from . import foreground, transparency, transparency_model
 from .kept import Kept
+from .layer_rows import Rows
 
 EMBEDDING, CONTEXT = "layer_embedding", "context_layers."
 SHIPPED = "strata_mini_dreamlayer.safetensors"
@@ -71,7 +70,7 @@ class Terms(Kept):
         parts = (self.shared, 0, 1), (self.foreground, 1, layers - 2), (self.shared, layers - 1, 1)
         with ExitStack() as stack:
             for added, first, number in parts:
-                stack.enter_context(foreground.acting(unet, added, strength, foreground.Rows(layers, first, number)))
+                stack.enter_context(foreground.acting(unet, added, strength, Rows(layers, first, number)))
             yield
 
 

@@ -12,20 +12,24 @@ from functools import partial
 
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..networks.context_layers import ContextLayers
 from ..techniques import shared_layers as dreamlayer
 from . import foreground, layer_modules
-from .attention_blocks import Place, around, check_tokens, place_of, size_of, transformers
-from .foreground import Rows
+from .attention_blocks import Place, check_tokens, place_of, size_of, transformers, with_patches
 from .kept import Kept, Record
 from .layer_prompts import LAYERS
+from .layer_rows import Method, Rows, conditional_first, is_between
 
-KEY, SHARING, MAPS, RUN, RECORD, PATH = (
-    f"strata_layers{name}" for name in ("", "_sharing", "_maps", "_run", "_record", "_path")
+METHOD = Method(
+    key="strata_layers",
+    marker=LAYERS,
+    needs="layers need",
+    tells="which words belong to which layer",
+    node="Layer prompts",
 )
+SHARING, MAPS, TRAJECTORY = (f"strata_layers_{name}" for name in ("sharing", "maps", "trajectory"))
 
 
 @dataclass(frozen=True)
@@ -54,41 +58,47 @@ class Run:
     """One sampling run: the positions of each layer's words, back to front, in so many tokens, and the maps of the
     latest conditional estimate.
 
-    path: the whole picture at each noise level, when it is a given one. No layer then changes it, and it alone is what
-    the others look at.
+    trajectory: the whole picture at each noise level, when it is a given one. No layer then changes it, and it sees
+    itself alone.
     """
 
     words: list[list[int]]
     tokens: int
     record: Record | None = None
-    path: Callable[[float], Tensor] | None = None
+    trajectory: Callable[[float], Tensor] | None = None
     maps: Tensor | None = None
 
     @property
     def layers(self) -> int:
         return layer_count(self.words)
 
+    @property
+    def rows(self) -> Rows:
+        return object_rows(self.layers)
+
 
 @dataclass
 class Call:
-    """One call of the model. sharing and mixing: strengths; looked_at: where maps are taken from; lead: number of the
-    conditional estimate.
+    """One call of the model. sharing, mixing: strengths; map_places: where maps are taken from; conditional: the number
+    of that estimate.
+
+    shares, hidden: of each of those places so far, the attention to the objects' words, and what came in.
     """
 
     run: Run
     sharing: float
     mixing: float
-    looked_at: list[Place]
-    lead: int | None
+    map_places: list[Place]
+    conditional: int | None
     terms: layer_modules.Terms | None = None
     refine: ContextLayers | None = None
     shares: list[Tensor] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
 
-    def whole(self, values: Tensor, options: dict) -> Tensor:
+    def of_whole_picture(self, values: Tensor, options: dict) -> Tensor:
         """The whole picture's rows of the conditional estimate."""
         chunks = options["cond_or_uncond"]
-        return values.chunk(len(chunks))[chunks.index(self.lead)][self.run.layers - 1 :: self.run.layers]
+        return values.chunk(len(chunks))[chunks.index(self.conditional)][self.run.layers - 1 :: self.run.layers]
 
 
 def layer_count(words: list) -> int:
@@ -133,8 +143,7 @@ def map_context(model: ModelPatcher, settings: Maps, modules: layer_modules.Laye
 def without_layers(model: ModelPatcher) -> ModelPatcher:
     """A clone without both, for a single picture."""
     model = model.clone()
-    for kind in _WRAPPERS:
-        model.remove_wrappers_with_key(kind, KEY)
+    METHOD.detach(model)
     return model
 
 
@@ -165,87 +174,58 @@ def _attach(model: ModelPatcher, key: str, settings: Sharing | Maps, networks: l
     if networks:
         foreground.load_with(model, networks)
     model.model_options["transformer_options"][key] = settings
-    if not model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
-        for kind, wrapper in _WRAPPERS.items():
-            model.add_wrapper_with_key(kind, KEY, wrapper)
+    if not METHOD.is_on(model):
+        METHOD.attach(model, _start, _calculate, _denoise)
     return model
 
 
-def _start_run(executor, noise: Tensor, *args, **kwargs):
-    guider = executor.class_obj
-    entries = [entry for entries in guider.conds.values() for entry in entries]
-    layered = next((entry for entry in entries if LAYERS in entry), None)
-    if layered is None:
-        raise ValueError(
-            "positive: this conditioning does not say which words belong to which layer; make it with Layer prompts."
-        )
-    if any("area" in entry for entry in entries):
-        raise ValueError(
-            "positive or negative: a conditioning is limited to an area; layers need conditionings of the whole "
-            "picture."
-        )
-    if any(len(entries) > 1 and any(LAYERS in entry for entry in entries) for entries in guider.conds.values()):
-        raise ValueError("positive: several conditionings are combined; layers need the one of Layer prompts alone.")
-    options = guider.model_options["transformer_options"]  # this run's own copy
-    words = [positions for _, positions in layered[LAYERS]]
-    run = options[RUN] = Run(words, layered["cross_attn"].shape[1], options.get(RECORD), options.get(PATH))
-    object_rows(run.layers).check(noise)
-    return executor(noise, *args, **kwargs)
+def _start(entry: dict, options: dict) -> Run:
+    words = [positions for _, positions in entry[LAYERS]]
+    return Run(words, entry["cross_attn"].shape[1], options.get(METHOD.record_key), options.get(TRAJECTORY))
 
 
 def _calculate(executor, model, conds: list, x: Tensor, timestep: Tensor, model_options: dict):
-    """The conditional estimate before the others while its maps are mixed in: ComfyUI would put them into one batch, or
-    the unconditional first.
-    """
+    """While maps are mixed in, the conditional estimate comes before the others, which use its maps."""
     options = model_options["transformer_options"]
-    run: Run = options[RUN]
+    run: Run = options[METHOD.run_key]
     if run.layers == 1:
         return executor(model, conds, x, timestep, model_options)
-    if run.path is not None:
+    if run.trajectory is not None:
         x = x.clone()
-        x[run.layers - 1 :: run.layers] = run.path(float(timestep.max())).to(x)
-    sharing, maps = options.get(SHARING), options.get(MAPS)
-    sampling, sigma = model.model_sampling, float(timestep.max())
+        x[run.layers - 1 :: run.layers] = run.trajectory(float(timestep.max())).to(x)
 
     def strength(settings, start: float = 0.0) -> float:
-        inside = settings is not None and sampling.percent_to_sigma(
-            settings.end_percent
-        ) <= sigma <= sampling.percent_to_sigma(start)
-        return settings.strength if inside else 0.0
+        acts = settings is not None and is_between(start, settings.end_percent, model.model_sampling, timestep)
+        return settings.strength if acts else 0.0
 
-    lead = next((i for i, entries in enumerate(conds) if entries and any(LAYERS in entry for entry in entries)), None)
+    sharing, maps = options.get(SHARING), options.get(MAPS)
     mixing = strength(maps)
-    places = map_places(model.current_patcher) if maps is not None and (mixing or run.record is not None) else []
     call = Call(
         run,
         strength(sharing, sharing.start_percent) if sharing else 0.0,
         mixing,
-        places,
-        lead,
+        map_places(model.current_patcher) if maps is not None and (mixing or run.record is not None) else [],
+        METHOD.conditional(conds),
         sharing and sharing.terms,
         maps and maps.refine,
     )
-    if not (call.sharing or call.looked_at):
+    if not (call.sharing or call.map_places):
         return executor(model, conds, x, timestep, model_options)
 
-    def calculate(conds: list):
+    def calculate(conds: list, conditional: bool = False):
         call.shares.clear()
         call.hidden.clear()
-        return executor(model, conds, x, timestep, {**model_options, "transformer_options": {**options, KEY: call}})
+        call_options = {**model_options, "transformer_options": {**options, METHOD.key: call}}
+        return executor(model, conds, x, timestep, call_options)
 
-    others = [None if i == lead else entries for i, entries in enumerate(conds)]
-    if not mixing or lead is None or not any(others):
-        return calculate(conds)
-    first, rest = calculate([entries if i == lead else None for i, entries in enumerate(conds)]), calculate(others)
-    return [first[i] if i == lead else rest[i] for i in range(len(conds))]
+    return conditional_first(conds, call.conditional, calculate) if mixing else calculate(conds)
 
 
 def _denoise(executor, x: Tensor, timesteps: Tensor, context: Tensor, y, control, options: dict, **kwargs):
-    call: Call | None = options.get(KEY)
+    call: Call | None = options.get(METHOD.key)
     if call is not None:
-        options = _with_patches(
-            options, call, [place for place in transformers(executor.class_obj) if place[0] == "output"]
-        )
+        up = [place for place in transformers(executor.class_obj) if place[0] == "output"]
+        options = _patched(options, call, up)
     if call is None or call.terms is None or not call.sharing:
         return executor(x, timesteps, context, y, control, options, **kwargs)
     with call.terms.acting(executor.class_obj, call.sharing, call.run.layers):
@@ -258,59 +238,53 @@ def _labelled(call: Call, context: Tensor, chunks: list[int]) -> Tensor:
     """The tokens, those of the conditional estimate with the layer embedding. ComfyUI may have repeated them to another
     estimate's length.
     """
-    if call.lead not in chunks:
+    if call.conditional not in chunks:
         return context
     parts = list(context.chunk(len(chunks)))
-    rows = parts[chunks.index(call.lead)]
+    rows = parts[chunks.index(call.conditional)]
     offsets = dreamlayer.layer_offsets(call.terms.embedding.to(rows), call.run.words, call.run.tokens) * call.sharing
-    parts[chunks.index(call.lead)] = rows + offsets.repeat(
+    parts[chunks.index(call.conditional)] = rows + offsets.repeat(
         len(rows) // len(offsets), rows.shape[1] // call.run.tokens, 1
     )
     return torch.cat(parts)
 
 
-_WRAPPERS = {
-    WrappersMP.OUTER_SAMPLE: _start_run,
-    WrappersMP.CALC_COND_BATCH: _calculate,
-    WrappersMP.DIFFUSION_MODEL: _denoise,
-}
-
-
-def _with_patches(options: dict, call: Call, up: list[Place]) -> dict:
-    """The options with our patches around those that are there already, whichever node came first in the graph."""
-    replaced, patches = {**options.get("patches_replace", {})}, {**options.get("patches", {})}
+def _patched(options: dict, call: Call, up: list[Place]) -> dict:
+    replacing, others = {}, {}
     if call.sharing:
-        replaced["attn1"] = around(options, "attn1", up, partial(_attend_jointly, call))
-    if call.lead in options["cond_or_uncond"] and call.looked_at:
-        replaced["attn2"] = around(options, "attn2", call.looked_at, partial(_look, call))
+        replacing["attn1"] = up, partial(_attend_jointly, call)
+    if call.conditional in options["cond_or_uncond"] and call.map_places:
+        replacing["attn2"] = call.map_places, partial(_take_maps, call)
         if call.refine is not None:
-            patches["attn2_patch"] = [*patches.get("attn2_patch", []), partial(_see, call)]
+            others["attn2_patch"] = partial(_take_hidden, call)
     if call.mixing:
-        patches["attn1_patch"] = [*patches.get("attn1_patch", []), partial(_mix, call)]
-    return {**options, "patches": patches, "patches_replace": replaced}
+        others["attn1_patch"] = partial(_mix, call)
+    return with_patches(options, replacing, others)
 
 
 def _attend_jointly(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
     joint = dreamlayer.joint_attention(
-        q, k, v, call.run.layers, lambda *joined: attend(*joined, options), call.run.path is not None
+        q, k, v, call.run.layers, lambda *joined: attend(*joined, options), call.run.trajectory is not None
     )
     return joint if call.sharing == 1 else torch.lerp(attend(q, k, v, options), joint, call.sharing)
 
 
-def _see(call: Call, n: Tensor, context: Tensor, value: Tensor, options: dict) -> tuple[Tensor, Tensor, Tensor]:
-    if place_of(options) in call.looked_at:
-        call.hidden.append(call.whole(n, options))
+def _take_hidden(call: Call, n: Tensor, context: Tensor, value: Tensor, options: dict) -> tuple[Tensor, Tensor, Tensor]:
+    if place_of(options) in call.map_places:
+        call.hidden.append(call.of_whole_picture(n, options))
     return n, context, value
 
 
-def _look(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
+def _take_maps(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
     """Takes the maps from the whole picture's rows of the conditional estimate; the last place makes the run's maps of
     the sum.
     """
     call.shares.append(
-        dreamlayer.token_shares(call.whole(q, options), call.whole(k, options), options["n_heads"], call.run.words[1:])
+        dreamlayer.token_shares(
+            call.of_whole_picture(q, options), call.of_whole_picture(k, options), options["n_heads"], call.run.words[1:]
+        )
     )
-    if place_of(options) == call.looked_at[-1]:
+    if place_of(options) == call.map_places[-1]:
         maps = dreamlayer.context_maps(torch.stack(call.shares).sum(0))
         if call.refine is not None:
             maps = call.refine(maps, torch.stack(call.hidden).sum(0).to(maps))

@@ -15,6 +15,7 @@ from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor
 
 from . import attention_sharing, foreground
+from .layer_rows import LAYERFUSION, Rows
 from .transparency import FAMILIES, FIRST, Transparency, fits, structure
 
 KEY = "strata_transparency"
@@ -46,9 +47,7 @@ def apply(
     return clone
 
 
-def apply_to_foreground(
-    model: ModelPatcher, transparency: Transparency, rows: foreground.Rows = foreground.FUSION
-) -> ModelPatcher:
+def apply_to_foreground(model: ModelPatcher, transparency: Transparency, rows: Rows = LAYERFUSION) -> ModelPatcher:
     """A clone whose foreground rows have the adapter's weights, while the others have the model's own; rows:
     LayerFusion's, or those of more layers.
     """

@@ -15,9 +15,9 @@ import torch
 from mini_models import CHECKPOINT, LAYER_MODEL, OUTPUT
 from safetensors.torch import load_file
 from strata.patches import mini_family, transparency, transparency_model, transparent_latents
-from strata.patches.branches import sample_branches
 from strata.patches.fusion import Settings, blend_attention
 from strata.patches.layer_prompts import encode_prompts
+from strata.patches.layer_rows import sample_rows
 from strata.scenes import renderer
 from strata.techniques import metrics
 from strata.techniques.compositing import flatten
@@ -101,7 +101,7 @@ def drawn(family, seeds: range, steps=15, wide=True):
 
         def triplet(where, what=what, settings=settings):
             positive = encode_prompts(family.clip, (what, f"{renderer.EMPTY} {where}", f"{what} {where}"))
-            front, back, both = sample_branches(layered, positive, 3, **settings, own_noise=0.0)
+            front, back, both = sample_rows(layered, positive, 3, **settings, own_noise=0.0)
             colour, alpha = foreground(family, front)
             return {
                 "colour": colour,
@@ -111,7 +111,7 @@ def drawn(family, seeds: range, steps=15, wide=True):
             }
 
         positive = family.clip.encode_from_tokens_scheduled(family.clip.tokenize(what))
-        colour, alpha = foreground(family, sample_branches(alone, positive, 1, **settings)[0])
+        colour, alpha = foreground(family, sample_rows(alone, positive, 1, **settings)[0])
         parts = {
             **triplet(first),
             **{f"other {key}": value for key, value in triplet(second).items()},

@@ -9,8 +9,8 @@ import pytest
 import torch
 from einops import rearrange
 from strata.patches import attention_sharing, transparency, transparency_model
-from strata.patches.branches import sample_branches
 from strata.patches.fusion import Settings, blend_attention
+from strata.patches.layer_rows import sample_rows
 
 from . import fusion_reference
 from . import random_transparency as random_files
@@ -158,7 +158,7 @@ def test_every_frame_has_its_own_prompt_whatever_the_lengths():
     latent = {"samples": torch.zeros(2, 4, 8, 16)}
     prompts = [(name, [[one, {}]]) for name, one in zip(("foreground", "background", "blended"), tokens, strict=True)]
     settings = {"seed": 3, "steps": 2, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
-    found = sample_branches(
+    found = sample_rows(
         transparency_model.share(model, files, 3),
         attention_sharing.together(prompts),
         3,
@@ -185,7 +185,7 @@ def test_every_frame_has_its_own_prompt_whatever_the_lengths():
     for frame in range(3):
         assert (found[frame]["samples"] - expected[frame::3]).abs().max() < 1e-3 * expected.abs().max()
     other = [prompts[0], prompts[2], prompts[1]]
-    swapped = sample_branches(
+    swapped = sample_rows(
         transparency_model.share(model, files, 3),
         attention_sharing.together(other),
         3,

@@ -294,12 +294,11 @@ def test_reusing_the_structure_saves_all_prior_passes_but_the_first(models):
 
 def test_the_reused_structure_is_that_of_the_step_before(models):
     model = models("mini")
-    record, options = fusion.Record(), {}
-    patched = blend_attention(model, Settings(reuse=True))
-    patched.model_options["transformer_options"][fusion.RECORD] = record
+    patched, options = blend_attention(model, Settings(reuse=True)), {}
+    record = fusion.METHOD.record(patched)
 
     def keep(q, k, v, extra):
-        call = extra[fusion.KEY]
+        call = extra[fusion.METHOD.key]
         options.setdefault(call.phase, []).append(
             (q[:: 1 if call.phase == "prior" else 3].clone(), k[:: 1 if call.phase == "prior" else 3].clone())
         )

@@ -6,10 +6,10 @@ import comfy.samplers
 import pytest
 import torch
 from mini_models import CHECKPOINT, Family
-from strata.patches.branches import watched
 from strata.patches.inversion import invert
 from strata.patches.layer_prompts import encode_layers
-from strata.patches.shared_layers import PATH, Maps, Sharing, map_context, share_layers, without_layers
+from strata.patches.layer_rows import watched
+from strata.patches.shared_layers import TRAJECTORY, Maps, Sharing, map_context, share_layers, without_layers
 from strata.scenes import renderer
 from strata.techniques.layers import read_layers
 from strata.techniques.shared_layers import joint_attention
@@ -59,7 +59,7 @@ def test_no_layer_changes_the_given_picture_and_it_changes_the_layers(mini):
     def denoised(model, x, positive, path=None):
         model = model.clone()
         if path is not None:
-            model.model_options["transformer_options"][PATH] = path
+            model.model_options["transformer_options"][TRAJECTORY] = path
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(positive, mini.negative)
         guider.set_cfg(1.0)

@@ -153,9 +153,8 @@ def test_the_maps_are_a_quarter_of_the_latent_wide_as_published_16_tokens_at_512
     assert {place[1] for place in shared_layers.map_places(models("SDXL"))} == {7, 8} and len(
         shared_layers.map_places(models("SDXL"))
     ) == 20
-    record = shared_layers.Record()
     model = map_context(models("SD1.5"), Maps())
-    model.model_options["transformer_options"][shared_layers.RECORD] = record
+    record = shared_layers.METHOD.record(model)
     sample(model, layered(model), conditioning(model, 2, rows=1), steps=2, x=noise(4, side=32))
     assert [maps.shape for maps in record.steps] == [(1, 2, 8, 8)] * 2 and all(
         maps.min() == 0 and maps.max() == 1 for maps in record.steps

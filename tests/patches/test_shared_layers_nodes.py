@@ -10,8 +10,8 @@ from strata.networks.transparency import TransparentDecoder
 from strata.nodes.harmonize import HarmonizeLayers
 from strata.nodes.shared_layers import NOISE, ContextMaps, LayerPrompts, LayersSampler, SharedLayers
 from strata.patches import mini_family, transparency
-from strata.patches.branches import sample_branches
 from strata.patches.layer_prompts import LAYERS
+from strata.patches.layer_rows import sample_rows
 from strata.techniques.compositing import flatten
 from strata.techniques.layers import read_layers, write_layers
 from strata.techniques.shared_layers import map_alphas
@@ -136,7 +136,7 @@ def test_a_background_alone_is_the_stock_samplers(loaded):
         "latent_image": {"samples": torch.zeros(2, 4, HEIGHT // 8, WIDTH // 8)},
     }
     with torch.inference_mode():
-        stock = sample_branches(model, clip.encode_from_tokens_scheduled(clip.tokenize("the beach")), 1, **settings)[0]
+        stock = sample_rows(model, clip.encode_from_tokens_scheduled(clip.tokenize("the beach")), 1, **settings)[0]
     assert (
         torch.equal(latent["samples"], stock["samples"])
         and torch.equal(composite, whole)

@@ -3,7 +3,7 @@
 import comfy.sample
 import pytest
 import torch
-from strata.patches.branches import _noise
+from strata.patches.layer_rows import _noise
 
 START = torch.zeros(2 * 3, 4, 64, 64)
 
