@@ -11,7 +11,7 @@ import torch
 from comfy.utils import repeat_to_batch_size
 from comfy_api.latest import io
 
-from ..patches import layer_modules, transparency_model, transparent_latents
+from ..patches import layer_files, transparency_model, transparent_latents
 from ..patches.harmonize import remaining_sigmas
 from ..patches.inversion import Inversion, invert
 from ..patches.layer_prompts import LAYERS, encode_layers
@@ -122,7 +122,7 @@ class LoadLayerModules(LayerModelFile):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=layer_modules.choices(),
+                    options=layer_files.choices(layer_files.LayerModules),
                     tooltip=(
                         "A file below models/layer_model that python -m training dreamlayer has made, whatever its "
                         "name."
@@ -139,7 +139,7 @@ class LoadLayerModules(LayerModelFile):
 
     @classmethod
     def execute(cls, file):
-        loaded = layer_modules.load(file)
+        loaded = layer_files.load(file, layer_files.LayerModules)
         return io.NodeOutput(loaded, f"{loaded.name}: {loaded.describe()}")
 
 

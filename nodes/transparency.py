@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import io
 
-from ..patches import transparency as files
+from ..patches import layer_files as files
 from ..patches import transparency_model, transparent_latents
 from ..patches.attention_sharing import together
 from ..patches.layer_rows import sample_rows
@@ -46,7 +46,7 @@ class LoadTransparency(LayerModelFile):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=files.choices(),
+                    options=files.choices(files.Transparency),
                     tooltip=(
                         "A file below models/layer_model, whatever its name. Published files that are missing are in "
                         "the list too; running one says where "
@@ -68,7 +68,7 @@ class LoadTransparency(LayerModelFile):
 
     @classmethod
     def execute(cls, file):
-        loaded = files.load(file)
+        loaded = files.load(file, files.Transparency)
         return io.NodeOutput(loaded, f"{loaded.name}: {loaded.describe()}")
 
 

@@ -19,7 +19,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import comfy.ops
-import folder_paths
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
@@ -29,7 +28,6 @@ from .kept import Kept
 from .layer_rows import Rows
 
 EMBEDDING, CONTEXT = "layer_embedding", "context_layers."
-SHIPPED = "strata_mini_dreamlayer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -74,22 +72,8 @@ class Terms(Kept):
             yield
 
 
-def choices() -> list[str]:
-    return list(dict.fromkeys([*folder_paths.get_filename_list(transparency.KIND), SHIPPED]))
-
-
-def load(name: str) -> LayerModules:
-    """Raises ValueError with one sentence for a missing, damaged or other file."""
-    return recognise(name, transparency.read(name))
-
-
 def recognise(name: str, weights: dict[str, Tensor]) -> LayerModules:
-    """Raises ValueError."""
-    if EMBEDDING not in weights:
-        raise ValueError(
-            f"file: {name} holds no layer modules of DreamLayer; choose {SHIPPED}, or a file that python -m training "
-            "dreamlayer has made."
-        )
+    """Raises ValueError for a damaged file."""
     shared, objects, context = (
         {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
         for prefix in ("shared.", "foreground.", CONTEXT)

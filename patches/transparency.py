@@ -11,11 +11,8 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.ops
-import comfy.utils
-import folder_paths
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
-from safetensors import safe_open
 from torch import Tensor, channels_last, float16, nn
 
 from ..networks.attention_sharing import AttentionSharing, read_shape
@@ -23,7 +20,7 @@ from ..networks.transparency import OffsetEncoder, TransparentDecoder
 
 CONFIGS = Path(__file__).parent.parent / "models_config"
 CONFIG = json.loads((CONFIGS / "transparency.json").read_text(encoding="utf-8"))
-KIND, FAMILIES, LATENTS, FILES = (CONFIG[key] for key in ("folder", "families", "latents", "files"))
+FAMILIES, LATENTS = CONFIG["families"], CONFIG["latents"]
 FIRST = "diffusion_model.input_blocks.0.0.weight"  # the convolution that the latent enters by
 FLUX_LAYER = re.compile(r"(transformer_blocks|double_blocks|single_blocks)[._]\d+[._]")
 WHAT = {
@@ -66,56 +63,6 @@ class Transparency:
         if kind not in self.parts:
             raise ValueError(f"transparency: {self.name} is {self.describe()}; this node needs {wanted}.")
         return self.parts[kind]
-
-
-def choices() -> list[str]:
-    """The files of the folder, and the names of the published ones that can be had."""
-    return list(dict.fromkeys([*folder_paths.get_filename_list(KIND), *(file["name"] for file in FILES)]))
-
-
-def state(name: str) -> str:
-    """What changes when the file does."""
-    path = folder_paths.get_full_path(KIND, name)
-    return f"{path} {Path(path).stat().st_mtime_ns}" if path else ""
-
-
-def missing(name: str) -> str | None:
-    """One sentence that says where to get a file that is not there."""
-    if folder_paths.get_full_path(KIND, name) is not None:
-        return None
-    url = next((file["url"] for file in FILES if file["name"] == name), None)
-    do = f"download it from {url} into" if url else "put it into"
-    return f"file: {name} is not there; {do} {folder_paths.get_folder_paths(KIND)[0]}."
-
-
-def load(name: str) -> Transparency:
-    """Raises ValueError with one sentence for a missing, damaged or unknown file."""
-    return recognise(name, read(name), of_this_pack(Path(folder_paths.get_full_path(KIND, name))))
-
-
-def read(name: str) -> dict[str, Tensor]:
-    """The weights in a file of the folder. Raises ValueError with one sentence for a missing or damaged one."""
-    if absent := missing(name):
-        raise ValueError(absent)
-    path = folder_paths.get_full_path(KIND, name)
-    try:
-        weights = comfy.utils.load_torch_file(path, safe_load=True)
-    except Exception as error:
-        reason = re.split(r"[.:]\s|\n", str(error).strip())[0].rstrip(".")[:120]
-        raise ValueError(
-            f"file: {name} cannot be read ({reason}); it is damaged or not a file of weights, so download it again."
-        ) from error
-    return {key: value for key, value in weights.items() if isinstance(value, Tensor)}
-
-
-def of_this_pack(path: Path) -> bool:
-    """Whether the pack's own trainers wrote the file, which put their command into it: a pair for the mini family can
-    have the published widths.
-    """
-    if path.suffix != ".safetensors":
-        return False
-    with safe_open(path, "pt") as file:
-        return (file.metadata() or {}).get("command", "").startswith("python -m training ")
 
 
 def recognise(name: str, weights: dict[str, Tensor], own: bool = False) -> Transparency:
@@ -203,7 +150,7 @@ def _pair(name: str, weights: dict[str, Tensor], trained_here: bool) -> Transpar
         parts[kind] = ModelPatcher(network, device, comfy.model_management.vae_offload_device())
     if not parts:
         raise ValueError(
-            f"file: {name} holds none of LayerDiffuse's weights; choose one of the files that the help page names."
+            f"file: {name} holds neither LayerDiffuse's weights nor layer modules; choose one that the help page names."
         )
     return Transparency(
         name, tuple(family for family in FAMILIES if FAMILIES[family]["latent"] == found), parts, latent=LATENTS[found]

@@ -57,6 +57,14 @@ def over_gray(colour: Tensor, alpha: Tensor) -> Tensor:
     return 0.5 + (colour - 0.5) * alpha
 
 
+def turned(values: Tensor, flip: bool, quarters: int = 0) -> Tensor:
+    """Pictures [...,H,W] mirrored left to right, or not, and then turned by so many quarters, counterclockwise.
+
+    Source: layerdiffuse, as published: the views that its decoder's passes see
+    """
+    return torch.rot90(values.flip(-1) if flip else values, quarters, (-2, -1))
+
+
 def median_of_passes(
     decode: Callable[[Tensor, Tensor], Tensor], image: Tensor, latent: Tensor, passes: int = 8
 ) -> Tensor:
@@ -68,9 +76,8 @@ def median_of_passes(
     """
     found = []
     for flip, turns in PASSES[passes]:
-        views = [torch.rot90(part.flip(3) if flip else part, turns, (2, 3)) for part in (image, latent)]
-        out = torch.rot90(decode(*views).clamp(0, 1), -turns, (2, 3))
-        found.append(out.flip(3) if flip else out)
+        out = turned(decode(*(turned(part, flip, turns) for part in (image, latent))).clamp(0, 1), False, -turns)
+        found.append(turned(out, flip))
     ordered = torch.stack(found).sort(0).values
     return ordered[3] if passes == 8 else ordered[(passes - 1) // 2 : passes // 2 + 1].mean(0)
 

@@ -20,7 +20,7 @@ from ..networks.autoencoder import Autoencoder
 from ..networks.transparency import OffsetEncoder, TransparentDecoder
 from ..scenes import renderer
 from ..techniques import metrics
-from ..techniques.transparency import extend_colours, median_of_passes, over_gray
+from ..techniques.transparency import extend_colours, median_of_passes, over_gray, turned
 from . import data, latents, loop, settings
 
 HELD_OUT = range(10**9, 10**9 + 64)  # numbers of the cut-outs that are kept for validation
@@ -124,13 +124,11 @@ class Hidden:
             *([torch.from_numpy(self.pool[i]).permute(2, 0, 1) / 255, *self.kept[int(i)]] for i in indices), strict=True
         )
         return tuple(
-            torch.stack([_turned(one.float(), view) for one, view in zip(part, views, strict=True)]).to(device)
+            torch.stack(
+                [turned(one.float(), view > 3, int(view) % 4) for one, view in zip(part, views, strict=True)]
+            ).to(device)
             for part in rows
         )
-
-
-def _turned(picture: Tensor, view: int) -> Tensor:
-    return torch.rot90(picture.flip(2) if view > 3 else picture, int(view) % 4, (1, 2))
 
 
 def losses(config: dict, rgba: Tensor, offset: Tensor, picture: Tensor, found: Tensor) -> dict[str, Tensor]:

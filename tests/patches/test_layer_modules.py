@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from strata.networks.layered_denoiser import LayeredDenoiser, published_form
+from strata.networks.transparency import OffsetEncoder
 from strata.nodes.shared_layers import ContextMaps, LoadLayerModules, SharedLayers
+from strata.nodes.transparency import LoadTransparency
 from strata.patches import foreground, layer_modules, mini_family, shared_layers
 from strata.patches.layer_prompts import encode_layers
 from strata.patches.shared_layers import Maps, Sharing, map_context, object_rows, share_layers
@@ -169,11 +171,6 @@ def test_another_family_and_another_file_are_named(family):
             match="modules: mine.safetensors is for Strata mini and the model is SDXL.*load the file for the model's",
         ):
             make()
-    with pytest.raises(
-        ValueError,
-        match="file: vae.safetensors holds no layer modules of DreamLayer; choose strata_mini_dreamlayer.safetensors",
-    ):
-        layer_modules.recognise("vae.safetensors", {"decoder.weight": torch.zeros(1)})
     broken = {
         key: value
         for key, value in published_form(fresh().state_dict()).items()
@@ -193,6 +190,11 @@ def test_from_the_file_to_the_model_by_the_nodes(family, tmp_path, monkeypatch):
     assert "mine.safetensors is not there" in LoadLayerModules.validate_inputs("mine.safetensors")
     save_file(published_form(denoiser(plain).state_dict()), tmp_path / "mine.safetensors")
     assert LoadLayerModules.validate_inputs("mine.safetensors") is True
+    save_file(OffsetEncoder().state_dict(), tmp_path / "encoder.safetensors")
+    with pytest.raises(ValueError, match="file: encoder.safetensors is an encoder for .* takes layer modules of Dream"):
+        LoadLayerModules.execute("encoder.safetensors")
+    with pytest.raises(ValueError, match="mine.safetensors is layer modules for Strata mini.* takes weights of Layer"):
+        LoadTransparency.execute("mine.safetensors")
     modules, found = LoadLayerModules.execute("mine.safetensors").result
     assert found == f"mine.safetensors: {modules.describe()}"
     shared = SharedLayers.execute(model, 1.0, 0.0, 1.0, modules).result[0]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from strata.networks.transparency import OffsetEncoder, TransparentDecoder
-from strata.patches import mini_family, transparency
+from strata.patches import layer_files, mini_family, transparency
 
 from . import random_transparency as random_files
 
@@ -80,7 +80,7 @@ def test_decoders_are_built_from_their_shapes(widths, levels, channels, families
 def test_the_mini_familys_encoder_is_known_though_it_has_the_published_widths(folder):
     for command, families in (("python -m training transparency", ("Strata mini",)), ("", ("SDXL", "SD1.5"))):
         save_file(OffsetEncoder().state_dict(), folder / "encoder.safetensors", {"command": command})
-        assert transparency.load("encoder.safetensors").families == families
+        assert layer_files.load("encoder.safetensors", transparency.Transparency).families == families
 
 
 def test_encoders_and_fluxs_pickle_of_both_are_known(folder):
@@ -95,7 +95,7 @@ def test_encoders_and_fluxs_pickle_of_both_are_known(folder):
         {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()},
         folder / "TransparentVAE.pth",
     )
-    found = transparency.load("TransparentVAE.pth")
+    found = layer_files.load("TransparentVAE.pth", transparency.Transparency)
     assert (
         found.families == ("Flux",) and set(found.parts) == {"decoder", "encoder"} and not found.latent["alpha_first"]
     )
@@ -113,11 +113,12 @@ def test_the_family_that_this_pack_trains_is_known_from_the_trainers_own_state()
 
 def test_files_are_found_in_every_folder_and_published_ones_are_offered(folder):
     random_files.write(folder / "mine.safetensors", OffsetEncoder((16, 32, 64, 96)).state_dict())
-    assert (
-        transparency.choices()[0] == "mine.safetensors"
-        and "layer_xl_transparent_attn.safetensors" in transparency.choices()
+    assert layer_files.choices(transparency.Transparency)[
+        0
+    ] == "mine.safetensors" and "layer_xl_transparent_attn.safetensors" in layer_files.choices(
+        transparency.Transparency
     )
-    assert transparency.load("mine.safetensors").describe() == "an encoder for Strata mini"
+    assert layer_files.load("mine.safetensors", transparency.Transparency).describe() == "an encoder for Strata mini"
 
 
 class Harmful:
@@ -128,7 +129,7 @@ class Harmful:
 def test_what_cannot_be_used_is_said_in_one_sentence(folder, capsys):
     def refused(name):
         with pytest.raises(ValueError, match="^file: ") as raised:
-            transparency.load(name)
+            layer_files.load(name, transparency.Transparency)
         assert one_sentence(str(raised.value)), raised.value
         return str(raised.value)
 
@@ -159,7 +160,7 @@ def test_what_cannot_be_used_is_said_in_one_sentence(folder, capsys):
     )
     assert "mid_block.resnets.1" in refused("short.safetensors")
     random_files.write(folder / "lora.safetensors", {"text_model.lora_up.weight": torch.zeros(2, 2)})
-    assert "none of LayerDiffuse's" in refused("lora.safetensors")
+    assert "neither LayerDiffuse's" in refused("lora.safetensors")
 
 
 def test_a_file_of_another_kind_is_named():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from figures_layerfusion import FILES
 from safetensors.torch import load_file
-from strata.patches import mini_family, transparency, transparent_latents
+from strata.patches import layer_files, mini_family, transparency, transparent_latents
 from strata.techniques import metrics
 from strata.training.transparency import HELD_OUT, CutOuts
 
@@ -23,7 +23,7 @@ def test_the_shipped_pair_finds_the_alpha_of_held_out_objects(tmp_path):
     mini_family.register()
     vae = comfy.sd.load_checkpoint_guess_config(str(FILES[0]), output_clip=False, output_model=False)[2]
     encoder, decoder = (
-        transparency.recognise(path.name, load_file(path), transparency.of_this_pack(path))
+        transparency.recognise(path.name, load_file(path), layer_files.of_this_pack(path))
         for path in (ENCODER, FILES[2])
     )
     pool = CutOuts(tmp_path, 1, 128, (0.45, 0.85))
