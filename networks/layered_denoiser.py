@@ -23,24 +23,22 @@ class Call:
     """One call for B scenes of L rows: background, objects back to front, whole picture. It goes through the denoiser
     in the place of the context.
 
-    tokens: [B·L,S,D]. words: of each scene, the layers' positions in the whole picture's tokens. ends: [B][L-1], where
-    each layer's own words end.
-    early: [B], 1 where Eq. 9 acts. known: [B,F,h,w], maps for scenes without words. maps, own: [B,F,h,w], by the whole
-    picture and by the
-    objects' own branches, made of what was looked at on the way down.
+    tokens: [B·L,S,D]. token_indices: of each scene, each layer's tokens in the whole picture's. ends: [B][L-1], where
+    each layer's own prompt ends. early: [B], 1 where Eq. 9 acts. known: [B,F,h,w], maps for scenes without words.
+    maps, own: [B,F,h,w], by the whole picture and by the objects' own branches, from the attention of the down blocks.
     """
 
     layers: int
     size: tuple[int, int]
     tokens: Tensor
-    words: list[list[list[int]]]
+    token_indices: list[list[list[int]]]
     ends: list[list[int]]
     early: Tensor
     refine: ContextLayers
     known: Tensor | None = None
     maps: Tensor | None = None
     own: Tensor | None = None
-    looks: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    recorded: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     def size_of(self, x: Tensor) -> tuple[int, int]:
         factor = round((self.size[0] * self.size[1] / x.shape[1]) ** 0.5)
@@ -52,11 +50,11 @@ class Call:
         maps = dreamlayer.resize_maps(self.maps, self.size_of(n)).flatten(2) * self.early[:, None, None]
         return dreamlayer.mix_global_in(n.unflatten(0, (-1, self.layers)), maps).flatten(0, 1)
 
-    def look(self, n: Tensor, q: Tensor, k: Tensor, heads: int) -> None:
+    def record_attention(self, n: Tensor, q: Tensor, k: Tensor, heads: int) -> None:
         n, q, k = (rows.unflatten(0, (-1, self.layers)) for rows in (n, q, k))
-        whole, own = [], []
-        for scene, (words, ends) in enumerate(zip(self.words, self.ends, strict=True)):
-            whole.append(dreamlayer.token_shares(q[scene, -1:], k[scene, -1:], heads, words[1:]))
+        shares, own = [], []
+        for scene, (indices, ends) in enumerate(zip(self.token_indices, self.ends, strict=True)):
+            shares.append(dreamlayer.token_shares(q[scene, -1:], k[scene, -1:], heads, indices[1:]))
             own.append(
                 torch.cat(
                     [
@@ -66,18 +64,18 @@ class Call:
                     1,
                 )
             )
-        self.looks.append((torch.cat(whole), torch.cat(own), n[:, -1]))
+        self.recorded.append((torch.cat(shares), torch.cat(own), n[:, -1]))
 
     def _make_maps(self) -> None:
-        shares, own, hidden = (torch.stack(values).sum(0) for values in zip(*self.looks, strict=True))
+        shares, own, hidden = (torch.stack(values).sum(0) for values in zip(*self.recorded, strict=True))
         size = self.size_of(hidden)
         maps, self.own = (
             values.unflatten(2, size)
             for values in (self.refine(dreamlayer.context_maps(shares), hidden), dreamlayer.context_maps(own))
         )
         if self.known is not None:
-            told = torch.tensor([any(words) for words in self.words], device=maps.device)
-            maps = torch.where(told[:, None, None, None], maps, dreamlayer.resize_maps(self.known, size))
+            has_words = torch.tensor([any(indices) for indices in self.token_indices], device=maps.device)
+            maps = torch.where(has_words[:, None, None, None], maps, dreamlayer.resize_maps(self.known, size))
         self.maps = maps
 
 
@@ -105,13 +103,13 @@ class RowLinear(nn.Module):
 
 
 class LayerBlock(nn.Module):
-    """A transformer block of the UNet, its parts under the names that they had. up: it shares attention. looked_at:
+    """A transformer block of the UNet, its parts under the names that they had. up: it shares attention. gives_maps:
     maps are taken from it.
     """
 
-    def __init__(self, plain: TransformerBlock, adapter: dict[str, Tensor], up: bool, looked_at: bool):
+    def __init__(self, plain: TransformerBlock, adapter: dict[str, Tensor], up: bool, gives_maps: bool):
         super().__init__()
-        self.attn1, self.attn2, self.ff, self.up, self.looked_at = plain.attn1, plain.attn2, plain.ff, up, looked_at
+        self.attn1, self.attn2, self.ff, self.up, self.gives_maps = plain.attn1, plain.attn2, plain.ff, up, gives_maps
         self.norm1, self.norm2, self.norm3 = plain.norm1, plain.norm2, plain.norm3
         for name in ("attn1", "attn2"):
             module = getattr(self, name)
@@ -125,15 +123,15 @@ class LayerBlock(nn.Module):
             n = call.mix(n)
         x = x + self._attend(self.attn1, n, n, call, self.up)
         n = self.norm2(x)
-        x = x + self._attend(self.attn2, n, call.tokens, call, False, self.looked_at)
+        x = x + self._attend(self.attn2, n, call.tokens, call, False, self.gives_maps)
         return x + self.ff(self.norm3(x))
 
     def _attend(
-        self, module: Attention, n: Tensor, context: Tensor, call: Call, jointly: bool, look: bool = False
+        self, module: Attention, n: Tensor, context: Tensor, call: Call, jointly: bool, gives_maps: bool = False
     ) -> Tensor:
         q, k, v = module.to_q(n, call.layers), module.to_k(context, call.layers), module.to_v(context, call.layers)
-        if look:
-            call.look(n, q, k, module.heads)
+        if gives_maps:
+            call.record_attention(n, q, k, module.heads)
 
         def attend(*parts: Tensor) -> Tensor:
             parts = (part.unflatten(-1, (module.heads, -1)).transpose(1, 2) for part in parts)
@@ -172,14 +170,16 @@ class LayeredDenoiser(nn.Module):
         self.model, self.cond_stage_model = plain.requires_grad_(False).model, plain.cond_stage_model
         self.end, unet = end, self.unet
         blocks = [(name, module) for name, module in unet.named_modules() if isinstance(module, TransformerBlock)]
-        looked_at = map_blocks(unet)
+        gives_maps = map_blocks(unet)
         for name, block in blocks:
             terms = {key.removeprefix(f"{name}."): term for key, term in adapter.items() if key.startswith(f"{name}.")}
-            unet.set_submodule(name, LayerBlock(block, terms, name.startswith("output_blocks"), name in looked_at))
+            unet.set_submodule(name, LayerBlock(block, terms, name.startswith("output_blocks"), name in gives_maps))
         self.layer_embedding = nn.Parameter(
-            torch.zeros(1 + most_objects, unet.get_submodule(looked_at[-1]).attn2.to_k.weight.shape[1])
+            torch.zeros(1 + most_objects, unet.get_submodule(gives_maps[-1]).attn2.to_k.weight.shape[1])
         )
-        self.context_layers = ContextLayers(context_layers, unet.get_submodule(looked_at[-1]).norm2.normalized_shape[0])
+        self.context_layers = ContextLayers(
+            context_layers, unet.get_submodule(gives_maps[-1]).norm2.normalized_shape[0]
+        )
 
     @property
     def unet(self) -> UNet:
@@ -200,19 +200,21 @@ class LayeredDenoiser(nn.Module):
         return noise.unflatten(0, (-1, layers)), call.maps, call.own
 
     def embed(self, rows: Tensor) -> tuple[Tensor, list[list[list[int]]], list[list[int]]]:
-        """[B,L-1,77] -> a Call's tokens, words and ends."""
+        """[B,L-1,77] -> a Call's tokens, token_indices and ends."""
         unique, place = rows.flatten(0, 1).unique(dim=0, return_inverse=True)
         encoded = self.cond_stage_model["transformer"]["text_model"](unique)[place].unflatten(0, rows.shape[:2])
         ends = (rows == self.end).int().argmax(-1).tolist()
-        tokens, words = [], []
+        tokens, token_indices = [], []
         for layers, own in zip(encoded, ends, strict=True):
-            whole, places = dreamlayer.global_embedding(list(layers), [[end] for end in own])
-            scene = torch.cat([layers, whole[None]])
+            joined, own_indices = dreamlayer.global_embedding(list(layers), [[end] for end in own])
+            scene = torch.cat([layers, joined[None]])
             tokens.append(
-                scene + dreamlayer.layer_offsets(self.layer_embedding, places, len(whole)) if any(places) else scene
+                scene + dreamlayer.layer_offsets(self.layer_embedding, own_indices, len(joined))
+                if any(own_indices)
+                else scene
             )
-            words.append(places)
-        return torch.cat(tokens), words, ends
+            token_indices.append(own_indices)
+        return torch.cat(tokens), token_indices, ends
 
 
 def published_form(state: dict[str, Tensor]) -> dict[str, Tensor]:

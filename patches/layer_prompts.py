@@ -8,9 +8,8 @@ from torch import Tensor
 from ..techniques.shared_layers import global_embedding
 
 END_TOKENS = "strata_end_tokens"  # positions of the ends of the foreground's prompt
-LAYERS = (
-    "strata_layers"  # (prompt, positions of its words in the whole picture's embedding) for each layer, back to front
-)
+# (prompt, indices of its tokens in the whole picture's embedding) for each layer, back to front
+LAYERS = "strata_layers"
 
 
 def encode_prompts(clip, prompts: tuple[str, str, str]) -> list:
@@ -44,11 +43,11 @@ def encode_layers(clip, background: str, objects: list[str]) -> list:
         return [[cond, {**values, LAYERS: [(background, [])]}] for cond, values in encoded[0]]
     together = clip.encode_from_tokens_scheduled(clip.tokenize(", ".join(filter(None, [*objects[::-1], background]))))
     found = []
-    for *entries, whole in zip(*encoded, together, strict=True):
-        embedding, words = global_embedding([cond[0] for cond, _ in entries], ends, chunk)
-        cond, values = _join([*entries, [embedding[None], whole[1]]], clip)
-        words = [_repeated(own, len(embedding), cond.shape[1]) for own in words]
-        found.append([cond, {**values, LAYERS: list(zip(prompts, words, strict=True))}])
+    for *entries, (_, joined) in zip(*encoded, together, strict=True):
+        embedding, token_indices = global_embedding([cond[0] for cond, _ in entries], ends, chunk)
+        cond, values = _join([*entries, [embedding[None], joined]], clip)
+        token_indices = [_repeated(own, len(embedding), cond.shape[1]) for own in token_indices]
+        found.append([cond, {**values, LAYERS: list(zip(prompts, token_indices, strict=True))}])
     return found
 
 

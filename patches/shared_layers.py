@@ -55,14 +55,14 @@ class Maps(Kept):
 
 @dataclass
 class Run:
-    """One sampling run: the positions of each layer's words, back to front, in so many tokens, and the maps of the
+    """One sampling run: the indices of each layer's tokens, back to front, in so many tokens, and the maps of the
     latest conditional estimate.
 
     trajectory: the whole picture at each noise level, when it is a given one. No layer then changes it, and it sees
     itself alone.
     """
 
-    words: list[list[int]]
+    token_indices: list[list[int]]
     tokens: int
     record: Record | None = None
     trajectory: Callable[[float], Tensor] | None = None
@@ -70,7 +70,7 @@ class Run:
 
     @property
     def layers(self) -> int:
-        return layer_count(self.words)
+        return layer_count(self.token_indices)
 
     @property
     def rows(self) -> Rows:
@@ -101,9 +101,9 @@ class Call:
         return values.chunk(len(chunks))[chunks.index(self.conditional)][self.run.layers - 1 :: self.run.layers]
 
 
-def layer_count(words: list) -> int:
+def layer_count(layers: list) -> int:
     """Rows of one scene: background, objects and whole picture; a background alone is the whole picture."""
-    return len(words) + 1 if len(words) > 1 else 1
+    return len(layers) + 1 if len(layers) > 1 else 1
 
 
 def object_rows(count: int) -> Rows:
@@ -180,8 +180,8 @@ def _attach(model: ModelPatcher, key: str, settings: Sharing | Maps, networks: l
 
 
 def _start(entry: dict, options: dict) -> Run:
-    words = [positions for _, positions in entry[LAYERS]]
-    return Run(words, entry["cross_attn"].shape[1], options.get(METHOD.record_key), options.get(TRAJECTORY))
+    token_indices = [indices for _, indices in entry[LAYERS]]
+    return Run(token_indices, entry["cross_attn"].shape[1], options.get(METHOD.record_key), options.get(TRAJECTORY))
 
 
 def _calculate(executor, model, conds: list, x: Tensor, timestep: Tensor, model_options: dict):
@@ -242,7 +242,9 @@ def _labelled(call: Call, context: Tensor, chunks: list[int]) -> Tensor:
         return context
     parts = list(context.chunk(len(chunks)))
     rows = parts[chunks.index(call.conditional)]
-    offsets = dreamlayer.layer_offsets(call.terms.embedding.to(rows), call.run.words, call.run.tokens) * call.sharing
+    offsets = (
+        dreamlayer.layer_offsets(call.terms.embedding.to(rows), call.run.token_indices, call.run.tokens) * call.sharing
+    )
     parts[chunks.index(call.conditional)] = rows + offsets.repeat(
         len(rows) // len(offsets), rows.shape[1] // call.run.tokens, 1
     )
@@ -281,7 +283,10 @@ def _take_maps(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, op
     """
     call.shares.append(
         dreamlayer.token_shares(
-            call.of_whole_picture(q, options), call.of_whole_picture(k, options), options["n_heads"], call.run.words[1:]
+            call.of_whole_picture(q, options),
+            call.of_whole_picture(k, options),
+            options["n_heads"],
+            call.run.token_indices[1:],
         )
     )
     if place_of(options) == call.map_places[-1]:

@@ -78,12 +78,12 @@ class SceneLayers:
     def _encode(self, index: int) -> np.ndarray:
         """[MOST+2,5,h,w]: latents and alphas of the layers, then nothing."""
         scene = renderer.render(self.request(index), self.side, self.side, index)
-        background, whole = self.autoencoder.encode(_tensor([scene.background, scene.composite]))
+        background, composite = self.autoencoder.encode(_tensor([scene.background, scene.composite]))
         rgba = _tensor([one.rgba for one in scene.objects])
         rgba = torch.cat([extend_colours(rgba[:, :3], rgba[:, 3:]), rgba[:, 3:]], 1)
         objects = sum(hidden(rgba, self.autoencoder, self.encoder))
         found = torch.zeros(self.values.shape[1:])
-        layers = torch.stack([background, *objects, whole])
+        layers = torch.stack([background, *objects, composite])
         found[: len(layers), :4] = layers
         found[1 : len(layers) - 1, 4:] = resize_maps(rgba[:, 3:], layers.shape[-2:])
         return found.numpy()
@@ -138,11 +138,11 @@ def loss_of(
         1, config["early_weight"]
     )
     weight = weight.float().to(device)
-    told = torch.from_numpy(kept).float().to(device)
+    has_words = torch.from_numpy(kept).float().to(device)
     wanted = resize_maps(alphas, maps.shape[-2:]).flatten(2)
-    context = (map_distance(maps.flatten(2), wanted) * told).mean()
+    context = (map_distance(maps.flatten(2), wanted) * has_words).mean()
     layout = (
-        map_distance(maps.flatten(2).detach(), own.flatten(2)) * told
+        map_distance(maps.flatten(2).detach(), own.flatten(2)) * has_words
     ).mean()  # the whole picture guides the objects, not they it
     total = (weight * error).mean() + config["context_weight"] * context + config["layout_weight"] * layout
     return {"loss": total, "error": error.mean().detach(), "context": context.detach(), "layout": layout.detach()}
