@@ -27,6 +27,9 @@ run:  ## make run W=workflows/layers_roundtrip.json ARGS="--out pictures"
 figures:  ## measure every number of README and docs again, into docs/figures.json (about an hour)
 	$(EXEC) tools/figures.py $(ARGS)
 
+mutants:  ## change the code in one place at a time, and see whether a test notices
+	$(EXEC) tools/mutants.py $(ARGS)
+
 bench:  ## time and memory against plain ways of doing the same
 	$(EXEC) tools/bench.py $(ARGS)
 
@@ -35,4 +38,4 @@ mini:  ## train the mini family from nothing and write its files; goes on where 
 	$(EXEC) -m training publish
 	$(EXEC) -m training judge
 
-.PHONY: demo test test-full check serve run figures bench mini
+.PHONY: demo test test-full check serve run figures mutants bench mini
