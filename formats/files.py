@@ -15,7 +15,7 @@ from torch import Tensor
 from ..techniques.layers import LayerStack
 from . import openraster, png, psd
 from .groups import GROUPS
-from .raster import in_parallel, on_canvas, plain_name, to_bytes
+from .raster import Refused, in_parallel, on_canvas, plain_name, to_bytes
 
 FORMATS = ("PSD", "OpenRaster", "PNG layers", "WebP layers")
 SUFFIXES = (".psd", ".psb", ".ora")  # what can be loaded
@@ -76,7 +76,11 @@ def load(path: Path, groups: str = GROUPS[0], notes: list[str] | None = None) ->
     if not head:
         raise ValueError(f"{path.name} is empty; save or upload it again.")
     if head == b"8BPS" or head[:2] == b"PK":
-        stack = psd.read(path, groups, notes) if head == b"8BPS" else openraster.read(path, groups, notes)
+        try:
+            stack = psd.read(path, groups, notes) if head == b"8BPS" else openraster.read(path, groups, notes)
+        except Refused as error:
+            raise error if str(error).startswith(path.name) else Refused(f"{path.name}: {error}") from error
+        notes[:] = dict.fromkeys(notes)  # a base's own come up once for each layer clipped to it
         # Krita's end in NUL.
         return stack.with_layers(
             replace(layer, name=plain_name(layer.name.rstrip("\0")) or "Layer") for layer in stack.layers

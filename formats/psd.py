@@ -399,7 +399,7 @@ def _unread(item) -> list[tuple[str, str]]:
         and not item.vector_mask.disabled,
         ("Blend If ranges", "are"): any(limit not in ((0, 65535), (0, 0)) for limit in limits),
         ("knockout", "is"): int(item.tagged_blocks.get_data(Tag.KNOCKOUT_SETTING, 0)) > 0,
-        ("setting that clipped layers do not blend as a group", "is"): not int(
+        ("setting 'Blend Clipped Layers as Group'", "is"): not int(
             item.tagged_blocks.get_data(Tag.BLEND_CLIPPING_ELEMENTS, 1)
         ),
     }

@@ -271,7 +271,7 @@ def test_a_group_larger_than_any_layer_is_refused_by_name(tmp_path):
     document.create_group(inner, name="wide")
     document.save(tmp_path / "wide.psd")
     assert len(files.load(tmp_path / "wide.psd").layers) == 2
-    with pytest.raises(ValueError, match="^group 'wide' is 20002×2; sides must be"):
+    with pytest.raises(ValueError, match="^wide.psd: group 'wide' is 20002×2; sides must be"):
         files.load(tmp_path / "wide.psd", "one layer each")
 
 
@@ -579,7 +579,7 @@ def test_what_photoshop_draws_a_layer_by_is_told_where_it_is_not_read(tmp_path):
     assert notes == [
         "The Blend If ranges of layer 'range' are not read.",
         "The knockout of layer 'knocked' is not read.",
-        "The setting that clipped layers do not blend as a group of layer 'none' is not read.",
+        "The setting 'Blend Clipped Layers as Group' of layer 'none' is not read.",
     ]
 
 
