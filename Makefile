@@ -1,12 +1,17 @@
 PYTHON ?= python3
 EXEC = $(PYTHON) tools/host.py exec
+# Each worker has a ComfyUI of its own and about 2 GB; a file is one worker's.
+WORKERS = -n auto --maxprocesses 4 --dist loadfile
 
 demo:  ## set everything up, run the bundled workflows, leave pictures under output/demo
 	$(EXEC) tools/demo.py $(if $(IMAGE),--image "$(IMAGE)") $(if $(DEPTH),--depth "$(DEPTH)") $(if $(DEPTH_IS),--depth-is $(DEPTH_IS))
 
 test:  ## every test but the slow ones, the browser's included
 	$(EXEC) tools/chromium.py
-	$(EXEC) -m pytest $(ARGS)
+	$(EXEC) -m pytest $(WORKERS) $(ARGS)
+
+quick:  ## the mathematics, the files and the rooms: under two minutes
+	$(EXEC) -m pytest $(WORKERS) tests/techniques tests/formats tests/test_rooms.py tests/scenes tests/patches/test_networks.py $(ARGS)
 
 test-full:  ## the slow ones too
 	$(MAKE) test ARGS='-m "slow or not slow" $(ARGS)'
@@ -38,4 +43,4 @@ mini:  ## train the mini family from nothing and write its files; goes on where 
 	$(EXEC) -m training publish
 	$(EXEC) -m training judge
 
-.PHONY: demo test test-full check serve run figures mutants bench mini
+.PHONY: demo test quick test-full check serve run figures mutants bench mini

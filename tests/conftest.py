@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -23,6 +24,8 @@ def _register_pack() -> None:
     spec.loader.exec_module(module)
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers are as many as the processor's cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 _register_pack()
 sys.path.insert(0, str(PACK / "tools"))
 
