@@ -1,6 +1,5 @@
 """LayerFusion: foreground, background and blended picture sampled together."""
 
-import torch
 from comfy_api.latest import io
 
 from ..patches import transparency_model
@@ -8,6 +7,7 @@ from ..patches.branches import sample_branches
 from ..patches.foreground import BRANCHES
 from ..patches.fusion import BLOCKS, RECORD, Record, Settings, blend_attention
 from ..patches.layer_prompts import encode_prompts
+from ..techniques.fusion import map_strips
 from .sampling import sampling_inputs
 from .sockets import Node, Transparency, schema
 
@@ -164,16 +164,8 @@ class AttentionBlend(Node):
     ):
         if transparency is not None:
             model = transparency_model.apply_to_foreground(model, transparency)
-        settings = Settings(
-            strength,
-            boundary,
-            start_percent,
-            end_percent,
-            BLOCKS[blocks],
-            structure == STRUCTURE[1],
-            blended_text == BLENDED_TEXT[1],
-            entry == ENTRY[1],
-        )
+        switches = structure == STRUCTURE[1], blended_text == BLENDED_TEXT[1], entry == ENTRY[1]
+        settings = Settings(strength, boundary, start_percent, end_percent, BLOCKS[blocks], *switches)
         return io.NodeOutput(blend_attention(model, settings))
 
 
@@ -227,18 +219,6 @@ class LayerFusionSampler(Node):
         return io.NodeOutput(
             *sample_branches(model, positive, BRANCHES, **sampling, own_noise=NOISE[noise]), map_strips(record.steps)
         )
-
-
-def map_strips(steps: list[torch.Tensor]) -> torch.Tensor:
-    """[steps × pictures,4H,4·K·W,3] of maps [N,K,H,W] of each step, each stretched to its own range; a black pixel
-    where there are none.
-    """
-    if not steps:
-        return torch.zeros(1, 1, 1, 3)
-    maps = torch.cat(steps)
-    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
-    strip = torch.cat(((maps - low) / (high - low).clamp_min(1e-12)).unbind(1), -1)
-    return strip.repeat_interleave(4, 1).repeat_interleave(4, 2)[..., None].expand(-1, -1, -1, 3).contiguous()
 
 
 NODES = [EncodeLayerPrompts, AttentionBlend, LayerFusionSampler]
