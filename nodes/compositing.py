@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import comfy.samplers
-import latent_preview
 import numpy as np
 import torch
 from comfy_api.latest import io
@@ -11,16 +10,16 @@ from PIL import Image, ImageDraw
 
 import nodes as comfyui_nodes
 
-from ..patches import feature_guidance, inversion_cache
-from ..patches.feature_guidance import STARTS, UNCONDITIONAL, Plane, Settings
-from ..patches.inversion import METHODS, Inversion, invert
+from ..patches import inversion_cache
+from ..patches.feature_guidance import STARTS, UNCONDITIONAL, Plane, Planes, Settings, guider, insertion_guider
+from ..patches.inversion import METHODS, Inversion
 from ..techniques.depth import RANGES, amodal_mask
 from ..techniques.feature_guidance import NORMS
 from ..techniques.harmonization import feathered
 from ..techniques.losses import psnr
 from . import sockets
-from .depth import MISSING, NEAR, THRESHOLD, box_or_region, depth_input, range_inputs, read_depth, save_temporary
-from .inputs import centred, encodable, seen_by_latent
+from .depth_inputs import MISSING, NEAR, THRESHOLD, box_or_region, depth_input, range_inputs, read_depth
+from .inputs import centred, encodable, save_temporary, seen_by_latent
 from .sockets import Node, schema
 
 SOURCES = ("recompute", "cache")
@@ -151,42 +150,13 @@ class InvertImage(Node):
         image = encodable(image, vae)[..., :3]
         sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
         latent = vae.encode(image)
-        settings = {"ddim": (), "null-text": (negative, cfg, inner_steps), "noise only": (seed,)}[method]
-        name = (
-            inversion_cache.key(model, latent, positive, sigmas, method, *settings)
-            if disk_cache == "on" and method != "noise only"
-            else None
+        found = inversion_cache.invert_once(
+            model, latent, positive, negative, sigmas, method, cfg, inner_steps, seed, checkpointing, disk_cache == "on"
         )
-        found = _from_disk(inversion_cache.load(name) if name else None, positive, method)
-        if found is None:
-            callback = latent_preview.prepare_callback(model, 2 * (len(sigmas) - 1))
-            found = invert(
-                model, latent, positive, negative, sigmas, method, cfg, inner_steps, seed, callback, checkpointing
-            )
-            if name:
-                inversion_cache.store(
-                    name,
-                    {key: value for key, value in vars(found).items() if isinstance(value, torch.Tensor)}
-                    | {"flow": torch.tensor(found.flow)},
-                )
         after = vae.decode(latent if found.reconstruction is None else found.reconstruction)[..., :3].cpu()
         report = _report(found, latent, image, after)
-        return io.NodeOutput(
-            found,
-            found.sigmas,
-            {"samples": latent},
-            after,
-            report,
-            ui={"images": [_before_after(image[0].cpu(), after[0], report)]},
-        )
-
-
-def _from_disk(tensors: dict | None, positive: list, method: str) -> Inversion | None:
-    return (
-        None
-        if tensors is None
-        else Inversion(positive=positive, method=method, **{**tensors, "flow": bool(tensors["flow"])})
-    )
+        shown = {"images": [_before_after(image[0].cpu(), after[0], report)]}
+        return io.NodeOutput(found, found.sigmas, {"samples": latent}, after, report, ui=shown)
 
 
 def _report(found: Inversion, latent: torch.Tensor, image: torch.Tensor, after: torch.Tensor) -> str:
@@ -262,7 +232,7 @@ class GuidancePlane(Node):
                 )
             mask = seen_by_latent(mask, inversion.latents)[mask_index].cpu()
         before = behind.planes if behind is not None else ()
-        return io.NodeOutput(feature_guidance.Planes((*before, Plane(inversion, mask, weight))))
+        return io.NodeOutput(Planes((*before, Plane(inversion, mask, weight))))
 
 
 def level_weights_input():
@@ -394,7 +364,7 @@ class FeatureGuidance(Node):
     @classmethod
     def execute(cls, model, positive, negative, planes, cfg, source_features, **settings):
         settings = Settings(cache=source_features == SOURCES[1], **settings)
-        return io.NodeOutput(feature_guidance.guider(model, positive, negative, cfg, planes, settings))
+        return io.NodeOutput(guider(model, positive, negative, cfg, planes, settings))
 
 
 class InsertAtDepth(Node):
@@ -532,22 +502,25 @@ class InsertAtDepth(Node):
         image = encodable(image, vae)[:1, ..., :3]
         depth = read_depth(depth, image, near_is, missing_depth, "depth", range, range_low, range_high)
         region = box_or_region(depth, x, y, width, height, region)
-        visible = amodal_mask(region, depth, threshold)
-        if not visible.any():
-            raise ValueError(
-                f"threshold: everything in the box is nearer than {threshold:g}; raise the threshold, or move the box."
-            )
+        visible = _seen(region, depth, threshold)
         positive, negative, latent = comfyui_nodes.InpaintModelConditioning().encode(
             positive, negative, image, vae, visible, noise_mask=False
         )
         nearer = region - visible
-        settings = Settings(start_percent=0.62, end_percent=0.96, paste_percent=0.6, start=STARTS[1], **settings)
-        planes = feature_guidance.Planes((Plane(inversion, seen_by_latent(nearer, latent["samples"])[0]),))
-        found = feature_guidance.guider(model, positive, negative, cfg, planes, settings)
-        noise_mask = seen_by_latent(region, latent["samples"])
-        return io.NodeOutput(
-            found, {**latent, "noise_mask": noise_mask}, visible * feathered(region[:, None], feather)[:, 0], nearer
+        held, noise_mask = (seen_by_latent(mask, latent["samples"]) for mask in (nearer, region))
+        found = insertion_guider(model, positive, negative, cfg, Plane(inversion, held[0]), **settings)
+        faded = visible * feathered(region[:, None], feather)[:, 0]
+        return io.NodeOutput(found, {**latent, "noise_mask": noise_mask}, faded, nearer)
+
+
+def _seen(region: torch.Tensor, depth: torch.Tensor, threshold: float) -> torch.Tensor:
+    """The mask [B,H,W] of where an object in the region is seen. Raises ValueError when it is nowhere."""
+    visible = amodal_mask(region, depth, threshold)
+    if not visible.any():
+        raise ValueError(
+            f"threshold: everything in the box is nearer than {threshold:g}; raise the threshold, or move the box."
         )
+    return visible
 
 
 NODES = [InvertImage, GuidancePlane, FeatureGuidance, InsertAtDepth]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-import folder_paths
 import numpy as np
 import torch
 from comfy.utils import ProgressBar, common_upscale
@@ -16,98 +16,9 @@ from ..patches import depth_model
 from ..techniques import depth as deglad
 from ..techniques.layers import write_layers
 from ..techniques.matting import refine_slices
-from .inputs import input_file, input_names, input_state, named
+from .depth_inputs import MISSING, NEAR, THRESHOLD, box_or_region, depth_input, range_inputs, read_depth
+from .inputs import input_file, input_names, input_state, save_temporary
 from .sockets import Layers, Node, schema
-
-NEAR = io.Combo.Input(
-    "near_is",
-    ["white", "black"],
-    default="white",
-    tooltip=(
-        "What near pixels are in the depth picture: white for Depth Anything, MiDaS and disparity, black for depth "
-        "cameras and metric depth."
-    ),
-)
-MISSING = io.Combo.Input(
-    "missing_depth",
-    ["auto", "zero and NaN", "NaN only"],
-    default="auto",
-    tooltip=(
-        "Which values mean 'not measured' and are filled from their surroundings. auto: zero counts as missing when "
-        "near is black, as depth cameras "
-        "give it, and as the far end when near is white."
-    ),
-)
-THRESHOLD = io.Float.Input(
-    "threshold",
-    default=0.5,
-    min=0.0,
-    max=1.0,
-    step=0.001,
-    round=0.0001,
-    tooltip="Depth of the cut: 0 is the nearest depth of the picture, 1 the farthest.",
-)
-
-
-def range_inputs() -> list:
-    limit = {"min": -1e9, "max": 1e9, "step": 0.01, "optional": True}
-    return [
-        io.Combo.Input(
-            "range",
-            options=list(deglad.RANGES),
-            default=deglad.RANGES[0],
-            optional=True,
-            tooltip=(
-                "What 0 to 1 means: each image's own nearest and farthest depth, those of the whole batch (for the "
-                "frames of a video, whose cuts would jump "
-                "otherwise), or fixed values."
-            ),
-        ),
-        io.Float.Input(
-            "range_low",
-            default=0.0,
-            **limit,
-            tooltip="For a fixed range: the lowest value of the depth, as it comes in.",
-        ),
-        io.Float.Input(
-            "range_high",
-            default=1.0,
-            **limit,
-            tooltip="For a fixed range: the highest value of the depth, as it comes in.",
-        ),
-    ]
-
-
-def depth_input(name: str = "depth"):
-    return io.MultiType.Input(
-        name, [io.Image, io.Mask], tooltip="Depth of the picture from any depth node; another size is resized."
-    )
-
-
-def read_depth(
-    value: torch.Tensor,
-    image: torch.Tensor,
-    near_is: str,
-    missing: str,
-    socket: str = "depth",
-    range: str = deglad.RANGES[0],
-    range_low: float = 0.0,
-    range_high: float = 1.0,
-) -> torch.Tensor:
-    """[B,H,W] in 0..1, 0 = nearest, at the size and batch of the image. NaN is allowed here: it means missing."""
-    if not isinstance(value, torch.Tensor) or value.ndim not in (2, 3, 4) or 0 in value.shape:
-        raise ValueError(f"{socket}: this is not a depth picture; connect the IMAGE or MASK of a depth node.")
-    value = value.float().to(image.device)
-    value = value[..., :3].mean(-1) if value.ndim == 4 else value.view(-1, *value.shape[-2:])
-    if len(value) not in (1, len(image)):
-        raise ValueError(
-            f"{socket}: there are {len(value)} depth pictures for {len(image)} images; connect one, or one for each "
-            "image."
-        )
-    zero = missing == "zero and NaN" or (missing == "auto" and near_is == "black")
-    with named(socket, "depth"):
-        depth = deglad.normalise_depth(value, near_is == "white", zero, range, (range_low, range_high))
-    return deglad.resize_depth(depth, *image.shape[1:3]).expand(len(image), -1, -1)
 
 
 def picker_files(image: torch.Tensor, depth: torch.Tensor, thresholds: list[float]) -> dict:
@@ -127,15 +38,6 @@ def picker_files(image: torch.Tensor, depth: torch.Tensor, thresholds: list[floa
         "thresholds": thresholds,
         **{name: save_temporary(pixels.to(torch.uint8).cpu().numpy()) for name, pixels in pictures.items()},
     }
-
-
-def save_temporary(pixels: np.ndarray) -> dict:
-    """A PNG in ComfyUI's temp folder, named by its content, as the reference that /view takes."""
-    folder = Path(folder_paths.get_temp_directory())
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"strata_{hashlib.sha256(pixels.tobytes()).hexdigest()[:20]}.png"
-    Image.fromarray(pixels).save(folder / name, compress_level=1)
-    return {"filename": name, "subfolder": "", "type": "temp"}
 
 
 class SliceByDepth(Node):
@@ -250,42 +152,30 @@ class SliceByDepth(Node):
         fill_holes,
         **depth_range,
     ):
-        image, opacity = image[..., :3], image[..., 3] if image.shape[-1] == 4 else None
         depth = read_depth(depth, image, near_is, missing_depth, **depth_range)
         given, clicked = deglad.parse_thresholds(thresholds), deglad.parse_points(points)
         cuts = [deglad.all_thresholds(one, given, clicked) for one in depth]
-        progress = ProgressBar(sum(len(used) + 1 for used in cuts))
-        stacks, masks, holes = [], [], []
-        rim, fade = (0, 0) if refine_edges == "matting" else (2, soft_edge)
-        for index, (picture, one, used) in enumerate(zip(image, depth, cuts, strict=True)):
-            weights, colours = deglad.slice_masks(one[None], used), picture.expand(1, len(used) + 1, -1, -1, -1)
-            if refine_edges == "matting":
-                refined = refine_slices(picture, weights[0], refine_width, lambda: progress.update(1))
-                weights, colours = (value[None] for value in refined)
-            stack = deglad.cut_layers(
-                colours,
-                weights,
-                used,
-                fill_holes == "blurred",
-                None if opacity is None else opacity[index : index + 1],
-                rim,
-                fade,
-            )
-            weights = deglad.soften(weights, fade)
-            stacks.append(write_layers(stack))
-            masks.append(weights[0])
-            holes.append(deglad.hidden_parts(weights)[0])
-            progress.update(1)
-        text = ", ".join(f"{value:.4g}" for value in cuts[0])
-        gray = depth[..., None].expand(-1, -1, -1, 3)
-        return io.NodeOutput(
-            stacks,
-            torch.cat(masks),
-            gray,
-            torch.cat(holes),
-            text,
-            ui={"strata_slice": [picker_files(image[0], depth[0], cuts[0])]},
-        )
+        matted = refine_width if refine_edges == "matting" else None
+        slices = _slices(image, depth, cuts, fill_holes == "blurred", soft_edge, matted)
+        stacks, masks, holes = zip(*slices, strict=True)
+        layers, gray = [write_layers(stack) for stack in stacks], depth[..., None].expand(-1, -1, -1, 3)
+        shown = {"strata_slice": [picker_files(image[0, ..., :3], depth[0], cuts[0])]}
+        used = ", ".join(f"{value:.4g}" for value in cuts[0])
+        return io.NodeOutput(layers, torch.cat(masks), gray, torch.cat(holes), used, ui=shown)
+
+
+def _slices(
+    image: torch.Tensor, depth: torch.Tensor, cuts: list[list[float]], fill: bool, soft_edge: float, matted: int | None
+) -> Iterator:
+    """Layers, masks and holes of one picture after the other. matted: within how many pixels edges are, None for not at
+    all.
+    """
+    progress = ProgressBar(sum(len(used) + 1 for used in cuts))
+    refine = None if matted is None else partial(refine_slices, width=matted, step=lambda: progress.update(1))
+    opacity = image[..., 3].split(1) if image.shape[-1] == 4 else [None] * len(image)
+    for picture in zip(image[..., :3], depth, cuts, opacity, strict=True):
+        yield deglad.slice_picture(*picture, fill, soft_edge, refine)
+        progress.update(1)
 
 
 class DepthTopView(Node):
@@ -318,28 +208,6 @@ class DepthTopView(Node):
         return io.NodeOutput(
             deglad.top_view(image, read_depth(depth, image, near_is, missing_depth, **depth_range), height)
         )
-
-
-def box_or_region(
-    depth: torch.Tensor, x: int, y: int, width: int, height: int, region: torch.Tensor | None
-) -> torch.Tensor:
-    """The mask [B,H,W] of a box in pixels, or the region that was given in its place, checked against the picture's
-    depth [B,H,W].
-    """
-    if region is None:
-        region = torch.zeros_like(depth)
-        region[:, max(0, y) : max(0, y + height), max(0, x) : max(0, x + width)] = 1
-        if not region.any():
-            raise ValueError(
-                f"x, y, width, height: the box lies outside of the picture of {depth.shape[2]}×{depth.shape[1]}; move "
-                "it inside."
-            )
-    if region.shape[1:] != depth.shape[1:] or len(region) not in (1, len(depth)):
-        raise ValueError(
-            f"region: the mask is {region.shape[2]}×{region.shape[1]} ({len(region)}) and the picture is "
-            f"{depth.shape[2]}×{depth.shape[1]} ({len(depth)}); make them the same size."
-        )
-    return region
 
 
 class AmodalMask(Node):
@@ -442,26 +310,33 @@ class ComposeByDepth(Node):
             )
         front_depth = read_depth(foreground_depth, front, near_is, missing_depth, "foreground_depth", **depth_range)
         back_depth = read_depth(background_depth, back, near_is, missing_depth, "background_depth", **depth_range)
-        height, width = front.shape[1:3]
-        rows, columns = back.shape[1:3]
-        cut = (
-            round((columns - min(columns, rows * width / height)) / 2),
-            round((rows - min(rows, columns * height / width)) / 2),
-        )
-        # As common_upscale crops, which leaves nothing of pictures of a few pixels.
-        if columns <= 2 * cut[0] or rows <= 2 * cut[1]:
-            raise ValueError(
-                f"foreground, background: nothing is left of the background's {columns}×{rows} pixels when it is cut "
-                "to the foreground's "
-                f"shape of {width}×{height}; crop one of them."
-            )
-        back = common_upscale(back.movedim(-1, 1), width, height, "lanczos", "center").movedim(1, -1)
-        back_depth = common_upscale(back_depth[:, None], width, height, "nearest-exact", "center")[:, 0]
-        back, back_depth = back.expand(len(front), -1, -1, -1), back_depth.expand(len(front), -1, -1)
+        back, back_depth = _filling(front, back, back_depth)
         weights = deglad.soften(deglad.slice_masks(front_depth, [threshold]), soft_edge)
         image, depth = deglad.compose_by_depth(front, back, front_depth, back_depth, weights[:, 1])
         stacks = [write_layers(deglad.paste_layers(*pair)) for pair in zip(back, front, weights[:, 1], strict=True)]
         return io.NodeOutput(image, weights[:, 1], depth[..., None].expand(-1, -1, -1, 3), stacks)
+
+
+def _filling(front: torch.Tensor, back: torch.Tensor, back_depth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures and depth of another scene, scaled and centred to fill the foregrounds' frame, one for each of them.
+    Raises ValueError.
+    """
+    height, width = front.shape[1:3]
+    rows, columns = back.shape[1:3]
+    cut = (
+        round((columns - min(columns, rows * width / height)) / 2),
+        round((rows - min(rows, columns * height / width)) / 2),
+    )
+    # As common_upscale crops, which leaves nothing of pictures of a few pixels.
+    if columns <= 2 * cut[0] or rows <= 2 * cut[1]:
+        raise ValueError(
+            f"foreground, background: nothing is left of the background's {columns}×{rows} pixels when it is cut "
+            "to the foreground's "
+            f"shape of {width}×{height}; crop one of them."
+        )
+    back = common_upscale(back.movedim(-1, 1), width, height, "lanczos", "center").movedim(1, -1)
+    back_depth = common_upscale(back_depth[:, None], width, height, "nearest-exact", "center")[:, 0]
+    return back.expand(len(front), -1, -1, -1), back_depth.expand(len(front), -1, -1)
 
 
 class LoadDepth(Node):

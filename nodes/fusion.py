@@ -1,12 +1,12 @@
 """LayerFusion: foreground, background and blended picture sampled together."""
 
-import torch
 from comfy_api.latest import io
 
 from ..patches import transparency_model
 from ..patches.fusion import BLOCKS, METHOD, ROWS, Settings, blend_attention
 from ..patches.layer_prompts import encode_prompts
 from ..patches.layer_rows import sample_rows
+from ..techniques.fusion import map_strips
 from .sampling import sampling_inputs
 from .sockets import Node, Transparency, schema
 
@@ -163,16 +163,8 @@ class AttentionBlend(Node):
     ):
         if transparency is not None:
             model = transparency_model.apply_to_foreground(model, transparency)
-        settings = Settings(
-            strength,
-            boundary,
-            start_percent,
-            end_percent,
-            BLOCKS[blocks],
-            structure == STRUCTURE[1],
-            blended_text == BLENDED_TEXT[1],
-            entry == ENTRY[1],
-        )
+        switches = structure == STRUCTURE[1], blended_text == BLENDED_TEXT[1], entry == ENTRY[1]
+        settings = Settings(strength, boundary, start_percent, end_percent, BLOCKS[blocks], *switches)
         return io.NodeOutput(blend_attention(model, settings))
 
 
@@ -225,18 +217,6 @@ class LayerFusionSampler(Node):
         record = METHOD.record(model)
         latents = sample_rows(model, positive, ROWS.count, **sampling, own_noise=NOISE[noise])
         return io.NodeOutput(*latents, map_strips(record.steps))
-
-
-def map_strips(steps: list[torch.Tensor]) -> torch.Tensor:
-    """[steps × pictures,4H,4·K·W,3] of maps [N,K,H,W] of each step, each stretched to its own range; a black pixel
-    where there are none.
-    """
-    if not steps:
-        return torch.zeros(1, 1, 1, 3)
-    maps = torch.cat(steps)
-    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
-    strip = torch.cat(((maps - low) / (high - low).clamp_min(1e-12)).unbind(1), -1)
-    return strip.repeat_interleave(4, 1).repeat_interleave(4, 2)[..., None].expand(-1, -1, -1, 3).contiguous()
 
 
 NODES = [EncodeLayerPrompts, AttentionBlend, LayerFusionSampler]

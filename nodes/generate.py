@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import io
 
-from ..scenes.renderer import KINDS, MOST_OBJECTS, Request, SceneObject, catalogue, render
+from ..scenes.renderer import KINDS, MOST_OBJECTS, Request, Scene, SceneObject, catalogue, render
 from ..techniques.layers import Layer, LayerStack, write_layers
 from .sockets import Layers, Node, schema
 
@@ -88,25 +88,20 @@ class RenderScene(Node):
         names = tuple(name.strip().lower() for name in objects.split(",") if name.strip())
         request = Request(None if kind == "random" else kind, names or None, count)
         scene = render(request, height, width, seed)
-        back = Layer(
-            _tensor(scene.background),
-            "background",
-            extra={"strata": {"prompt": scene.background_prompt, "depth": (0.0, 1.0)}},
-        )
-        layers = write_layers(LayerStack((width, height), (back, *(_layer(thing, shadows) for thing in scene.objects))))
+        layers = write_layers(_scene_layers(scene, (width, height), shadows))
         depth = _tensor(scene.depth)[None, ..., None].expand(-1, -1, -1, 3)
-        return io.NodeOutput(
-            _tensor(scene.composite)[None],
-            _tensor(scene.background)[None],
-            layers,
-            depth,
-            _tensor(scene.masks),
-            scene.prompt,
-        )
+        pictures = (_tensor(picture)[None] for picture in (scene.composite, scene.background))
+        return io.NodeOutput(*pictures, layers, depth, _tensor(scene.masks), scene.prompt)
 
 
 def _tensor(array) -> torch.Tensor:
     return torch.from_numpy(array)
+
+
+def _scene_layers(scene: Scene, canvas: tuple[int, int], shadows: bool) -> LayerStack:
+    strata = {"prompt": scene.background_prompt, "depth": (0.0, 1.0)}
+    back = Layer(_tensor(scene.background), "background", extra={"strata": strata})
+    return LayerStack(canvas, (back, *(_layer(thing, shadows) for thing in scene.objects)))
 
 
 def _layer(thing: SceneObject, shadow: bool) -> Layer:

@@ -1,9 +1,10 @@
 """What arrives on sockets, one check for each type and one sentence for each fault, and the files of ComfyUI's input
-folder.
+and temp folders.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import comfy.model_management
 import folder_paths
+import numpy as np
 import torch
+from PIL import Image
 
 
 def check(declared, value, files: bool = False):
@@ -364,3 +367,12 @@ def input_state(name: str) -> str:
     """What changes when the file does, for fingerprint_inputs."""
     state = input_file(name).stat()
     return f"{name} {state.st_mtime_ns} {state.st_size}"
+
+
+def save_temporary(pixels: np.ndarray) -> dict:
+    """A PNG in ComfyUI's temp folder, named by its content, as the reference that /view takes."""
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"strata_{hashlib.sha256(pixels.tobytes()).hexdigest()[:20]}.png"
+    Image.fromarray(pixels).save(folder / name, compress_level=1)
+    return {"filename": name, "subfolder": "", "type": "temp"}

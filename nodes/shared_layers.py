@@ -2,24 +2,20 @@
 trained modules.
 """
 
-import comfy.model_sampling
-import comfy.sample
 import comfy.samplers
-import comfy.utils
 import latent_preview
 import torch
-from comfy.utils import repeat_to_batch_size
 from comfy_api.latest import io
 
 from ..patches import layer_files, transparency_model, transparent_latents
-from ..patches.harmonize import remaining_sigmas
+from ..patches.harmonize import harmonize_layers, remaining_sigmas
 from ..patches.inversion import Inversion, invert
-from ..patches.layer_prompts import LAYERS, encode_layers
+from ..patches.layer_prompts import LAYERS, encode_layers, whole_prompt
 from ..patches.layer_rows import sample_rows
+from ..patches.sampled_layers import all_rows, decode_layers, sample_along, trajectories
 from ..patches.shared_layers import (
     MAPS,
     METHOD,
-    TRAJECTORY,
     Maps,
     Record,
     Sharing,
@@ -30,15 +26,12 @@ from ..patches.shared_layers import (
     without_layers,
 )
 from ..techniques.compositing import flatten
-from ..techniques.layers import Layer, LayerStack, write_layers
-from ..techniques.shared_layers import map_alphas
+from ..techniques.fusion import map_strips
+from ..techniques.layers import LayerStack, read_layers, write_layers
 from . import sockets
-from .fusion import map_strips
-from .harmonize import HarmonizeLayers
-from .inputs import centred, encodable, named
+from .inputs import centred, check_inversion, encodable, named
 from .sampling import sampling_inputs
-from .sockets import LayerModules, Layers, Node, Transparency, schema, told
-from .transparency import LayerModelFile
+from .sockets import LayerModelFile, LayerModules, Layers, Node, Transparency, schema, told
 
 ALIASES = ["dreamlayer", "multi-layer generation", "layered generation"]
 NOISE = {"same for all layers": 0.0, "one each": 1.0, "half the same": 0.5}  # how much is each layer's own
@@ -326,46 +319,21 @@ class LayersSampler(Node):
         decoder=None,
         **sampling,
     ):
-        names, record, seen = _layer_names(model, positive, sampling["negative"], decoder), Record(), {}
+        names, record, seen, notes = _layer_names(model, positive, sampling["negative"], decoder), Record(), {}, []
         count = layer_count(names)
-        if count > 1 and decoder is None and sampling["denoise"] == 0:
-            raise ValueError(
-                "denoise: at 0 nothing is sampled, so there are no maps to find the objects by; raise it, or connect "
-                "a decoder."
-            )
-        if count > 1 and harmonize:
-            levels = {key: sampling[key] for key in ("steps", "sampler_name", "scheduler")}
-            remaining_sigmas(model, **levels, start_percent=harmonize_start, socket="harmonize_start")
+        _check_sampling(model, count, decoder, harmonize, harmonize_start, sampling)
         layered = _prepared(model, adapter, count, record)
         branches = sample_rows(layered, positive, count, **sampling, own_noise=NOISE[noise], seen=seen)
-        latents = [branch["samples"] for branch in branches]
-        stacks = _stacks(vae, names, latents, decoder, record)
-        composite = whole = vae.decode(latents[-1])
-        latent = _all_rows(branches)
-        paths, notes = _paths(model, positive, seen, latent["samples"], names), []
+        stacks = decode_layers(vae, names, [branch["samples"] for branch in branches], decoder, record)
+        composite = whole = vae.decode(branches[-1]["samples"])
+        latent = all_rows(branches)
+        paths = trajectories(model, positive, seen, latent["samples"], names)
         if count > 1:
-            settings = {
-                **{key: sampling[key] for key in ("seed", "steps", "cfg", "sampler_name", "scheduler")},
-                "start_percent": harmonize_start,
-                "end_percent": harmonize_end,
-                "foregrounds": "keep",
-                "feather": 2.0,
-            }
-            draw = (
-                _harmonizer(without_layers(model), positive, sampling["negative"], vae, settings, notes)
-                if harmonize
-                else _stacked
-            )
-            composite = torch.cat([draw(*layers) for layers in zip(stacks, paths, strict=True)])
-        return io.NodeOutput(
-            [write_layers(stack) for stack in stacks],
-            composite,
-            whole,
-            map_strips(record.steps),
-            latent,
-            paths,
-            ui=told(notes) or None,
-        )
+            ends = harmonize_start, harmonize_end
+            draw = _harmonizer(model, vae, positive, sampling, *ends, notes) if harmonize else _stacked
+            composite = torch.cat([draw(*picture) for picture in zip(stacks, paths, strict=True)])
+        documents, maps = [write_layers(stack) for stack in stacks], map_strips(record.steps)
+        return io.NodeOutput(documents, composite, whole, maps, latent, paths, ui=told(notes) or None)
 
 
 class ImageToLayers(Node):
@@ -435,52 +403,19 @@ class ImageToLayers(Node):
 
     @classmethod
     def execute(cls, model, vae, image, positive, negative, steps, cfg, scheduler, adapter=None, decoder=None):
-        names = _layer_names(model, positive, negative, decoder)
-        if len(names) < 2:
-            raise ValueError(
-                "positive: there is no object to take out of the picture; name at least one in Layer prompts."
-            )
+        names, record = _object_names(model, positive, negative, decoder), Record()
         count, image = layer_count(names), encodable(image, vae)[:1, ..., :3]
         sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
         callback = latent_preview.prepare_callback(model, 3 * steps)
-        found = invert(
-            without_layers(model),
-            vae.encode(image),
-            _whole(positive),
-            None,
-            sigmas,
-            callback=lambda step, denoised, x, total: callback(step, denoised, x, 3 * steps),
-        )
-        record = Record()
+        up, down = _part(callback, 0, 3 * steps), _part(callback, 2 * steps, 3 * steps)
+        path = invert(without_layers(model), vae.encode(image), whole_prompt(positive), None, sigmas, callback=up)
         layered = _prepared(model, adapter, count, record)
-        layered.model_options["transformer_options"][TRAJECTORY] = found.at
-        start = found.latents[0].repeat(count, 1, 1, 1)
-        nothing = torch.zeros_like(start)
-        # ComfyUI scales noise at the highest level by sqrt(1 + sigma²), 1.0023 times as loud as the trajectory; a
-        # latent it leaves alone
-        noise, latent = (start / sigmas[0], nothing) if found.flow else (nothing, model.model.process_latent_out(start))
-        made = comfy.sample.sample_custom(
-            layered,
-            noise,
-            cfg,
-            comfy.samplers.sampler_object("euler"),
-            sigmas,
-            positive,
-            negative,
-            latent,
-            callback=lambda step, denoised, x, total: callback(2 * steps + step, denoised, x, 3 * steps),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        )
-        (stack,) = _stacks(vae, names, list(made.split(1)), decoder, record)
+        made = sample_along(layered, path, count, positive, negative, cfg, sigmas, down)
+        (stack,) = decode_layers(vae, names, list(made.split(1)), decoder, record)
         recomposed = flatten(stack)[0][None]
         error = (recomposed - centred(image, *recomposed.shape[1:3]).to(recomposed)).abs().mean().item()
-        return io.NodeOutput(
-            write_layers(stack),
-            recomposed,
-            map_strips(record.steps),
-            error,
-            ui=told([f"recomposition error {error:.3f}"]),
-        )
+        notes = told([f"recomposition error {error:.3f}"])
+        return io.NodeOutput(write_layers(stack), recomposed, map_strips(record.steps), error, ui=notes)
 
 
 def _layer_names(model, positive: list, negative: list, decoder) -> list[str]:
@@ -516,6 +451,31 @@ def _layer_names(model, positive: list, negative: list, decoder) -> list[str]:
     return names
 
 
+def _object_names(model, positive: list, negative: list, decoder) -> list[str]:
+    """The same of a picture that at least one object is to be taken out of."""
+    names = _layer_names(model, positive, negative, decoder)
+    if len(names) < 2:
+        raise ValueError("positive: there is no object to take out of the picture; name at least one in Layer prompts.")
+    return names
+
+
+def _check_sampling(model, count: int, decoder, harmonize: bool, start: float, sampling: dict) -> None:
+    """What would only be found out after the sampling. Raises ValueError."""
+    if count > 1 and decoder is None and sampling["denoise"] == 0:
+        raise ValueError(
+            "denoise: at 0 nothing is sampled, so there are no maps to find the objects by; raise it, or connect "
+            "a decoder."
+        )
+    if count > 1 and harmonize:
+        levels = {name: sampling[name] for name in ("steps", "sampler_name", "scheduler")}
+        remaining_sigmas(model, **levels, start_percent=start, socket="harmonize_start")
+
+
+def _part(callback, first: int, total: int):
+    """The callback of a run that is the part from step `first` on of `total` steps."""
+    return lambda step, denoised, x, _: callback(first + step, denoised, x, total)
+
+
 def _prepared(model, adapter, count: int, record: Record):
     """A clone that keeps its maps in the record, and whose objects have hidden transparency when there is an
     adapter.
@@ -530,81 +490,22 @@ def _prepared(model, adapter, count: int, record: Record):
     return layered
 
 
-def _stacks(vae, names: list[str], latents: list[torch.Tensor], decoder, record: Record) -> list[LayerStack]:
-    """One stack per picture from the latents [N,C,h,w] of background and objects; what follows them is left alone."""
-    background, *objects = (vae.decode(latent) for latent in latents[: len(names)])
-    rgba = [_with_alpha(objects, latents[1:], decoder, record, number) for number in range(len(objects))]
-    return [_stack(names, background[i], [one[i] for one in rgba]) for i in range(len(background))]
-
-
-def _whole(positive: list) -> list:
-    """The whole picture's conditioning alone."""
-    cond, values = positive[0]
-    values = {key: value for key, value in values.items() if key != LAYERS}
-    if values.get("pooled_output") is not None:
-        values["pooled_output"] = values["pooled_output"][-1:]
-    return [[cond[-1:], values]]
-
-
-def _with_alpha(
-    objects: list[torch.Tensor], latents: list[torch.Tensor], decoder, record: Record, number: int
-) -> torch.Tensor:
-    """[N,H,W,4] of one object."""
-    colour = objects[number][..., :3]
-    if decoder is None:
-        alpha = map_alphas(record.steps[-1], colour.shape[1:3])[:, number, ..., None].to(colour)
-        return torch.cat([colour, alpha], -1)
-    latent = transparent_latents.check_latent({"samples": latents[number]}, decoder)
-    return torch.cat(transparent_latents.decode(decoder, colour.movedim(-1, 1), latent), 1).movedim(1, -1)
-
-
-def _all_rows(branches: list[dict]) -> dict:
-    """One LATENT of every branch of the first latent, then of the next. Numbers of the batch would name rows that are
-    not there any more.
-    """
-    latent = {key: value for key, value in branches[0].items() if key != "batch_index"}
-    if "noise_mask" in latent:
-        mask = repeat_to_batch_size(latent["noise_mask"], len(branches[0]["samples"]))
-        latent["noise_mask"] = mask.repeat_interleave(len(branches), 0)
-    return {**latent, "samples": torch.stack([branch["samples"] for branch in branches], 1).flatten(0, 1)}
-
-
-def _paths(
-    model, positive: list, seen: dict[float, torch.Tensor], samples: torch.Tensor, names: list[str]
-) -> list[Inversion | None]:
-    """The trajectory of each picture's background and objects, from what the model was called with; None when it was
-    not called.
-    """
-    sigmas = sorted((sigma for sigma in seen if sigma > 0), reverse=True)
-    rows, flow = layer_count(names), isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
-    if not sigmas:
-        return [None] * (len(samples) // rows)
-    last = model.model.process_latent_in(samples).float().cpu()
-    path = torch.stack([*(seen[sigma] for sigma in sigmas), last]).unflatten(1, (-1, rows))
-    levels = torch.tensor([*sigmas, 0.0])
-    return [Inversion(path[:, number, : len(names)], levels, positive, "run", flow) for number in range(path.shape[1])]
-
-
-def _stack(names: list[str], background: torch.Tensor, objects: list[torch.Tensor]) -> LayerStack:
-    layers = [Layer(pixels, name or "background") for name, pixels in zip(names, [background, *objects], strict=True)]
-    return LayerStack((background.shape[1], background.shape[0]), tuple(layers))
-
-
 def _stacked(stack: LayerStack, path: Inversion | None) -> torch.Tensor:
     return flatten(stack)[0][None]
 
 
-def _harmonizer(model, positive: list, negative: list, vae, settings: dict, notes: list[str]):
-    """Harmonize layers with the whole picture's conditioning; a stack that it refuses stays stacked, and a note says
+def _harmonizer(model, vae, positive: list, sampling: dict, start: float, end: float, notes: list[str]):
+    """Harmonises a stack with the whole picture's conditioning; one that is refused stays stacked, and a note says
     why.
     """
-    whole = _whole(positive)
+    given = {name: sampling[name] for name in ("negative", "seed", "steps", "cfg", "sampler_name", "scheduler")}
+    given |= {"model": without_layers(model), "positive": whole_prompt(positive), "vae": vae}
 
     def draw(stack: LayerStack, path: Inversion | None) -> torch.Tensor:
         try:
-            return HarmonizeLayers.execute(
-                model, whole, negative, vae, write_layers(stack), **settings, retained=path
-            ).result[0]
+            document, path = write_layers(stack), path and check_inversion(path, "retained")
+            stack = read_layers(document)
+            return harmonize_layers(stack=stack, start_percent=start, end_percent=end, retained=path, **given)[0]
         except ValueError as error:
             notes.append(f"Not harmonised: {error}")
             return _stacked(stack, path)

@@ -8,6 +8,7 @@ from dataclasses import fields
 
 from comfy_api.latest import io, ui
 
+from ..patches import transparency
 from . import inputs
 
 Layers = io.Custom("LAYERS")  # ComfyUI's own layer document, see techniques/layers.py
@@ -65,3 +66,17 @@ def _checked(execute):
         return execute(**named)
 
     return run
+
+
+class LayerModelFile(Node):
+    """What loaders of the folder layer_model have in common: the choice is checked before the run, and a changed file
+    is loaded again.
+    """
+
+    @classmethod
+    def validate_inputs(cls, file):
+        return transparency.missing(file) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, file):
+        return transparency.state(file)

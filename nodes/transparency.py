@@ -10,27 +10,13 @@ from ..patches.layer_rows import sample_rows
 from ..techniques.layers import Layer, LayerStack, write_layers
 from ..techniques.transparency import over_gray
 from .sampling import sampling_inputs
-from .sockets import Layers, Node, Transparency, schema
+from .sockets import LayerModelFile, Layers, Node, Transparency, schema
 
 NAMES = ["LayerDiffuse", "layerdiffusion", "transparent", "RGBA", "alpha"]
 
 
 def weights_input(tooltip: str):
     return Transparency.Input("transparency", tooltip=tooltip)
-
-
-class LayerModelFile(Node):
-    """What loaders of the folder layer_model have in common: the choice is checked before the run, and a changed file
-    is loaded again.
-    """
-
-    @classmethod
-    def validate_inputs(cls, file):
-        return files.missing(file) or True
-
-    @classmethod
-    def fingerprint_inputs(cls, file):
-        return files.state(file)
 
 
 class LoadTransparency(LayerModelFile):
@@ -218,34 +204,43 @@ class DecodeTransparency(Node):
         clean=transparent_latents.CLEAN[0],
     ):
         latent = transparent_latents.check_latent(samples, transparency)
-        if image is None and vae is None:
-            raise ValueError("image: connect the decoded picture, or connect the model's VAE to vae.")
-        image = (vae.decode(latent) if image is None else image)[..., :3]
-        if image.shape[:3] != (len(latent), latent.shape[2] * 8, latent.shape[3] * 8):
-            raise ValueError(
-                f"image: {_sizes(image, 'picture')} and {len(latent)} of {latent.shape[3] * 8}×{latent.shape[2] * 8} "
-                "in the latent do not go "
-                "together; connect the decoded picture of these samples, unchanged."
-            )
-        if background is not None:
-            if background.shape[1:3] != image.shape[1:3] or len(background) not in (1, len(image)):
-                raise ValueError(
-                    f"background: {_sizes(background, 'background')} and {_sizes(image, 'picture')} do not go "
-                    "together; connect one "
-                    "background of that size, or one for each."
-                )
-            background = background.expand(len(image), -1, -1, -1)
+        image = _picture_of(latent, image, vae)
+        background = None if background is None else _behind(background, image)
         colour, alpha = transparent_latents.decode(
             transparency, image.movedim(-1, 1), latent, int(passes), tile_size, clean
         )
         rgba = torch.cat([colour, alpha], 1).movedim(1, -1)
-        stacks = []
-        for index, picture in enumerate(rgba):
-            behind = [] if background is None else [Layer(background[index], "background")]
-            stacks.append(
-                write_layers(LayerStack((picture.shape[1], picture.shape[0]), (*behind, Layer(picture, "foreground"))))
-            )
+        behind = [None] * len(rgba) if background is None else background
+        stacks = [write_layers(_cut_out(*pair)) for pair in zip(rgba, behind, strict=True)]
         return io.NodeOutput(rgba, 1 - alpha[:, 0], stacks)
+
+
+def _picture_of(latent: torch.Tensor, image: torch.Tensor | None, vae) -> torch.Tensor:
+    """The picture [B,H,W,3] of a latent, decoded here when there is none. Raises ValueError for that of another one."""
+    if image is None and vae is None:
+        raise ValueError("image: connect the decoded picture, or connect the model's VAE to vae.")
+    image = (vae.decode(latent) if image is None else image)[..., :3]
+    if image.shape[:3] != (len(latent), latent.shape[2] * 8, latent.shape[3] * 8):
+        raise ValueError(
+            f"image: {_sizes(image, 'picture')} and {len(latent)} of {latent.shape[3] * 8}×{latent.shape[2] * 8} "
+            "in the latent do not go together; connect the decoded picture of these samples, unchanged."
+        )
+    return image
+
+
+def _behind(background: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """A background for each picture. Raises ValueError."""
+    if background.shape[1:3] != image.shape[1:3] or len(background) not in (1, len(image)):
+        raise ValueError(
+            f"background: {_sizes(background, 'background')} and {_sizes(image, 'picture')} do not go together; "
+            "connect one background of that size, or one for each."
+        )
+    return background.expand(len(image), -1, -1, -1)
+
+
+def _cut_out(foreground: torch.Tensor, background: torch.Tensor | None) -> LayerStack:
+    behind = [] if background is None else [Layer(background, "background")]
+    return LayerStack((foreground.shape[1], foreground.shape[0]), (*behind, Layer(foreground, "foreground")))
 
 
 class EncodeTransparency(Node):
@@ -279,17 +274,21 @@ class EncodeTransparency(Node):
 
     @classmethod
     def execute(cls, transparency, image, vae, mask=None):
-        image = image.movedim(-1, 1)
-        alpha = image[:, 3:] if image.shape[1] == 4 else torch.ones_like(image[:, :1])
-        if mask is not None:
-            if mask.shape[1:] != image.shape[2:] or len(mask) not in (1, len(image)):
-                raise ValueError(
-                    f"mask: {_sizes(mask, 'mask')} and {_sizes(image.movedim(1, -1), 'picture')} do not go together; "
-                    "make them the same size, "
-                    "or disconnect a mask that is not the picture's."
-                )
-            alpha = alpha * (1 - mask[:, None])
-        return io.NodeOutput({"samples": transparent_latents.encode(transparency, vae, image[:, :3], alpha)})
+        colour, alpha = image[..., :3].movedim(-1, 1), _alpha(image, mask)
+        return io.NodeOutput({"samples": transparent_latents.encode(transparency, vae, colour, alpha)})
+
+
+def _alpha(image: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """[B,1,H,W]: the picture's alpha and the mask together. Raises ValueError for a mask of another size."""
+    alpha = image[..., 3:] if image.shape[-1] == 4 else torch.ones_like(image[..., :1])
+    if mask is None:
+        return alpha.movedim(-1, 1)
+    if mask.shape[1:] != image.shape[1:3] or len(mask) not in (1, len(image)):
+        raise ValueError(
+            f"mask: {_sizes(mask, 'mask')} and {_sizes(image, 'picture')} do not go together; make them the same size, "
+            "or disconnect a mask that is not the picture's."
+        )
+    return alpha.movedim(-1, 1) * (1 - mask[:, None])
 
 
 class SampleJointLayers(Node):

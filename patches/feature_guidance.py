@@ -108,6 +108,16 @@ def guider(
     return found
 
 
+def insertion_guider(
+    model: ModelPatcher, positive: list, negative: list, cfg: float, nearer: Plane, **settings
+) -> FeatureGuider:
+    """The guider of an inpainting that holds what is nearer than its object late in the sampling, after its latent was
+    put in once. Raises ValueError as guider does.
+    """
+    settings = Settings(start_percent=0.62, end_percent=0.96, paste_percent=0.6, start=STARTS[1], **settings)
+    return guider(model, positive, negative, cfg, Planes((nearer,)), settings)
+
+
 class FeatureGuider(comfy.samplers.CFGGuider):
     """A CFG guider whose sampler moves the latent before each step. energies: per guided step of the latest run, one
     value per iteration.

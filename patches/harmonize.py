@@ -1,21 +1,34 @@
-"""Information Retained Harmonization as a sampler: in a range of noise levels the layers are put back at every step,
-after it the model is free.
+"""Information Retained Harmonization: layers encoded, sampled together and decoded. In a range of noise levels the
+layers are put back at every step, after it the model is free.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import comfy.sample
 import comfy.samplers
 import comfy.utils
+import latent_preview
 import torch
+import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..techniques.feature_guidance import masks_at_level
-from ..techniques.harmonization import fuse_latents
+from ..techniques.geometry import rasterise
+from ..techniques.harmonization import (
+    colours_and_alphas,
+    fuse_latents,
+    harmonised_layers,
+    keep_detail,
+    on_canvas,
+    visible_shares,
+)
 from ..techniques.inversion import ode_step
+from ..techniques.layers import LayerStack
+from .inversion import Inversion
 
 
 class HarmonizingSampler(comfy.samplers.Sampler):
@@ -145,3 +158,122 @@ def harmonize(
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
+
+
+def harmonize_layers(
+    model: ModelPatcher,
+    positive,
+    negative,
+    vae,
+    stack: LayerStack,
+    seed: int,
+    steps: int,
+    cfg: float,
+    sampler_name: str,
+    scheduler: str,
+    start_percent: float,
+    end_percent: float,
+    relight: bool = False,
+    feather: float = 2.0,
+    detail: float = 0.0,
+    retained: Inversion | None = None,
+) -> tuple[Tensor, Tensor, LayerStack]:
+    """The visible layers of a stack encoded, harmonised, decoded and stacked again: the picture [1,H,W,3|4], its
+    latent, and the layers with the harmonised background.
+
+    relight, feather: see techniques.harmonization.harmonised_layers; detail: keep_detail's radius, 0 for none.
+    retained: the trajectory of all layers, hidden ones too. Raises ValueError naming layers, retained or start_percent.
+    """
+    side = vae.spacial_compression_encode()
+    path = None if retained is None else _retained(retained, stack, side)
+    stack = _shown(stack)
+    colours, alphas = colours_and_alphas(stack)
+    latents = [vae.encode(_padded(colour, side).permute(0, 2, 3, 1)) for colour in colours.split(1)]
+    latent = harmonize(
+        model,
+        positive,
+        negative,
+        latents[0],
+        torch.cat(latents[1:]),
+        _padded(alphas[1:], side),
+        seed,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        start_percent,
+        end_percent,
+        lambda count: latent_preview.prepare_callback(model, count),
+        path,
+    )
+    drawn = _decoded(vae, latent, stack.canvas)
+    if detail:
+        free, same = visible_shares(alphas[1:])[0], _decoded(vae, latents[0], stack.canvas)
+        drawn = torch.lerp(drawn, keep_detail(colours[:1], drawn, same, free[None], detail), free)
+    image, found = harmonised_layers(stack, colours, alphas, drawn, relight, feather)
+    return image, latent, found
+
+
+def _shown(stack: LayerStack) -> LayerStack:
+    """The visible layers. Raises ValueError for fewer than two, for blend modes, and for layers without transparency in
+    front.
+    """
+    stack = stack.with_layers(layer for layer in stack.layers if layer.visible)
+    if len(stack.layers) < 2:
+        raise ValueError(
+            f"layers: there are {len(stack.layers)} visible layers; harmonising needs a background and at least one "
+            "thing in front of it."
+        )
+    for layer in stack.layers[1:]:
+        if layer.blend_mode != "normal":
+            raise ValueError(
+                f"layers: layer {layer.name!r} has the blend mode {layer.blend_mode!r}, and latents can only be laid "
+                "over each other; "
+                "merge it with the layer behind it (Order layers), or set it to normal."
+            )
+        if (rasterise(layer, stack.canvas)[..., 3] >= 1).all():
+            raise ValueError(
+                f"layers: layer {layer.name!r} covers the whole canvas and has no transparent pixel, so nothing "
+                "behind it would be seen; "
+                "give it an alpha or a mask."
+            )
+    return stack
+
+
+def _retained(path: Inversion, stack: LayerStack, side: int) -> Callable[[float], Tensor]:
+    """[1+K,C,h,w] of the visible layers at a noise level, where they lie on the canvas. Raises ValueError for a path of
+    other layers.
+    """
+    count, (height, width) = path.latents.shape[1], path.latents.shape[-2:]
+    if count != len(stack.layers):
+        raise ValueError(
+            f"retained: it is the way of {count} latents and layers has {len(stack.layers)}; connect layers and path "
+            "of the same run."
+        )
+    for layer in stack.layers:
+        own = layer.image.shape[:2]
+        if tuple(-(-length // side) for length in own) != (height, width):
+            raise ValueError(
+                f"retained: its latents are of {width * side}×{height * side} pixels and layer {layer.name!r} is "
+                f"{own[1]}×{own[0]}; "
+                "connect layers and path of the same run."
+            )
+    levels = len(path.latents)
+    placed = [
+        on_canvas(path.latents[:, number].flatten(0, 1), layer, stack.canvas, side).unflatten(0, (levels, -1))
+        for number, layer in enumerate(stack.layers)
+        if layer.visible
+    ]
+    return replace(path, latents=torch.stack(placed, 1)).at
+
+
+def _padded(pixels: Tensor, side: int) -> Tensor:
+    """Edges repeated to the right and below, up to whole latent pixels."""
+    height, width = pixels.shape[-2:]
+    return F.pad(pixels, (0, -width % side, 0, -height % side), mode="replicate")
+
+
+def _decoded(vae, latent: Tensor, canvas: tuple[int, int]) -> Tensor:
+    """[1,3,H,W] of the first frame, cut to the canvas."""
+    pixels = vae.decode(latent)
+    return pixels.reshape(-1, *pixels.shape[-3:])[:1, : canvas[1], : canvas[0]].permute(0, 3, 1, 2)

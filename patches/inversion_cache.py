@@ -10,11 +10,14 @@ import os
 from pathlib import Path
 
 import folder_paths
+import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from .inversion import Inversion, invert
 
 LIMIT = 2**30  # bytes; the files used longest ago go first
 SAMPLES = 64  # values looked at in each weight: two models that agree in all of them are the same
@@ -22,6 +25,34 @@ SAMPLES = 64  # values looked at in each weight: two models that agree in all of
 
 class _NotComparable(Exception):
     pass
+
+
+def invert_once(
+    model: ModelPatcher,
+    latent: Tensor,
+    positive: list,
+    negative: list | None,
+    sigmas: Tensor,
+    method: str,
+    cfg: float,
+    inner_steps: int,
+    seed: int,
+    checkpointing: bool,
+    on_disk: bool,
+) -> Inversion:
+    """What patches.inversion.invert gives, from the disk where it was made before; noise only is not kept there."""
+    settings = {"ddim": (), "null-text": (negative, cfg, inner_steps), "noise only": (seed,)}[method]
+    kept = on_disk and method != "noise only"
+    name = key(model, latent, positive, sigmas, method, *settings) if kept else None
+    tensors = load(name) if name else None
+    if tensors is not None:
+        return Inversion(positive=positive, method=method, **{**tensors, "flow": bool(tensors["flow"])})
+    callback = latent_preview.prepare_callback(model, 2 * (len(sigmas) - 1))
+    found = invert(model, latent, positive, negative, sigmas, method, cfg, inner_steps, seed, callback, checkpointing)
+    if name:
+        tensors = {key: value for key, value in vars(found).items() if isinstance(value, Tensor)}
+        store(name, tensors | {"flow": torch.tensor(found.flow)})
+    return found
 
 
 def folder() -> Path:

@@ -51,6 +51,15 @@ def encode_layers(clip, background: str, objects: list[str]) -> list:
     return found
 
 
+def whole_prompt(positive: list) -> list:
+    """The whole picture's conditioning alone, of one of encode_layers."""
+    cond, values = positive[0]
+    values = {key: value for key, value in values.items() if key != LAYERS}
+    if values.get("pooled_output") is not None:
+        values["pooled_output"] = values["pooled_output"][-1:]
+    return [[cond[-1:], values]]
+
+
 def end_tokens(tokens: dict[str, list], tokenizer) -> list[int]:
     """Positions of the end-of-text tokens in the encoded prompt: one for each chunk, of every encoder (SDXL's two agree
     but for embeddings).

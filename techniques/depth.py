@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -435,6 +436,31 @@ def cut_layers(
         colours, extra = fill_behind(colours, weights)
         alphas = alphas + (extra if opacity is None else extra * opacity)
     return _depth_layers(colours[0], alphas[0], thresholds)
+
+
+def slice_picture(
+    picture: Tensor,
+    depth: Tensor,
+    thresholds: list[float],
+    opacity: Tensor | None,
+    fill: bool,
+    soft_edge: float = 0,
+    refine: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> tuple[LayerStack, Tensor, Tensor]:
+    """The layers of a picture [H,W,3] with depth [H,W], their weights [N,H,W], and what nearer ones hide of each
+    [N,H,W], back to front.
+
+    opacity, fill, soft_edge: see cut_layers. refine: gives weights and colours for the picture and its hard weights, as
+    techniques.matting.refine_slices does; such edges are soft and clean already.
+    Source: deglad, Sec. 3.2 (a picture cut at several depths).
+    """
+    weights, colours = slice_masks(depth[None], thresholds), picture.expand(1, len(thresholds) + 1, -1, -1, -1)
+    rim, fade = (2, soft_edge) if refine is None else (0, 0)
+    if refine is not None:
+        weights, colours = (value[None] for value in refine(picture, weights[0]))
+    stack = cut_layers(colours, weights, thresholds, fill, opacity, rim, fade)
+    weights = soften(weights, fade)
+    return stack, weights[0], hidden_parts(weights)[0]
 
 
 def paste_layers(back: Tensor, front: Tensor, weights: Tensor) -> LayerStack:

@@ -143,3 +143,17 @@ def _probabilities(q: Tensor, k: Tensor, heads: int) -> Iterator[Tensor]:
     for rows in q.split(max(1, MOST_PROBABILITIES // (heads * len(k)))):
         queries = rows.to(precise).unflatten(-1, (heads, -1)).transpose(0, 1)
         yield torch.softmax(queries @ keys * scale, -1)
+
+
+def map_strips(steps: list[Tensor]) -> Tensor:
+    """[steps × pictures,4H,4·K·W,3] of maps [N,K,H,W] of each step, each stretched to its own range; a black pixel
+    where there are none.
+
+    Source: ours, the maps of the figures of layerfusion and dreamlayer, for every step of a run
+    """
+    if not steps:
+        return torch.zeros(1, 1, 1, 3)
+    maps = torch.cat(steps)
+    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
+    strip = torch.cat(((maps - low) / (high - low).clamp_min(1e-12)).unbind(1), -1)
+    return strip.repeat_interleave(4, 1).repeat_interleave(4, 2)[..., None].expand(-1, -1, -1, 3).contiguous()

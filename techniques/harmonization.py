@@ -10,8 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .depth import push_pull
 from .geometry import rasterise
-from .layers import Layer
+from .layers import Layer, LayerStack
+from .transparency import clean_colours
+
+RIM = 8  # pixels, one of the latent
 
 
 def visible_shares(alphas: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,6 +87,60 @@ def keep_detail(before: Tensor, drawn: Tensor, same: Tensor, seen: Tensor, radiu
     seen = 1 - F.max_pool2d(1 - seen, 2 * rim + 1, 1, rim)
     weight = _blurred(seen, radius / 2, 1.5 * radius)
     return before + _blurred((drawn - same) * seen, radius / 2, 1.5 * radius) / weight.clamp_min(1e-4)
+
+
+def colours_and_alphas(stack: LayerStack) -> tuple[Tensor, Tensor]:
+    """Colours [N,3,H,W] and alphas [N,1,H,W] of the layers where they lie on the canvas; colours run on where nothing
+    is seen.
+
+    Source: dreamlayer, Eq. 13, op(·) of a picture: moved, resized, flipped, turned
+    """
+    pictures = [rasterise(layer, stack.canvas).permute(2, 0, 1)[None] for layer in stack.layers]
+    colours = [clean_colours(pixels[:, :3], pixels[:, 3:]) for pixels in pictures]
+    return torch.cat(colours), torch.cat([pixels[:, 3:] for pixels in pictures])
+
+
+def light_behind(before: Tensor, drawn: Tensor, free: Tensor, soft: bool = True) -> Tensor:
+    """[H,W,3]: the harmonised background where it is seen, and behind the foregrounds what was there before, in the
+    light that goes on from around them. So no silhouette shows when a foreground is moved away.
+
+    before, drawn: [1,3,H,W], the background before and after harmonising. free: [1,H,W], how much of it is seen. soft:
+    whether the drawn one fades out on its way to the foregrounds, or reaches as far as it is seen.
+    Source: ours, a model draws the foregrounds into the background, a rim of them a little beside their place.
+    """
+    clear = 1 - F.max_pool2d(1 - free, 2 * RIM + 1, 1, RIM)
+    seen = feathered(clear[None], RIM)[0] if soft else free
+    before, drawn = before.movedim(1, -1), drawn.movedim(1, -1)
+    light = push_pull((drawn - before)[:, None], clear.clamp(0, 1)[None])[:, 0]
+    return torch.lerp(before + light, drawn, seen[..., None]).clamp(0, 1)[0]
+
+
+def harmonised_layers(
+    stack: LayerStack, colours: Tensor, alphas: Tensor, drawn: Tensor, relight: bool, feather: float
+) -> tuple[Tensor, LayerStack]:
+    """The picture [1,H,W,3|4] and the layers that come of a harmonised picture `drawn` [1,3,H,W] of a stack.
+
+    colours, alphas: of the layers on the canvas, as colours_and_alphas gives them. relight: whether the foregrounds
+    have the drawn colours where they are seen; otherwise they keep their own, which fade into the drawn ones over
+    `feather` pixels inside of their edge. A background that is transparent in places stays so.
+    Source: ours, what a model draws again loses its detail, so that all that can keeps its own pixels.
+    """
+    (back, *things), (ground, *own), (opacity, shapes) = stack.layers, colours, (alphas[:1], alphas[1:])
+    free, shares = visible_shares(shapes)
+    image = light_behind(ground[None], drawn, free, soft=not relight)
+    image = image if (opacity == 1).all() else torch.cat([image, opacity[0].movedim(0, -1)], -1)
+    found = [Layer(image, back.name, extra=back.extra), *things]
+    if relight:
+        picture = drawn
+        for number, (layer, colour, share, alpha) in enumerate(zip(things, own, shares, shapes, strict=True), 1):
+            pixels = torch.cat([torch.lerp(colour, drawn[0], share).clamp(0, 1), alpha]).permute(1, 2, 0)
+            found[number] = Layer(pixels, layer.name, extra=layer.extra)
+    else:
+        behind, shares = visible_shares(feathered(shapes, feather))
+        picture = drawn * behind + sum(colour * share for colour, share in zip(own, shares, strict=True))
+    if (opacity < 1).any():  # nothing was asked for behind a transparent canvas
+        picture = torch.cat([picture, 1 - (1 - opacity) * free], 1)
+    return picture.permute(0, 2, 3, 1).clamp(0, 1), stack.with_layers(found)
 
 
 def _blurred(image: Tensor, sigma: float, reach: float) -> Tensor:

@@ -27,6 +27,7 @@ from comfy_extras import (
 )
 from mini_models import CHECKPOINT, MODELS, Family
 from strata.nodes import compositing, fusion, harmonize, shared_layers, transparency
+from strata.techniques.layers import Layer, LayerStack, write_layers
 
 import nodes as comfyui_nodes
 
@@ -104,11 +105,7 @@ class Bench(Family):
         alpha = torch.nn.functional.interpolate(
             torch.from_numpy(scene.objects[0].rgba).movedim(-1, 0)[None], (SIDE, SIDE)
         ).movedim(1, -1)
-        self.stack = shared_layers.write_layers(
-            shared_layers.LayerStack(
-                (SIDE, SIDE), (shared_layers.Layer(self.image[0], "place"), shared_layers.Layer(alpha[0], "apple"))
-            )
-        )
+        self.stack = write_layers(LayerStack((SIDE, SIDE), (Layer(self.image[0], "place"), Layer(alpha[0], "apple"))))
         (self.adapter,) = transparency.LoadTransparency.execute("strata_mini_transparent_attn.safetensors").args[:1]
         self.inversions = [
             compositing.InvertImage.execute(

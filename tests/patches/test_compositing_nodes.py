@@ -186,7 +186,7 @@ def test_what_is_wrong_is_said_in_words(server):  # noqa: F811
 def test_sides_that_no_latent_divides_are_cut_in_one_way():
     """ComfyUI's VAE cuts the rim all round: picture, report, planes' masks and the noise mask follow it."""
     from strata.nodes.compositing import GuidancePlane, InsertAtDepth, InvertImage
-    from strata.nodes.shared_layers import centred
+    from strata.nodes.inputs import centred
 
     with torch.inference_mode():
         mini = Family()

@@ -95,6 +95,23 @@ def test_cut_layers_of_a_transparent_picture_have_its_alpha_together(size, thres
     assert all(layer.image[..., 3].max() <= 1 for layer in stack.layers)
 
 
+def test_a_sliced_picture_is_its_cut_layers_and_refined_edges_are_left_as_they_are():
+    image, depth = random(6, 7, 3), random(6, 7, seed=1)
+    hard = deglad.slice_masks(depth[None], [0.4])
+    stack, weights, hidden = deglad.slice_picture(image, depth, [0.4], None, False, 3.0)
+    assert torch.equal(weights, deglad.soften(hard, 3.0)[0]) and torch.allclose(hidden, 1 - weights.cumsum(0))
+    assert torch.allclose(over(stack), image, atol=1e-9)
+    matte, colours = random(2, 6, 7, seed=2).softmax(0), random(2, 6, 7, 3, seed=3)
+
+    def refine(picture, masks):
+        assert torch.equal(picture, image) and torch.equal(masks, hard[0])
+        return matte, colours
+
+    stack, weights, _ = deglad.slice_picture(image, depth, [0.4], None, False, 3.0, refine)
+    assert torch.equal(weights, matte)
+    assert torch.allclose(over(stack), (matte[..., None] * colours).sum(0), atol=1e-9)
+
+
 def test_hidden_parts_are_what_nearer_layers_cover():
     masks = deglad.slice_masks(torch.tensor([[[0.1, 0.5, 0.9]]]), [0.3, 0.7])
     assert deglad.hidden_parts(masks)[0, :, 0].tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 0]]

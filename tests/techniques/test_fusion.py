@@ -185,6 +185,19 @@ def test_resize_prior_takes_the_mean_of_each_area():
     assert fusion.resize_prior(torch.rand(1, 35), (5, 7), (3, 4)).shape == (1, 12)
 
 
+def test_strips_show_each_map_of_each_step_in_its_own_range():
+    steps = [torch.rand(2, 3, 5, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    strips = fusion.map_strips(steps)
+    assert strips.shape == (2 * 2, 4 * 5, 4 * 3 * 4, 3)
+    for row, maps in enumerate(torch.cat(steps)):
+        for number, one in enumerate(maps):
+            shown = strips[row, :, 16 * number : 16 * number + 16]
+            assert torch.equal(shown[..., 0], shown[..., 2]) and torch.equal(shown[::4, ::4], shown[3::4, 3::4])
+            assert np.allclose(shown[::4, ::4, 0].flatten(), minmax(one.reshape(1, -1).numpy())[0], atol=1e-6)
+    assert torch.equal(fusion.map_strips([]), torch.zeros(1, 1, 1, 3))
+    assert not fusion.map_strips([torch.full((1, 1, 2, 2), 0.7)]).any()
+
+
 MEASURED = """
 import conftest  # makes the pack importable
 import resource, torch

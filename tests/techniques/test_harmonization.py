@@ -10,7 +10,17 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from strata.techniques.compositing import flatten
 from strata.techniques.feature_guidance import masks_at_level
-from strata.techniques.harmonization import feathered, fuse_latents, keep_detail, on_canvas, visible_shares
+from strata.techniques.geometry import rasterise
+from strata.techniques.harmonization import (
+    colours_and_alphas,
+    feathered,
+    fuse_latents,
+    harmonised_layers,
+    keep_detail,
+    light_behind,
+    on_canvas,
+    visible_shares,
+)
 from strata.techniques.layers import Layer, LayerStack
 
 
@@ -122,3 +132,58 @@ def test_detail_stays_and_what_is_smooth_comes(radius=6.0):
     )
     shade = torch.full_like(before, 0.2)
     assert torch.allclose(keep_detail(before, same - shade, same, seen, radius)[outside], (before - shade)[outside])
+
+
+def two_things(*size):
+    """A background and two things in front of it, which lie over each other."""
+    generator = torch.Generator().manual_seed(4)
+    pictures = [torch.rand(*size, channels, generator=generator) for channels in (3, 4, 4)]
+    for pixels, place in zip(pictures[1:], (slice(8, 24), slice(16, 32)), strict=True):
+        pixels[..., 3] = 0
+        pixels[place, place, 3] = 0.75
+    names = ("place", "behind", "in front")
+    return LayerStack(size[::-1], tuple(Layer(*one, extra={"kept": 1}) for one in zip(pictures, names, strict=True)))
+
+
+def test_colours_and_alphas_are_the_layers_on_the_canvas():
+    stack = two_things(40, 44)
+    stack = stack.with_layers([*stack.layers[:2], replace(stack.layers[2], x=5, y=-3, flip_h=True)])
+    colours, opacity = colours_and_alphas(stack)
+    for layer, colour, alpha in zip(stack.layers, colours, opacity, strict=True):
+        pixels = rasterise(layer, stack.canvas).permute(2, 0, 1)
+        assert torch.equal(alpha, pixels[3:]) and torch.equal((colour * (alpha > 0)), pixels[:3] * (alpha > 0))
+        assert colour[:, alpha[0] == 0].any() or (alpha > 0).all()
+
+
+def test_an_even_change_of_light_goes_on_behind_a_thing():
+    before, free = torch.rand(1, 3, 48, 48, generator=torch.Generator().manual_seed(5)) / 2, torch.ones(1, 48, 48)
+    free[:, 16:32, 16:32] = 0
+    drawn = before + 0.25
+    drawn[..., 16:32, 16:32] = 1  # the thing, as the model draws it
+    for soft in (True, False):
+        found = light_behind(before, drawn, free, soft)
+        assert torch.allclose(found, (before[0] + 0.25).movedim(0, -1), atol=1e-5)
+
+
+@pytest.mark.parametrize("relight", [False, True])
+def test_harmonised_layers_are_the_picture_where_nothing_fades(relight):
+    stack = two_things(56, 60)
+    colours, opacity = colours_and_alphas(stack)
+    drawn = torch.rand(1, 3, 56, 60, generator=torch.Generator().manual_seed(6))
+    picture, found = harmonised_layers(stack, colours, opacity, drawn, relight, 0.0)
+    assert picture.shape == (1, 56, 60, 3) and [layer.name for layer in found.layers] == ["place", "behind", "in front"]
+    assert all(layer.extra == {"kept": 1} for layer in found.layers)
+    ground = found.layers[0].image.movedim(-1, 0)
+    if relight:
+        assert torch.equal(picture[0], drawn[0].movedim(0, -1))
+        for layer, own, share in zip(found.layers[1:], colours[1:], visible_shares(opacity[1:])[1], strict=True):
+            expected = own + (drawn[0] - own) * share
+            assert torch.allclose(layer.image[..., :3].movedim(-1, 0), expected, atol=1e-6)
+    else:
+        assert found.layers[1:] == stack.layers[1:]
+        expected = fuse_latents(drawn[0], colours[1:], opacity[1:])
+        assert torch.allclose(picture[0].movedim(-1, 0), expected, atol=1e-6)
+    assert torch.equal(ground[:, 48:], drawn[0, :, 48:])
+    opacity[0, :, :5] = 0.5
+    picture, found = harmonised_layers(stack, colours, opacity, drawn, relight, 0.0)
+    assert picture.shape[-1] == 4 and torch.equal(picture[0, ..., 3], flatten(found)[1])

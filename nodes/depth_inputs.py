@@ -1,0 +1,121 @@
+"""The inputs that every node with a depth picture has, and what arrives on them: depth in 0..1, and boxes in it."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+
+from ..techniques import depth as deglad
+from .inputs import named
+
+NEAR = io.Combo.Input(
+    "near_is",
+    ["white", "black"],
+    default="white",
+    tooltip=(
+        "What near pixels are in the depth picture: white for Depth Anything, MiDaS and disparity, black for depth "
+        "cameras and metric depth."
+    ),
+)
+MISSING = io.Combo.Input(
+    "missing_depth",
+    ["auto", "zero and NaN", "NaN only"],
+    default="auto",
+    tooltip=(
+        "Which values mean 'not measured' and are filled from their surroundings. auto: zero counts as missing when "
+        "near is black, as depth cameras "
+        "give it, and as the far end when near is white."
+    ),
+)
+THRESHOLD = io.Float.Input(
+    "threshold",
+    default=0.5,
+    min=0.0,
+    max=1.0,
+    step=0.001,
+    round=0.0001,
+    tooltip="Depth of the cut: 0 is the nearest depth of the picture, 1 the farthest.",
+)
+
+
+def range_inputs() -> list:
+    limit = {"min": -1e9, "max": 1e9, "step": 0.01, "optional": True}
+    return [
+        io.Combo.Input(
+            "range",
+            options=list(deglad.RANGES),
+            default=deglad.RANGES[0],
+            optional=True,
+            tooltip=(
+                "What 0 to 1 means: each image's own nearest and farthest depth, those of the whole batch (for the "
+                "frames of a video, whose cuts would jump "
+                "otherwise), or fixed values."
+            ),
+        ),
+        io.Float.Input(
+            "range_low",
+            default=0.0,
+            **limit,
+            tooltip="For a fixed range: the lowest value of the depth, as it comes in.",
+        ),
+        io.Float.Input(
+            "range_high",
+            default=1.0,
+            **limit,
+            tooltip="For a fixed range: the highest value of the depth, as it comes in.",
+        ),
+    ]
+
+
+def depth_input(name: str = "depth"):
+    return io.MultiType.Input(
+        name, [io.Image, io.Mask], tooltip="Depth of the picture from any depth node; another size is resized."
+    )
+
+
+def read_depth(
+    value: torch.Tensor,
+    image: torch.Tensor,
+    near_is: str,
+    missing: str,
+    socket: str = "depth",
+    range: str = deglad.RANGES[0],
+    range_low: float = 0.0,
+    range_high: float = 1.0,
+) -> torch.Tensor:
+    """[B,H,W] in 0..1, 0 = nearest, at the size and batch of the image. NaN is allowed here: it means missing."""
+    if not isinstance(value, torch.Tensor) or value.ndim not in (2, 3, 4) or 0 in value.shape:
+        raise ValueError(f"{socket}: this is not a depth picture; connect the IMAGE or MASK of a depth node.")
+    value = value.float().to(image.device)
+    value = value[..., :3].mean(-1) if value.ndim == 4 else value.view(-1, *value.shape[-2:])
+    if len(value) not in (1, len(image)):
+        raise ValueError(
+            f"{socket}: there are {len(value)} depth pictures for {len(image)} images; connect one, or one for each "
+            "image."
+        )
+    zero = missing == "zero and NaN" or (missing == "auto" and near_is == "black")
+    with named(socket, "depth"):
+        depth = deglad.normalise_depth(value, near_is == "white", zero, range, (range_low, range_high))
+    return deglad.resize_depth(depth, *image.shape[1:3]).expand(len(image), -1, -1)
+
+
+def box_or_region(
+    depth: torch.Tensor, x: int, y: int, width: int, height: int, region: torch.Tensor | None
+) -> torch.Tensor:
+    """The mask [B,H,W] of a box in pixels, or the region that was given in its place, checked against the picture's
+    depth [B,H,W].
+    """
+    if region is None:
+        region = torch.zeros_like(depth)
+        region[:, max(0, y) : max(0, y + height), max(0, x) : max(0, x + width)] = 1
+        if not region.any():
+            raise ValueError(
+                f"x, y, width, height: the box lies outside of the picture of {depth.shape[2]}×{depth.shape[1]}; move "
+                "it inside."
+            )
+    if region.shape[1:] != depth.shape[1:] or len(region) not in (1, len(depth)):
+        raise ValueError(
+            f"region: the mask is {region.shape[2]}×{region.shape[1]} ({len(region)}) and the picture is "
+            f"{depth.shape[2]}×{depth.shape[1]} ({len(depth)}); make them the same size."
+        )
+    return region
