@@ -13,10 +13,14 @@ test-full:  ## the slow ones too
 	$(EXEC) tools/bad_values.py
 	$(EXEC) tools/soak.py
 
-check:  ## style, and files that are generated
+check:  ## style, types, and files that are generated
 	$(EXEC) -m ruff check .
 	$(EXEC) -m ruff format --check .
+	$(MAKE) types
 	$(EXEC) tools/papers.py --check
+
+types:  ## mypy on techniques, formats and networks
+	mkdir -p output/types && ln -sfn "$(CURDIR)" output/types/strata && $(EXEC) -m mypy
 
 serve:  ## open ComfyUI with this pack for a person
 	$(PYTHON) tools/host.py serve $(if $(PORT),--port $(PORT))
@@ -35,4 +39,4 @@ mini:  ## train the mini family from nothing and write its files; goes on where 
 	$(EXEC) -m training publish
 	$(EXEC) -m training judge
 
-.PHONY: demo test test-full check serve run figures bench mini
+.PHONY: demo test test-full check types serve run figures bench mini
