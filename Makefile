@@ -18,10 +18,14 @@ test-full:  ## the slow ones too
 	$(EXEC) tools/bad_values.py
 	$(EXEC) tools/soak.py
 
-check:  ## style, and files that are generated
+check:  ## style, types, and files that are generated
 	$(EXEC) -m ruff check .
 	$(EXEC) -m ruff format --check .
+	$(MAKE) types
 	$(EXEC) tools/papers.py --check
+
+types:  ## mypy on techniques, formats and networks
+	mkdir -p output/types && ln -sfn "$(CURDIR)" output/types/strata && $(EXEC) -m mypy
 
 serve:  ## open ComfyUI with this pack for a person
 	$(PYTHON) tools/host.py serve $(if $(PORT),--port $(PORT))
@@ -43,4 +47,4 @@ mini:  ## train the mini family from nothing and write its files; goes on where 
 	$(EXEC) -m training publish
 	$(EXEC) -m training judge
 
-.PHONY: demo test quick test-full check serve run figures mutants bench mini
+.PHONY: demo test quick test-full check types serve run figures mutants bench mini

@@ -69,8 +69,8 @@ def masked(layer: Layer, factor: np.ndarray | None) -> Layer:
     """factor: [H,W], 1 = opaque, of the layer's own pixels."""
     if factor is None:
         return layer
-    factor = torch.from_numpy(np.ascontiguousarray(factor, np.float32))
-    return replace(layer, mask=1 - (factor if layer.mask is None else factor * (1 - layer.mask)))
+    opaque = torch.from_numpy(np.ascontiguousarray(factor, np.float32))
+    return replace(layer, mask=1 - (opaque if layer.mask is None else opaque * (1 - layer.mask)))
 
 
 def _overlap(layers: list[Layer]) -> bool:

@@ -200,7 +200,7 @@ def _layers(
     archive: zipfile.ZipFile, stack: ElementTree.Element, name: str, merge: bool, notes: list[str]
 ) -> list[Layer]:
     """Of a stack, back to front."""
-    found = []
+    found: list[Layer] = []
     for element in reversed(stack):
         label, shown = plain_name(element.get("name", "")) or "Layer", element.get("visibility", "visible") != "hidden"
         operator = element.get("composite-op", "svg:src-over")
@@ -319,7 +319,7 @@ def _png_size(
 
 def _source(element: ElementTree.Element) -> str:
     """The name in the archive: some programs write ./data/a.png, or data\\a.png."""
-    return str(PurePosixPath(element.get("src").replace("\\", "/")))
+    return str(PurePosixPath(element.get("src", "").replace("\\", "/")))
 
 
 def _layer(archive: zipfile.ZipFile, element: ElementTree.Element, visible: bool, name: str, notes: list[str]) -> Layer:

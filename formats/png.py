@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 _MODEL, _MAKE = 0x0110, 0x010F  # EXIF tags: ComfyUI puts the prompt into the first, the rest from the second downwards
 
@@ -40,8 +41,8 @@ def write_webp(file: BinaryIO, pixels: np.ndarray, metadata: dict[str, Any]) -> 
 def read_metadata(path: Path | BinaryIO) -> dict[str, Any]:
     """The JSON values that write_png or write_webp put into a file, by their names."""
     with Image.open(path) as image:
-        if image.format == "PNG":
-            items = image.text.items()
+        if isinstance(image, PngImageFile):
+            items: Iterable[Sequence[str]] = image.text.items()
         else:
             items = [
                 value.split(":", 1)

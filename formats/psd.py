@@ -117,8 +117,8 @@ def read(path: Path, groups: str = GROUPS[0], notes: list[str] | None = None) ->
 def read_metadata(path: Path) -> dict[str, Any]:
     """What `write` put into the file, for example {"prompt": …, "workflow": …}; empty for other programs' files."""
     data = _open(path)._record.image_resources.get_data(XMP)
-    found = parse_xml(data, f"{path.name}: the XMP block").find(f".//{{{NAMESPACE}}}metadata") if data else None
-    return {} if found is None else json.loads(found.text)
+    found = parse_xml(data, f"{path.name}: the XMP block").findtext(f".//{{{NAMESPACE}}}metadata") if data else None
+    return json.loads(found) if found else {}
 
 
 def _check_modes(stack: LayerStack) -> None:
@@ -144,18 +144,18 @@ def _record(layer: Layer, canvas: tuple[int, int]):
     layer = in_place(layer, canvas)
     planes = dict(zip((0, 1, 2, -1), to_bytes(layer.image.movedim(-1, 0)), strict=False))
     height, width = layer.image.shape[:2]
-    box = {"top": layer.y, "left": layer.x, "bottom": layer.y + height, "right": layer.x + width}
+    box = layer.y, layer.x, layer.y + height, layer.x + width  # top, left, bottom, right
     if layer.mask is not None:
         planes[-2] = 255 - to_bytes(layer.mask)
     data = ChannelDataList([_compressed(plane) for plane in planes.values()])
     name = plain_name(layer.name)
     record = LayerRecord(
-        **box,
+        *box,
         channel_info=[ChannelInfo(channel) for channel in planes],
         blend_mode=_psd_mode(layer.blend_mode),
         opacity=round(layer.opacity * 255),
         flags=LayerFlags(visible=layer.visible),
-        mask_data=None if layer.mask is None else MaskData(**box),
+        mask_data=None if layer.mask is None else MaskData(*box),
         name=name.encode("macroman", "replace")[:255].decode("macroman"),
     )
     record.tagged_blocks.set_data(Tag.UNICODE_LAYER_NAME, name)
@@ -436,8 +436,10 @@ def _flat(psd, notes: list[str]) -> Layer:
         or any(key in (psd.tagged_blocks or ()) for key in blocks)
     )
     if not transparent:  # or psd-tools would take the selection for transparency, and white out of the colours by it
+        # psd-tools' annotations know bytes alone here, and not what a list of its own is made of.
         psd.image_resources[Resource.ALPHA_IDENTIFIERS] = ImageResource(
-            key=Resource.ALPHA_IDENTIFIERS.value, data=AlphaIdentifiers([1])
+            key=Resource.ALPHA_IDENTIFIERS.value,
+            data=AlphaIdentifiers([1]),  # type: ignore[arg-type, list-item]
         )
     pixels = _srgb(_pillow(psd, notes))
     return Layer(from_bytes(pixels if transparent else pixels[..., :3]), "Background")
@@ -467,7 +469,7 @@ def _srgb(image: Image.Image) -> np.ndarray:
     """[H,W,3|4] 8 bits of a Pillow picture of any mode."""
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        image = ImageCms.buildTransform(lab, srgb, "LAB", "RGB").apply(image)
     return eight_bits(image)
 
 

@@ -97,25 +97,17 @@ def in_place(layer: Layer, canvas: tuple[int, int]) -> Layer:
     # On a canvas with enough room on every side nothing of the turned layer is cut off.
     room = math.ceil(math.hypot(*layer.size))
     if room**2 > MAX_DRAWN:
-        placed, room = place(layer, canvas), None
-        if not placed:
-            return Layer(
-                layer.image.new_zeros(1, 1, 4),
-                layer.name,
-                None,
-                layer.x,
-                layer.y,
-                opacity=layer.opacity,
-                blend_mode=layer.blend_mode,
-                visible=layer.visible,
-                extra=layer.extra,
-            )
+        placed, x, y = place(layer, canvas), 0, 0
     else:
         placed = place(replace(layer, x=room, y=room), (layer.size[0] + 2 * room, layer.size[1] + 2 * room))
-    x, y = (placed.left, placed.top) if room is None else (layer.x + placed.left - room, layer.y + placed.top - room)
-    colour, alpha = placed.rows(placed.top, placed.bottom)
+        x, y = layer.x - room, layer.y - room
+    if placed:
+        colour, alpha = placed.rows(placed.top, placed.bottom)
+        image, x, y = torch.cat([colour, alpha[None]]).permute(1, 2, 0), x + placed.left, y + placed.top
+    else:
+        image, x, y = layer.image.new_zeros(1, 1, 4), layer.x, layer.y
     return Layer(
-        torch.cat([colour, alpha[None]]).permute(1, 2, 0),
+        image,
         layer.name,
         None,
         x,

@@ -24,6 +24,8 @@ class LowRank(nn.Module):
 class SharedAttention(nn.Module):
     """Beside one attention of the UNet: low-rank terms per frame, then attention over the frames of every token."""
 
+    to_out_lora: nn.ModuleList
+
     def __init__(self, widths: dict[str, tuple[int, int]], frames: int, rank: int, control: int, operations):
         """widths: (inputs, outputs) of each projection; control: channels of the picture's features, 0 for none."""
         super().__init__()
@@ -34,8 +36,9 @@ class SharedAttention(nn.Module):
             )
         width = widths["to_k"][1]
         self.temporal_n = operations.LayerNorm(width, eps=1e-6)
-        for name in "iqkvo":
-            self.add_module(f"temporal_{name}", operations.Linear(width, width))
+        self.temporal_i, self.temporal_q, self.temporal_k, self.temporal_v, self.temporal_o = (
+            operations.Linear(width, width) for _ in range(5)
+        )
         if control:
             self.control_convs = nn.ModuleList(
                 nn.Sequential(
@@ -46,7 +49,7 @@ class SharedAttention(nn.Module):
 
     def forward(
         self,
-        original: nn.Module,
+        original,
         attention: Callable,
         x: Tensor,
         context: Tensor | None,
@@ -71,9 +74,7 @@ class SharedAttention(nn.Module):
         h = torch.stack(parts, 1) + torch.stack(added, 1)
         return (h + self.over_frames(h, original.heads)).flatten(0, 1) - x
 
-    def _attend(
-        self, original: nn.Module, attention: Callable, frame: int, x: Tensor, context: Tensor, value: Tensor
-    ) -> Tensor:
+    def _attend(self, original, attention: Callable, frame: int, x: Tensor, context: Tensor, value: Tensor) -> Tensor:
         q, k, v = (
             getattr(original, name)(part) + getattr(self, f"{name}_lora")[frame](part)
             for name, part in (("to_q", x), ("to_k", context), ("to_v", value))

@@ -5,6 +5,7 @@ same functions of the equations.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class Call:
 
     tokens: [B·L,S,D]. token_indices: of each scene, each layer's tokens in the whole picture's. ends: [B][L-1], where
     each layer's own prompt ends. early: [B], 1 where Eq. 9 acts. known: [B,F,h,w], maps for scenes without words.
-    maps, own: [B,F,h,w], by the whole picture and by the objects' own branches, from the attention of the down blocks.
+    recorded: the attention of the down blocks.
     """
 
     layers: int
@@ -36,8 +37,6 @@ class Call:
     early: Tensor
     refine: ContextLayers
     known: Tensor | None = None
-    maps: Tensor | None = None
-    own: Tensor | None = None
     recorded: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     def size_of(self, x: Tensor) -> tuple[int, int]:
@@ -45,9 +44,7 @@ class Call:
         return self.size[0] // factor, self.size[1] // factor
 
     def mix(self, n: Tensor) -> Tensor:
-        if self.maps is None:
-            self._make_maps()
-        maps = dreamlayer.resize_maps(self.maps, self.size_of(n)).flatten(2) * self.early[:, None, None]
+        maps = dreamlayer.resize_maps(self.maps[0], self.size_of(n)).flatten(2) * self.early[:, None, None]
         return dreamlayer.mix_global_in(n.unflatten(0, (-1, self.layers)), maps).flatten(0, 1)
 
     def record_attention(self, n: Tensor, q: Tensor, k: Tensor, heads: int) -> None:
@@ -66,23 +63,27 @@ class Call:
             )
         self.recorded.append((torch.cat(shares), torch.cat(own), n[:, -1]))
 
-    def _make_maps(self) -> None:
+    @cached_property
+    def maps(self) -> tuple[Tensor, Tensor]:
+        """[B,F,h,w] by the whole picture and by the objects' own branches, from the recorded attention."""
         shares, own, hidden = (torch.stack(values).sum(0) for values in zip(*self.recorded, strict=True))
         size = self.size_of(hidden)
-        maps, self.own = (
+        maps, own = (
             values.unflatten(2, size)
             for values in (self.refine(dreamlayer.context_maps(shares), hidden), dreamlayer.context_maps(own))
         )
         if self.known is not None:
             has_words = torch.tensor([any(indices) for indices in self.token_indices], device=maps.device)
             maps = torch.where(has_words[:, None, None, None], maps, dreamlayer.resize_maps(self.known, size))
-        self.maps = maps
+        return maps, own
 
 
 class RowLinear(nn.Module):
     """A frozen projection. Background and whole picture add `shared` to its weight, objects `foreground`, where it
     learns, and `adapter`.
     """
+
+    adapter: Tensor
 
     def __init__(self, plain: nn.Linear, adapter: Tensor | None, learns: bool):
         super().__init__()
@@ -95,7 +96,7 @@ class RowLinear(nn.Module):
     def forward(self, x: Tensor, layers: int) -> Tensor:
         """x: [B·L,T,C]"""
         others, objects = self.weight, self.weight + self.adapter
-        if self.shared is not None:
+        if self.shared is not None and self.foreground is not None:
             others, objects = others + self.shared, objects + self.foreground
         first, between, last = x.unflatten(0, (-1, layers)).split([1, layers - 2, 1], 1)
         parts = (first, others), (between, objects), (last, others)
@@ -133,9 +134,9 @@ class LayerBlock(nn.Module):
         if gives_maps:
             call.record_attention(n, q, k, module.heads)
 
-        def attend(*parts: Tensor) -> Tensor:
-            parts = (part.unflatten(-1, (module.heads, -1)).transpose(1, 2) for part in parts)
-            return F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (part.unflatten(-1, (module.heads, -1)).transpose(1, 2) for part in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
         out = dreamlayer.joint_attention(q, k, v, call.layers, attend) if jointly else attend(q, k, v)
         return module.to_out[0](out, call.layers)
@@ -143,7 +144,8 @@ class LayerBlock(nn.Module):
 
 def map_blocks(unet: UNet) -> list[str]:
     """The transformer blocks of the way down at its lowest resolution, which is where the nodes take the maps."""
-    level, found = 0, {}
+    level = 0
+    found: dict[str, int] = {}
     for number, part in enumerate(unet.input_blocks):
         level += any(isinstance(layer, Downsample) for layer in part.modules())
         found |= {
@@ -169,21 +171,20 @@ class LayeredDenoiser(nn.Module):
         super().__init__()
         self.model, self.cond_stage_model = plain.requires_grad_(False).model, plain.cond_stage_model
         self.end, unet = end, self.unet
-        blocks = [(name, module) for name, module in unet.named_modules() if isinstance(module, TransformerBlock)]
+        blocks = {name: module for name, module in unet.named_modules() if isinstance(module, TransformerBlock)}
         gives_maps = map_blocks(unet)
-        for name, block in blocks:
+        for name, block in blocks.items():
             terms = {key.removeprefix(f"{name}."): term for key, term in adapter.items() if key.startswith(f"{name}.")}
             unet.set_submodule(name, LayerBlock(block, terms, name.startswith("output_blocks"), name in gives_maps))
-        self.layer_embedding = nn.Parameter(
-            torch.zeros(1 + most_objects, unet.get_submodule(gives_maps[-1]).attn2.to_k.weight.shape[1])
-        )
-        self.context_layers = ContextLayers(
-            context_layers, unet.get_submodule(gives_maps[-1]).norm2.normalized_shape[0]
-        )
+        last = blocks[gives_maps[-1]]
+        self.layer_embedding = nn.Parameter(torch.zeros(1 + most_objects, last.attn2.to_k.weight.shape[1]))
+        self.context_layers = ContextLayers(context_layers, last.norm2.normalized_shape[0])
 
     @property
     def unet(self) -> UNet:
-        return self.model["diffusion_model"]
+        unet = self.model["diffusion_model"]
+        assert isinstance(unet, UNet)
+        return unet
 
     def forward(
         self, latent: Tensor, timesteps: Tensor, rows: Tensor, early: Tensor, known: Tensor | None = None
@@ -194,15 +195,16 @@ class LayeredDenoiser(nn.Module):
         A scene of empty prompts is the estimate without words of classifier-free guidance: no layer embedding, and maps
         as known.
         """
-        layers = latent.shape[1]
-        call = Call(layers, latent.shape[-2:], *self.embed(rows), early, self.context_layers, known)
+        _, layers, _, height, width = latent.shape
+        call = Call(layers, (height, width), *self.embed(rows), early, self.context_layers, known)
         noise = self.unet(latent.flatten(0, 1), timesteps.repeat_interleave(layers), call)
-        return noise.unflatten(0, (-1, layers)), call.maps, call.own
+        return noise.unflatten(0, (-1, layers)), *call.maps
 
     def embed(self, rows: Tensor) -> tuple[Tensor, list[list[list[int]]], list[list[int]]]:
         """[B,L-1,77] -> a Call's tokens, token_indices and ends."""
         unique, place = rows.flatten(0, 1).unique(dim=0, return_inverse=True)
-        encoded = self.cond_stage_model["transformer"]["text_model"](unique)[place].unflatten(0, rows.shape[:2])
+        encode = self.cond_stage_model.get_submodule("transformer.text_model")
+        encoded = encode(unique)[place].unflatten(0, rows.shape[:2])
         ends = (rows == self.end).int().argmax(-1).tolist()
         tokens, token_indices = [], []
         for layers, own in zip(encoded, ends, strict=True):

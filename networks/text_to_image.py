@@ -50,4 +50,4 @@ class TextToImage(nn.Module):
     def encode(self, rows: Tensor) -> Tensor:
         """rows: [B,77] -> [B,77,D]. Equal prompts are encoded once."""
         unique, place = rows.unique(dim=0, return_inverse=True)
-        return self.cond_stage_model["transformer"]["text_model"](unique)[place]
+        return self.cond_stage_model.get_submodule("transformer.text_model")(unique)[place]

@@ -135,7 +135,7 @@ class Stem(nn.Module):
         return self.get_submodule("0")(x)
 
 
-class Blocks(nn.Sequential):
+class Blocks(nn.ModuleList):
     def forward(self, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
         for layer in self:
             x = layer(x, embedding, context)
@@ -178,13 +178,13 @@ class UNet(nn.Module):
         self.input_blocks = nn.ModuleList([Stem(in_channels, width, operations)])
         for level, (level_width, depth) in enumerate(zip(widths, transformer_depth, strict=True)):
             for _ in range(num_res_blocks):
-                self.input_blocks.append(Blocks(*stage(width, level_width, depth)))
+                self.input_blocks.append(Blocks(stage(width, level_width, depth)))
                 width = level_width
                 skips.append(width)
             if level < len(widths) - 1:
-                self.input_blocks.append(Blocks(Downsample(width, operations)))
+                self.input_blocks.append(Blocks([Downsample(width, operations)]))
                 skips.append(width)
-        self.middle_block = Blocks(*stage(width, width, 1), ResBlock(width, width, embedding, operations))
+        self.middle_block = Blocks([*stage(width, width, 1), ResBlock(width, width, embedding, operations)])
         self.output_blocks = nn.ModuleList()
         for level, (level_width, depth) in reversed(list(enumerate(zip(widths, transformer_depth, strict=True)))):
             for index in range(num_res_blocks + 1):
@@ -192,7 +192,7 @@ class UNet(nn.Module):
                 width = level_width
                 if level and index == num_res_blocks:
                     layers.append(Upsample(width, operations))
-                self.output_blocks.append(Blocks(*layers))
+                self.output_blocks.append(Blocks(layers))
         self.out = nn.Sequential(
             operations.GroupNorm(GROUPS, width), nn.SiLU(), operations.Conv2d(width, out_channels, 3, padding=1)
         )

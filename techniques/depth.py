@@ -175,7 +175,7 @@ def parse_points(text: str) -> list[tuple[float, float]]:
     for point in points:
         if len(point) != 2 or not all(0 <= value <= 1 for value in point):
             raise ValueError(f"points: {point} is not x, y with both from 0 to 1 (fractions of width and height).")
-    return points
+    return [(x, y) for x, y in points]
 
 
 def threshold_behind(depth: Tensor, x: float, y: float) -> float:

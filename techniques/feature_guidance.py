@@ -75,11 +75,12 @@ def composition_energy(
     Source: featglac, Eq. 4
     """
     term = {"l2": feature_energy_l2, "l1": feature_energy_l1}[norm]
-    precise = torch.promote_types(next(iter(features.values())).dtype, torch.float32)
-    energy = 0
+    first = next(iter(features.values()))
+    precise = torch.promote_types(first.dtype, torch.float32)
+    energy = first.new_zeros(len(first), dtype=precise)
     for level, weight in level_weights.items():
         own = features[level].to(precise)
-        at_level = masks_at_level(masks, own.shape[2:]).to(own)
+        at_level = masks_at_level(masks, (own.shape[2], own.shape[3])).to(own)
         for source, mask, share in zip(sources[level], at_level, plane_weights, strict=True):
             energy = energy + weight * share * term(own, source.to(own), mask)
     return energy

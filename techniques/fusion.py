@@ -133,6 +133,7 @@ def over_rows(q: Tensor, k: Tensor, heads: int, reduce: Callable[[Tensor], Tenso
                 found = values.new_empty(len(q), q.shape[1], *values.shape[1:])
             found[row, start : start + len(values)] = values
             start += len(values)
+    assert found is not None
     return found
 
 

@@ -24,20 +24,17 @@ class Placement:
     """The visible box of one layer: left, top, right, bottom on the canvas, right and bottom exclusive.
 
     Either a copy (image and mask are views of the layer's pixels, already turned and cropped to the box), or a
-    resampling, when
-    `source` [1,3|4,h,w] is the (premultiplied) picture and `inverse` (a, b, c, d, e, f) takes a canvas point to the
-    layer's own
-    display coordinates: u = a·x + b·y + c, v = d·x + e·y + f, inside the layer where 0 ≤ u ≤ size[0] and 0 ≤ v ≤
-    size[1].
+    resampling, when image [1,3|4,h,w] is the (premultiplied) picture and `inverse` (a, b, c, d, e, f) takes a canvas
+    point to the layer's own display coordinates: u = a·x + b·y + c, v = d·x + e·y + f, inside the layer where
+    0 ≤ u ≤ size[0] and 0 ≤ v ≤ size[1].
     """
 
     left: int
     top: int
     right: int
     bottom: int
-    image: Tensor | None = None
+    image: Tensor
     mask: Tensor | None = None
-    source: Tensor | None = None
     inverse: tuple[float, ...] = ()
     size: tuple[int, int] = (0, 0)
 
@@ -45,7 +42,7 @@ class Placement:
         """(colour [3,bottom-top,width] straight, alpha [bottom-top,width], 1 = opaque) of these canvas rows of
         the box.
         """
-        return self._copied(top - self.top, bottom - self.top) if self.source is None else self._resampled(top, bottom)
+        return self._resampled(top, bottom) if self.inverse else self._copied(top - self.top, bottom - self.top)
 
     def _copied(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         pixels = self.image[first:last].permute(2, 0, 1).contiguous()
@@ -57,11 +54,11 @@ class Placement:
     def _resampled(self, top: int, bottom: int) -> tuple[Tensor, Tensor]:
         a, b, c, d, e, f = self.inverse
         width, height = self.size
-        y = torch.arange(top, bottom, device=self.source.device, dtype=self.source.dtype)[:, None] + 0.5
-        x = torch.arange(self.left, self.right, device=self.source.device, dtype=self.source.dtype)[None] + 0.5
+        y = torch.arange(top, bottom, device=self.image.device, dtype=self.image.dtype)[:, None] + 0.5
+        x = torch.arange(self.left, self.right, device=self.image.device, dtype=self.image.dtype)[None] + 0.5
         u, v = a * x + b * y + c, d * x + e * y + f
         grid = torch.stack([u * (2 / width) - 1, v * (2 / height) - 1], dim=-1)[None]
-        pixels = F.grid_sample(self.source, grid, mode="bicubic", padding_mode="border", align_corners=False)[0]
+        pixels = F.grid_sample(self.image, grid, mode="bicubic", padding_mode="border", align_corners=False)[0]
         border = _coverage(u, width) * _coverage(v, height)
         if len(pixels) == 3:
             return pixels.clamp(0, 1), border
@@ -154,9 +151,9 @@ def transform(
         raise ValueError(
             f"scale: {scale} is not a size; use a number above 0 (1 keeps the size, flip_h and flip_v mirror)."
         )
-    *centre, width, height = _exact(layer)
-    pivot = pivot or centre
-    dx, dy = (centre[0] - pivot[0]) * scale, (centre[1] - pivot[1]) * scale
+    x, y, width, height = _exact(layer)
+    pivot = pivot or (x, y)
+    dx, dy = (x - pivot[0]) * scale, (y - pivot[1]) * scale
     dx, dy = (-dx if flip_h else dx), (-dy if flip_v else dy)
     cos, sin = math.cos(rotation), math.sin(rotation)
     exact = (
@@ -181,7 +178,7 @@ def transform(
     return _with_exact(moved, None if exact == (x + width / 2, y + height / 2, width, height) else exact)
 
 
-def _exact(layer: Layer) -> tuple[float, ...]:
+def _exact(layer: Layer) -> tuple[float, float, float, float]:
     """Centre and size with their fractions, as long as they are those of the layer's whole numbers: another node may
     have moved it.
     """
@@ -252,15 +249,13 @@ def _rotated_box(layer: Layer) -> tuple[int, int, int, int]:
 
 
 def _copy(layer: Layer, box: tuple[int, int, int, int], left: int, top: int, quarter: int) -> Placement:
-    def turned(pixels: Tensor | None) -> Tensor | None:
-        if pixels is None:
-            return None
+    def turned(pixels: Tensor) -> Tensor:
         flips = [axis for axis, flipped in ((0, layer.flip_v), (1, layer.flip_h)) if flipped]
         pixels = torch.flip(pixels, flips) if flips else pixels
         pixels = torch.rot90(pixels, -quarter, (0, 1)) if quarter else pixels
         return pixels[box[1] - top : box[3] - top, box[0] - left : box[2] - left]
 
-    return Placement(*box, image=turned(layer.image), mask=turned(layer.mask))
+    return Placement(*box, image=turned(layer.image), mask=None if layer.mask is None else turned(layer.mask))
 
 
 def _resampling(layer: Layer, box: tuple[int, int, int, int]) -> Placement:
@@ -276,7 +271,7 @@ def _resampling(layer: Layer, box: tuple[int, int, int, int]) -> Placement:
     horizontal, vertical = (-1 if layer.flip_h else 1), (-1 if layer.flip_v else 1)
     across = (horizontal * cos, horizontal * sin, width / 2 - horizontal * (x * cos + y * sin))
     down = (-vertical * sin, vertical * cos, height / 2 - vertical * (y * cos - x * sin))
-    return Placement(*box, source=source, inverse=(*across, *down), size=(width, height))
+    return Placement(*box, image=source, inverse=(*across, *down), size=(width, height))
 
 
 def _coverage(position: Tensor, length: int) -> Tensor:

@@ -210,9 +210,9 @@ def _read_entry(entry: Any, position: int, socket: str) -> list[Layer]:
     opacity = _number(entry, "opacity", 1.0, where)
     if not 0 <= opacity <= 1:
         raise ValueError(f"{where} has opacity {opacity}; it must be from 0 to 1.")
-    values = {key: _integer(entry, key, 0, where) for key in ("x", "y", "w", "h")}
-    if max(values["w"], values["h"]) > MAX_SIDE:
-        raise ValueError(f"{where} is shown at {values['w']}×{values['h']}; sides must be at most {MAX_SIDE} pixels.")
+    x, y, w, h = (_integer(entry, key, 0, where) for key in ("x", "y", "w", "h"))
+    if max(w, h) > MAX_SIDE:
+        raise ValueError(f"{where} is shown at {w}×{h}; sides must be at most {MAX_SIDE} pixels.")
     flags = {
         key: bool(entry.get(key, default)) for key, default in (("flip_h", False), ("flip_v", False), ("visible", True))
     }
@@ -222,7 +222,10 @@ def _read_entry(entry: Any, position: int, socket: str) -> list[Layer]:
             image[i],
             name if frames == 1 else f"{name} {i + 1}",
             None if mask is None else mask[i],
-            **values,
+            x,
+            y,
+            w,
+            h,
             rotation=_number(entry, "rotation", 0.0, where),
             **flags,
             opacity=opacity,

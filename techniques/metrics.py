@@ -137,7 +137,7 @@ def seam_error(prediction: Tensor, target: Tensor, mask: Tensor, width: int = 2)
     """
     size = 2 * width + 1
     band = F.max_pool2d(mask, size, 1, width) + F.max_pool2d(1 - mask, size, 1, width) - 1
-    total = count = 0
+    total = count = mask.new_zeros(len(mask))
     for dim in (2, 3):
         length = mask.shape[dim] - 1
         pairs = band.narrow(dim, 1, length) * band.narrow(dim, 0, length)

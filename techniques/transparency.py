@@ -25,7 +25,7 @@ def extend_colours(colour: Tensor, alpha: Tensor) -> Tensor:
     Opaque pixels keep their colour; a picture without any opaque pixel becomes its mean, black.
     Source: layerdiffuse, Sec. 3.1 (padded RGB: an alpha pyramid, each level 1.2 times smaller).
     """
-    levels = [(colour * alpha, alpha)]
+    levels: list[tuple[Tensor, ...]] = [(colour * alpha, alpha)]
     while min(levels[-1][1].shape[-2:]) > 1:
         size = [max(1, int(side / FACTOR)) for side in levels[-1][1].shape[-2:]]
         levels.append(tuple(_area_mean(_area_mean(part, size[0], 2), size[1], 3) for part in levels[-1]))
