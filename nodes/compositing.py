@@ -12,7 +12,7 @@ import nodes as comfyui_nodes
 
 from ..patches import inversion_cache
 from ..patches.feature_guidance import STARTS, UNCONDITIONAL, Plane, Planes, Settings, guider, insertion_guider
-from ..patches.inversion import METHODS, Inversion
+from ..patches.inversion import METHODS, Inversion, noise_levels
 from ..techniques.depth import RANGES, amodal_mask
 from ..techniques.feature_guidance import NORMS
 from ..techniques.harmonization import feathered
@@ -148,7 +148,7 @@ class InvertImage(Node):
         checkpointing=False,
     ):
         image = encodable(image, vae)[..., :3]
-        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
+        sigmas = noise_levels(model, steps, scheduler)
         latent = vae.encode(image)
         found = inversion_cache.invert_once(
             model, latent, positive, negative, sigmas, method, cfg, inner_steps, seed, checkpointing, disk_cache == "on"

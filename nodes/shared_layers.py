@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..patches import layer_files, transparency_model, transparent_latents
 from ..patches.harmonize import harmonize_layers, remaining_sigmas
-from ..patches.inversion import Inversion, invert
+from ..patches.inversion import Inversion, invert, noise_levels
 from ..patches.layer_prompts import LAYERS, encode_layers, whole_prompt
 from ..patches.layer_rows import sample_rows
 from ..patches.sampled_layers import all_rows, decode_layers, sample_along, trajectories
@@ -405,11 +405,11 @@ class ImageToLayers(Node):
     def execute(cls, model, vae, image, positive, negative, steps, cfg, scheduler, adapter=None, decoder=None):
         names, record = _object_names(model, positive, negative, decoder), Record()
         count, image = layer_count(names), encodable(image, vae)[:1, ..., :3]
-        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
+        sigmas = noise_levels(model, steps, scheduler)
         callback = latent_preview.prepare_callback(model, 3 * steps)
         up, down = _part(callback, 0, 3 * steps), _part(callback, 2 * steps, 3 * steps)
-        path = invert(without_layers(model), vae.encode(image), whole_prompt(positive), None, sigmas, callback=up)
         layered = _prepared(model, adapter, count, record)
+        path = invert(without_layers(model), vae.encode(image), whole_prompt(positive), None, sigmas, callback=up)
         made = sample_along(layered, path, count, positive, negative, cfg, sigmas, down)
         (stack,) = decode_layers(vae, names, list(made.split(1)), decoder, record)
         recomposed = flatten(stack)[0][None]

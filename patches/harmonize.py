@@ -28,7 +28,7 @@ from ..techniques.harmonization import (
 )
 from ..techniques.inversion import ode_step
 from ..techniques.layers import LayerStack
-from .inversion import Inversion
+from .inversion import Inversion, noise_levels
 
 
 class HarmonizingSampler(comfy.samplers.Sampler):
@@ -106,9 +106,7 @@ def remaining_sigmas(
     no step is left.
     """
     start = float(model.get_model_object("model_sampling").percent_to_sigma(start_percent))
-    sigmas = comfy.samplers.KSampler(
-        model, steps, model.load_device, sampler_name, scheduler, 1.0, model_options=model.model_options
-    ).sigmas
+    sigmas = noise_levels(model, steps, scheduler, sampler_name)
     sigmas = sigmas[int((sigmas[:-1] > start * (1 + 1e-4)).sum()) :]
     if len(sigmas) < 2:
         raise ValueError(

@@ -49,6 +49,14 @@ class Inversion(Kept):
         return self.null[max(0, int((self.sigmas[:-1] >= sigma).sum()) - 1)]
 
 
+def noise_levels(model: ModelPatcher, steps: int, scheduler: str, sampler_name: str = "euler") -> Tensor:
+    """[steps+1]: the sigmas of a whole denoising, as KSampler takes them for this sampler and scheduler."""
+    device, options = torch.device("cpu"), model.model_options
+    return comfy.samplers.KSampler(
+        model, steps, device, sampler_name, scheduler, denoise=1.0, model_options=options
+    ).sigmas
+
+
 def is_flow(model: ModelPatcher) -> bool:
     """Raises ValueError for parametrisations whose path is neither DDIM's nor flow matching's."""
     sampling = model.get_model_object("model_sampling")
