@@ -8,7 +8,7 @@ from dataclasses import fields
 
 from comfy_api.latest import io, ui
 
-from ..patches import transparency
+from ..patches import layer_files
 from . import inputs
 
 Layers = io.Custom("LAYERS")  # ComfyUI's own layer document, see techniques/layers.py
@@ -75,8 +75,8 @@ class LayerModelFile(Node):
 
     @classmethod
     def validate_inputs(cls, file):
-        return transparency.missing(file) or True
+        return layer_files.missing(file) or True
 
     @classmethod
     def fingerprint_inputs(cls, file):
-        return transparency.state(file)
+        return layer_files.state(file)
