@@ -314,6 +314,7 @@ def test_what_layers_cannot_hold_is_noted(tmp_path):
     notes = []
     stack = files.load(ora(tmp_path / "odd.ora", xml, a=flat((200, 10, 30, 255))), notes=notes)
     assert [layer.name for layer in stack.layers] == ["ground", "veil", "odd"] and stack.layers[1].opacity == 0.5
+    assert [layer.blend_mode for layer in stack.layers] == ["normal"] * 3
     assert sorted(notes) == [
         "'odd' has the blend mode krita:freeze, which ComfyUI's layers do not have; it is read as normal.",
         "Group 'veil' is one layer now, because its opacity or mask acts on all its layers together.",
@@ -463,11 +464,11 @@ def test_an_operator_with_nothing_below_it(tmp_path):
 
 def test_values_that_layers_cannot_hold_are_told(tmp_path):
     xml = (
-        "<layer src='a.png' name='a' x='1.4' y='-1.6' opacity='1.5'/><layer src='a.png' name='b' x='1.0' opacity='-2'/>"
+        "<layer src='a.png' name='a' x='1.6' y='-1.4' opacity='1.5'/><layer src='a.png' name='b' x='1.0' opacity='-2'/>"
     )
     notes = []
     back, front = files.load(ora(tmp_path / "values.ora", xml, a=flat((1, 2, 3, 255))), notes=notes).layers
-    assert (front.x, front.y, front.opacity, back.x, back.y, back.opacity) == (1, -2, 1, 1, 0, 0)
+    assert (front.x, front.y, front.opacity, back.x, back.y, back.opacity) == (2, -1, 1, 1, 0, 0)
     assert sorted(notes) == [
         "'a' has the opacity 1.5, which is read as 1.",
         "'b' has the opacity -2, which is read as 0.",

@@ -256,7 +256,7 @@ def test_runs_leave_nothing_behind(models):
     plain = sample(model, positive, negative)
     patched = blend_attention(low_rank.apply_to_foreground(model, terms), Settings(reuse=True))
     first, second = sample(patched, positive, negative), sample(patched, positive, negative)
-    assert torch.equal(first, second) and not torch.allclose(first, plain, atol=1e-2)
+    assert torch.equal(first, second) and not torch.allclose(first, plain, rtol=0, atol=1e-2)
 
     class Interrupted(Exception):
         pass
@@ -311,8 +311,13 @@ def test_the_reused_structure_is_that_of_the_step_before(models):
     expected = [fusion.fusion.structure_prior(*pair, 4) for pair in [options["prior"][0], *own[:2]]]
     assert len(record.steps) == 3
     for step, prior in zip(record.steps, expected, strict=True):
-        assert torch.allclose(step[:, 0].flatten(1), prior, atol=1e-6)
-        assert torch.allclose(step[:, 2].flatten(1).amax(1), torch.ones(1)) and step.shape == (1, 4, 16, 16)
+        assert torch.allclose(step[:, 0].flatten(1), prior, rtol=0, atol=1e-6)
+        assert torch.allclose(step[:, 2].flatten(1).amax(1), torch.ones(1), rtol=0, atol=1e-6) and step.shape == (
+            1,
+            4,
+            16,
+            16,
+        )
 
 
 @pytest.mark.parametrize("ours_first", [True, False])
@@ -413,7 +418,9 @@ def test_only_the_chosen_blocks_blend(models):
     }
     assert torch.equal(found.pop("all"), everything)
     values = [everything, *found.values()]
-    assert all(not torch.allclose(one, other, atol=1e-3) for i, one in enumerate(values) for other in values[:i])
+    assert all(
+        not torch.allclose(one, other, rtol=0, atol=1e-3) for i, one in enumerate(values) for other in values[:i]
+    )
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.4])
@@ -428,9 +435,9 @@ def test_a_term_on_the_foreground_equals_a_merged_model_and_leaves_the_rest(mode
     one = estimates(whole, positive, negative, noise(6))
     for name in ("cond", "uncond"):
         assert (found[name][::3] - one[name][::3]).abs().max() < 1e-4 * max(1, one[name].abs().max())
-        assert not torch.allclose(one[name][::3], plain[name][::3], atol=1e-2)
+        assert not torch.allclose(one[name][::3], plain[name][::3], rtol=0, atol=1e-2)
         for i in (1, 2):
-            assert torch.allclose(found[name][i::3], plain[name][i::3], atol=1e-5)
+            assert torch.allclose(found[name][i::3], plain[name][i::3], rtol=0, atol=1e-5)
 
 
 def test_full_differences_of_every_weight_equal_a_merged_model_too(models):
@@ -450,8 +457,8 @@ def test_full_differences_of_every_weight_equal_a_merged_model_too(models):
             for made in (low_rank.apply_to_foreground(model, chosen), whole, model)
         )
         assert (found["cond"][0] - one["cond"][0]).abs().max() < 1e-4 * one["cond"].abs().max()
-        assert not torch.allclose(one["cond"][0], plain["cond"][0], atol=1e-2) and torch.allclose(
-            found["cond"][1:], plain["cond"][1:], atol=1e-5
+        assert not torch.allclose(one["cond"][0], plain["cond"][0], rtol=0, atol=1e-2) and torch.allclose(
+            found["cond"][1:], plain["cond"][1:], rtol=0, atol=1e-5
         )
 
 
@@ -466,7 +473,7 @@ def test_two_terms_add_up_and_a_clone_keeps_them(models):
         negative,
         noise(),
     )
-    assert torch.allclose(once["cond"], twice["cond"], atol=1e-4)
+    assert torch.allclose(once["cond"], twice["cond"], rtol=0, atol=1e-4)
 
 
 def test_wrong_terms_are_refused(models):
@@ -549,6 +556,20 @@ def test_both_encoders_of_sdxl_and_its_padding_are_understood():
     tokenizer = SDXLTokenizer()
     assert end_tokens(tokenizer.tokenize_with_weights("a red apple"), tokenizer) == [4]
     assert end_tokens(tokenizer.tokenize_with_weights("(a red:1.3) apple " + "dog " * 100), tokenizer) == [76, 77 + 29]
+
+
+def test_where_an_embedding_makes_one_encoders_prompt_longer_a_chunk_ends_with_the_longer():
+    from comfy.sdxl_clip import SDXLTokenizer
+    from strata.patches.layer_prompts import _chunk_ends, end_tokens
+
+    tokenizer = SDXLTokenizer()
+    for longer in "lg":
+        tokens = tokenizer.tokenize_with_weights("a red apple " + "dog " * 100)
+        second = tokens[longer][1]
+        second[1:1] = [(torch.zeros(8), 1.0)] * 2  # an embedding of two vectors, in one encoder's file alone
+        ends = end_tokens(tokens, tokenizer)
+        assert ends == [76, 77 + 29, 77 + 31] and _chunk_ends(ends, 77) == [76, 77 + 31]
+    assert _chunk_ends([4, 6, 77, 154 + 3, 154 + 9], 77) == [6, 77, 154 + 9]
 
 
 def test_encoders_without_an_end_token_are_refused():
