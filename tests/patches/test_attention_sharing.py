@@ -8,31 +8,13 @@ import comfy.sample
 import pytest
 import torch
 from einops import rearrange
-from strata.patches import attention_sharing, transparency, transparency_model
+from strata.patches import attention_sharing, transparency_model
 from strata.patches.fusion import Settings, blend_attention
 from strata.patches.layer_rows import sample_rows
 
 from . import fusion_reference
-from . import random_transparency as random_files
-from .test_fusion import close, conditioning, estimates, expected, layered, noise
-from .test_transparency_model import sample, small
-
-
-def attentions(unet):
-    """(module, query, context, inner width), the middle block's last."""
-    blocks = [block for part in (unet.input_blocks, unet.output_blocks, [unet.middle_block]) for block in part]
-    transformers = [item for block in blocks for item in block if hasattr(item, "transformer_blocks")]
-    found = [layer for item in transformers for one in item.transformer_blocks for layer in (one.attn1, one.attn2)]
-    return [(layer, layer.to_q.in_features, layer.to_k.in_features, layer.to_q.out_features) for layer in found]
-
-
-def sharing(model, frames, control=0):
-    torch.manual_seed(7)
-    weights = random_files.sharing(
-        [widths for _, *widths in attentions(model.model.diffusion_model)], frames, control=control
-    )
-    weights = {key: value * (0.3 if "_lora" in key else 1) for key, value in weights.items()}
-    return weights, transparency.recognise("sharing.safetensors", weights)
+from .sampling_helpers import close, conditioning, estimates, expected, layered, noise
+from .small_models import attentions, sample, sharing, small
 
 
 def attend(q, k, v, heads):

@@ -9,9 +9,8 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
 from comfy_extras import nodes_freelunch
 
-from .test_feature_guidance import Case, with_adapter
-from .test_fusion import conditioning
-from .test_inversion import calm, picture, sigmas_of
+from .guidance_helpers import Case, with_adapter
+from .sampling_helpers import calm, conditioning, picture, sigmas_of
 
 STEP = 1e-3
 

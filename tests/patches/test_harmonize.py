@@ -13,8 +13,8 @@ from strata.techniques.harmonization import fuse_latents
 from strata.techniques.inversion import noised_trajectory, trajectory_at
 
 from . import fusion_reference
-from .test_fusion import conditioning
-from .test_transparency_model import small_flux
+from .sampling_helpers import conditioning
+from .small_models import small_flux
 
 STEPS, CFG, SEED = 10, 2.0, 3
 

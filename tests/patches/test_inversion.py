@@ -14,30 +14,13 @@ from strata.patches.inversion import invert
 from strata.techniques.losses import psnr
 
 from . import fusion_reference
-from .test_fusion import conditioning
+from .sampling_helpers import calm, conditioning, picture, sigmas_of
 
 
 @pytest.fixture(scope="module")
 def models():
     made = {}
     return lambda kind: made.setdefault(kind, calm(fusion_reference.patcher(kind)))
-
-
-def calm(model):
-    """Random weights answer to every change of their input with a large one of their own, which no trained model does:
-    a weaker last layer.
-    """
-    with torch.no_grad():
-        model.model.diffusion_model.out[2].weight *= 0.1
-    return model
-
-
-def sigmas_of(model, steps=8, scheduler="ddim_uniform"):
-    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
-
-
-def picture(seed=3, batch=1, side=8):
-    return torch.randn(batch, 4, side, side, generator=torch.Generator().manual_seed(seed))
 
 
 def with_sampling(model, base, kind):

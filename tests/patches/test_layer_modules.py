@@ -20,8 +20,7 @@ from strata.patches.shared_layers import Maps, Sharing, map_context, object_rows
 from strata.training import diffusion, text
 
 from . import fusion_reference, random_family
-from .test_fusion import conditioning, estimates, low_memory, noise, terms_for
-from .test_shared_layers import EARLY, LATE, layered
+from .sampling_helpers import EARLY, LATE, conditioning, estimates, low_memory, noise, terms_for, with_layers
 
 PROMPTS = ["an empty place on a beach", "a red apple", "a dog"]
 COUNT = 4
@@ -131,7 +130,7 @@ def test_a_file_of_zeros_changes_nothing(family):
 def test_off_and_outside_of_its_percents_it_is_bit_equal_to_stock_and_leaves_the_model(family, make, sigma):
     plain, model, _ = family
     modules = file_of(denoiser(plain))
-    positive, negative = layered(model), conditioning(model, 2, rows=1)
+    positive, negative = with_layers(model), conditioning(model, 2, rows=1)
     before = estimates(model, positive, negative, noise(4), sigma)
     estimates(both(model, modules), positive, negative, noise(4), sigma)
     for found in (
@@ -145,7 +144,7 @@ def test_together_or_apart_and_beside_a_longer_negative_it_is_the_same(family, m
     """ComfyUI repeats the shorter prompt when the two are one batch: the layer embedding then has to repeat with it."""
     plain, model, _ = family
     modules = file_of(denoiser(plain))
-    positive, negative = layered(model), conditioning(model, 2, rows=1, tokens=14)
+    positive, negative = with_layers(model), conditioning(model, 2, rows=1, tokens=14)
     results = []
     for free in (1e18, 1.0):
         low_memory(monkeypatch, free)
@@ -209,7 +208,7 @@ def test_from_the_file_to_the_model_by_the_nodes(family, tmp_path, monkeypatch):
     made = ContextMaps.execute(shared, 1.0, 0.15, modules).result[0]
     options = made.model_options["transformer_options"]
     assert options[shared_layers.SHARING].terms is not None and options[shared_layers.MAPS].refine is modules.context
-    positive, negative = layered(model), conditioning(model, 2, rows=1)
+    positive, negative = with_layers(model), conditioning(model, 2, rows=1)
     with torch.inference_mode():
         again, same = (estimates(one, positive, negative, noise(4), EARLY) for one in (made, both(model, modules)))
     assert torch.equal(again["cond"], same["cond"])

@@ -17,9 +17,8 @@ from strata.techniques.layers import read_layers, write_layers
 from strata.techniques.shared_layers import map_alphas
 
 from . import fusion_reference, random_family, random_transparency
-from .test_fusion import conditioning
-from .test_layerfusion_families import file_for
-from .test_shared_layers import layered
+from .sampling_helpers import conditioning, with_layers
+from .small_models import file_for
 
 HEIGHT, WIDTH = 64, 128
 NAMES = ["a place", "an apple", "a dog"]
@@ -63,7 +62,7 @@ def shared(model):
 @pytest.mark.parametrize("kind", ["SD1.5", "SDXL"])
 def test_from_the_model_to_the_layers(kind, vae, decoder):
     plain = fusion_reference.patcher(kind)
-    model, positive = shared(plain), layered(plain)
+    model, positive = shared(plain), with_layers(plain)
     documents, composite, whole, maps, latent, paths = sampled(
         model, vae, positive, 2, adapter=file_for(kind, plain), decoder=decoder
     )
@@ -204,7 +203,7 @@ def test_what_is_missing_is_said(loaded):
 
 def test_a_wrong_file_is_named_by_its_own_socket_before_anything_is_sampled(vae, decoder):
     plain = fusion_reference.patcher("SD1.5")
-    model, positive, calls = shared(plain), layered(plain), []
+    model, positive, calls = shared(plain), with_layers(plain), []
     model.set_model_sampler_post_cfg_function(lambda args: calls.append(1) or args["denoised"])
     adapter = file_for("SD1.5", plain)
     flux = transparency.recognise("flux", random_transparency.network(TransparentDecoder((8, 8, 16, 16), 1, 16)))
@@ -224,7 +223,10 @@ def test_maps_have_one_entry_a_step_and_none_of_perturbed_attention(sampler, vae
     not of PAG's.
     """
     plain = fusion_reference.patcher("SD1.5")
-    positive, settings = layered(plain), {"decoder": decoder, "harmonize": False, "sampler_name": sampler, "steps": 3}
+    positive, settings = (
+        with_layers(plain),
+        {"decoder": decoder, "harmonize": False, "sampler_name": sampler, "steps": 3},
+    )
     model = shared(plain)
     guided = PerturbedAttentionGuidance.execute(model, 3.0)[0]
     own, others = (sampled(one, vae, positive, **settings)[3] for one in (model, guided))
@@ -246,7 +248,7 @@ def test_what_cannot_be_harmonised_keeps_its_layers_and_says_why(denoise, vae):
         found = LayersSampler.execute(
             shared(plain),
             vae,
-            layered(plain),
+            with_layers(plain),
             **{**SETTINGS, **HARMONY, "denoise": denoise},
             noise=next(iter(NOISE)),
             negative=negative,

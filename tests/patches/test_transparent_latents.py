@@ -13,7 +13,7 @@ from strata.techniques.transparency import clean_alpha, clean_colours, extend_co
 
 from . import random_family
 from . import random_transparency as random_files
-from .test_networks import Reference
+from .transparency_reference import Reference
 
 WIDTHS, LEVELS = (16, 16, 32, 64, 96), 2
 

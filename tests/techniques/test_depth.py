@@ -11,15 +11,13 @@ from PIL import Image
 from strata.techniques import depth as deglad
 from strata.techniques.layers import read_layers, write_layers
 
+from .draws import random
+
 thresholds_strategy = st.lists(st.integers(1, 99), min_size=1, max_size=6, unique=True).map(
     lambda values: [v / 100 for v in sorted(values)]
 )
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
 larger_sizes = st.tuples(st.integers(1, 16), st.integers(1, 16))
-
-
-def random(*shape, seed=0):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def over(stack):

@@ -11,9 +11,7 @@ from strata.scenes import renderer
 from strata.scenes.renderer import Request
 from strata.techniques import metrics
 
-
-def random(*shape, seed=0):
-    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+from .draws import random
 
 
 def picture(array):

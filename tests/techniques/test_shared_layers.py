@@ -6,7 +6,7 @@ import torch
 from strata.networks.context_layers import ContextLayers
 from strata.techniques import fusion, shared_layers
 
-from .test_fusion import HEADS, WIDTH, naive_probabilities, tokens
+from .attention_helpers import HEADS, WIDTH, naive_probabilities, tokens
 
 
 def soft_attention(q, k, v):
