@@ -1,3 +1,7 @@
+"""PSD files: what is written is read back, by Pillow, ImageMagick and psd-tools too, and strangers' files show what
+psd-tools' own compositor shows.
+"""
+
 import io
 import shutil
 import struct

@@ -1,3 +1,5 @@
+"""Transparent latents' mathematics against what is published of it, and alphas cleaned of what no object has."""
+
 import numpy as np
 import torch
 from skimage.transform import resize_local_mean
