@@ -33,6 +33,24 @@ import host  # noqa: E402
 import run  # noqa: E402
 
 
+def _seed() -> None:
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _seeded_module():
+    _seed()
+
+
+@pytest.fixture(autouse=True)
+def _seeded_test():
+    """Every test draws the same numbers, whichever ran before it."""
+    _seed()
+
+
 @pytest.fixture(scope="session")
 def comfy(tmp_path_factory):
     """A running ComfyUI with the pack in it, for the whole test session: run.Client, its process in .server."""

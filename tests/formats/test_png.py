@@ -1,3 +1,5 @@
+"""PNG and WebP layers: pixels and metadata come back, opened by Pillow too."""
+
 import json
 
 import numpy as np

@@ -1,10 +1,13 @@
 """ComfyUI in the test's own process, on the CPU: tests below may import comfy, folder_paths and the pack's patches."""
 
+import shutil
 import sys
 import tempfile
 
 import host
+import numpy as np
 import pytest
+from PIL import Image
 
 sys.pycache_prefix = str(host.cache_dir() / "pycache")  # nothing is written into the host
 sys.path.insert(0, str(host.find_or_install().root))
@@ -15,7 +18,8 @@ args.cpu = True
 BASE = tempfile.TemporaryDirectory(prefix="strata-tests-")
 args.base_directory = BASE.name
 
-from . import random_family  # noqa: E402
+from . import fusion_reference, random_family  # noqa: E402
+from .server_helpers import SIDE  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +30,23 @@ def family(tmp_path_factory):
         name: random_family.write(folder / f"random_{name}.safetensors", channels)
         for name, channels in (("sd", 4), ("inpaint", 9))
     }
+
+
+@pytest.fixture(scope="module")
+def server(comfy, family):
+    """A running ComfyUI with the random checkpoints; some files have one with more in it."""
+    folder = comfy.server.base / "models" / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, path in family.items():
+        shutil.copy(path, folder / f"random_{name}.safetensors")
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[16:40, 24:56] = 255
+    Image.fromarray(mask).save(comfy.server.base / "input" / "fusion_mask.png")
+    return comfy
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Random models of every structure by its name, each made once for a file of tests."""
+    made = {}
+    return lambda kind: made.setdefault(kind, fusion_reference.patcher(kind))

@@ -8,31 +8,13 @@ import comfy.sample
 import pytest
 import torch
 from einops import rearrange
-from strata.patches import attention_sharing, transparency, transparency_model
+from strata.patches import attention_sharing, transparency_model
 from strata.patches.fusion import Settings, blend_attention
 from strata.patches.layer_rows import sample_rows
 
 from . import fusion_reference
-from . import random_transparency as random_files
-from .test_fusion import close, conditioning, estimates, expected, layered, noise
-from .test_transparency_model import sample, small
-
-
-def attentions(unet):
-    """(module, query, context, inner width), the middle block's last."""
-    blocks = [block for part in (unet.input_blocks, unet.output_blocks, [unet.middle_block]) for block in part]
-    transformers = [item for block in blocks for item in block if hasattr(item, "transformer_blocks")]
-    found = [layer for item in transformers for one in item.transformer_blocks for layer in (one.attn1, one.attn2)]
-    return [(layer, layer.to_q.in_features, layer.to_k.in_features, layer.to_q.out_features) for layer in found]
-
-
-def sharing(model, frames, control=0):
-    torch.manual_seed(7)
-    weights = random_files.sharing(
-        [widths for _, *widths in attentions(model.model.diffusion_model)], frames, control=control
-    )
-    weights = {key: value * (0.3 if "_lora" in key else 1) for key, value in weights.items()}
-    return weights, transparency.recognise("sharing.safetensors", weights)
+from .sampling_helpers import close, conditioning, estimates, expected, layered, noise
+from .small_models import attentions, sample, sharing, small
 
 
 def attend(q, k, v, heads):
@@ -141,8 +123,8 @@ def test_a_given_layers_picture_is_seen_at_every_size():
     assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
     assert (found - sample(transparency_model.share(model, files, 2, picture=-picture), batch=4)).abs().max() > 0.01
     both = sample(transparency_model.share(model, files, 2, picture=torch.cat([picture, -picture])), batch=4)
-    assert torch.allclose(both[:2], found[:2], atol=1e-3 * found.abs().max().item()) and not torch.allclose(
-        both[2:], found[2:], atol=1e-2
+    assert torch.allclose(both[:2], found[:2], rtol=0, atol=1e-3 * found.abs().max().item()) and not torch.allclose(
+        both[2:], found[2:], rtol=0, atol=1e-2
     )
 
 
@@ -193,7 +175,7 @@ def test_every_frame_has_its_own_prompt_whatever_the_lengths():
         latent,
         **settings,
     )
-    assert not torch.allclose(swapped[1]["samples"], found[1]["samples"], atol=1e-2)
+    assert not torch.allclose(swapped[1]["samples"], found[1]["samples"], rtol=0, atol=1e-2)
     with pytest.raises(ValueError, match="background: it is 2 conditionings"):
         attention_sharing.together([prompts[0], ("background", prompts[1][1] * 2)])
 

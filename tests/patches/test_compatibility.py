@@ -31,10 +31,9 @@ from strata.techniques.layers import Layer, LayerStack, write_layers
 
 import nodes as comfyui_nodes
 
-from .test_attention_sharing import sharing
-from .test_feature_guidance import with_adapter
-from .test_fusion import Hints, conditioning
-from .test_transparency_model import small
+from .guidance_helpers import with_adapter
+from .sampling_helpers import Hints, conditioning
+from .small_models import sharing, small
 
 pytestmark = pytest.mark.skipif(not CHECKPOINT.exists(), reason="no trained weights: make mini")
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "compatibility.md"

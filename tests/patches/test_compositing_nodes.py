@@ -9,7 +9,7 @@ import torch
 from mini_models import CHECKPOINT, Family
 from PIL import Image
 
-from .test_fusion_nodes import SIDE, latents, node, server  # noqa: F401  server is a fixture
+from .server_helpers import SIDE, latents, node
 
 STEPS = 3
 

@@ -31,7 +31,7 @@ def test_16_bits_of_a_colour_png_are_kept(tmp_path):
 @pytest.mark.parametrize("shape", [(6, 9), (1, 6, 9), (6, 9, 1), (1, 6, 9, 1), (1, 1, 6, 9)])
 def test_axes_of_length_one_do_not_matter(tmp_path, shape):
     np.save(tmp_path / "depth.npy", DEPTH.reshape(shape))
-    assert np.allclose(read_depth_file(tmp_path / "depth.npy"), DEPTH / 65535)
+    assert np.allclose(read_depth_file(tmp_path / "depth.npy"), DEPTH / 65535, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_axes_of_length_one_do_not_matter(tmp_path, shape):
 )
 def test_the_depth_of_an_archive_is_found(tmp_path, others):
     np.savez(tmp_path / "depth.npz", **others, **({"depth": DEPTH} if "intrinsics" in others else {"arr": DEPTH}))
-    assert np.allclose(read_depth_file(tmp_path / "depth.npz"), DEPTH / 65535)
+    assert np.allclose(read_depth_file(tmp_path / "depth.npz"), DEPTH / 65535, rtol=0, atol=1e-6)
 
 
 def test_an_archive_with_none_or_several_says_so(tmp_path):

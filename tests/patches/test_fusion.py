@@ -18,132 +18,20 @@ from strata.patches.fusion import Settings, blend_attention
 from strata.patches.layer_prompts import END_TOKENS, encode_prompts
 
 from . import fusion_reference
-
-SIGMA = 3.0
-ENDS = [4]
-
-
-@pytest.fixture(scope="module")
-def models():
-    made = {}
-    return lambda kind: made.setdefault(kind, fusion_reference.patcher(kind))
-
-
-def conditioning(model, seed, rows=3, tokens=7, **extra):
-    generator = torch.Generator().manual_seed(seed)
-    width = model.model.model_config.unet_config["context_dim"]
-    return [
-        [
-            torch.randn(rows, tokens, width, generator=generator),
-            {"pooled_output": torch.randn(rows, 1280, generator=generator), **extra},
-        ]
-    ]
-
-
-def layered(model, seed=1, **extra):
-    return conditioning(model, seed, **{END_TOKENS: ENDS, **extra})
-
-
-def noise(count=3, side=16, seed=5):
-    return torch.randn(count, 4, side, side, generator=torch.Generator().manual_seed(seed))
-
-
-def estimates(model, positive, negative, x, sigma=SIGMA):
-    """The conditional and the unconditional denoised picture of one model call at sigma, and the batch that the sampler
-    had.
-    """
-    found = {}
-
-    def keep(args):
-        found.update(
-            cond=args["cond_denoised"].clone(), uncond=args["uncond_denoised"].clone(), input=args["input"].clone()
-        )
-        return args["denoised"]
-
-    model = model.clone()
-    model.set_model_sampler_post_cfg_function(keep, disable_cfg1_optimization=True)
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(positive, negative)
-    guider.set_cfg(2.0)
-    with torch.no_grad():
-        guider.sample(
-            x,
-            torch.zeros_like(x),
-            comfy.samplers.sampler_object("euler"),
-            torch.tensor([sigma, 0.0]),
-            disable_pbar=True,
-            seed=1,
-        )
-    return found
-
-
-def terms_for(model, rank=3, size=0.3):
-    generator = torch.Generator().manual_seed(11)
-    named = model.model.diffusion_model.named_modules()
-    shapes = {
-        name: module.weight.shape
-        for name, module in named
-        if name.rsplit(".", 1)[-1] in ("to_q", "to_k", "to_v") or name.endswith("to_out.0")
-    }
-    return {
-        f"diffusion_model.{name}.weight": (
-            torch.randn(out, rank, generator=generator) * size / rank,
-            torch.randn(rank, width, generator=generator) * size,
-        )
-        for name, (out, width) in shapes.items()
-    }
-
-
-def merged(unet, terms, strength=1.0):
-    unet = copy.deepcopy(unet)
-    for key, (up, down) in terms.items():
-        unet.get_submodule(key.removeprefix("diffusion_model.").removesuffix(".weight")).weight.data += (
-            strength * up @ down
-        )
-    return unet
-
-
-def expected(model, found, positive, negative, terms=None, foreground=None, **settings):
-    """The reference's two denoised pictures for the batch that the sampler had. foreground: a UNet instead of one with
-    terms.
-    """
-    unet = model.model.diffusion_model
-    place = 2 if type(model.model.model_config).__name__ == "StrataMini" else 1  # models_config/fusion.json
-    reference = fusion_reference.Reference(
-        unet, foreground or merged(unet, terms or {}), ENDS, structure_at=place, **settings
-    )
-    sampling, x = model.model.model_sampling, found["input"]
-    sigma = torch.full((len(x),), SIGMA)
-    scaled = sampling.calculate_input(sigma, x).double()
-    times = sampling.timestep(sigma).float()
-    out = []
-    with torch.no_grad():
-        for conditional, cond in ((True, positive), (False, negative)):
-            rows = cond[0][0].double().repeat(-(-len(x) // len(cond[0][0])), 1, 1)[: len(x)]
-            y = model.model.encode_adm(
-                pooled_output=cond[0][1]["pooled_output"],
-                width=128,
-                height=128,
-                prompt_type="",
-                noise=x,
-                device=x.device,
-            )
-            extra = (
-                {}
-                if model.model.model_config.unet_config.get("adm_in_channels") is None
-                else {"y": comfy.utils.repeat_to_batch_size(y, len(x)).double()}
-            )
-            if conditional:
-                reference.prior(scaled, times[::3], context=rows[::3], **({"y": extra["y"][::3]} if extra else {}))
-            eps = reference(scaled, times, context=rows, conditional=conditional, **extra)
-            out.append(sampling.calculate_denoised(sigma, eps, x.double()))
-    return out
-
-
-def close(found, wanted, tolerance=1e-4):
-    difference = (found.double() - wanted.double()).abs().max().item()
-    assert wanted.std() > 0.1
-    return difference < tolerance * wanted.abs().max().item()
+from .sampling_helpers import (
+    SIGMA,
+    Hints,
+    close,
+    conditioning,
+    estimates,
+    expected,
+    layered,
+    low_memory,
+    noise,
+    sample,
+    terms_for,
+    watching,
+)
 
 
 @pytest.mark.parametrize("kind", list(fusion_reference.UNETS))
@@ -176,24 +64,6 @@ def test_the_foregrounds_weights_take_part_in_blending(models, kind):
     found = estimates(patched, positive, negative, noise())
     cond, uncond = expected(model, found, positive, negative, terms)
     assert close(found["cond"], cond) and close(found["uncond"], uncond)
-
-
-def watching(seen):
-    """A wrapper that notes which estimates the model makes, and of how many rows."""
-
-    def watch(apply, args):
-        seen.append((args["cond_or_uncond"], len(args["input"])))
-        return apply(args["input"], args["timestep"], **args["c"])
-
-    return watch
-
-
-def low_memory(monkeypatch, free):
-    monkeypatch.setattr(
-        comfy.model_management,
-        "get_free_memory",
-        lambda device=None, torch_free_too=False: (free, free) if torch_free_too else free,
-    )
 
 
 def test_cond_and_uncond_in_one_batch_or_apart_are_the_same(models, monkeypatch):
@@ -241,14 +111,6 @@ def test_outside_its_percents_it_is_bit_equal_to_the_stock_graph(models, window)
     assert all(torch.equal(plain[name], off[name]) for name in plain)
 
 
-def sample(model, positive, negative, steps=3, x=None, sampler="euler", denoise=1.0):
-    x = noise() if x is None else x
-    with torch.no_grad():
-        return comfy.sample.sample(
-            model, x, steps, 3.0, sampler, "normal", positive, negative, torch.zeros_like(x), seed=1, disable_pbar=True
-        )
-
-
 def test_runs_leave_nothing_behind(models):
     model = models("mini")
     positive, negative, terms = layered(model), conditioning(model, 2, rows=1), terms_for(models("mini"))
@@ -256,7 +118,7 @@ def test_runs_leave_nothing_behind(models):
     plain = sample(model, positive, negative)
     patched = blend_attention(low_rank.apply_to_foreground(model, terms), Settings(reuse=True))
     first, second = sample(patched, positive, negative), sample(patched, positive, negative)
-    assert torch.equal(first, second) and not torch.allclose(first, plain, atol=1e-2)
+    assert torch.equal(first, second) and not torch.allclose(first, plain, rtol=0, atol=1e-2)
 
     class Interrupted(Exception):
         pass
@@ -311,8 +173,13 @@ def test_the_reused_structure_is_that_of_the_step_before(models):
     expected = [fusion.fusion.structure_prior(*pair, 4) for pair in [options["prior"][0], *own[:2]]]
     assert len(record.steps) == 3
     for step, prior in zip(record.steps, expected, strict=True):
-        assert torch.allclose(step[:, 0].flatten(1), prior, atol=1e-6)
-        assert torch.allclose(step[:, 2].flatten(1).amax(1), torch.ones(1)) and step.shape == (1, 4, 16, 16)
+        assert torch.allclose(step[:, 0].flatten(1), prior, rtol=0, atol=1e-6)
+        assert torch.allclose(step[:, 2].flatten(1).amax(1), torch.ones(1), rtol=0, atol=1e-6) and step.shape == (
+            1,
+            4,
+            16,
+            16,
+        )
 
 
 @pytest.mark.parametrize("ours_first", [True, False])
@@ -350,20 +217,6 @@ def test_other_patches_are_chained_whatever_the_order(models, ours_first):
     finally:
         twin.model.diffusion_model = real
     assert close(found["cond"], cond) and close(found["uncond"], uncond)
-
-
-class Hints(comfy.controlnet.ControlBase):
-    """Stands in a conditioning as a ControlNet does: a hint for each row of the batch, kept in the size that was asked
-    for last.
-    """
-
-    def __init__(self, hints):
-        super().__init__()
-        self.hints = hints
-
-    def get_control(self, x, timestep, cond, chunks, options):
-        self.hints = comfy.utils.repeat_to_batch_size(self.hints, len(x))
-        return {"output": [], "input": [], "middle": [self.hints.clone()]}
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -413,7 +266,9 @@ def test_only_the_chosen_blocks_blend(models):
     }
     assert torch.equal(found.pop("all"), everything)
     values = [everything, *found.values()]
-    assert all(not torch.allclose(one, other, atol=1e-3) for i, one in enumerate(values) for other in values[:i])
+    assert all(
+        not torch.allclose(one, other, rtol=0, atol=1e-3) for i, one in enumerate(values) for other in values[:i]
+    )
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.4])
@@ -428,9 +283,9 @@ def test_a_term_on_the_foreground_equals_a_merged_model_and_leaves_the_rest(mode
     one = estimates(whole, positive, negative, noise(6))
     for name in ("cond", "uncond"):
         assert (found[name][::3] - one[name][::3]).abs().max() < 1e-4 * max(1, one[name].abs().max())
-        assert not torch.allclose(one[name][::3], plain[name][::3], atol=1e-2)
+        assert not torch.allclose(one[name][::3], plain[name][::3], rtol=0, atol=1e-2)
         for i in (1, 2):
-            assert torch.allclose(found[name][i::3], plain[name][i::3], atol=1e-5)
+            assert torch.allclose(found[name][i::3], plain[name][i::3], rtol=0, atol=1e-5)
 
 
 def test_full_differences_of_every_weight_equal_a_merged_model_too(models):
@@ -450,8 +305,8 @@ def test_full_differences_of_every_weight_equal_a_merged_model_too(models):
             for made in (low_rank.apply_to_foreground(model, chosen), whole, model)
         )
         assert (found["cond"][0] - one["cond"][0]).abs().max() < 1e-4 * one["cond"].abs().max()
-        assert not torch.allclose(one["cond"][0], plain["cond"][0], atol=1e-2) and torch.allclose(
-            found["cond"][1:], plain["cond"][1:], atol=1e-5
+        assert not torch.allclose(one["cond"][0], plain["cond"][0], rtol=0, atol=1e-2) and torch.allclose(
+            found["cond"][1:], plain["cond"][1:], rtol=0, atol=1e-5
         )
 
 
@@ -466,7 +321,7 @@ def test_two_terms_add_up_and_a_clone_keeps_them(models):
         negative,
         noise(),
     )
-    assert torch.allclose(once["cond"], twice["cond"], atol=1e-4)
+    assert torch.allclose(once["cond"], twice["cond"], rtol=0, atol=1e-4)
 
 
 def test_wrong_terms_are_refused(models):
@@ -549,6 +404,20 @@ def test_both_encoders_of_sdxl_and_its_padding_are_understood():
     tokenizer = SDXLTokenizer()
     assert end_tokens(tokenizer.tokenize_with_weights("a red apple"), tokenizer) == [4]
     assert end_tokens(tokenizer.tokenize_with_weights("(a red:1.3) apple " + "dog " * 100), tokenizer) == [76, 77 + 29]
+
+
+def test_where_an_embedding_makes_one_encoders_prompt_longer_a_chunk_ends_with_the_longer():
+    from comfy.sdxl_clip import SDXLTokenizer
+    from strata.patches.layer_prompts import _chunk_ends, end_tokens
+
+    tokenizer = SDXLTokenizer()
+    for longer in "lg":
+        tokens = tokenizer.tokenize_with_weights("a red apple " + "dog " * 100)
+        second = tokens[longer][1]
+        second[1:1] = [(torch.zeros(8), 1.0)] * 2  # an embedding of two vectors, in one encoder's file alone
+        ends = end_tokens(tokens, tokenizer)
+        assert ends == [76, 77 + 29, 77 + 31] and _chunk_ends(ends, 77) == [76, 77 + 31]
+    assert _chunk_ends([4, 6, 77, 154 + 3, 154 + 9], 77) == [6, 77, 154 + 9]
 
 
 def test_encoders_without_an_end_token_are_refused():

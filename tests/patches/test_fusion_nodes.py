@@ -1,7 +1,6 @@
 """LayerFusion's nodes in a running ComfyUI, on a checkpoint with random weights."""
 
 import io
-import shutil
 
 import numpy as np
 import pytest
@@ -10,24 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from . import random_transparency
-
-SIDE = 64
-
-
-@pytest.fixture(scope="module")
-def server(comfy, family):
-    folder = comfy.server.base / "models" / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, path in family.items():
-        shutil.copy(path, folder / f"random_{name}.safetensors")
-    mask = np.zeros((SIDE, SIDE), np.uint8)
-    mask[16:40, 24:56] = 255
-    Image.fromarray(mask).save(comfy.server.base / "input" / "fusion_mask.png")
-    return comfy
-
-
-def node(kind, /, **inputs):
-    return {"class_type": kind, "inputs": inputs}
+from .server_helpers import SIDE, latents, node
 
 
 def graph(sampling=None, **blend):
@@ -72,21 +54,6 @@ def graph(sampling=None, **blend):
             **settings,
         ),
     }
-
-
-def latents(server, prompt, *links):
-    prompt = {
-        **prompt,
-        **{
-            f"save{i}": node("SaveLatent", samples=list(link), filename_prefix="fusion") for i, link in enumerate(links)
-        },
-    }
-    outputs = server.run(prompt)["outputs"]
-    references = [outputs[f"save{i}"]["latents"][0] for i in range(len(links))]
-    return [
-        load_file(server.server.base / "output" / ref["subfolder"] / ref["filename"])["latent_tensor"]
-        for ref in references
-    ]
 
 
 BRANCHES = [("sample", 0), ("sample", 1), ("sample", 2)]

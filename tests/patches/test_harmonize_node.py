@@ -65,16 +65,18 @@ def test_things_keep_their_pixels_and_the_rest_is_the_models(loaded):
     drawn = run(loaded, layers, "relight")[0]
     assert image.shape == (1, HEIGHT, WIDTH, 3) and latent.shape == (1, 4, 10, 13)
     # Where nothing lies over the first.
-    assert torch.allclose(image[0, 21:29, 11:39], layers.layers[1].image[1:9, 1:29, :3], atol=1e-6)
-    assert torch.equal(image[0, :19], drawn[0, :19]) and not torch.allclose(image[0, 21:29], drawn[0, 21:29], atol=0.05)
+    assert torch.allclose(image[0, 21:29, 11:39], layers.layers[1].image[1:9, 1:29, :3], rtol=0, atol=1e-6)
+    assert torch.equal(image[0, :19], drawn[0, :19]) and not torch.allclose(
+        image[0, 21:29], drawn[0, 21:29], rtol=0, atol=0.05
+    )
     half = layers.layers[2].image[20:, 20:, :3] * 0.5 + drawn[0, 50:60, 60:80] * 0.5
-    assert torch.allclose(image[0, 50:60, 60:80], half, atol=1e-5)
+    assert torch.allclose(image[0, 50:60, 60:80], half, rtol=0, atol=1e-5)
     assert (
         [layer.name for layer in found.layers] == ["back", "first", "second"]
         and found.layers[1].x == 10
         and found.layers[2].opacity == 0.5
     )
-    assert torch.allclose(flatten(found)[0][:3, :40], image[0, :3, :40], atol=1e-6)
+    assert torch.allclose(flatten(found)[0][:3, :40], image[0, :3, :40], rtol=0, atol=1e-6)
 
 
 def test_behind_a_thing_the_background_is_as_it_was_in_the_light_around_it(loaded):
@@ -92,7 +94,7 @@ def test_behind_a_thing_the_background_is_as_it_was_in_the_light_around_it(loade
         "no texture of the model behind the thing"
     )
     assert inside.abs().max() > 1e-3 and (inside.mean((0, 1)) - change[:12].mean((0, 1))).abs().max() < around.std()
-    assert torch.allclose(found[:3, :40], run(loaded, layers, "relight")[2].layers[0].image[:3, :40], atol=1e-6)
+    assert torch.allclose(found[:3, :40], run(loaded, layers, "relight")[2].layers[0].image[:3, :40], rtol=0, atol=1e-6)
 
 
 def test_a_transparent_canvas_stays_transparent(loaded):
@@ -107,7 +109,7 @@ def test_a_transparent_canvas_stays_transparent(loaded):
     for foregrounds in ("keep", "relight"):
         image, _, found = run(loaded, opaque.with_layers([ground, *opaque.layers[1:]]), foregrounds)
         expected = flatten(opaque.with_layers([ground, *opaque.layers[1:]]))[1]
-        assert image.shape == (1, HEIGHT, WIDTH, 4) and torch.allclose(image[0, ..., 3], expected, atol=1e-6)
+        assert image.shape == (1, HEIGHT, WIDTH, 4) and torch.allclose(image[0, ..., 3], expected, rtol=0, atol=1e-6)
         assert torch.equal(found.layers[0].image[..., 3], alpha[..., 0]) and image[0, :8, 60:, 3].max() == 0
     full = replace(opaque.layers[0], image=torch.cat([opaque.layers[0].image, torch.ones_like(alpha)], -1))
     image, _, found = run(loaded, opaque.with_layers([full, *opaque.layers[1:]]))
@@ -117,13 +119,15 @@ def test_a_transparent_canvas_stays_transparent(loaded):
 def test_relit_things_have_the_models_colours_and_flatten_to_its_picture(loaded):
     layers = LayerStack((WIDTH, HEIGHT), stack().layers[:2])
     image, _, found = run(loaded, layers, "relight")
-    assert torch.allclose(flatten(found)[0], image[0], atol=2e-3)
+    assert torch.allclose(flatten(found)[0], image[0], rtol=0, atol=2e-3)
 
 
 def test_feathering_changes_the_edge_alone(loaded):
     layers = LayerStack((WIDTH, HEIGHT), stack().layers[:2])
     hard, soft = run(loaded, layers)[0][0], run(loaded, layers, feather=4.0)[0][0]
-    assert torch.equal(hard[:20], soft[:20]) and torch.allclose(hard[30:40, 20:40], soft[30:40, 20:40], atol=1e-5)
+    assert torch.equal(hard[:20], soft[:20]) and torch.allclose(
+        hard[30:40, 20:40], soft[30:40, 20:40], rtol=0, atol=1e-5
+    )
     assert (hard[20, 12:48] - soft[20, 12:48]).abs().max() > 0.05
 
 
@@ -146,7 +150,9 @@ def test_hidden_layers_are_left_out_and_moved_ones_move(loaded):
     moved = stack().with_layers(
         layer if layer.name != "first" else Layer(layer.image, "first", x=2, y=2) for layer in stack().layers
     )
-    assert torch.allclose(run(loaded, moved)[0][0, 3:20, 3:30], stack().layers[1].image[1:18, 1:28, :3], atol=1e-6)
+    assert torch.allclose(
+        run(loaded, moved)[0][0, 3:20, 3:30], stack().layers[1].image[1:18, 1:28, :3], rtol=0, atol=1e-6
+    )
 
 
 def inverted(loaded, count, method="noise only"):
@@ -170,7 +176,7 @@ def full_size():
 def test_retained_latents_of_an_inversion_are_followed_where_the_layers_are(loaded):
     layers, path = full_size(), inverted(loaded, 2, "ddim")
     plain, kept = run(loaded, layers, "relight")[0], run(loaded, layers, "relight", retained=path)[0]
-    assert not torch.allclose(plain, kept, atol=0.02)
+    assert not torch.allclose(plain, kept, rtol=0, atol=0.02)
     hidden = layers.with_layers([*layers.layers, Layer(torch.ones(HEIGHT, WIDTH, 3), "cover", visible=False)])
     three = replace(path, latents=torch.cat([path.latents, path.latents[:, :1]], 1))
     assert torch.equal(run(loaded, hidden, "relight", retained=three)[0], kept)
@@ -178,7 +184,10 @@ def test_retained_latents_of_an_inversion_are_followed_where_the_layers_are(load
     along = replace(path, latents=torch.stack([path.latents[:, 0], path.latents[:, 1].roll(3, -1)], 1))
     there = layers.with_layers([layers.layers[0], replace(layers.layers[1], image=layers.layers[1].image.roll(24, 1))])
     assert torch.allclose(
-        run(loaded, moved, "relight", retained=path)[0], run(loaded, there, "relight", retained=along)[0], atol=1e-5
+        run(loaded, moved, "relight", retained=path)[0],
+        run(loaded, there, "relight", retained=along)[0],
+        rtol=0,
+        atol=1e-5,
     )
 
 

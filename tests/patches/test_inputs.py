@@ -18,7 +18,8 @@ from strata.patches.inversion import Inversion
 
 NODES = [node for module in nodes.MODULES for node in module.NODES]
 NAN, INFINITE = float("nan"), float("inf")
-PICTURE, LATENT = torch.rand(1, 8, 8, 3), torch.zeros(1, 4, 8, 8)
+PICTURE = torch.rand(1, 8, 8, 3, generator=torch.Generator().manual_seed(0))
+LATENT = torch.zeros(1, 4, 8, 8)
 WRONG = {  # values that no input of the type can take
     "INT": [NAN, INFINITE, 1.5, "7", None, [1], 10**400],
     "FLOAT": [NAN, -INFINITE, "0.5", None, [0.5], torch.tensor(1.0)],

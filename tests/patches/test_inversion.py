@@ -14,30 +14,13 @@ from strata.patches.inversion import invert
 from strata.techniques.losses import psnr
 
 from . import fusion_reference
-from .test_fusion import conditioning
+from .sampling_helpers import calm, conditioning, picture, sigmas_of
 
 
 @pytest.fixture(scope="module")
 def models():
     made = {}
     return lambda kind: made.setdefault(kind, calm(fusion_reference.patcher(kind)))
-
-
-def calm(model):
-    """Random weights answer to every change of their input with a large one of their own, which no trained model does:
-    a weaker last layer.
-    """
-    with torch.no_grad():
-        model.model.diffusion_model.out[2].weight *= 0.1
-    return model
-
-
-def sigmas_of(model, steps=8, scheduler="ddim_uniform"):
-    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
-
-
-def picture(seed=3, batch=1, side=8):
-    return torch.randn(batch, 4, side, side, generator=torch.Generator().manual_seed(seed))
 
 
 def with_sampling(model, base, kind):
@@ -81,7 +64,7 @@ def test_sampling_from_the_found_noise_gives_the_picture_back(models, kind):
         stock = guider.sample(
             start, torch.zeros_like(latent), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True
         )
-        assert torch.allclose(stock, found[steps].reconstruction, atol=2e-3)
+        assert torch.allclose(stock, found[steps].reconstruction, rtol=0, atol=2e-3)
     quality = [psnr(found[steps].reconstruction, latent, None).item() for steps in (8, 32)]
     assert quality[1] > quality[0] + 2 and quality[1] > 25
 
@@ -154,7 +137,7 @@ def test_noise_only_is_the_picture_with_one_noise(models):
     )
     assert torch.equal(found.latents, again.latents) and found.reconstruction is None
     noises = [(x - found.latents[-1]) / sigma for x, sigma in zip(found.latents[:-1], sigmas[:-1], strict=True)]
-    assert all(torch.allclose(noise, noises[0], atol=1e-4) for noise in noises)
+    assert all(torch.allclose(noise, noises[0], rtol=0, atol=1e-4) for noise in noises)
 
 
 def test_sampling_with_each_steps_null_embedding_gives_the_reconstruction(models):
@@ -171,7 +154,7 @@ def test_sampling_with_each_steps_null_embedding_gives_the_reconstruction(models
         x = guider.sample(
             x / sigmas[number], torch.zeros_like(x), euler, sigmas[number : number + 2], disable_pbar=True
         )
-    assert torch.allclose(found.reconstruction, model.model.process_latent_out(x), atol=1e-4)
+    assert torch.allclose(found.reconstruction, model.model.process_latent_out(x), rtol=0, atol=1e-4)
     assert torch.equal(found.null_at(1e9), found.null[0]) and torch.equal(found.null_at(0.0), found.null[-1])
 
 
@@ -194,8 +177,8 @@ def test_inside_the_executors_inference_mode_with_inference_weights(method):
         held = {name: value for name, value in model.model.named_parameters()}
         before = {name: value.clone() for name, value in held.items()}
         found = invert(model, *arguments)
-        assert torch.allclose(found.latents, expected.latents, atol=1e-5)
-        assert torch.allclose(found.reconstruction, expected.reconstruction, atol=1e-4)
+        assert torch.allclose(found.latents, expected.latents, rtol=0, atol=1e-5)
+        assert torch.allclose(found.reconstruction, expected.reconstruction, rtol=0, atol=1e-4)
         after = dict(model.model.named_parameters())
         assert all(after[name] is value and torch.equal(value, before[name]) for name, value in held.items())
 

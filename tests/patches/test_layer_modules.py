@@ -3,6 +3,7 @@ is told from others.
 """
 
 import copy
+from dataclasses import replace
 
 import comfy.sd
 import folder_paths
@@ -19,8 +20,7 @@ from strata.patches.shared_layers import Maps, Sharing, map_context, object_rows
 from strata.training import diffusion, text
 
 from . import fusion_reference, random_family
-from .test_fusion import conditioning, estimates, low_memory, noise, terms_for
-from .test_shared_layers import EARLY, LATE, layered
+from .sampling_helpers import EARLY, LATE, conditioning, estimates, low_memory, noise, terms_for, with_layers
 
 PROMPTS = ["an empty place on a beach", "a red apple", "a dog"]
 COUNT = 4
@@ -130,7 +130,7 @@ def test_a_file_of_zeros_changes_nothing(family):
 def test_off_and_outside_of_its_percents_it_is_bit_equal_to_stock_and_leaves_the_model(family, make, sigma):
     plain, model, _ = family
     modules = file_of(denoiser(plain))
-    positive, negative = layered(model), conditioning(model, 2, rows=1)
+    positive, negative = with_layers(model), conditioning(model, 2, rows=1)
     before = estimates(model, positive, negative, noise(4), sigma)
     estimates(both(model, modules), positive, negative, noise(4), sigma)
     for found in (
@@ -144,22 +144,29 @@ def test_together_or_apart_and_beside_a_longer_negative_it_is_the_same(family, m
     """ComfyUI repeats the shorter prompt when the two are one batch: the layer embedding then has to repeat with it."""
     plain, model, _ = family
     modules = file_of(denoiser(plain))
-    positive, negative = layered(model), conditioning(model, 2, rows=1, tokens=14)
+    positive, negative = with_layers(model), conditioning(model, 2, rows=1, tokens=14)
     results = []
     for free in (1e18, 1.0):
         low_memory(monkeypatch, free)
         results.append(estimates(share_layers(model, Sharing(), modules), positive, negative, noise(4), LATE))
-    assert all(torch.allclose(results[0][name], results[1][name], atol=1e-4) for name in ("cond", "uncond"))
+    assert all(torch.allclose(results[0][name], results[1][name], rtol=0, atol=1e-4) for name in ("cond", "uncond"))
     half = estimates(share_layers(model, Sharing(0.5), modules), positive, negative, noise(4), LATE)
-    assert not torch.allclose(half["cond"], results[0]["cond"], atol=1e-3)
+    assert not torch.allclose(half["cond"], results[0]["cond"], rtol=0, atol=1e-3)
 
 
 def test_more_objects_than_were_trained_have_the_last_ones_row(family):
     plain, model, clip = family
-    model = both(model, file_of(denoiser(plain)))
+    modules = file_of(denoiser(plain))
     positive = encode_layers(clip, "a beach", ["a dog", "a cat", "an apple", "a cup", "a frog"])
-    found = estimates(model, positive, conditioning(model, 2, rows=1), noise(7), EARLY)
-    assert found["cond"].isfinite().all()
+    negative = conditioning(model, 2, rows=1)
+    found = estimates(both(model, modules), positive, negative, noise(7), EARLY)
+    embedding = modules.embedding
+    assert len(embedding) == 4
+    for rows, same in (([0, 1, 2, 3, 3, 3], True), ([0, 1, 2, 3, 2, 1], False)):
+        longer = estimates(
+            both(model, replace(modules, embedding=embedding[rows])), positive, negative, noise(7), EARLY
+        )
+        assert torch.equal(longer["cond"], found["cond"]) == same
 
 
 def test_another_family_and_another_file_are_named(family):
@@ -201,7 +208,7 @@ def test_from_the_file_to_the_model_by_the_nodes(family, tmp_path, monkeypatch):
     made = ContextMaps.execute(shared, 1.0, 0.15, modules).result[0]
     options = made.model_options["transformer_options"]
     assert options[shared_layers.SHARING].terms is not None and options[shared_layers.MAPS].refine is modules.context
-    positive, negative = layered(model), conditioning(model, 2, rows=1)
+    positive, negative = with_layers(model), conditioning(model, 2, rows=1)
     with torch.inference_mode():
         again, same = (estimates(one, positive, negative, noise(4), EARLY) for one in (made, both(model, modules)))
     assert torch.equal(again["cond"], same["cond"])

@@ -13,22 +13,10 @@ from strata.techniques.compositing import flatten
 from strata.techniques.layers import read_layers
 
 from . import fusion_reference, random_family, random_transparency
-from .test_attention_sharing import sharing
-from .test_fusion import conditioning, layered
-from .test_transparency_model import shapes
+from .sampling_helpers import conditioning, layered
+from .small_models import file_for
 
 HEIGHT, WIDTH = 64, 128
-
-
-def file_for(kind, model):
-    """What is published for a family, with random weights; there is nothing for SD2."""
-    if kind == "SD1.5":
-        return sharing(model, 1)[1]
-    return (
-        transparency.recognise("adapter", random_transparency.adapter(shapes(model), rank=4, scale=0.2))
-        if kind == "SDXL"
-        else None
-    )
 
 
 @pytest.mark.parametrize(("kind", "tokens"), [("SD1.5", (8, 16)), ("SD2", (8, 16)), ("SDXL", (4, 8))])

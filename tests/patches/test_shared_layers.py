@@ -18,26 +18,27 @@ from strata.patches.layer_prompts import LAYERS, encode_layers
 from strata.patches.shared_layers import Maps, Sharing, map_context, object_rows, share_layers
 from strata.techniques.shared_layers import global_embedding
 
-from . import fusion_reference
 from .fusion_reference import attention, minmax
-from .test_fusion import close, conditioning, estimates, low_memory, merged, noise, sample, terms_for, watching
-from .test_transparency_model import small_flux
+from .sampling_helpers import (
+    EARLY,
+    LATE,
+    WORDS,
+    close,
+    conditioning,
+    estimates,
+    low_memory,
+    merged,
+    noise,
+    sample,
+    terms_for,
+    watching,
+    with_layers,
+)
+from .small_models import small_flux
 
-WORDS = [("a place", [1]), ("an apple", [2, 3]), ("a dog", [4])]  # four rows a scene: place, apple, dog, whole picture
 COUNT = 4
-EARLY, LATE = 12.0, 3.0  # noise levels before and after the published T_G
 # Numbers of the attention blocks of the way down at its lowest resolution.
 DEEPEST = {"mini": range(1, 99), "SD1.5": (4, 5), "SDXL": range(4, 99)}
-
-
-@pytest.fixture(scope="module")
-def models():
-    made = {}
-    return lambda kind: made.setdefault(kind, fusion_reference.patcher(kind))
-
-
-def layered(model, seed=1, words=WORDS, **extra):
-    return conditioning(model, seed, rows=shared_layers.layer_count(words), **{LAYERS: words, **extra})
 
 
 def both(model, sharing=1.0, mixing=1.0):
@@ -140,7 +141,7 @@ def expected(model, kind, found, positive, negative, sigma, sharing=1.0, mixing=
 )
 def test_one_call_is_the_papers_equations(models, kind, count, sharing, mixing, sigma):
     model = models(kind)
-    positive, negative = layered(model), conditioning(model, 2, rows=1)
+    positive, negative = with_layers(model), conditioning(model, 2, rows=1)
     found = estimates(both(model, sharing, mixing), positive, negative, noise(count), sigma)
     cond, uncond = expected(model, kind, found, positive, negative, sigma, sharing, mixing if sigma == EARLY else 0)
     plain = estimates(model, positive, negative, noise(count), sigma)
@@ -155,7 +156,7 @@ def test_the_maps_are_a_quarter_of_the_latent_wide_as_published_16_tokens_at_512
     ) == 20
     model = map_context(models("SD1.5"), Maps())
     record = shared_layers.METHOD.record(model)
-    sample(model, layered(model), conditioning(model, 2, rows=1), steps=2, x=noise(4, side=32))
+    sample(model, with_layers(model), conditioning(model, 2, rows=1), steps=2, x=noise(4, side=32))
     assert [maps.shape for maps in record.steps] == [(1, 2, 8, 8)] * 2 and all(
         maps.min() == 0 and maps.max() == 1 for maps in record.steps
     )
@@ -171,7 +172,7 @@ def off(model):
 )
 def test_off_and_outside_of_its_percents_it_is_bit_equal_to_stock(models, make):
     model = models("mini")
-    positive, negative = layered(model), conditioning(model, 2, rows=1)
+    positive, negative = with_layers(model), conditioning(model, 2, rows=1)
     plain, found = (estimates(one, positive, negative, noise(8), LATE) for one in (model, make(model)))
     assert all(torch.equal(plain[name], found[name]) for name in plain)
 
@@ -179,14 +180,14 @@ def test_off_and_outside_of_its_percents_it_is_bit_equal_to_stock(models, make):
 @pytest.mark.parametrize("kind", ["mini", "SDXL"])
 def test_a_background_alone_is_bit_equal_to_stock(models, kind):
     model = models(kind)
-    positive, negative = layered(model, words=WORDS[:1]), conditioning(model, 2, rows=1)
+    positive, negative = with_layers(model, words=WORDS[:1]), conditioning(model, 2, rows=1)
     plain, found = (sample(one, positive, negative, x=noise(2)) for one in (model, both(model)))
     assert torch.equal(plain, found)
 
 
 def test_the_given_model_is_unchanged_and_the_order_of_the_nodes_does_not_matter(models):
     model = models("mini")
-    positive, negative = layered(model), conditioning(model, 2, rows=1)
+    positive, negative = with_layers(model), conditioning(model, 2, rows=1)
     plain = sample(model, positive, negative, x=noise(4))
     patched, other = both(model), share_layers(map_context(model, Maps()), Sharing())
     first = sample(patched, positive, negative, x=noise(4))
@@ -194,7 +195,7 @@ def test_the_given_model_is_unchanged_and_the_order_of_the_nodes_does_not_matter
         first, sample(other, positive, negative, x=noise(4))
     )
     assert torch.equal(plain, sample(model, positive, negative, x=noise(4))) and not torch.allclose(
-        plain, first, atol=1e-2
+        plain, first, rtol=0, atol=1e-2
     )
     assert torch.equal(plain, sample(shared_layers.without_layers(patched), positive, negative, x=noise(4)))
 
@@ -207,21 +208,23 @@ def permuted(positive, rows):
 
 def test_layers_and_pictures_in_another_order_come_out_in_that_order(models):
     model = both(models("mini"))
-    positive, negative = layered(model), conditioning(model, 2, rows=1)
+    positive, negative = with_layers(model), conditioning(model, 2, rows=1)
     x = noise(8)
     found = sample(model, positive, negative, x=x).unflatten(0, (2, 4))
     rows = [0, 2, 1, 3]
     other = sample(
         model, permuted(positive, rows), negative, x=x.unflatten(0, (2, 4))[:, rows].flatten(0, 1)
     ).unflatten(0, (2, 4))
-    assert torch.allclose(other, found[:, rows], atol=1e-4)
+    assert torch.allclose(other, found[:, rows], rtol=0, atol=1e-4)
     turned = sample(model, positive, negative, x=x.unflatten(0, (2, 4)).flip(0).flatten(0, 1)).unflatten(0, (2, 4))
-    assert torch.allclose(turned, found.flip(0), atol=1e-4) and not torch.allclose(found[0], found[1], atol=0.1)
+    assert torch.allclose(turned, found.flip(0), rtol=0, atol=1e-4) and not torch.allclose(
+        found[0], found[1], rtol=0, atol=0.1
+    )
 
 
 def test_cond_and_uncond_go_together_but_while_the_maps_are_mixed_in(models, monkeypatch):
     model = models("mini")
-    positive, negative = layered(model), conditioning(model, 2, rows=1)
+    positive, negative = with_layers(model), conditioning(model, 2, rows=1)
     seen, results = [], []
     for free in (1e18, 1.0):
         low_memory(monkeypatch, free)
@@ -229,7 +232,7 @@ def test_cond_and_uncond_go_together_but_while_the_maps_are_mixed_in(models, mon
         patched.set_model_unet_function_wrapper(watching(seen))
         results.append([estimates(patched, positive, negative, noise(4), sigma) for sigma in (EARLY, LATE)])
     assert all(
-        torch.allclose(results[0][i][name], results[1][i][name], atol=1e-4)
+        torch.allclose(results[0][i][name], results[1][i][name], rtol=0, atol=1e-4)
         for i in (0, 1)
         for name in ("cond", "uncond")
     )
@@ -243,7 +246,7 @@ def test_other_patches_are_kept(models, ours_first):
     the model.
     """
     model = models("mini")
-    positive, negative = layered(model), conditioning(model, 2, rows=1)
+    positive, negative = with_layers(model), conditioning(model, 2, rows=1)
     down = shared_layers.map_places(model)[0][1]
 
     def theirs(model):
@@ -272,16 +275,16 @@ def test_other_patches_are_kept(models, ours_first):
 def test_keys_that_another_patch_has_added_are_shared_and_not_mixed(models):
     model = models("mini").clone()
     model.set_model_attn1_patch(lambda q, k, v, extra: (q, torch.cat([k, k[:, :3]], 1), torch.cat([v, v[:, :3]], 1)))
-    positive, negative = layered(model), conditioning(model, 2, rows=1)
+    positive, negative = with_layers(model), conditioning(model, 2, rows=1)
     found = estimates(both(model), positive, negative, noise(4), EARLY)["cond"]
     assert found.isfinite().all() and not torch.allclose(
-        found, estimates(both(models("mini")), positive, negative, noise(4), EARLY)["cond"], atol=1e-3
+        found, estimates(both(models("mini")), positive, negative, noise(4), EARLY)["cond"], rtol=0, atol=1e-3
     )
 
 
 def test_an_adapter_on_the_objects_equals_a_merged_model_and_leaves_the_rest(models):
     model, terms = models("mini"), terms_for(models("mini"))
-    positive, negative = layered(model), conditioning(model, 2, rows=1)
+    positive, negative = with_layers(model), conditioning(model, 2, rows=1)
     found = estimates(
         foreground.apply_to_foreground(model, terms, rows=object_rows(COUNT)), positive, negative, noise(8)
     )
@@ -297,7 +300,7 @@ def test_an_adapter_on_the_objects_equals_a_merged_model_and_leaves_the_rest(mod
         for row in range(8):
             wanted = (one if row % COUNT in (1, 2) else plain)[name][row]
             assert (found[name][row] - wanted).abs().max() < 1e-4 * max(1, wanted.abs().max())
-        assert not torch.allclose(one[name][1], plain[name][1], atol=1e-2)
+        assert not torch.allclose(one[name][1], plain[name][1], rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -311,13 +314,13 @@ def test_an_adapter_on_the_objects_equals_a_merged_model_and_leaves_the_rest(mod
 )
 def test_wrong_inputs_are_named(models, positive, negative, count, words):
     model = both(models("mini"))
-    cond = layered(model, **positive)
+    cond = with_layers(model, **positive)
     if LAYERS in positive:
         del cond[0][1][LAYERS]
     with pytest.raises(ValueError, match=words):
         estimates(model, cond, conditioning(model, 2, rows=1, **negative), noise(count))
     with pytest.raises(ValueError, match="several conditionings"):
-        estimates(model, layered(model) * 2, conditioning(model, 2, rows=1), noise(4))
+        estimates(model, with_layers(model) * 2, conditioning(model, 2, rows=1), noise(4))
 
 
 def test_a_model_without_cross_attention_is_refused():

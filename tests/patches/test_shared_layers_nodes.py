@@ -17,9 +17,8 @@ from strata.techniques.layers import read_layers, write_layers
 from strata.techniques.shared_layers import map_alphas
 
 from . import fusion_reference, random_family, random_transparency
-from .test_fusion import conditioning
-from .test_layerfusion_families import file_for
-from .test_shared_layers import layered
+from .sampling_helpers import conditioning, with_layers
+from .small_models import file_for
 
 HEIGHT, WIDTH = 64, 128
 NAMES = ["a place", "an apple", "a dog"]
@@ -63,7 +62,7 @@ def shared(model):
 @pytest.mark.parametrize("kind", ["SD1.5", "SDXL"])
 def test_from_the_model_to_the_layers(kind, vae, decoder):
     plain = fusion_reference.patcher(kind)
-    model, positive = shared(plain), layered(plain)
+    model, positive = shared(plain), with_layers(plain)
     documents, composite, whole, maps, latent, paths = sampled(
         model, vae, positive, 2, adapter=file_for(kind, plain), decoder=decoder
     )
@@ -80,7 +79,7 @@ def test_from_the_model_to_the_layers(kind, vae, decoder):
     changed = (without[4]["samples"] - latent["samples"]).abs().flatten(1).mean(1)
     assert (changed.view(2, 4)[:, 1:3] > 0.01).all(), "the adapter acts on the objects"
     for document, picture, stacked, path, own in zip(documents, composite, without[1], paths, rows, strict=True):
-        assert torch.allclose(plain.model.latent_format.process_out(path.latents[-1]), own[:3].cpu(), atol=1e-5)
+        assert torch.allclose(plain.model.latent_format.process_out(path.latents[-1]), own[:3].cpu(), rtol=0, atol=1e-5)
         # The same noise.
         assert path.latents.shape[:2] == (len(path.sigmas), 3) and torch.equal(path.latents[0, 0], path.latents[0, 1])
         stack = read_layers(document)
@@ -101,7 +100,7 @@ def test_from_the_model_to_the_layers(kind, vae, decoder):
             feather=2.0,
             **{key: SETTINGS[key] for key in ("seed", "steps", "cfg", "sampler_name", "scheduler")},
         )[:1]
-        assert torch.equal(again[0], picture) and not torch.allclose(picture, stacked, atol=0.02)
+        assert torch.equal(again[0], picture) and not torch.allclose(picture, stacked, rtol=0, atol=0.02)
     for document, picture in zip(without[0], without[1], strict=True):
         assert torch.equal(flatten(read_layers(document))[0], picture)
 
@@ -122,7 +121,9 @@ def test_without_a_decoder_the_last_maps_are_the_alphas(loaded):
         layers[1].image[..., 3], layers[2].image[..., 3]
     )
     for layer, shown in zip(layers[1:], maps[-1, ::4, ::4, 0].chunk(2, 1), strict=True):
-        assert torch.allclose(layer.image[..., 3], map_alphas(shown[None, None], (HEIGHT, WIDTH))[0, 0], atol=1e-5)
+        assert torch.allclose(
+            layer.image[..., 3], map_alphas(shown[None, None], (HEIGHT, WIDTH))[0, 0], rtol=0, atol=1e-5
+        )
     assert torch.equal(flatten(read_layers(documents[0]))[0], composite[0])
 
 
@@ -202,7 +203,7 @@ def test_what_is_missing_is_said(loaded):
 
 def test_a_wrong_file_is_named_by_its_own_socket_before_anything_is_sampled(vae, decoder):
     plain = fusion_reference.patcher("SD1.5")
-    model, positive, calls = shared(plain), layered(plain), []
+    model, positive, calls = shared(plain), with_layers(plain), []
     model.set_model_sampler_post_cfg_function(lambda args: calls.append(1) or args["denoised"])
     adapter = file_for("SD1.5", plain)
     flux = transparency.recognise("flux", random_transparency.network(TransparentDecoder((8, 8, 16, 16), 1, 16)))
@@ -222,7 +223,10 @@ def test_maps_have_one_entry_a_step_and_none_of_perturbed_attention(sampler, vae
     not of PAG's.
     """
     plain = fusion_reference.patcher("SD1.5")
-    positive, settings = layered(plain), {"decoder": decoder, "harmonize": False, "sampler_name": sampler, "steps": 3}
+    positive, settings = (
+        with_layers(plain),
+        {"decoder": decoder, "harmonize": False, "sampler_name": sampler, "steps": 3},
+    )
     model = shared(plain)
     guided = PerturbedAttentionGuidance.execute(model, 3.0)[0]
     own, others = (sampled(one, vae, positive, **settings)[3] for one in (model, guided))
@@ -244,7 +248,7 @@ def test_what_cannot_be_harmonised_keeps_its_layers_and_says_why(denoise, vae):
         found = LayersSampler.execute(
             shared(plain),
             vae,
-            layered(plain),
+            with_layers(plain),
             **{**SETTINGS, **HARMONY, "denoise": denoise},
             noise=next(iter(NOISE)),
             negative=negative,

@@ -28,6 +28,16 @@ def one_sentence(text: str) -> bool:
     return len(text) < 400 and "\n" not in text and not re.search(r"[.!?] [A-Z]", text)
 
 
+def test_a_missing_file_is_to_be_had_from_its_own_address(folder):
+    for name in layer_files.PUBLISHED:
+        said = layer_files.missing(name)
+        assert one_sentence(said) and said.endswith(f"/{name} into {folder}.") and said.count("https://") == 1
+    assert layer_files.missing("mine.safetensors") == f"file: mine.safetensors is not there; put it into {folder}."
+    (folder / "mine.safetensors").touch()
+    folder_paths.filename_list_cache.pop("layer_model", None)
+    assert layer_files.missing("mine.safetensors") is None
+
+
 @pytest.mark.parametrize("family", ["SDXL", "SD1.5", "Strata mini"])
 def test_attention_adapters_are_known_by_their_keys(family):
     weights = random_files.adapter(transparency.structure(family), rank=2)

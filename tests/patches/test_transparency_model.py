@@ -14,100 +14,17 @@ import comfy.sd
 import comfy.supported_models
 import pytest
 import torch
-from comfy.ldm.flux.model import FluxParams
 from strata.patches import transparency, transparency_model
 
 from . import random_family
 from . import random_transparency as random_files
-
-SD15 = {
-    "channel_mult": [1, 2, 4, 4],
-    "num_res_blocks": [2, 2, 2, 2],
-    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
-    "transformer_depth_middle": 1,
-    "context_dim": 24,
-}
-
-
-class Small(comfy.supported_models.SD15):
-    """SD1.5's whole structure, a tenth as wide."""
-
-    unet_config = {
-        **SD15,
-        "image_size": 32,
-        "in_channels": 4,
-        "out_channels": 4,
-        "model_channels": 32,
-        "use_spatial_transformer": True,
-        "legacy": False,
-        "num_heads": 4,
-    }
-
-    def __init__(self, **changes):
-        super().__init__({**self.unet_config, **changes})
-
-
-class SmallXL(Small):
-    """SDXL's, with its pooled text and sizes."""
-
-    unet_config = {
-        **Small.unet_config,
-        "channel_mult": [1, 2, 4],
-        "num_res_blocks": [2, 2, 2],
-        "transformer_depth": [0, 0, 2, 2, 10, 10],
-        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
-        "transformer_depth_middle": 10,
-        "use_linear_in_transformer": True,
-        "num_classes": "sequential",
-        "adm_in_channels": 2816,
-    }
-    latent_format = comfy.supported_models.SDXL.latent_format
-
-
-def small(prediction=comfy.model_base.ModelType.EPS, kind=Small, **changes):
-    config = kind(**changes)
-    config.unet_config["dtype"] = torch.float32
-    torch.manual_seed(0)
-    model = (comfy.model_base.SDXL if kind is SmallXL else comfy.model_base.BaseModel)(config, prediction)
-    weights = {key: value.float() for key, value in random_family.randomised(model.diffusion_model).items()}
-    weights["out.2.weight"] *= 0.3  # a mild network: two of them that differ by a rounding stay together over the steps
-    model.diffusion_model.load_state_dict(weights)
-    return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
-
-
-def shapes(model):
-    return {
-        key: tuple(value.shape) for key, value in model.model.state_dict().items() if key.startswith("diffusion_model.")
-    }
+from .small_models import Small, SmallXL, sample, shapes, small, small_flux
 
 
 def recognised(weights, families=("SD1.5",)):
     found = transparency.recognise("weights.safetensors", weights)
     assert found.families == families
     return found
-
-
-def sample(model, batch=1, steps=2, positive=None, latent=None, cfg=3.0, seed=1, **extra):
-    torch.manual_seed(5)
-    width = model.model.model_config.unet_config["context_dim"]
-    positive = torch.randn(1, 77, width) if positive is None else positive
-    negative = torch.randn(1, 77, width)
-    latent = torch.zeros(batch, 4, 8, 16) if latent is None else latent
-    noise, pooled = comfy.sample.prepare_noise(latent, seed), {"pooled_output": torch.ones(1, 1280), **extra}
-    return comfy.sample.sample(
-        model,
-        noise,
-        steps,
-        cfg,
-        "euler",
-        "normal",
-        [[positive, pooled]],
-        [[negative, pooled]],
-        latent,
-        disable_pbar=True,
-        seed=seed,
-    )
 
 
 def merged(weights, strength, kind=Small):
@@ -178,9 +95,9 @@ def test_two_files_stack_with_each_other_and_a_lora_in_any_order():
 
     first = sample(with_lora(transparency_model.apply(transparency_model.apply(model, one, 1.0), two, 0.5)))
     second = sample(transparency_model.apply(transparency_model.apply(with_lora(model), two, 0.5), one, 1.0))
-    assert torch.allclose(first, second, atol=1e-3 * first.abs().max().item())
-    assert not torch.allclose(first, sample(transparency_model.apply(model, one, 1.0)), atol=1e-2)
-    assert not torch.allclose(first, sample(with_lora(model)), atol=1e-2)
+    assert torch.allclose(first, second, rtol=0, atol=1e-3 * first.abs().max().item())
+    assert not torch.allclose(first, sample(transparency_model.apply(model, one, 1.0)), rtol=0, atol=1e-2)
+    assert not torch.allclose(first, sample(with_lora(model)), rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -305,33 +222,6 @@ def test_sd2_is_told_from_sd15_whose_structure_it_has(apply):
             apply(model, recognised(weights))
 
 
-def small_flux():
-    options = {
-        "image_model": "flux",
-        "in_channels": 16,
-        "out_channels": 16,
-        "vec_in_dim": 8,
-        "context_in_dim": 16,
-        "hidden_size": 32,
-        "mlp_ratio": 4.0,
-        "num_heads": 2,
-        "depth": 2,
-        "depth_single_blocks": 2,
-        "axes_dim": [4, 6, 6],
-        "theta": 10000,
-        "patch_size": 2,
-        "qkv_bias": True,
-        "guidance_embed": True,
-        "dtype": torch.float32,
-        **({"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}),
-    }
-    model = comfy.model_base.Flux(comfy.supported_models.Flux(options))
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, 0, 0.1)
-    return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
-
-
 def test_fluxs_layer_lora_reaches_its_place_in_the_joined_weights():
     """In diffusers' names, as published: to_q, to_k and to_v are thirds of one weight here, and a single block's are
     the first of linear1.
@@ -363,7 +253,7 @@ def test_fluxs_layer_lora_reaches_its_place_in_the_joined_weights():
     patched.patch_model()
     try:
         for key, value in patched.model.state_dict().items():
-            assert torch.allclose(value, before[key], atol=1e-5), key
+            assert torch.allclose(value, before[key], rtol=0, atol=1e-5), key
     finally:
         patched.unpatch_model()
     files = recognised(weights, ("Flux",))
@@ -389,7 +279,7 @@ def test_other_packs_attention_patches_and_two_different_files_in_one_graph_work
     assert (
         torch.equal(sample(first), apart[0])
         and torch.equal(sample(second), apart[1])
-        and not torch.allclose(*apart, atol=1e-2)
+        and not torch.allclose(*apart, rtol=0, atol=1e-2)
     )
     seen = []
 
@@ -398,7 +288,7 @@ def test_other_packs_attention_patches_and_two_different_files_in_one_graph_work
         return n, context * 0.5, value * 0.5
 
     first.set_model_attn2_patch(patch)
-    assert not torch.allclose(sample(first), apart[0], atol=1e-2) and len(set(seen)) == 16
+    assert not torch.allclose(sample(first), apart[0], rtol=0, atol=1e-2) and len(set(seen)) == 16
 
 
 def test_a_controlnet_acts_as_on_merged_weights():

@@ -14,10 +14,7 @@ from strata.networks.transparency import OffsetEncoder, TransparentDecoder
 from strata.patches import transparency
 
 from . import random_transparency as random_files
-
-
-def node(kind, **inputs):
-    return {"class_type": kind, "inputs": inputs}
+from .server_helpers import node
 
 
 def sharing(frames, control=0):

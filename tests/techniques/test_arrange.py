@@ -139,6 +139,9 @@ def test_from_images_names_masks_and_appends():
     made = arrange.from_images(images, torch.ones(1, 4, 5), "Sky\nHill")
     assert names_of(made) == ["Sky", "Hill", "Layer 3"] and made.canvas == (5, 4)
     assert all(torch.equal(layer.mask, torch.ones(4, 5)) for layer in made.layers)
+    masks = torch.rand(3, 4, 5)
+    for number, layer in enumerate(arrange.from_images(images, masks).layers):
+        assert torch.equal(layer.mask, masks[number]) and torch.equal(layer.image, images[number])
     more = arrange.from_images(torch.rand(2, 9, 9, 4), below=made)
     assert names_of(more) == ["Sky", "Hill", "Layer 3", "Layer 4", "Layer 5"] and more.canvas == (5, 4)
     assert all(now is then for now, then in zip(more.layers, made.layers, strict=False))
@@ -188,16 +191,27 @@ def test_change_sets_only_what_is_given():
     image, mask = torch.rand(1, 6, 6, 3), torch.rand(1, 6, 6)
     swapped = arrange.change(before, "1", image, mask, {}).layers[0]
     assert torch.equal(swapped.image, image[0]) and torch.equal(swapped.mask, mask[0])
-    assert arrange.change(before, "1", None, torch.ones(1, 3, 4), {}).layers[0].image is not None
+    hidden = arrange.change(before, "1", None, torch.ones(1, 3, 4), {}).layers[0]
+    assert torch.equal(hidden.image, before.layers[0].image) and torch.equal(hidden.mask, torch.ones(3, 4))
+
+
+def test_change_keeps_the_mask_that_a_layer_has():
+    mask = torch.rand(3, 4)
+    before = stack("a").with_layers([replace(stack("a").layers[0], mask=mask)])
+    image = torch.rand(1, 3, 4, 3)
+    for changed in (arrange.change(before, "a", None, None, {"x": 5}), arrange.change(before, "a", image, None, {})):
+        assert torch.equal(changed.layers[0].mask, mask)
+    with pytest.raises(ValueError, match="mask: it is 4×3 and image is 7×7"):
+        arrange.change(before, "a", torch.zeros(1, 7, 7, 3), None, {})
 
 
 @pytest.mark.parametrize(
     "image, mask, message",
     [
-        (torch.rand(2, 3, 4, 3), None, "image: there are 2 frames"),
-        (None, torch.rand(2, 3, 4), "mask: there are 2 frames"),
-        (None, torch.rand(1, 5, 5), "mask: it is 5×5 and layer 'a' is 4×3"),
-        (torch.rand(1, 7, 7, 3), torch.rand(1, 5, 5), "mask: it is 5×5 and image is 7×7"),
+        (torch.zeros(2, 3, 4, 3), None, "image: there are 2 frames"),
+        (None, torch.zeros(2, 3, 4), "mask: there are 2 frames"),
+        (None, torch.zeros(1, 5, 5), "mask: it is 5×5 and layer 'a' is 4×3"),
+        (torch.zeros(1, 7, 7, 3), torch.zeros(1, 5, 5), "mask: it is 5×5 and image is 7×7"),
     ],
 )
 def test_change_raises(image, mask, message):
@@ -217,6 +231,8 @@ def test_transform_layers_changes_the_selected():
     before = stack(*"ab")
     after = arrange.transform_layers(before, "b", "centre", move=(2.0, 0.0))
     assert after.layers[0] is before.layers[0] and after.layers[1].x == 2
+    fitted = arrange.transform_layers(LayerStack((8, 10), before.layers), "b", "contain", move=(1.0, 0.0)).layers[1]
+    assert fitted.size == (8, 6) and (fitted.x, fitted.y) == (1, 2), "twice as large, moved by one from where it fits"
 
 
 def test_to_batch():
@@ -226,6 +242,13 @@ def test_to_batch():
     assert torch.equal(placed[0, :2, 1:4, :3], layers[0].image) and placed[0, :2, 1:4, 3].eq(0.5).all()
     own = arrange.to_batch(LayerStack((5, 4), layers), at_canvas_size=False)
     assert own[0, ..., 3].eq(0.5).all() and torch.equal(own[1], layers[1].image)
+    alpha, mask = torch.rand(2, 3), torch.rand(2, 3)
+    cut = Layer(torch.cat([torch.rand(2, 3, 3), alpha[..., None]], -1), x=2, y=1, opacity=0.25, mask=mask)
+    expected = torch.zeros(4, 5)
+    expected[1:3, 2:5] = alpha * (1 - mask) * 0.25
+    for at_canvas_size, shown in ((True, expected), (False, expected[1:3, 2:5])):
+        (batch,) = arrange.to_batch(LayerStack((5, 4), (cut,)), at_canvas_size)
+        assert torch.allclose(batch[..., 3], shown, rtol=0, atol=1e-7)
     with pytest.raises(ValueError, match=r"at_canvas_size: the layers have different sizes \(4×1, 3×2\)"):
         arrange.to_batch(LayerStack((5, 4), (*layers, Layer(torch.rand(1, 4, 3)))), at_canvas_size=False)
 

@@ -325,3 +325,5 @@ def test_preview_shows_the_picture_and_then_every_layer_on_a_checkerboard():
     torch.testing.assert_close(pictures[0], torch.full((50, 100, 3), 0.9))
     assert pictures[2][:25, :25].eq(0).all()
     torch.testing.assert_close(pictures[2][40, [50, 55, 60], 0], torch.tensor([0.6, 0.8, 0.6]))
+    small = compositing.preview(LayerStack((20, 10), (Layer(torch.full((10, 20, 3), 0.9)),)), longest=100)
+    assert small.shape == (2, 10, 20, 3), "never enlarged"

@@ -11,15 +11,13 @@ from PIL import Image
 from strata.techniques import depth as deglad
 from strata.techniques.layers import read_layers, write_layers
 
+from .draws import random
+
 thresholds_strategy = st.lists(st.integers(1, 99), min_size=1, max_size=6, unique=True).map(
     lambda values: [v / 100 for v in sorted(values)]
 )
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
 larger_sizes = st.tuples(st.integers(1, 16), st.integers(1, 16))
-
-
-def random(*shape, seed=0):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def over(stack):
@@ -55,7 +53,7 @@ def test_a_pixel_exactly_at_the_threshold_is_background():
 def test_soften_over_alphas_and_cut_layers_give_the_image_back(size, thresholds, width, fill, seed):
     image, depth = random(*size, 3, seed=seed), random(1, *size, seed=seed + 1)
     weights = deglad.soften(deglad.slice_masks(depth, thresholds), width)
-    assert torch.allclose(weights.sum(1), torch.ones(1, *size, dtype=torch.float64), atol=1e-9)
+    assert torch.allclose(weights.sum(1), torch.ones(1, *size, dtype=torch.float64), rtol=0, atol=1e-9)
     colours = image.expand(1, len(thresholds) + 1, -1, -1, -1)
     stack = deglad.cut_layers(colours, weights, thresholds, fill)
     assert (over(stack) - image).abs().max() < 1 / 255
@@ -133,8 +131,72 @@ def test_fill_behind_makes_the_farthest_layer_whole_and_keeps_what_is_visible():
 def test_push_pull_keeps_known_values_and_stays_within_their_range():
     values, weights = random(1, 2, 13, 7, 3), (random(1, 2, 13, 7, seed=3) > 0.6).double()
     filled = deglad.push_pull(values, weights)
-    assert torch.allclose(filled[weights > 0], values[weights > 0], atol=1e-12)
+    assert torch.allclose(filled[weights > 0], values[weights > 0], rtol=0, atol=1e-12)
     assert filled.min() >= values[weights > 0].min() - 1e-9 and filled.max() <= values[weights > 0].max() + 1e-9
+
+
+def pyramid_fill(values, weights):
+    """push_pull of one layer [H,W,C] with weights [H,W], one pixel at a time."""
+    levels = [(values * weights[..., None], weights)]
+    while max(levels[-1][1].shape) > 1:
+        image, weight = levels[-1]
+        height, width = (-(-side // 2) for side in weight.shape)
+        smaller, shares = np.zeros((height, width, image.shape[2])), np.zeros((height, width))
+        for row in range(height):
+            for column in range(width):
+                block = slice(2 * row, 2 * row + 2), slice(2 * column, 2 * column + 2)
+                total = 4 * weight[block].mean()
+                smaller[row, column] = 4 * image[block].mean((0, 1)) / max(total, 1)
+                shares[row, column] = min(total, 1)
+        levels.append((smaller, shares))
+    image, weight = levels.pop()
+    filled = image / np.maximum(weight[..., None], 1e-12)
+    for image, weight in reversed(levels):
+        larger = np.zeros_like(image)
+        for row in range(image.shape[0]):
+            for column in range(image.shape[1]):
+                parts = 0
+                places = []
+                for place, length, old in zip((row, column), image.shape, filled.shape, strict=False):
+                    at = min(max((place + 0.5) * old / length - 0.5, 0), old - 1)
+                    low = int(at)
+                    places.append(((low, 1 - at + low), (min(low + 1, old - 1), at - low)))
+                for y, v in places[0]:
+                    for x, u in places[1]:
+                        parts = parts + v * u * filled[y, x]
+                larger[row, column] = parts
+        filled = image + (1 - weight[..., None]) * larger
+    return filled
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_hidden_pixels_of_several_layers_are_filled_as_written(seed):
+    """Every layer and pixel by itself: hidden where nothing of it and what is behind it is seen; whose it is by the
+    shares of the visible surroundings; its colour from what is not within 3 pixels of a nearer layer.
+    """
+    layers, height, width = 3 + seed % 2, 13 + seed, 17
+    blobs = torch.nn.functional.interpolate(random(1, 1, 4, 5, seed=seed), (height, width), mode="bicubic")[0]
+    weights = deglad.slice_masks(blobs.clamp(0, 1), [0.4, 0.55, 0.7][: layers - 1])
+    weights = deglad.soften(weights, 2) if seed > 2 else weights
+    colours = random(1, layers, height, width, 3, seed=seed + 50)
+    filled, extra = deglad.fill_behind(colours, weights)
+    own = weights[0].numpy()
+    behind = own.cumsum(0)
+    counts = [0, 0]
+    for layer in range(layers):
+        hidden = behind[layer] <= 1e-4
+        share = pyramid_fill((own[layer] / np.maximum(behind[layer], 1e-4))[..., None], behind[layer])[..., 0]
+        whole = hidden & ((share > 0.5) | (layer == 0))
+        clean = np.zeros((height, width))
+        for row in range(height):
+            for column in range(width):
+                clean[row, column] = behind[layer][max(row - 3, 0) : row + 4, max(column - 3, 0) : column + 4].min()
+        expected = pyramid_fill(colours[0, layer].numpy(), own[layer] * (clean.clip(0, 1) + 1e-3))
+        expected = np.where(hidden[..., None], expected, colours[0, layer].numpy())
+        assert np.array_equal(extra[0, layer].numpy(), whole)
+        assert np.abs(filled[0, layer].numpy() - expected).max() < 1e-9
+        counts = [counts[0] + (layer > 0 and whole.sum()), counts[1] + (hidden & ~whole).sum()]
+    assert min(counts) > 0, "of the middle layers some hidden pixels are filled, some left open"
 
 
 @pytest.mark.parametrize("soft_edge", [0, 1, 2, 4, 7.5, 8])
@@ -176,7 +238,9 @@ def test_hidden_pixels_go_to_the_layer_that_surrounds_them():
     assert torch.equal(extra[0, 0], (depth[0] < 0.7).double()), "the farthest is whole"
     assert torch.equal(extra[0, 1, 20:40, 20:40], (depth[0, 20:40, 20:40] == 0.1).double()), "the box under the disc"
     assert not extra[0, 1, :12, :12].any(), "no box behind what stands before the wall"
-    assert not extra[0, 2].any() and torch.allclose(filled[0, 1][26:34, 26:34], torch.tensor(0.6).double())
+    assert not extra[0, 2].any() and torch.allclose(
+        filled[0, 1][26:34, 26:34], torch.tensor(0.6).double(), rtol=0, atol=1e-12
+    )
 
 
 def test_growing_keeps_the_sum_and_hands_the_rim_to_the_nearer():
@@ -191,9 +255,14 @@ def test_the_range_of_a_batch_or_fixed_values_keeps_a_cut_in_its_place():
     frames = torch.stack([torch.linspace(1, 4, 12).view(3, 4), torch.linspace(1, 8, 12).view(3, 4)])
     each, batch, fixed = (deglad.normalise_depth(frames, False, True, how, (0.0, 10.0)) for how in deglad.RANGES)
     assert each.amin((1, 2)).tolist() == [0, 0] and each.amax((1, 2)).tolist() == [1, 1]
-    assert torch.allclose(batch, (frames - 1) / 7) and torch.allclose(fixed, frames / 10)
+    assert torch.allclose(batch, (frames - 1) / 7, rtol=0, atol=1e-12) and torch.allclose(
+        fixed, frames / 10, rtol=0, atol=1e-12
+    )
     assert torch.allclose(
-        deglad.normalise_depth(frames, True, False, "fixed", (2.0, 5.0)), 1 - ((frames - 2) / 3).clamp(0, 1)
+        deglad.normalise_depth(frames, True, False, "fixed", (2.0, 5.0)),
+        1 - ((frames - 2) / 3).clamp(0, 1),
+        rtol=1e-5,
+        atol=1e-8,
     )
     for limits in ((1.0, 1.0), (2.0, 1.0), (math.nan, 1.0)):
         with pytest.raises(ValueError, match="range_low, range_high: .* is not below"):
@@ -204,7 +273,9 @@ def test_a_smooth_depth_is_resized_as_a_picture_along_both_axes():
     y, x = torch.meshgrid(torch.arange(8.0), torch.arange(10.0), indexing="ij")
     ramp = (x**2 + 10 * y + x * y)[None] / 2000
     found = deglad.resize_depth(ramp, 15, 19, edge=1.0)
-    assert torch.allclose(found, torch.nn.functional.interpolate(ramp[None], (15, 19), mode="bilinear")[0], atol=1e-5)
+    assert torch.allclose(
+        found, torch.nn.functional.interpolate(ramp[None], (15, 19), mode="bilinear")[0], rtol=0, atol=1e-5
+    )
     assert found[0, -1, 0] - found[0, 0, 0] > 0.03
 
 
@@ -277,7 +348,9 @@ def test_fill_missing_equals_a_walk_from_every_pixel(size, missing, seed):
     depth, valid = random(1, *size, seed=seed), random(1, *size, seed=seed + 1) > missing
     valid[0, 0, 0] = True
     depth = torch.where(valid, depth, 0.0)
-    assert np.allclose(deglad.fill_missing(depth, valid)[0], brute_fill(depth[0].numpy(), valid[0].numpy()))
+    assert np.allclose(
+        deglad.fill_missing(depth, valid)[0], brute_fill(depth[0].numpy(), valid[0].numpy()), rtol=0, atol=1e-12
+    )
 
 
 def test_a_wide_hole_beside_a_near_object_belongs_to_what_is_behind():
@@ -407,7 +480,9 @@ def test_compose_by_depth_is_equation_3_and_paste_layers_flatten_to_it():
             assert float(depth[0, row, column]) == pytest.approx(float(image[0, row, column, 0]))
     stack = deglad.paste_layers(back[0], front[0], weights[0])
     top = stack.layers[1].image
-    assert torch.allclose(top[..., 3:] * top[..., :3] + (1 - top[..., 3:]) * stack.layers[0].image, image[0])
+    assert torch.allclose(
+        top[..., 3:] * top[..., :3] + (1 - top[..., 3:]) * stack.layers[0].image, image[0], rtol=0, atol=1e-12
+    )
 
 
 def test_top_view_places_every_pixel_at_its_column_and_depth():

@@ -53,19 +53,22 @@ def test_fused_latents_are_equation_12(count, extra):
     )
     alpha = alphas(count, 5, 6)
     assert np.allclose(
-        fuse_latents(background, foregrounds, alpha).numpy(), written_out(background, foregrounds, alpha), atol=1e-12
+        fuse_latents(background, foregrounds, alpha).numpy(),
+        written_out(background, foregrounds, alpha),
+        rtol=0,
+        atol=1e-12,
     )
 
 
 def test_the_shares_sum_to_one_and_fusing_pixels_is_flattening_them():
     alpha, colours = alphas(3, 8, 9).float(), torch.rand(4, 3, 8, 9)
     free, shares = visible_shares(alpha)
-    assert torch.allclose(free + shares.sum(0), torch.ones(1, 8, 9), atol=1e-6)
+    assert torch.allclose(free + shares.sum(0), torch.ones(1, 8, 9), rtol=0, atol=1e-6)
     layers = [Layer(colours[0].permute(1, 2, 0))] + [
         Layer(torch.cat([c, a]).permute(1, 2, 0)) for c, a in zip(colours[1:], alpha, strict=True)
     ]
     flat, _ = flatten(LayerStack((9, 8), tuple(layers)))
-    assert torch.allclose(fuse_latents(colours[0], colours[1:], alpha), flat.permute(2, 0, 1), atol=1e-5)
+    assert torch.allclose(fuse_latents(colours[0], colours[1:], alpha), flat.permute(2, 0, 1), rtol=0, atol=1e-5)
 
 
 def test_layers_in_front_hide_those_behind():
@@ -79,7 +82,7 @@ def test_layers_in_front_hide_those_behind():
 def test_alphas_at_latent_size_are_pillows_means():
     alpha = alphas(1, 48, 40).float()
     expected = np.asarray(Image.fromarray(alpha[0, 0].numpy()).resize((5, 6), Image.BOX))
-    assert np.allclose(masks_at_level(alpha[:, 0], (6, 5))[0].numpy(), expected, atol=1e-6)
+    assert np.allclose(masks_at_level(alpha[:, 0], (6, 5))[0].numpy(), expected, rtol=0, atol=1e-6)
 
 
 def test_a_latent_goes_where_its_layer_goes():
@@ -110,7 +113,29 @@ def test_feathering_ends_inside_of_the_edge():
     soft = feathered(alpha, 4)
     assert torch.equal(feathered(alpha, 0), alpha) and (soft <= alpha).all() and (soft[alpha == 0] == 0).all()
     row = soft[0, 0, 20, 10:20]
-    assert (row.diff() >= 0).all() and row[0] < 0.2 and row[6:].allclose(torch.tensor(0.8))
+    assert (row.diff() >= 0).all() and row[0] < 0.2 and row[6:].allclose(torch.tensor(0.8), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("radius", [3.0, 6.0, 8.0])
+def test_a_rim_of_a_third_of_the_radius_around_things_does_not_count(radius):
+    """Against the least of each window, one pixel at a time, and SciPy's Gaussian."""
+    generator = torch.Generator().manual_seed(2)
+    before, drawn, same = torch.rand(3, 1, 3, 20, 30, generator=generator, dtype=torch.float64)
+    seen = torch.ones(20, 30, dtype=torch.float64)
+    seen[6:12, 14:20] = torch.rand(6, 6, generator=generator, dtype=torch.float64).round()
+    rim = {3.0: 1, 6.0: 2, 8.0: 3}[radius]
+    counted = np.ones((20, 30))
+    for y in range(20):
+        for x in range(30):
+            counted[y, x] = seen[max(y - rim, 0) : y + rim + 1, max(x - rim, 0) : x + rim + 1].min()
+
+    def smooth(values):
+        return gaussian_filter(values, radius / 2, mode="nearest", radius=round(1.5 * radius))
+
+    found = (keep_detail(before, drawn, same, seen[None, None], radius) - before)[0].numpy()
+    for channel in range(3):
+        way = (drawn - same)[0, channel].numpy() * counted
+        assert np.abs(found[channel] - smooth(way) / np.maximum(smooth(counted), 1e-4)).max() < 1e-12
 
 
 def test_detail_stays_and_what_is_smooth_comes(radius=6.0):
@@ -131,7 +156,9 @@ def test_detail_stays_and_what_is_smooth_comes(radius=6.0):
         keep_detail(before, hidden, same, seen, radius)[outside],
     )
     shade = torch.full_like(before, 0.2)
-    assert torch.allclose(keep_detail(before, same - shade, same, seen, radius)[outside], (before - shade)[outside])
+    assert torch.allclose(
+        keep_detail(before, same - shade, same, seen, radius)[outside], (before - shade)[outside], rtol=0, atol=1e-12
+    )
 
 
 def two_things(*size):
@@ -162,7 +189,7 @@ def test_an_even_change_of_light_goes_on_behind_a_thing():
     drawn[..., 16:32, 16:32] = 1  # the thing, as the model draws it
     for soft in (True, False):
         found = light_behind(before, drawn, free, soft)
-        assert torch.allclose(found, (before[0] + 0.25).movedim(0, -1), atol=1e-5)
+        assert torch.allclose(found, (before[0] + 0.25).movedim(0, -1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("relight", [False, True])
@@ -178,11 +205,11 @@ def test_harmonised_layers_are_the_picture_where_nothing_fades(relight):
         assert torch.equal(picture[0], drawn[0].movedim(0, -1))
         for layer, own, share in zip(found.layers[1:], colours[1:], visible_shares(opacity[1:])[1], strict=True):
             expected = own + (drawn[0] - own) * share
-            assert torch.allclose(layer.image[..., :3].movedim(-1, 0), expected, atol=1e-6)
+            assert torch.allclose(layer.image[..., :3].movedim(-1, 0), expected, rtol=0, atol=1e-6)
     else:
         assert found.layers[1:] == stack.layers[1:]
         expected = fuse_latents(drawn[0], colours[1:], opacity[1:])
-        assert torch.allclose(picture[0].movedim(-1, 0), expected, atol=1e-6)
+        assert torch.allclose(picture[0].movedim(-1, 0), expected, rtol=0, atol=1e-6)
     assert torch.equal(ground[:, 48:], drawn[0, :, 48:])
     opacity[0, :, :5] = 0.5
     picture, found = harmonised_layers(stack, colours, opacity, drawn, relight, 0.0)

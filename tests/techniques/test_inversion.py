@@ -27,7 +27,7 @@ def test_ode_step_is_a_ddim_step():
     noise, sigma, below = noise_of(z, time), SIGMAS[time], SIGMAS[after]
     x = z * (1 + sigma**2).sqrt()
     found = inversion.ode_step(x, x, x - sigma * noise, sigma, sigma, below) / (1 + below**2).sqrt()
-    assert torch.allclose(found, ddim_step(z, noise, LEVELS[time], LEVELS[after]), atol=1e-12)
+    assert torch.allclose(found, ddim_step(z, noise, LEVELS[time], LEVELS[after]), rtol=0, atol=1e-12)
 
 
 def test_an_inversion_step_is_the_released_next_step():
@@ -39,19 +39,19 @@ def test_an_inversion_step_is_the_released_next_step():
     sigma, at = SIGMAS[time], SIGMAS[above]
     x = z * (1 + sigma**2).sqrt()
     seen = x * inversion.scale_between(sigma, at)
-    assert torch.allclose(seen / (1 + at**2).sqrt(), z, atol=1e-12)
+    assert torch.allclose(seen / (1 + at**2).sqrt(), z, rtol=0, atol=1e-12)
     found = inversion.ode_step(x, seen, seen - at * noise, at, sigma, at)
-    assert torch.allclose(found / (1 + at**2).sqrt(), expected, atol=1e-12)
+    assert torch.allclose(found / (1 + at**2).sqrt(), expected, rtol=0, atol=1e-12)
 
 
 def test_flow_steps_follow_the_velocity_in_both_directions():
     x, sigma, other = latent(2), torch.tensor(0.7, dtype=torch.float64), torch.tensor(0.6, dtype=torch.float64)
     velocity = torch.cos(x)
     down = inversion.ode_step(x, x, x - sigma * velocity, sigma, sigma, other)
-    assert torch.allclose(down, x - 0.1 * velocity, atol=1e-12)
+    assert torch.allclose(down, x - 0.1 * velocity, rtol=0, atol=1e-12)
     assert inversion.scale_between(other, sigma, flow=True) == 1
     up = inversion.ode_step(down, down, down - sigma * velocity, sigma, other, sigma)
-    assert torch.allclose(up, x, atol=1e-12)
+    assert torch.allclose(up, x, rtol=0, atol=1e-12)
 
 
 def test_finer_inversions_come_back_nearer():
@@ -82,11 +82,13 @@ def test_the_trajectory_is_exact_at_its_levels_straight_between_and_ends_where_i
         torch.equal(inversion.trajectory_at(latents, sigmas, float(sigma)), one)
         for sigma, one in zip(sigmas, latents, strict=True)
     )
-    assert torch.allclose(inversion.trajectory_at(latents, sigmas, 4.0), 0.75 * latents[1] + 0.25 * latents[2])
+    assert torch.allclose(
+        inversion.trajectory_at(latents, sigmas, 4.0), 0.75 * latents[1] + 0.25 * latents[2], rtol=0, atol=1e-12
+    )
     noisier = inversion.trajectory_at(latents, sigmas, 18.0)
-    assert torch.allclose(noisier - latents[3], 2 * (latents[0] - latents[3]), atol=1e-6)
+    assert torch.allclose(noisier - latents[3], 2 * (latents[0] - latents[3]), rtol=0, atol=1e-6)
     flow = inversion.trajectory_at(latents, sigmas / 18, 1.0, flow=True)  # from half noise to all of it
-    assert torch.allclose(latents[0], 0.5 * latents[3] + 0.5 * flow, atol=1e-6)
+    assert torch.allclose(latents[0], 0.5 * latents[3] + 0.5 * flow, rtol=0, atol=1e-6)
     assert torch.equal(inversion.trajectory_at(latents[3:], sigmas[3:], 5.0), latents[3])
     assert torch.equal(inversion.trajectory_at(latents[:3], sigmas[:3], 0.5), latents[2])
 
@@ -96,12 +98,12 @@ def test_noised_trajectories_have_the_statistics_of_their_levels():
     found = inversion.noised_trajectory(clean, noise, SIGMAS[[900, 300]])
     for x, time in zip(found, (900, 300), strict=True):
         level = LEVELS[[time] * 2]
-        assert torch.allclose(x * LEVELS[time].sqrt(), add_noise(clean, noise, level), atol=1e-12)
+        assert torch.allclose(x * LEVELS[time].sqrt(), add_noise(clean, noise, level), rtol=0, atol=1e-12)
     flow = inversion.noised_trajectory(clean, noise, torch.tensor([1.0, 0.25, 0.0], dtype=torch.float64), flow=True)
     assert (
         torch.equal(flow[0], noise)
         and torch.equal(flow[2], clean)
-        and torch.allclose(flow[1], 0.75 * clean + 0.25 * noise)
+        and torch.allclose(flow[1], 0.75 * clean + 0.25 * noise, rtol=0, atol=1e-12)
     )
 
 
@@ -119,8 +121,8 @@ def test_the_null_text_loss_is_measured_in_the_networks_scale():
     x, target, sigma = latent(7), latent(8), torch.tensor(3.0, dtype=torch.float64)
     found = inversion.null_text_loss(x, target, sigma)
     expected = [((x[i] - target[i]) / math.sqrt(10)).square().mean() for i in range(2)]
-    assert torch.allclose(found, torch.stack(expected))
-    assert torch.allclose(inversion.null_text_loss(x, target, sigma, flow=True), found * 10)
+    assert torch.allclose(found, torch.stack(expected), rtol=0, atol=1e-12)
+    assert torch.allclose(inversion.null_text_loss(x, target, sigma, flow=True), found * 10, rtol=0, atol=1e-12)
 
 
 def test_psnr_equals_scikit_images():

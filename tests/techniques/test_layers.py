@@ -77,6 +77,16 @@ def test_an_absent_canvas_holds_every_layer():
     assert read_layers({"version": 1, "layers": entries}).canvas == (30, 7)
 
 
+def test_masks_are_written_and_read_back():
+    masks = torch.rand(2, 4, 5)
+    stack = read_layers(document(image=IMAGE.expand(2, -1, -1, -1), mask=masks))
+    written = write_layers(stack)["layers"]
+    assert [entry["mask"].shape for entry in written] == [(1, 4, 5)] * 2
+    for mask, layer in zip(masks, read_layers({"version": 1, "layers": written}).layers, strict=True):
+        assert torch.equal(layer.mask, mask)
+    assert "mask" not in write_layers(read_layers(document()))["layers"][0]
+
+
 def test_rgba_multiplies_the_mask_into_alpha():
     mask = torch.rand(4, 5)
     layer = Layer(IMAGE[0], mask=mask)

@@ -6,7 +6,7 @@ import torch
 from strata.networks.context_layers import ContextLayers
 from strata.techniques import fusion, shared_layers
 
-from .test_fusion import HEADS, WIDTH, naive_probabilities, tokens
+from .attention_helpers import HEADS, WIDTH, naive_probabilities, tokens
 
 
 def soft_attention(q, k, v):
@@ -49,7 +49,9 @@ def test_mixing_is_equation_9():
         for i in range(4):
             for m in range(5):
                 share = maps[b, i - 1, m] if i in (1, 2) else 0
-                assert torch.allclose(found[b, i, m], layers[b, 3, m] * share + layers[b, i, m] * (1 - share))
+                assert torch.allclose(
+                    found[b, i, m], layers[b, 3, m] * share + layers[b, i, m] * (1 - share), rtol=0, atol=1e-12
+                )
 
 
 @pytest.mark.parametrize("keys", [6, 9])
@@ -66,7 +68,9 @@ def test_joint_attention_is_equations_10_and_11(keys):
     for b in range(2):
         all_keys, all_values = (torch.cat([values[4 * b + i] for i in range(4)])[None] for values in (k, v))
         for i in range(4):
-            assert torch.allclose(found[4 * b + i], soft_attention(q[4 * b + i][None], all_keys, all_values)[0])
+            assert torch.allclose(
+                found[4 * b + i], soft_attention(q[4 * b + i][None], all_keys, all_values)[0], rtol=0, atol=1e-12
+            )
     assert calls == [[(2, 24, HEADS * WIDTH), (2, 4 * keys, HEADS * WIDTH), (2, 4 * keys, HEADS * WIDTH)]], (
         "keys are not repeated for every layer"
     )
@@ -84,8 +88,10 @@ def test_the_global_embedding_has_the_words_of_all_in_order():
     assert positions == [[1, 2], [3, 4, 5], [6]] and found.shape == (8, HEADS * WIDTH)
     for layer, own, end in zip(layers, positions, ends, strict=True):
         assert torch.equal(found[own], layer[1 : end[0]])
-    assert torch.allclose(found[0], sum(layer[0] for layer in layers) / 3)
-    assert torch.allclose(found[7], sum(layer[end[0]] for layer, end in zip(layers, ends, strict=True)) / 3)
+    assert torch.allclose(found[0], sum(layer[0] for layer in layers) / 3, rtol=0, atol=1e-12)
+    assert torch.allclose(
+        found[7], sum(layer[end[0]] for layer, end in zip(layers, ends, strict=True)) / 3, rtol=0, atol=1e-12
+    )
 
 
 def test_what_does_not_fit_into_a_chunk_goes_into_the_next():
@@ -98,17 +104,23 @@ def test_what_does_not_fit_into_a_chunk_goes_into_the_next():
     assert torch.equal(found[positions[0]], torch.cat([layers[0][1:7], layers[0][9:11]]))
     for place in range(19, 24):
         tails = [layers[0][11:], layers[1][7:], layers[2][5:]]
-        assert torch.allclose(found[place], sum(tail[min(place - 19, len(tail) - 1)] for tail in tails) / 3)
+        assert torch.allclose(
+            found[place], sum(tail[min(place - 19, len(tail) - 1)] for tail in tails) / 3, rtol=0, atol=1e-12
+        )
 
 
 def test_maps_at_other_sizes():
     maps = torch.arange(8.0).reshape(1, 1, 2, 4) / 7
     assert shared_layers.resize_maps(maps, (2, 4)) is maps
-    assert torch.allclose(shared_layers.resize_maps(maps, (1, 2)), torch.tensor([[[[2.5, 4.5]]]]) / 7)
+    assert torch.allclose(
+        shared_layers.resize_maps(maps, (1, 2)), torch.tensor([[[[2.5, 4.5]]]]) / 7, rtol=0, atol=1e-12
+    )
     larger = shared_layers.resize_maps(maps, (4, 8))
-    assert larger[0, 0, 0, 0] == 0 and torch.allclose(larger[0, 0, 0, :4], torch.tensor([0, 0.25, 0.75, 1.25]) / 7)
+    assert larger[0, 0, 0, 0] == 0 and torch.allclose(
+        larger[0, 0, 0, :4], torch.tensor([0, 0.25, 0.75, 1.25]) / 7, rtol=0, atol=1e-12
+    )
     alphas = shared_layers.map_alphas(maps, (2, 4), low=1 / 7, high=3 / 7)
-    assert torch.allclose(alphas.flatten(), torch.tensor([0, 0, 0.5, 1, 1, 1, 1, 1]))
+    assert torch.allclose(alphas.flatten(), torch.tensor([0, 0, 0.5, 1, 1, 1, 1, 1]), rtol=0, atol=1e-12)
 
 
 def test_the_layer_embedding_is_that_of_layers_embedded_before_they_are_joined():
@@ -118,9 +130,13 @@ def test_the_layer_embedding_is_that_of_layers_embedded_before_they_are_joined()
     found = shared_layers.layer_offsets(embedding, positions, 16)
     embedded = [layer + embedding[min(i, 2)] for i, layer in enumerate(layers)]
     for number, (layer, plain) in enumerate(zip(embedded, layers, strict=True)):
-        assert torch.allclose(plain + found[number, :8], layer)
+        assert torch.allclose(plain + found[number, :8], layer, rtol=0, atol=1e-12)
     whole, wanted = (shared_layers.global_embedding(given, ends, chunk=8)[0] for given in (layers, embedded))
-    assert torch.allclose(whole + found[4, : len(whole)], wanted) and found.shape == (5, 16, HEADS * WIDTH)
+    assert torch.allclose(whole + found[4, : len(whole)], wanted, rtol=0, atol=1e-12) and found.shape == (
+        5,
+        16,
+        HEADS * WIDTH,
+    )
 
 
 def test_the_distance_of_maps_is_equations_6_and_7():
@@ -181,7 +197,7 @@ def test_a_context_layer_is_equation_5():
         for b in range(2):
             for f in range(3):
                 wanted = layer_by_hand(layers[1], layer_by_hand(layers[0], maps[b, f], hidden[b]), hidden[b])
-                assert torch.allclose(found[b, f], wanted, atol=1e-12)
+                assert torch.allclose(found[b, f], wanted, rtol=0, atol=1e-12)
     assert ((found > 0) & (found < 1)).double().mean() > 0
 
 

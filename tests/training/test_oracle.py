@@ -98,11 +98,25 @@ def test_cut_out_does_not_depend_on_place_and_size():
 
     one, two = oracle.cut_out(colour, disc(30, 40, 16)), oracle.cut_out(colour, disc(80, 70, 40))
     assert (one - two).abs().mean() < 0.01
-    assert torch.allclose(one[0, :, 64, 64], colour[0, :, 0, 0]) and torch.allclose(
-        one[0, :, 0, 0], torch.full((3,), 0.5)
+    assert torch.allclose(one[0, :, 64, 64], colour[0, :, 0, 0], rtol=0, atol=1e-6) and torch.allclose(
+        one[0, :, 0, 0], torch.full((3,), 0.5), rtol=0, atol=1e-6
     )
     with pytest.raises(ValueError, match="alpha is empty"):
         oracle.cut_out(colour, disc(30, 40, 16) * 0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 40), (40, 10), (12, 12)])
+def test_the_longer_side_of_a_cut_out_is_half_of_the_picture(height, width):
+    alpha = torch.zeros(1, 1, 96, 128)
+    alpha[..., 20 : 20 + height, 30 : 30 + width] = 1
+    colour = torch.tensor([1.0, 0.0, 0.25])[None, :, None, None].expand(1, 3, 96, 128)
+    (found,) = oracle.cut_out(colour, alpha)
+    scale = 64 / max(height, width)
+    tall, wide = round(height * scale), round(width * scale)
+    expected = torch.full((3, 128, 128), 0.5)
+    top, left = (128 - tall) // 2, (128 - wide) // 2
+    expected[:, top : top + tall, left : left + wide] = colour[0, :, :1, :1]
+    assert torch.allclose(found, expected, rtol=0, atol=1e-6)
 
 
 def test_distances_grow_with_what_is_wrong_with_a_set(judge):

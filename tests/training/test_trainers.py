@@ -138,7 +138,9 @@ def test_the_inpainting_denoiser_starts_as_the_one_it_came_from(root, trained_di
         text.rows(["a dog", ""]),
     )
     with torch.no_grad():
-        assert torch.allclose(start(latent, times, rows), wide(torch.cat([latent, mask], 1), times, rows), atol=1e-5)
+        assert torch.allclose(
+            start(latent, times, rows), wide(torch.cat([latent, mask], 1), times, rows), rtol=0, atol=1e-5
+        )
     diffusion.train(config, root / "inpaint", None, 1e9)
     state = load_file(root / "inpaint" / "model.safetensors")
     assert state["model.diffusion_model.input_blocks.0.0.weight"][:, 4:].abs().max() > 0
@@ -193,9 +195,9 @@ def test_the_adapter_trains_nothing_but_its_own_terms_and_publishes_them(root, t
     adapted.load_state_dict(after)
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), text.rows(["a dog", ""])
     with torch.no_grad():
-        assert torch.allclose(merged(*inputs), adapted(*inputs), atol=1e-4)
+        assert torch.allclose(merged(*inputs), adapted(*inputs), rtol=0, atol=1e-4)
         loop.start_from(merged, trained_diffusion / "model.safetensors")
-        assert not torch.allclose(merged(*inputs), adapted(*inputs), atol=1e-3)
+        assert not torch.allclose(merged(*inputs), adapted(*inputs), rtol=0, atol=1e-3)
     # layers are trained with it on the objects' rows
     found = dreamlayer.build(config_of("dreamlayer", adapter="adapter"), root).unet.get_submodule(
         name.removeprefix("diffusion_model.").removesuffix(".weight")
@@ -308,10 +310,15 @@ def test_scenes_come_as_layers_with_their_alphas_and_words(root, trained_pair):
     with torch.no_grad():
         for place, picture in ((0, scene.background), (3, scene.composite)):
             assert torch.allclose(
-                batch.latent[0, place], model.encode(torch.from_numpy(picture).permute(2, 0, 1)[None])[0], atol=5e-3
+                batch.latent[0, place],
+                model.encode(torch.from_numpy(picture).permute(2, 0, 1)[None])[0],
+                rtol=0,
+                atol=5e-3,
             )
     for number, shown in enumerate(scene.objects):
-        assert np.allclose(batch.alphas[0, number], shown.rgba[..., 3].reshape(8, 8, 8, 8).mean((1, 3)), atol=1e-3)
+        assert np.allclose(
+            batch.alphas[0, number], shown.rgba[..., 3].reshape(8, 8, 8, 8).mean((1, 3)), rtol=0, atol=1e-3
+        )
         assert batch.prompts[0][1 + number] in renderer.catalogue()[shown.name].prompts
     assert any(batch.prompts[0][0].endswith(where) for where in renderer.PLACE_WORDS[scene.kind])
     config, rng = config_of("dreamlayer", shares=[[1, 0, 0], [0, 0.5, 0.5]]), np.random.default_rng(0)
@@ -409,7 +416,9 @@ def test_latents_are_encoded_once_and_prompts_follow_the_scene(root, trained_aut
         expected = model.encode(
             torch.from_numpy(renderer.render(pool.request(10), 64, 64, 10).composite).permute(2, 0, 1)[None]
         )
-    assert torch.allclose(batch.latent[2], expected[0], atol=5e-3) and torch.equal(batch.latent[2], batch.latent[3])
+    assert torch.allclose(batch.latent[2], expected[0], rtol=0, atol=5e-3) and torch.equal(
+        batch.latent[2], batch.latent[3]
+    )
     again = latents.LatentPool(tmp_path, model, 80, 64)
     assert again.values[10].any() and not again.values[11].any()
     other = Autoencoder()
