@@ -30,8 +30,7 @@ def grouped(
     with a note why.
 
     mode: "pass-through" when the group's layers mix with what is behind it, else that of the isolated group.
-    mask(layer): the group's mask over the
-    layer's own pixels [H,W], 1 = opaque. merge: one layer whatever it is.
+    mask(layer): the group's mask over the layer's own pixels [H,W], 1 = opaque. merge: one layer whatever it is.
     """
     shown = [layer for layer in own if layer.visible]
     if not visible or not shown:

@@ -91,8 +91,8 @@ def write(
     """Write an OpenRaster file; merged: [H,W,3|4] flattened picture.
 
     Lossless in 8 bits, colours under alpha 0 included. A mask is multiplied into the alpha, which OpenRaster has
-    instead; display size,
-    rotation and flips are drawn into the pixels. metadata: JSON values, in mergedimage.png as SaveImage writes them.
+    instead; display size, rotation and flips are drawn into the pixels. metadata: JSON values, in mergedimage.png as
+    SaveImage writes them.
     Raises ValueError for a blend mode that OpenRaster lacks.
     """
     root, names = _stack_xml(stack), [f"data/layer{index:03}.png" for index in range(len(stack.layers))]

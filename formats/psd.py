@@ -53,8 +53,7 @@ def write(
     """Write an 8-bit RGB PSD; merged: [H,W,3|4] flattened picture, for programs that do not read layers.
 
     Lossless in 8 bits, colours under alpha 0 included. Display size, rotation and flips are drawn into the pixels,
-    opacity becomes a
-    255th. metadata: JSON values, put into XMP. progress is called with the number of layers done.
+    opacity becomes a 255th. metadata: JSON values, put into XMP. progress is called with the number of layers done.
     Raises ValueError for a blend mode that PSD lacks and for a document over Photoshop's 2 GB.
     """
     from psd_tools.constants import ColorMode, Resource
@@ -96,12 +95,11 @@ def read(path: Path, groups: str = GROUPS[0], notes: list[str] | None = None) ->
     """Layers of a PSD or PSB, back to front, as [H,W,3|4].
 
     groups: leaves gives a group's layers where they show the same without it, with its opacity, visibility and mask,
-    and otherwise the group as one
-    layer; "one layer each" gives every outermost group as one. Clipped layers are cut to their base, or one with it.
-    notes: gets a sentence for
-    everything that is left out or changed (adjustments, fills, effects, modes). Grayscale, CMYK and other documents,
-    and those with a colour
-    profile, are converted to 8-bit sRGB. Raises ValueError with one sentence naming the file.
+    and otherwise the group as one layer; "one layer each" gives every outermost group as one. Clipped layers are cut to
+    their base, or one with it.
+    notes: gets a sentence for everything that is left out or changed (adjustments, fills, effects, modes). Grayscale,
+    CMYK and other documents, and those with a colour profile, are converted to 8-bit sRGB. Raises ValueError with one
+    sentence naming the file.
     """
     psd = _open(path)
     try:
@@ -353,8 +351,7 @@ class _Layers:
             hidden = "; the hidden ones of them are left out" if len(shown) < len(tops) else ""
             self.notes.append(
                 f"The layers that are clipped to {ground.name!r} are one with it now, because its opacity or blend "
-                "mode acts on them too"
-                f"{hidden}."
+                f"mode acts on them too{hidden}."
             )
             self.notes += modes_note(shown, f"The merged layer {ground.name!r}", ", because there is no formula for it")
             under = replace(ground, image=ground.image[..., :3], mask=None, opacity=1.0, blend_mode="normal")

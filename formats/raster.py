@@ -189,8 +189,7 @@ def check_total(what: str, sizes: list[tuple[int, int]]) -> None:
     if pixels > MAX_PIXELS:
         raise Refused(
             f"{what} has {pixels / 1e6:.0f} million pixels in its layers and {MAX_PIXELS / 1e6:.0f} million can be "
-            "loaded; "
-            "scale it down or split it."
+            "loaded; scale it down or split it."
         )
 
 
@@ -198,6 +197,6 @@ def check_count(what: str, layers: Sequence[Layer]) -> None:
     """Raises Refused when a file has no layers or too many, after its groups were merged."""
     if not 1 <= len(layers) <= MAX_LAYERS:
         raise Refused(
-            f"{what} has {len(layers)} layers with pixels and 1 to {MAX_LAYERS} can be loaded; "
-            "merge or add some in your paint program, or load it with groups: one layer each."
+            f"{what} has {len(layers)} layers with pixels and 1 to {MAX_LAYERS} can be loaded; merge or add some in "
+            "your paint program, or load it with groups: one layer each."
         )

@@ -53,9 +53,8 @@ class InvertImage(Node):
                     default=METHODS[0],
                     tooltip="ddim: one call of the model per step, exact enough for feature "
                     "guidance. null-text: also optimises an unconditional embedding per step, so that the picture "
-                    "comes back at this cfg. "
-                    "noise only: no inversion, just the picture with growing noise; costs nothing and keeps less of "
-                    "the picture.",
+                    "comes back at this cfg. noise only: no inversion, just the picture with growing noise; costs "
+                    "nothing and keeps less of the picture.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -211,8 +210,7 @@ class GuidancePlane(Node):
                     "mask",
                     optional=True,
                     tooltip="1 where the scene is seen, from Slice by depth or Compose two scenes at a depth. Without "
-                    "one "
-                    "it is seen wherever no nearer plane is, which is what a background wants.",
+                    "one it is seen wherever no nearer plane is, which is what a background wants.",
                 ),
                 sockets.Planes.Input("behind", optional=True, tooltip="The planes behind this one."),
             ],
@@ -264,8 +262,8 @@ class FeatureGuidance(Node):
             category="Strata/Compose",
             search_aliases=["FeatGLaC", "feature-guided compositing", "guider", "harmonize"],
             description="Composes scenes while sampling: each plane's features are held where it is seen, and the "
-            "model makes light and seams fit. "
-            "Sample with euler or ddim, the sigmas of Invert image, and its latent for the size.",
+            "model makes light and seams fit. Sample with euler or ddim, the sigmas of Invert image, and its latent "
+            "for the size.",
             inputs=[
                 io.Model.Input(
                     "model", tooltip="SD1.5, SD2, SDXL or the mini family, the one that inverted the scenes."
@@ -338,8 +336,7 @@ class FeatureGuidance(Node):
                     default=SOURCES[0],
                     tooltip="recompute: one more call of the model per step, "
                     "nothing kept. cache: keeps them in main memory in half precision (SD1.5 at 512: 16 MB per step), "
-                    "so that the next run with "
-                    "the same planes and model saves that call.",
+                    "so that the next run with the same planes and model saves that call.",
                 ),
                 io.Boolean.Input(
                     "checkpointing",
@@ -354,8 +351,7 @@ class FeatureGuidance(Node):
                     optional=True,
                     tooltip="What cfg leads away "
                     "from. negative: the negative prompt, as in the paper. null-text of the background: at each step "
-                    "the embedding "
-                    "that Invert image found with the method null-text; take its cfg, too.",
+                    "the embedding that Invert image found with the method null-text; take its cfg, too.",
                 ),
             ],
             outputs=[io.Guider.Output("GUIDER", display_name="guider", tooltip="For SamplerCustomAdvanced.")],

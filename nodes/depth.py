@@ -330,9 +330,8 @@ def _filling(front: torch.Tensor, back: torch.Tensor, back_depth: torch.Tensor) 
     # As common_upscale crops, which leaves nothing of pictures of a few pixels.
     if columns <= 2 * cut[0] or rows <= 2 * cut[1]:
         raise ValueError(
-            f"foreground, background: nothing is left of the background's {columns}×{rows} pixels when it is cut "
-            "to the foreground's "
-            f"shape of {width}×{height}; crop one of them."
+            f"foreground, background: nothing is left of the background's {columns}×{rows} pixels when it is cut to "
+            f"the foreground's shape of {width}×{height}; crop one of them."
         )
     back = common_upscale(back.movedim(-1, 1), width, height, "lanczos", "center").movedim(1, -1)
     back_depth = common_upscale(back_depth[:, None], width, height, "nearest-exact", "center")[:, 0]

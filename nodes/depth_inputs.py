@@ -23,8 +23,7 @@ MISSING = io.Combo.Input(
     default="auto",
     tooltip=(
         "Which values mean 'not measured' and are filled from their surroundings. auto: zero counts as missing when "
-        "near is black, as depth cameras "
-        "give it, and as the far end when near is white."
+        "near is black, as depth cameras give it, and as the far end when near is white."
     ),
 )
 THRESHOLD = io.Float.Input(
@@ -48,8 +47,7 @@ def range_inputs() -> list:
             optional=True,
             tooltip=(
                 "What 0 to 1 means: each image's own nearest and farthest depth, those of the whole batch (for the "
-                "frames of a video, whose cuts would jump "
-                "otherwise), or fixed values."
+                "frames of a video, whose cuts would jump otherwise), or fixed values."
             ),
         ),
         io.Float.Input(

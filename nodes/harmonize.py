@@ -34,8 +34,7 @@ class HarmonizeLayers(Node):
                 Layers.Input(
                     "layers",
                     tooltip="Background first, things in front of it. Move, turn, flip or resize a layer and run "
-                    "again: nothing else has to "
-                    "change.",
+                    "again: nothing else has to change.",
                 ),
                 io.Int.Input(
                     "seed",

@@ -69,8 +69,7 @@ def check_together(values: dict, kinds: dict[str, str]) -> None:
                 if text.shape[-1] != width:
                     raise ValueError(
                         f"{name}: its embeddings have {text.shape[-1]} numbers a token and the model takes {width}; "
-                        "encode the text with the "
-                        "text encoder of this model."
+                        "encode the text with the text encoder of this model."
                     )
         if kind == "LATENT" and values.get(name) is not None:
             samples = values[name]["samples"]
@@ -82,8 +81,8 @@ def check_together(values: dict, kinds: dict[str, str]) -> None:
             ):
                 raise ValueError(
                     f"{name}: its latents are of shape {list(samples.shape)} and the model takes "
-                    f"{form.latent_channels} channels"
-                    f"{' of single pictures' * (samples.ndim != 4)}; encode the picture with the VAE of this model."
+                    f"{form.latent_channels} channels{' of single pictures' * (samples.ndim != 4)}; encode the picture "
+                    "with the VAE of this model."
                 )
 
 

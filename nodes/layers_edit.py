@@ -13,8 +13,7 @@ from .sockets import Layers, Node, schema, told
 
 SELECT = (
     "Which layers: numbers from 1 at the back, ranges and names, as in: 1, 3-5, Sky. A name with a comma, or one that "
-    "is a number, goes in "
-    "double quotes. Empty means all."
+    "is a number, goes in double quotes. Empty means all."
 )
 
 
@@ -207,8 +206,7 @@ class TransformLayer(Node):
                     options=["layer centre", "canvas centre", "canvas top left"],
                     default="layer centre",
                     tooltip="The point that stays where it is in flip, scale and rotation. The canvas points keep "
-                    "several layers "
-                    "together.",
+                    "several layers together.",
                 ),
                 io.Combo.Input(
                     "unit",
@@ -262,9 +260,8 @@ class OrderLayers(Node):
                     default="pick",
                     tooltip="pick: keep these, in the order written. drop: remove these. "
                     "reorder: all layers, in the order written, back to front. bring to front, send to back: move "
-                    "these. reverse: turn "
-                    "the order of these round. rename: see names. merge: flatten neighbouring layers into one; hidden "
-                    "ones are left out.",
+                    "these. reverse: turn the order of these round. rename: see names. merge: flatten neighbouring "
+                    "layers into one; hidden ones are left out.",
                 ),
                 io.String.Input("select", default="", tooltip=SELECT),
                 io.String.Input(

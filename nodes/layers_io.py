@@ -30,24 +30,21 @@ class SaveLayers(Node):
             is_output_node=True,
             search_aliases=["psd", "ora", "openraster", "photoshop", "krita", "gimp", "export layers"],
             description="Saves layers to the output folder as a Photoshop or OpenRaster document, or as one picture "
-            "per layer. "
-            "The workflow is embedded in every file.",
+            "per layer. The workflow is embedded in every file.",
             inputs=[
                 Layers.Input("layers", tooltip="The layers to save, from any node that makes layers."),
                 io.String.Input(
                     "filename_prefix",
                     default="layers/strata",
                     tooltip="Start of the file names; a / makes a subfolder of the output folder. %date:yyyy-MM-dd%, "
-                    "%year%, %month%, "
-                    "%day%, %hour%, %minute%, %second%, %width% and %height% are replaced.",
+                    "%year%, %month%, %day%, %hour%, %minute%, %second%, %width% and %height% are replaced.",
                 ),
                 io.Combo.Input(
                     "format",
                     options=list(files.FORMATS),
                     default=files.FORMATS[0],
                     tooltip="PSD: Photoshop, GIMP, Krita, Affinity. OpenRaster: Krita, GIMP, MyPaint. PNG or WebP "
-                    "layers: one lossless "
-                    "canvas-sized picture per layer and the flattened one.",
+                    "layers: one lossless canvas-sized picture per layer and the flattened one.",
                 ),
             ],
             outputs=[
@@ -97,8 +94,7 @@ class LoadLayers(Node):
                     optional=True,
                     tooltip=(
                         "leaves: a group's layers one by one where they show the same without it, and otherwise the "
-                        "group as one layer. one layer each: every "
-                        "outermost group as one layer."
+                        "group as one layer. one layer each: every outermost group as one layer."
                     ),
                 ),
             ],
@@ -168,8 +164,7 @@ def _target(prefix: str, canvas: tuple[int, int]) -> tuple[Path, str, str]:
     except Exception as error:  # newer ComfyUI follows links, and raises in several lines when one leads elsewhere
         raise ValueError(
             f"filename_prefix: ComfyUI does not save to {prefix!r}, which leads outside its output folder by a link; "
-            "use another folder, or "
-            "start ComfyUI with --output-directory."
+            "use another folder, or start ComfyUI with --output-directory."
         ) from error
     return Path(folder), f"{name}_{counter:05}_", subfolder
 

@@ -84,8 +84,8 @@ class LayerPrompts(Node):
                     "objects",
                     **prompt,
                     tooltip="One object a line, as in: a red apple. The first line is farthest back, the last one in "
-                    "front. "
-                    "Each becomes a layer; empty lines do not count, and no object at all gives the background alone.",
+                    "front. Each becomes a layer; empty lines do not count, and no object at all gives the background "
+                    "alone.",
                 ),
             ],
             outputs=[
@@ -241,8 +241,7 @@ class LayersSampler(Node):
                 io.Model.Input(
                     "model",
                     tooltip="From Shared layers and Context maps. Without them the layers are sampled side by side "
-                    "and know nothing "
-                    "of each other.",
+                    "and know nothing of each other.",
                 ),
                 io.Vae.Input("vae", tooltip="The autoencoder of the model."),
                 io.Conditioning.Input("positive", tooltip="From Layer prompts."),
@@ -439,14 +438,12 @@ def _layer_names(model, positive: list, negative: list, decoder) -> list[str]:
             if decoder.latent["channels"] != channels:
                 raise ValueError(
                     f"transparency: {decoder.name} is {decoder.describe()} and the model's latents have {channels} "
-                    "channels; load the decoder "
-                    "of the model's family."
+                    "channels; load the decoder of the model's family."
                 )
     if len(names) > 1 and decoder is None and MAPS not in model.model_options["transformer_options"]:
         raise ValueError(
             "decoder: nothing tells where the objects are transparent; connect a transparent decoder from Load "
-            "transparency, or put "
-            "Context maps on the model."
+            "transparency, or put Context maps on the model."
         )
     return names
 

@@ -35,8 +35,7 @@ class LoadTransparency(LayerModelFile):
                     options=files.choices(files.Transparency),
                     tooltip=(
                         "A file below models/layer_model, whatever its name. Published files that are missing are in "
-                        "the list too; running one says where "
-                        "to get it."
+                        "the list too; running one says where to get it."
                     ),
                 )
             ],
@@ -89,8 +88,8 @@ class ApplyTransparency(Node):
                     optional=True,
                     tooltip=(
                         "The given foreground or background, encoded by the VAE, for files with more input channels "
-                        "(fg2ble, bg2ble, fgble2bg, bgble2fg). "
-                        "Flatten transparent pictures on mid gray (#808080) first."
+                        "(fg2ble, bg2ble, fgble2bg, bgble2fg). Flatten transparent pictures on mid gray (#808080) "
+                        "first."
                     ),
                 ),
                 io.Latent.Input(
@@ -138,8 +137,7 @@ class DecodeTransparency(Node):
                     default="8",
                     tooltip=(
                         "How often the picture is decoded, mirrored and turned; the median counts. 8 is as published; "
-                        "fewer are faster, with rougher edges "
-                        "and now and then a stain in the alpha."
+                        "fewer are faster, with rougher edges and now and then a stain in the alpha."
                     ),
                 ),
                 io.Int.Input(
@@ -150,8 +148,8 @@ class DecodeTransparency(Node):
                     step=64,
                     tooltip=(
                         "Sides in pixels of parts that are decoded one by one, which needs less memory; 0 decodes the "
-                        "picture whole. The decoder sees less "
-                        "around it then: use 1024 or more; below 128 counts as 128."
+                        "picture whole. The decoder sees less around it then: use 1024 or more; below 128 counts as "
+                        "128."
                     ),
                 ),
                 io.Image.Input(
@@ -159,8 +157,7 @@ class DecodeTransparency(Node):
                     optional=True,
                     tooltip=(
                         "A picture of the same size to go behind it in the layers: one for all, or one for each. "
-                        "LayerFusion sampler and Sample joint "
-                        "layers make such ones."
+                        "LayerFusion sampler and Sample joint layers make such ones."
                     ),
                 ),
                 io.Combo.Input(
@@ -170,8 +167,7 @@ class DecodeTransparency(Node):
                     optional=True,
                     tooltip=(
                         "on: takes away a faint veil and specks apart from the object, of less than 2 % of it. auto: "
-                        "on for the mini family, whose small "
-                        "decoder leaves some; off for all others, as published."
+                        "on for the mini family, whose small decoder leaves some; off for all others, as published."
                     ),
                 ),
             ],

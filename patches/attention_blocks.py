@@ -67,8 +67,7 @@ def check_tokens(rows: Tensor, options: dict) -> None:
     if shape is not None and rows.shape[:2] != (shape[0], shape[2] * shape[3]):
         raise ValueError(
             "model: another patch on it (HyperTile, Token merging or one like them) cuts or merges what the attention "
-            "works on, so layers "
-            "cannot be told apart any more; remove that patch."
+            "works on, so layers cannot be told apart any more; remove that patch."
         )
 
 

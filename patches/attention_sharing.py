@@ -195,17 +195,16 @@ def together(prompts: list[tuple[str, list]]) -> list:
         holders = [name for (name, _), own in zip(prompts, carried, strict=True) if key in own]
         if len(holders) < len(prompts) or not all(_same(carried[0][key], own[key]) for own in carried):
             raise ValueError(
-                f"{holders[0]}: it carries {key!r}, which the other prompts lack or have otherwise, and the frames "
-                "are sampled as one; "
-                "connect plain prompts here, and put what shall act on all of them on the model or on negative."
+                f"{holders[0]}: it carries {key!r}, which the other prompts lack or have otherwise, and the frames are "
+                "sampled as one; connect plain prompts here, and put what shall act on all of them on the model or on "
+                "negative."
             )
     tokens = [prompt[0][0][:1] for _, prompt in prompts]
     longest = lcm(*(one.shape[1] for one in tokens))  # repeated tokens change nothing in attention
     if longest > MOST_REPEATED * max(one.shape[1] for one in tokens):
         raise ValueError(
             f"{', '.join(name for name, _ in prompts)}: their {', '.join(str(one.shape[1]) for one in tokens)} tokens "
-            "have no common length "
-            "that is not many times as long; shorten the longer prompts."
+            "have no common length that is not many times as long; shorten the longer prompts."
         )
     return [[torch.cat([one.repeat(1, longest // one.shape[1], 1) for one in tokens]), prompts[-1][1][0][1]]]
 

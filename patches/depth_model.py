@@ -39,8 +39,7 @@ def find(name: str) -> Path:
     url = next((model["url"] for model in CONFIG["models"] if model["name"] == name), CONFIG["models"][0]["url"])
     raise ValueError(
         f"model: config.json and model.safetensors of {name} are not in "
-        f"{Path(folder_paths.get_folder_paths(KIND)[0]) / name}; "
-        f"download them from {url} into that folder."
+        f"{Path(folder_paths.get_folder_paths(KIND)[0]) / name}; download them from {url} into that folder."
     )
 
 

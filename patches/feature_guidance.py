@@ -89,14 +89,12 @@ def guider(
         if planes.planes[0].inversion.null is None:
             raise ValueError(
                 "unconditional: the first plane's inversion has no embeddings; invert the background with the method "
-                "null-text, or "
-                f"choose {UNCONDITIONAL[0]}."
+                f"null-text, or choose {UNCONDITIONAL[0]}."
             )
         if len(negative) != 1:
             raise ValueError(
                 "negative: it combines several conditionings, and the embeddings of null-text can replace only one; "
-                "connect one "
-                "text encoding."
+                "connect one text encoding."
             )
     found = FeatureGuider(model)
     found.set_conds(positive, negative)
@@ -194,9 +192,8 @@ class FeatureGuider(comfy.samplers.CFGGuider):
             if shape[1:] != latent.shape[1:]:
                 raise ValueError(
                     f"planes: an inversion is of {shape[3] * 8}×{shape[2] * 8} pixels and {shape[1]} latent channels, "
-                    "the latent of "
-                    f"{latent.shape[3] * 8}×{latent.shape[2] * 8} and {latent.shape[1]}; resize the pictures to one "
-                    "size before inverting them."
+                    f"the latent of {latent.shape[3] * 8}×{latent.shape[2] * 8} and {latent.shape[1]}; resize the "
+                    "pictures to one size before inverting them."
                 )
             if len(latent) % shape[0]:
                 raise ValueError(
@@ -394,6 +391,5 @@ def check_sampler(sampler) -> None:
     if not euler or sampler.extra_options.get("s_churn"):
         raise ValueError(
             "sampler: feature guidance moves the latent between two steps, which only samplers without memory and "
-            "noise of their own allow; "
-            f"choose one of {', '.join(SAMPLERS)}."
+            f"noise of their own allow; choose one of {', '.join(SAMPLERS)}."
         )

@@ -33,9 +33,8 @@ def differentiable(unet: nn.Module, checkpointing: bool = False) -> Iterator[Non
     """While open, autograd accepts the parameters, wherever the host keeps them.
 
     Parameters that layers use as they lie are views of the same memory, made outside of inference mode, so nothing is
-    copied. Layers that cast
-    or fetch theirs (manual cast, fp8, offloading, dynamic VRAM) get them as copies, because the host may use that
-    memory again.
+    copied. Layers that cast or fetch theirs (manual cast, fp8, offloading, dynamic VRAM) get them as copies, because
+    the host may use that memory again.
     checkpointing: blocks compute their activations again in the backward pass in place of keeping them.
     Afterwards, also after an exception, the module holds the very objects that it held before.
     """
@@ -168,8 +167,7 @@ def _checked(patch: Callable, *args, **kwargs) -> Tensor:
     if _cut(found, *args):
         raise ValueError(
             "model: a patch on it replaces an attention block by one without gradients, which guidance and null-text "
-            "need; "
-            "remove that patch, or start ComfyUI with --use-pytorch-cross-attention."
+            "need; remove that patch, or start ComfyUI with --use-pytorch-cross-attention."
         )
     return found
 

@@ -35,8 +35,7 @@ class HarmonizingSampler(comfy.samplers.Sampler):
     """Fuses while the noise is at least `until`, with Euler's steps; a stock sampler does the rest.
 
     foregrounds: [K,C,...,h,w] as an autoencoder makes them. alphas: [K,1,h,w], back to front. retained: [1+K,C,h,w] at
-    a noise level, background
-    first, in the model's scale, instead of noise on the layers.
+    a noise level, background first, in the model's scale, instead of noise on the layers.
     """
 
     def __init__(
@@ -135,8 +134,7 @@ def harmonize(
     """The harmonised latent [1,C,...,h,w].
 
     background: [1,C,...,h,w]. foregrounds: [K,C,...,h,w]. alphas: [K,1,H,W] in pixels. The noise added is that of
-    start_percent
-    of the sampling, and the layers are put back until end_percent. retained: see HarmonizingSampler.
+    start_percent of the sampling, and the layers are put back until end_percent. retained: see HarmonizingSampler.
     """
     background = comfy.sample.fix_empty_latent_channels(model, background)
     sigmas = remaining_sigmas(model, steps, sampler_name, scheduler, start_percent)
@@ -226,14 +224,12 @@ def _shown(stack: LayerStack) -> LayerStack:
         if layer.blend_mode != "normal":
             raise ValueError(
                 f"layers: layer {layer.name!r} has the blend mode {layer.blend_mode!r}, and latents can only be laid "
-                "over each other; "
-                "merge it with the layer behind it (Order layers), or set it to normal."
+                "over each other; merge it with the layer behind it (Order layers), or set it to normal."
             )
         if (rasterise(layer, stack.canvas)[..., 3] >= 1).all():
             raise ValueError(
-                f"layers: layer {layer.name!r} covers the whole canvas and has no transparent pixel, so nothing "
-                "behind it would be seen; "
-                "give it an alpha or a mask."
+                f"layers: layer {layer.name!r} covers the whole canvas and has no transparent pixel, so nothing behind "
+                "it would be seen; give it an alpha or a mask."
             )
     return stack
 
@@ -253,8 +249,7 @@ def _retained(path: Inversion, stack: LayerStack, side: int) -> Callable[[float]
         if tuple(-(-length // side) for length in own) != (height, width):
             raise ValueError(
                 f"retained: its latents are of {width * side}×{height * side} pixels and layer {layer.name!r} is "
-                f"{own[1]}×{own[0]}; "
-                "connect layers and path of the same run."
+                f"{own[1]}×{own[0]}; connect layers and path of the same run."
             )
     levels = len(path.latents)
     placed = [

@@ -123,8 +123,7 @@ def _check_null_text(model: ModelPatcher, negative: list | None, cfg: float) -> 
     if limits:
         raise ValueError(
             f"negative: it carries {', '.join(limits)}, and null-text takes one plain conditioning for the whole "
-            "picture and the whole way; "
-            "connect the text encoding of an empty prompt."
+            "picture and the whole way; connect the text encoding of an empty prompt."
         )
     if cfg == 1:
         raise ValueError(

@@ -22,8 +22,7 @@ class Kept:
 @dataclass
 class Record(Kept):
     """Maps of a run by noise level, the first of each: samplers that call the model twice a step, and patches that call
-    it once more (PAG, say),
-    add nothing to what one entry a step shows.
+    it once more (PAG, say), add nothing to what one entry a step shows.
     """
 
     levels: dict[float, Tensor] = field(default_factory=dict)

@@ -49,8 +49,7 @@ class LayerModules:
         count = len(self.context)
         return (
             f"layer modules for {self.family}, trained with up to {len(self.embedding) - 1} objects, {count} "
-            "context-aware "
-            f"layer{'s' * (count != 1)}"
+            f"context-aware layer{'s' * (count != 1)}"
         )
 
 

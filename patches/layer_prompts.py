@@ -89,9 +89,8 @@ def _chunk_ends(ends: list[int], chunk: int) -> list[int]:
 
 def _join(entries: list[list], clip) -> tuple[Tensor, dict]:
     """Prompts brought to the length of the longest: repeated where that comes out even, which changes no attention's
-    result, and otherwise filled
-    up with chunks of the empty prompt. The least common multiple of lengths would be tens of thousands of tokens for
-    long prompts.
+    result, and otherwise filled up with chunks of the empty prompt. The least common multiple of lengths would be tens
+    of thousands of tokens for long prompts.
     """
     conds, extras = [entry[0] for entry in entries], [entry[1] for entry in entries]
     length = max(cond.shape[1] for cond in conds)

@@ -113,8 +113,7 @@ def object_rows(count: int) -> Rows:
         1,
         count - 2,
         f"scenes of {count} layers (background, {count - 2} objects and the whole picture), as many as there are "
-        "prompts; "
-        "use Layers sampler, or a latent batch that is a multiple of it.",
+        "prompts; use Layers sampler, or a latent batch that is a multiple of it.",
     )
 
 
@@ -155,8 +154,7 @@ def map_places(model: ModelPatcher) -> list[Place]:
     if not blocks:
         raise ValueError(
             f"model: {type(model.model.model_config).__name__} has no cross-attention in down and up blocks; layers "
-            "that share attention "
-            "work with SD1.5, SD2, SDXL and the Strata mini family."
+            "that share attention work with SD1.5, SD2, SDXL and the Strata mini family."
         )
     parts, level, levels = model.model.diffusion_model.input_blocks, 0, []
     for part in parts:

@@ -115,8 +115,7 @@ def _sharing(name: str, weights: dict[str, Tensor]) -> Transparency:
     if not families:
         raise ValueError(
             f"file: {name} shares {len(shape['attentions'])} attentions, and no model of {', '.join(FAMILIES)} has so "
-            "many; "
-            "it is for another kind of model."
+            "many; it is for another kind of model."
         )
     network = filled(name, AttentionSharing(**shape, operations=comfy.ops.manual_cast), weights)
     device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()

@@ -163,8 +163,7 @@ def _flux(model: ModelPatcher, transparency: Transparency) -> dict:
     if unused := [key for key in weights if key not in used]:
         raise ValueError(
             f"transparency: {transparency.name} has {len(unused)} weights that this Flux model has no place for, such "
-            f"as {unused[0]}; "
-            "it is for another version of Flux."
+            f"as {unused[0]}; it is for another version of Flux."
         )
     return patches
 
@@ -217,6 +216,6 @@ def wrong_family(model: ModelPatcher, file, socket: str = "transparency") -> str
     family = family_of(model)
     sizes = " with weights of other sizes" if family in file.families else ""
     return (
-        f"{socket}: {file.name} is for {file.family} and the model is {family}{sizes}; "
-        f"connect a model of its family, or load the file for the model's."
+        f"{socket}: {file.name} is for {file.family} and the model is {family}{sizes}; connect a model of its family, "
+        "or load the file for the model's."
     )

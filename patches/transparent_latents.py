@@ -69,9 +69,8 @@ def check_latent(samples: dict, transparency: Transparency) -> Tensor:
     latent, settings = samples["samples"], transparency.latent
     if settings is not None and (latent.ndim != 4 or latent.shape[1] != settings["channels"]):
         raise ValueError(
-            f"samples: the latent has {latent.shape[1]} channels and {transparency.name} is "
-            f"{transparency.describe()}, which has "
-            f"{settings['channels']}; load the decoder of the model's family."
+            f"samples: the latent has {latent.shape[1]} channels and {transparency.name} is {transparency.describe()}, "
+            f"which has {settings['channels']}; load the decoder of the model's family."
         )
     return latent
 

@@ -1,8 +1,7 @@
 """Procedural places: a ground plane in perspective, what stands behind it, and the light that falls on it. NumPy only.
 
 The camera looks level over a plane. `t` is 0 at the horizon and 1 at the lower edge of the picture, so z = 1/t is the
-distance along the
-plane; one unit of world length is one picture height at z = 1.
+distance along the plane; one unit of world length is one picture height at z = 1.
 """
 
 from __future__ import annotations

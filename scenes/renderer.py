@@ -4,8 +4,7 @@ NumPy and Pillow only.
     scene = render(Request(kind="beach", objects=("dog", "apple")), 128, 128, seed=7)
 
 Every picture is float32 sRGB in 0..1 at one resolution; alpha is straight, 1 = opaque. Layers go from back to front,
-farthest object first,
-and laying them over the background gives the composite.
+farthest object first, and laying them over the background gives the composite.
 """
 
 from __future__ import annotations
@@ -75,8 +74,7 @@ class SceneObject:
     """rgba: without shadow. shadow: shadow alone. rgba_with_shadow: both. mask: [H,W], 1 where this is the frontmost
     thing with alpha over 1/2.
     depth: 0 = nearest .. 1 = farthest, of the ground at its foot. box: (left, top, right, bottom) pixels of the whole
-    object, right and bottom
-    exclusive. visible: share of the object's alpha that nearer ones leave.
+    object, right and bottom exclusive. visible: share of the object's alpha that nearer ones leave.
     """
 
     name: str
@@ -93,8 +91,7 @@ class SceneObject:
 @dataclass(frozen=True)
 class Scene:
     """composite, background: [H,W,3]. depth, background_depth: [H,W], 0 = nearest, 1 = farthest. objects: farthest
-    first. horizon: row as a
-    fraction of the height.
+    first. horizon: row as a fraction of the height.
     """
 
     composite: np.ndarray

@@ -181,9 +181,8 @@ def _check_modes(layers: list[Layer], socket: str) -> None:
     for layer in layers:
         if layer.blend_mode not in _BLENDS:
             raise ValueError(
-                f"{socket}: layer {layer.name!r} has the blend mode {layer.blend_mode!r}, which has no W3C formula "
-                "and cannot be "
-                f"flattened; hide the layer or give it one of {', '.join(W3C_MODES)}."
+                f"{socket}: layer {layer.name!r} has the blend mode {layer.blend_mode!r}, which has no W3C formula and "
+                f"cannot be flattened; hide the layer or give it one of {', '.join(W3C_MODES)}."
             )
 
 

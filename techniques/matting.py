@@ -170,7 +170,6 @@ def _pymatting():
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "refine_edges: matting needs the Python package pymatting, which is not installed; run 'pip install "
-            "pymatting' in ComfyUI's Python, "
-            "or set refine_edges to off."
+            "pymatting' in ComfyUI's Python, or set refine_edges to off."
         ) from error
     return pymatting

@@ -5,8 +5,7 @@ input, or give a sound result.
     python tools/host.py exec tools/bad_values.py "Set layer" # nodes whose name has these words
 
 Good values come from the shipped mini family, so that a value that is let through is really used. What would end the
-process (memory) or never
-end (60 s) is counted as a fault too. Exit status 1 when there is any.
+process (memory) or never end (60 s) is counted as a fault too. Exit status 1 when there is any.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """FeatGLaC against its ablations over pairs of rendered scenes whose true composite the renderer knows.
 
 Each object is photographed in one place and put into another, where the truth has it at the same spot in the new
-place's light. The pictures go
-to output/composition.png, one row a pair: photo, new place, the methods in their order, truth.
+place's light. The pictures go to output/composition.png, one row a pair: photo, new place, the methods in their order,
+truth.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
 """Harmonize layers against plain stacking, by the rendered truth. The pictures go to output/harmonize.png, one column a
-scene: plain stacking,
-harmonised, truth.
+scene: plain stacking, harmonised, truth.
 """
 
 from __future__ import annotations
@@ -75,8 +74,8 @@ def scene_of(seed: int, count: int):
 @torch.inference_mode()
 def measure(seeds: range) -> dict[str, dict[str, list[float]]]:
     """{method: {figure: one value a seed}}. Shadow band: mean error there. Darker: how much darker than the stack the
-    ground is, where the
-    shadow of an object that was moved belongs now, and where it was; 0 for plain stacking by its definition.
+    ground is, where the shadow of an object that was moved belongs now, and where it was; 0 for plain stacking by its
+    definition.
     """
     family, shown = Family(), []
     found = {

@@ -1,8 +1,7 @@
 """DreamLayer's ablation (its Tab. 3): what shared attention, context maps and trained modules do for layers from text.
 
 The pictures go to output/layers.png, for each scene one row a method: background, objects on a checkerboard, empty
-places, layers over each
-other, whole picture.
+places, layers over each other, whole picture.
 """
 
 from __future__ import annotations

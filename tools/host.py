@@ -7,11 +7,9 @@ anything is installed.
     python tools/host.py link               # link this pack into COMFYUI_DIR/custom_nodes
 
 Environment: COMFYUI_DIR (an existing ComfyUI), COMFYUI_PYTHON (its Python; serve finds venv, .venv and the portable
-build's by itself, all else
-builds one in the cache), STRATA_CACHE (default: the user's cache folder), STRATA_FRONTEND (a comfyui-frontend-package
-version to try),
-STRATA_DEVICE (cpu: ComfyUI computes on the processor, which is the default but for serve with COMFYUI_DIR; anything
-else: as ComfyUI chooses).
+build's by itself, all else builds one in the cache), STRATA_CACHE (default: the user's cache folder), STRATA_FRONTEND
+(a comfyui-frontend-package version to try), STRATA_DEVICE (cpu: ComfyUI computes on the processor, which is the default
+but for serve with COMFYUI_DIR; anything else: as ComfyUI chooses).
 """
 
 from __future__ import annotations
@@ -113,8 +111,8 @@ def need_space(folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < FREE_BYTES:
         raise HostError(
-            f"{folder} has {free / 2**30:.1f} GB free, and ComfyUI with PyTorch needs 4 GB. "
-            "Free some space, or set STRATA_CACHE to another folder."
+            f"{folder} has {free / 2**30:.1f} GB free, and ComfyUI with PyTorch needs 4 GB. Free some space, or set "
+            "STRATA_CACHE to another folder."
         )
 
 

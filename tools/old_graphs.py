@@ -1,7 +1,7 @@
 """Run the graphs of the first version (commit d2e9312) with a checkout's code, and write what tests compare with.
 
-    git worktree add ../first d2e9312 && rm -r ../first/models && cp -r models ../first/
-    python tools/host.py exec tools/old_graphs.py ../first
+    git worktree add ../first d2e9312 && rm -r ../first/models && cp -r models ../first/ python tools/host.py exec
+    tools/old_graphs.py ../first
 
 With today's models/, so that new weights alone are no difference. The graphs, in tests/old_graphs, are never written.
 """

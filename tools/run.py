@@ -5,8 +5,8 @@ it made.
     --out pictures
 
 --set takes NODE.INPUT=VALUE; NODE is a node's id, its title or its type. VALUE is read as the input's type; for an
-input with choices, a file here
-is uploaded first, under another name where ComfyUI has a different file of that name. --list shows what can be set.
+input with choices, a file here is uploaded first, under another name where ComfyUI has a different file of that name.
+--list shows what can be set.
 Without --server a ComfyUI with this pack is started for the run.
 """
 

@@ -1,8 +1,7 @@
 """Makes torchvision importable beside a torch without CUDA; host.py puts this file into the Python that it builds.
 
 No build of torchvision has native operators for that torch, and its import then fails on `torchvision::nms`. ComfyUI
-and transformers use only its
-Python parts, so it is enough to declare the two operators that it asks for.
+and transformers use only its Python parts, so it is enough to declare the two operators that it asks for.
 """
 
 import sys

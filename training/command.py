@@ -168,8 +168,7 @@ def run(arguments: list[str] | None) -> int:
         return 130
     except OSError as error:
         raise SystemExit(
-            f"error: {error.strerror or error} ({error.filename or options.folder}); free some space or choose "
-            "another --folder, "
-            "then give the same command again."
+            f"error: {error.strerror or error} ({error.filename or options.folder}); free some space or choose another "
+            "--folder, then give the same command again."
         ) from error
     return 0

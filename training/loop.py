@@ -136,8 +136,8 @@ def fit(
             terms = loss(model, progress.step, accelerator.process_index)
             if not torch.isfinite(terms["loss"]):
                 raise settings.TrainingError(
-                    f"the loss is {terms['loss'].item()} at step {progress.step}; "
-                    "lower learning_rate and train again in a new --folder."
+                    f"the loss is {terms['loss'].item()} at step {progress.step}; lower learning_rate and train again "
+                    "in a new --folder."
                 )
             optimizer.zero_grad(set_to_none=True)
             accelerator.backward(terms["loss"])

@@ -314,9 +314,9 @@ def test_operators_that_cut_become_masks(tmp_path):
 
 def test_what_layers_cannot_hold_is_noted(tmp_path):
     xml = (
-        "<layer src='a.png' name='odd' composite-op='krita:freeze'/><layer src='b.svg' name='vector'/>"
-        "<stack name='veil' opacity='0.5'><layer src='a.png' name='one'/><layer src='a.png' "
-        "name='two'/></stack><layer src='a.png' name='ground'/>"
+        "<layer src='a.png' name='odd' composite-op='krita:freeze'/><layer src='b.svg' name='vector'/><stack "
+        "name='veil' opacity='0.5'><layer src='a.png' name='one'/><layer src='a.png' name='two'/></stack><layer "
+        "src='a.png' name='ground'/>"
     )
     notes = []
     stack = files.load(ora(tmp_path / "odd.ora", xml, a=flat((200, 10, 30, 255))), notes=notes)
@@ -566,9 +566,8 @@ def test_a_group_with_an_operator_in_it_is_isolated(tmp_path):
     gray.
     """
     xml = (
-        "<stack name='g'><layer src='top.png' name='top' composite-op='svg:src-atop'/>"
-        "<layer src='body.png' name='body' composite-op='svg:multiply'/></stack>"
-        "<layer src='ground.png' name='ground'/>"
+        "<stack name='g'><layer src='top.png' name='top' composite-op='svg:src-atop'/><layer src='body.png' "
+        "name='body' composite-op='svg:multiply'/></stack><layer src='ground.png' name='ground'/>"
     )
     path = ora(
         tmp_path / "isolated.ora",

@@ -2,8 +2,7 @@
 docs/compatibility.md.
 
 A patch works when the result is finite, has the same shape and is another than without it. Where it is refused, the
-error is one sentence that
-begins with the socket.
+error is one sentence that begins with the socket.
 """
 
 import copy

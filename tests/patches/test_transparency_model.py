@@ -216,8 +216,7 @@ def test_sd2_is_told_from_sd15_whose_structure_it_has(apply):
         with pytest.raises(
             ValueError,
             match="^transparency: weights.safetensors is for SD1.5 and the model is SD20; connect a model of its "
-            "family, or load "
-            "the file for the model's.$",
+            "family, or load the file for the model's.$",
         ):
             apply(model, recognised(weights))
 
