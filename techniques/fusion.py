@@ -50,8 +50,8 @@ def wide_mask(soft: Tensor, boundary: float = 10.0) -> Tensor:
     object comes in whole; soft: [B,M].
 
     The level is halfway between the means of the two sides that differ most (Otsu's threshold); in a flat mask there is
-    no object, as in the hard one. Source: ours, in place of the soft mask of layerfusion, Eq. 1, for what the blended
-    branch goes on with
+    no object, as in the hard one.
+    Source: ours, in place of the soft mask of layerfusion, Eq. 1, for what the blended branch goes on with
     """
     count = soft.shape[1]
     # Of the 0 to M lowest.
@@ -111,7 +111,8 @@ def resize_prior(prior: Tensor, size: tuple[int, int], new_size: tuple[int, int]
 def stretched(values: Tensor) -> Tensor:
     """Each row of [...,M] stretched to 0..1; a flat one becomes zeros.
 
-    Source: layerfusion, Alg. 1 and 3, and dreamlayer, Eq. 4: their minmax
+    Source: layerfusion, Alg. 1 and 3, their normalisation
+    Source: dreamlayer, Eq. 4, its min-max normalisation
     """
     low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
     return (values - low) / (high - low).clamp_min(torch.finfo(values.dtype).tiny)

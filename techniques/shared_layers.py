@@ -49,6 +49,8 @@ def layer_offsets(embedding: Tensor, words: list[list[int]], length: int) -> Ten
     embedding the layers
     first and joining them then would give. Layers behind the last of the N take its row.
     Source: dreamlayer, Sec. 3 Overview, the learnable layer assign embedding
+    Differs: the whole picture's tokens that are nobody's words (start, end and padding) get the mean of the layers'
+    embeddings; the paper speaks of the words alone.
     """
     layers = embedding[torch.arange(len(words)).clamp(max=len(embedding) - 1)]
     whole = layers.mean(0).repeat(length, 1)
@@ -106,6 +108,7 @@ def mix_global_in(layers: Tensor, maps: Tensor) -> Tensor:
     where their maps [B,L-2,M] are 1.
 
     Source: dreamlayer, Eq. 9
+    Differs: queries are made of the mixed states too, as keys and values are; Eq. 11 takes the layer's original query.
     """
     objects = torch.lerp(layers[:, 1:-1], layers[:, -1:], maps[..., None].to(layers))
     return torch.cat([layers[:, :1], objects, layers[:, -1:]], 1)
