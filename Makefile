@@ -33,8 +33,9 @@ serve:  ## open ComfyUI with this pack for a person
 run:  ## make run W=workflows/layers_roundtrip.json ARGS="--out pictures"
 	$(EXEC) tools/run.py "$(W)" $(ARGS)
 
-figures:  ## measure every number of README and docs again, into docs/figures.json (about an hour)
+figures:  ## measure every number of README and docs again (about an hour), and record what PAPERS.md lists (another)
 	$(EXEC) tools/figures.py $(ARGS)
+	$(if $(ARGS),,$(EXEC) tools/record_calls.py)
 
 mutants:  ## change the code in one place at a time, and see whether a test notices
 	$(EXEC) tools/mutants.py $(ARGS)

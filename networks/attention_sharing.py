@@ -22,7 +22,10 @@ class LowRank(nn.Module):
 
 
 class SharedAttention(nn.Module):
-    """Beside one attention of the UNet: low-rank terms per frame, then attention over the frames of every token."""
+    """Beside one attention of the UNet: low-rank terms per frame, then attention over the frames of every token.
+
+    Source: layerdiffuse, released code (attention sharing of SD1.5)
+    """
 
     to_out_lora: nn.ModuleList
 
@@ -93,7 +96,10 @@ class SharedAttention(nn.Module):
 
 
 class PictureFeatures(nn.Module):
-    """Features of the given layer's picture at an eighth, a sixteenth, a 32nd and a 64th of its size."""
+    """Features of the given layer's picture at an eighth, a sixteenth, a 32nd and a 64th of its size.
+
+    Source: layerdiffuse, released code (the encoder of SD1.5's conditional files)
+    """
 
     def __init__(self, width: int, operations):
         super().__init__()

@@ -14,9 +14,11 @@ HEAD = 32  # width of an attention head; a file of weights does not tell their n
 class ContextLayer(nn.Module):
     """Multi-head attention over the places of one map, then a feed-forward network; what they find is added to the map.
 
-    The paper gives no more than that. A place is known by its value on the map and by the whole picture's hidden state
-    there. A fresh layer
-    adds nothing.
+    A fresh layer adds nothing.
+    Source: dreamlayer, Eq. 5
+    Differs: the paper does not say how map and hidden state go in and how the map comes out; here a place is known by
+    its value on the map and by the whole picture's hidden state there, and what is found is added to the map and
+    clamped to 0..1.
     """
 
     def __init__(self, width: int, operations=nn):
@@ -40,7 +42,10 @@ class ContextLayer(nn.Module):
 
 
 class ContextLayers(nn.ModuleList):
-    """One after the other; none leave the maps as they are, which is the mode without training."""
+    """One after the other; none leave the maps as they are, which is the mode without training. Shapes: as one layer's.
+
+    Source: dreamlayer, Eq. 5 for n = 1 to N
+    """
 
     def __init__(self, count: int, width: int, operations=nn):
         super().__init__(ContextLayer(width, operations) for _ in range(count))

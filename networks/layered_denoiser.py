@@ -81,6 +81,8 @@ class Call:
 class RowLinear(nn.Module):
     """A frozen projection. Background and whole picture add `shared` to its weight, objects `foreground`, where it
     learns, and `adapter`.
+
+    Source: dreamlayer, Sec. 4.1 Training (keys and values are tuned, those of the objects' layers apart)
     """
 
     adapter: Tensor
@@ -163,6 +165,7 @@ class LayeredDenoiser(nn.Module):
     adapter: differences that the objects' rows have already, by the UNet's module, as in
     "input_blocks.1.1.transformer_blocks.0.attn1.to_q".
     end: the row of the embedding that ends a prompt.
+    Source: dreamlayer, Sec. 3 and 4.1 (what learns, maps from the way down, shared attention on the way up)
     """
 
     def __init__(

@@ -119,6 +119,7 @@ class TransparentDecoder(nn.Module):
 
     widths: channels per level, at least four; attention in the last `attention_levels` of them. Published: 32, 32, 64,
     128, 256, 512, 512.
+    Source: layerdiffuse, Sec. 3.1 (the latent transparency decoder), layers as in the released code
     """
 
     def __init__(
@@ -172,6 +173,8 @@ class TransparentDecoder(nn.Module):
 class OffsetEncoder(nn.Module):
     """What transparency adds to a latent. widths: channels at full, half, quarter and eighth size; published: 32, 64,
     128, 256.
+
+    Source: layerdiffuse, Sec. 3.1 (the latent transparency encoder), layers as in the released code
     """
 
     def __init__(self, widths: Sequence[int] = (32, 64, 128, 256), latent_channels: int = 4, operations=nn):

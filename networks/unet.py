@@ -12,7 +12,10 @@ GROUPS = 32
 
 
 def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
-    """[B] -> [B,width]: cosines, then sines, of frequencies from 1 to 1/10000. Computed in float32."""
+    """[B] -> [B,width]: cosines, then sines, of frequencies from 1 to 1/10000. Computed in float32.
+
+    Source: ddpm, Appendix B (sinusoidal embedding of the timestep), cosines first as in Stable Diffusion
+    """
     frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=timesteps.device) / (width // 2))
     angles = timesteps[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], -1)

@@ -27,6 +27,13 @@ CAPTION = 18
 
 
 class InvertImage(Node):
+    """A picture's way to noise, and what comes back from there.
+
+    Source: featglac, Sec. 3.3, the inversion of the scenes
+    Differs: the method ddim is the default, one call of the model a step; the paper takes null-text inversion, which is
+    the method null-text.
+    """
+
     @classmethod
     def define_schema(cls):
         return schema(
@@ -364,6 +371,12 @@ class FeatureGuidance(Node):
 
 
 class InsertAtDepth(Node):
+    """The inpainting of an object at a depth, guided by what is nearer.
+
+    Source: featglac, Sec. 3.4.2, with the steps of the released code
+    Differs: any inpainting model and a prompt; the released code takes AnyDoor and a picture of the object.
+    """
+
     @classmethod
     def define_schema(cls):
         return schema(

@@ -169,6 +169,12 @@ class AttentionBlend(Node):
 
 
 class LayerFusionSampler(Node):
+    """Foreground, background and blended picture in one batch.
+
+    Source: layerfusion, Sec. 3.3, the generation of the triplet
+    Differs: it starts with KSampler's settings (20 steps of euler, scheduler normal); the paper names neither.
+    """
+
     @classmethod
     def define_schema(cls):
         return schema(

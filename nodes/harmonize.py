@@ -12,6 +12,16 @@ FOREGROUNDS = ("keep", "relight")
 
 
 class HarmonizeLayers(Node):
+    """The layers put into the denoising of the background, then the picture and the layers that come of it.
+
+    Source: dreamlayer, Sec. 3.3
+    Differs: with foregrounds = keep, the default, the layers' own pixels are pasted back onto the decoded picture; the
+    paper decodes the fused latent, as relight does.
+    Differs: without retained, noise is added to the layers; the paper keeps the latents of the run that made them.
+    Differs: it starts with 30 steps of euler, scheduler normal, and takes Euler's steps while layers are put back; the
+    paper takes 50 steps of DDIM.
+    """
+
     @classmethod
     def define_schema(cls):
         percent = {"min": 0.0, "max": 1.0, "step": 0.01}

@@ -46,8 +46,7 @@ def find(name: str) -> Path:
 def estimate(image: Tensor, name: str) -> Tensor:
     """Relative depth [B,H,W,3] of images [B,H,W,3] in 0..1, white = near, each stretched to its own range.
 
-    Source: Depth Anything V2 (arXiv 2406.09414); inputs are resized to sides of about 518 pixels, multiples of 14, as
-    published.
+    Source: depthanything, its released weights; inputs of about 518 pixels a side, multiples of 14, as published
     """
     from transformers import AutoModelForDepthEstimation
 

@@ -100,8 +100,10 @@ def blend_attention(model: ModelPatcher, settings: Settings) -> ModelPatcher:
 
 
 def structure_place(model: ModelPatcher) -> Place:
-    """The self-attention that shows the structure: the model's last one in the published families, the mini family's
-    last but one (docs/layerfusion.md).
+    """The self-attention that shows the structure, by models_config/fusion.json. Raises ValueError for other families.
+
+    Source: layerfusion, Appendix A.3 (the last self-attention)
+    Differs: the mini family's last but one, which shows the object's outline (docs/layerfusion.md).
     """
     config = getattr(model.model, "model_config", None)
     place = next(

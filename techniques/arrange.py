@@ -24,7 +24,8 @@ def select(stack: LayerStack, text: str, socket: str = "select") -> list[int]:
     Numbers count from 1 at the back; a range may run backwards. Anything else is a name (capitals do not matter), and
     stands for
     every layer of that name; in double quotes it is always a name, so that it may be a number or hold a comma.
-    Raises ValueError for a layer that is not there or is named twice. Source: ours, page ranges of a print dialog.
+    Raises ValueError for a layer that is not there or is named twice.
+    Source: ours, page ranges of a print dialog.
     """
     if not text.strip():
         return list(range(len(stack.layers)))
@@ -55,7 +56,8 @@ def arrange(stack: LayerStack, action: str, text: str, names: str = "") -> Layer
     bring to front, send to back: these, in the order written. reverse: these swap places, front to back. rename: one
     line of
     `names` for each. merge: neighbouring layers become one, named by `names` or after the nearest.
-    Raises ValueError naming the input. Source: ours, what layer panels of image editors do.
+    Raises ValueError naming the input.
+    Source: ours, what layer panels of image editors do.
     """
     if action not in ACTIONS:
         raise ValueError(f"action: {action!r} is not known; use one of {', '.join(ACTIONS)}.")
@@ -137,7 +139,8 @@ def from_images(
 
     masks: [B,H,W] or one for all, 1 = transparent. names: one per line, "Layer N" beyond the last line. sockets: what
     errors call the first two.
-    Raises ValueError naming the input. Source: ours, ComfyUI's layer document.
+    Raises ValueError naming the input.
+    Source: ours, ComfyUI's layer document.
     """
     _check_mask(images, masks, *sockets)
     before = below.layers if below else ()
@@ -164,7 +167,8 @@ def insert(
     """The images as new layers with these fields, on top, or just behind the layer that `below` names; on their own
     without a stack.
 
-    Raises ValueError naming the input. Source: ours, ComfyUI's "Add Layer".
+    Raises ValueError naming the input.
+    Source: ours, ComfyUI's "Add Layer".
     """
     grown = from_images(images, masks, below=stack, sockets=("image", "mask"))
     before = len(grown.layers) - len(images)
@@ -187,7 +191,8 @@ def change(
 ) -> LayerStack:
     """The stack with these fields, and the image and mask when given, set on the selected layers.
 
-    Raises ValueError naming the input. Source: ours, ComfyUI's layer document.
+    Raises ValueError naming the input.
+    Source: ours, ComfyUI's layer document.
     """
     for tensor, socket in ((images, "image"), (masks, "mask")):
         if tensor is not None and len(tensor) != 1:
@@ -207,7 +212,8 @@ def change(
 def transform_layers(stack: LayerStack, text: str, how: str = "none", **changes: Any) -> LayerStack:
     """The stack with the selected layers fitted (see `fit`) and then transformed with these arguments of `transform`.
 
-    Raises ValueError naming the input. Source: ours, similarity transform of ComfyUI's layer fields.
+    Raises ValueError naming the input.
+    Source: ours, similarity transform of ComfyUI's layer fields.
     """
     indices = select(stack, text)
     return stack.with_layers(
@@ -219,7 +225,8 @@ def chosen_fields(values: dict[str, Any], text: str) -> dict[str, Any]:
     """The fields to set: those that the text lists (`x, y, opacity`), or for an empty text those that are not a new
     layer's.
 
-    Raises ValueError for a field that is not in `values`. Source: ours, unchanged fields stay.
+    Raises ValueError for a field that is not in `values`.
+    Source: ours, unchanged fields stay.
     """
     names = [name for part in text.split(",") if (name := part.strip())]
     unknown = [name for name in names if name not in values]
@@ -237,7 +244,8 @@ def to_batch(stack: LayerStack, at_canvas_size: bool = True) -> Tensor:
     """[layers,H,W,4], straight alpha with mask and opacity in it, back to front: as placed on the canvas, or every
     layer's own pixels.
 
-    Raises ValueError when the layers' own sizes differ. Source: ours, see `rasterise`.
+    Raises ValueError when the layers' own sizes differ.
+    Source: ours, see `rasterise`.
     """
     if at_canvas_size:
         return torch.stack([rasterise(layer, stack.canvas) for layer in stack.layers])

@@ -84,7 +84,8 @@ W3C_MODES = tuple(_BLENDS)
 def blend(backdrop: Tensor, source: Tensor, mode: str) -> Tensor:
     """B(Cb, Cs): two opaque colours [3,...] in 0..1 mixed by one of the sixteen W3C blend modes.
 
-    Raises ValueError for another mode. Source: w3c, section 10 Blending.
+    Raises ValueError for another mode.
+    Source: w3c, section 10 Blending.
     """
     if mode not in _BLENDS:
         raise ValueError(f"blend mode {mode!r} has no W3C formula; use one of {', '.join(W3C_MODES)}.")
@@ -92,12 +93,18 @@ def blend(backdrop: Tensor, source: Tensor, mode: str) -> Tensor:
 
 
 def to_linear(colour: Tensor) -> Tensor:
-    """sRGB values in 0..1 to linear light. Source: ours, sRGB transfer function of IEC 61966-2-1."""
+    """sRGB values in 0..1 to linear light.
+
+    Source: ours, sRGB transfer function of IEC 61966-2-1.
+    """
     return torch.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
 
 
 def to_srgb(colour: Tensor) -> Tensor:
-    """Linear light in 0..1 to sRGB values. Source: ours, inverse sRGB transfer function of IEC 61966-2-1."""
+    """Linear light in 0..1 to sRGB values.
+
+    Source: ours, inverse sRGB transfer function of IEC 61966-2-1.
+    """
     return torch.where(colour <= 0.04045 / 12.92, colour * 12.92, 1.055 * colour.clamp(min=1e-6) ** (1 / 2.4) - 0.055)
 
 

@@ -391,7 +391,8 @@ def all_thresholds(depth: Tensor, given: list[float], points: list[tuple[float, 
     """The given thresholds and one behind the object at each point of depth [H,W], ascending, without repeats closer
     than 1/256.
 
-    Raises ValueError when there are none or too many for a document. Source: ours, clicks add to what was typed.
+    Raises ValueError when there are none or too many for a document.
+    Source: ours, clicks add to what was typed.
     """
     used: list[float] = []
     for value in sorted([*given, *(threshold_behind(depth, x, y) for x, y in points)]):

@@ -117,7 +117,10 @@ def parse_level_weights(text: str, levels: int) -> dict[int, float]:
     """{level: weight} from numbers with commas between them, of which the last is the finest level, number levels - 1;
     zeros are left out.
 
-    Raises ValueError. Source: featglac, Sec. 4.6 (the weights of its layers 2 and 3, the last two of four)
+    Raises ValueError.
+    Source: featglac, Sec. 4.6 (the weights of its layers 2 and 3, the last two of four)
+    Differs: SDXL's decoder has three levels, of which the same two numbers are for the last two; the paper has none for
+    SDXL.
     """
     try:
         values = [float(part) for part in text.split(",") if part.strip()]

@@ -22,7 +22,7 @@ def structure_prior(q: Tensor, k: Tensor, heads: int) -> Tensor:
     def density(probabilities: Tensor) -> Tensor:
         return 1 / probabilities.mean(0).square().sum(-1)
 
-    return 1 - stretched(over_rows(q, k, heads, density))
+    return 1 - min_max_normalise(reduce_attention(q, k, heads, density))
 
 
 def content_prior(q: Tensor, k: Tensor, heads: int, ends: list[int]) -> Tensor:
@@ -32,7 +32,7 @@ def content_prior(q: Tensor, k: Tensor, heads: int, ends: list[int]) -> Tensor:
     ends: positions of the end-of-text tokens; a prompt of several chunks has one in each, and their shares add up.
     Source: layerfusion, Alg. 2
     """
-    return over_rows(q, k, heads, lambda probabilities: probabilities[..., ends].sum(-1).mean(0))
+    return reduce_attention(q, k, heads, lambda probabilities: probabilities[..., ends].sum(-1).mean(0))
 
 
 def blending_masks(structure: Tensor, content: Tensor, boundary: float = 10.0) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,7 @@ def blending_masks(structure: Tensor, content: Tensor, boundary: float = 10.0) -
 
     Source: layerfusion, Alg. 3
     """
-    soft = stretched(structure * content)
+    soft = min_max_normalise(structure * content)
     return soft, torch.sigmoid(boundary * (soft - 0.5))
 
 
@@ -50,8 +50,8 @@ def wide_mask(soft: Tensor, boundary: float = 10.0) -> Tensor:
     object comes in whole; soft: [B,M].
 
     The level is halfway between the means of the two sides that differ most (Otsu's threshold); in a flat mask there is
-    no object, as in the hard one. Source: ours, in place of the soft mask of layerfusion, Eq. 1, for what the blended
-    branch goes on with
+    no object, as in the hard one.
+    Source: ours, in place of the soft mask of layerfusion, Eq. 1, for what the blended branch goes on with
     """
     count = soft.shape[1]
     # Of the 0 to M lowest.
@@ -108,16 +108,17 @@ def resize_prior(prior: Tensor, size: tuple[int, int], new_size: tuple[int, int]
     )
 
 
-def stretched(values: Tensor) -> Tensor:
-    """Each row of [...,M] stretched to 0..1; a flat one becomes zeros.
+def min_max_normalise(values: Tensor) -> Tensor:
+    """Each row of [...,M] min-max normalised to 0..1; a flat one becomes zeros.
 
-    Source: layerfusion, Alg. 1 and 3, and dreamlayer, Eq. 4: their minmax
+    Source: layerfusion, Alg. 1 and 3, their normalisation
+    Source: dreamlayer, Eq. 4, its min-max normalisation
     """
     low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
     return (values - low) / (high - low).clamp_min(torch.finfo(values.dtype).tiny)
 
 
-def over_rows(q: Tensor, k: Tensor, heads: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+def reduce_attention(q: Tensor, k: Tensor, heads: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
     """[B,M,…]: `reduce` to [rows,…] of the attention's probabilities [heads,rows,T], which exist for a few rows at a
     time; q: [B,M,C], k: [B,T,C].
 

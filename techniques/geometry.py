@@ -115,7 +115,8 @@ def fit(layer: Layer, canvas: tuple[int, int], how: str) -> Layer:
     """The layer sized and centred on the canvas, as it is before rotation.
 
     how: contain (wholly visible), cover (no gap), stretch (exactly the canvas), centre (keeps its size) or none.
-    Raises ValueError for another word. Source: ours, CSS object-fit's words.
+    Raises ValueError for another word.
+    Source: ours, CSS object-fit's words.
     """
     if how not in FITS:
         raise ValueError(f"fit: {how!r} is not known; use one of {', '.join(FITS)}.")
@@ -145,7 +146,8 @@ def transform(
     pivot: a point of the canvas, or None for the layer's own centre. Positions and sizes are whole pixels in the
     document; their fractions go along
     under extra["strata"]["exact"], so that a chain of transforms is off by less than one pixel altogether. Raises
-    ValueError when scale is not positive. Source: ours, similarity transform of ComfyUI's layer fields.
+    ValueError when scale is not positive.
+    Source: ours, similarity transform of ComfyUI's layer fields.
     """
     if scale <= 0:
         raise ValueError(
@@ -212,15 +214,17 @@ def _with_exact(layer: Layer, exact: tuple[float, ...] | None) -> Layer:
 
 
 def pivot(about: str, canvas: tuple[int, int]) -> tuple[float, float] | None:
-    """The point of `transform` for "layer centre" (None), "canvas centre" or "canvas top left". Source: ours, anchors
-    of image editors.
+    """The point of `transform` for "layer centre" (None), "canvas centre" or "canvas top left".
+
+    Source: ours, anchors of image editors.
     """
     return {"layer centre": None, "canvas centre": (canvas[0] / 2, canvas[1] / 2), "canvas top left": (0.0, 0.0)}[about]
 
 
 def in_pixels(distance: tuple[float, float], unit: str, canvas: tuple[int, int]) -> tuple[float, float]:
-    """A (right, down) distance in "pixels" or in "fractions" of the canvas, to pixels. Source: ours, fractions of width
-    and height.
+    """A (right, down) distance in "pixels" or in "fractions" of the canvas, to pixels.
+
+    Source: ours, fractions of width and height.
     """
     return distance if unit == "pixels" else (distance[0] * canvas[0], distance[1] * canvas[1])
 

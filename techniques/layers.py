@@ -148,7 +148,8 @@ def read_layers(document: Any, socket: str = "layers") -> LayerStack:
 def write_layers(stack: LayerStack) -> dict[str, Any]:
     """The LAYERS document of a stack; z_index counts up from 0 at the back.
 
-    Raises ValueError for zero layers or more than ComfyUI takes. Source: ours, ComfyUI's layer document, version 1.
+    Raises ValueError for zero layers or more than ComfyUI takes.
+    Source: ours, ComfyUI's layer document, version 1.
     """
     _check_count(len(stack.layers), "layers")
     entries = []

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fusion import over_rows, stretched
+from .fusion import min_max_normalise, reduce_attention
 
 
 def global_embedding(layers: list[Tensor], ends: list[list[int]], chunk: int = 77) -> tuple[Tensor, list[list[int]]]:
@@ -49,6 +49,8 @@ def layer_offsets(embedding: Tensor, words: list[list[int]], length: int) -> Ten
     embedding the layers
     first and joining them then would give. Layers behind the last of the N take its row.
     Source: dreamlayer, Sec. 3 Overview, the learnable layer assign embedding
+    Differs: the whole picture's tokens that are nobody's words (start, end and padding) get the mean of the layers'
+    embeddings; the paper speaks of the words alone.
     """
     layers = embedding[torch.arange(len(words)).clamp(max=len(embedding) - 1)]
     whole = layers.mean(0).repeat(length, 1)
@@ -65,7 +67,7 @@ def token_shares(q: Tensor, k: Tensor, heads: int, tokens: list[list[int]]) -> T
     objects' positions in T.
     Source: dreamlayer, Eq. 3 and the sum over an object's tokens in Eq. 4
     """
-    return over_rows(
+    return reduce_attention(
         q, k, heads, lambda parts: torch.stack([parts[..., own].sum(-1).mean(0) for own in tokens], -1)
     ).transpose(1, 2)
 
@@ -80,12 +82,12 @@ def share_noise(shared: Tensor, own: Tensor, own_share: float) -> Tensor:
 
 
 def context_maps(shares: Tensor) -> Tensor:
-    """[B,F,M] in 0..1, from the shares [B,F,M] summed over the layers of the model: each map stretched to its own
-    range, a flat one zeros.
+    """[B,F,M] in 0..1, from the shares [B,F,M] summed over the layers of the model: each map min-max normalised,
+    a flat one zeros.
 
     Source: dreamlayer, Eq. 4
     """
-    return stretched(shares)
+    return min_max_normalise(shares)
 
 
 def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -106,6 +108,7 @@ def mix_global_in(layers: Tensor, maps: Tensor) -> Tensor:
     where their maps [B,L-2,M] are 1.
 
     Source: dreamlayer, Eq. 9
+    Differs: queries are made of the mixed states too, as keys and values are; Eq. 11 takes the layer's original query.
     """
     objects = torch.lerp(layers[:, 1:-1], layers[:, -1:], maps[..., None].to(layers))
     return torch.cat([layers[:, :1], objects, layers[:, -1:]], 1)

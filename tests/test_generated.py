@@ -1,25 +1,131 @@
 """Files that are generated are as their generator would write them today."""
 
 import json
+import os
+import subprocess
+import sys
 
 import figures
 import papers
 import pytest
+import record_calls
+import run
 
 
-def test_papers_page_is_current_and_every_technique_has_source_and_test():
+def test_papers_page_is_current_and_every_technique_has_a_source_and_a_recorded_test():
     text, wrong = papers.page()
     assert wrong == []
     assert (papers.PACK / "PAPERS.md").read_text(encoding="utf-8") == text
 
 
-def test_a_technique_without_source_is_reported(tmp_path, monkeypatch):
-    (tmp_path / "techniques").mkdir()
-    code = 'def good():\n    """Adds.\n\n    Source: deglad, Eq. 2\n    """\n\n\ndef bad():\n    """No source."""\n'
-    (tmp_path / "techniques" / "x.py").write_text(code)
+CODE = '''
+def good():
+    """Adds.
+
+    Raises nothing.
+    Source: deglad, Eq. 2,
+    twice
+    Source: ddim, Eq. 12
+    Differs: it adds
+    more.
+    Differs: and less
+    """
+
+
+def bad():
+    """No line of its own. Source: deglad, Eq. 3"""
+'''
+
+
+@pytest.fixture
+def pack(tmp_path, monkeypatch):
+    """A folder with two techniques, a test and a record of what the test calls."""
+    for folder in ("techniques", "tests", "docs"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "techniques" / "x.py").write_text(CODE)
+    (tmp_path / "tests" / "test_x.py").touch()
+    record = {"tests": {"tests/test_x.py": {"techniques/x.py:good": []}}, "workflows": {}}
+    (tmp_path / papers.RECORD).write_text(json.dumps(record))
     monkeypatch.setattr(papers, "PACK", tmp_path)
-    text, wrong = papers.page()
-    assert "Eq. 2" in text and len(wrong) == 2  # bad has no Source, good has no test
+    return tmp_path
+
+
+def test_the_page_shows_every_source_and_what_differs(pack):
+    text, _ = papers.page()
+    assert "| Eq. 2, twice | [`good`](techniques/x.py) | tests/test_x.py |  |  |" in text
+    assert "| Eq. 12 | [`good`](techniques/x.py) | tests/test_x.py |  |  |" in text
+    assert text.count("- `good`: it adds more.\n- `good`: and less.\n") == 1
+    assert text.index("it adds more") < text.index("## DDIM")
+
+
+def test_a_technique_without_source_or_without_a_recorded_test_is_reported(pack):
+    assert [line.split(" needs")[0] for line in papers.page()[1]] == ["techniques/x.py: bad"]
+    (pack / papers.RECORD).unlink()
+    assert papers.page()[1][1].startswith("techniques/x.py: no recorded test calls good; record again")
+
+
+def test_names_of_the_record_that_are_gone_are_reported_until_the_next_recording(pack):
+    known = json.loads((pack / papers.RECORD).read_text())
+    stale = {"techniques/x.py:good": ["Strata_Old"], "techniques/x.py:old": []}
+    record = {"tests": {**known["tests"], "tests/test_old.py": stale}, "workflows": {"old.json, again": stale}}
+    (pack / papers.RECORD).write_text(json.dumps(record))
+    reported = "\n".join(papers.page()[1])
+    for name in ("Strata_Old", "techniques/x.py:old", "tests/test_old.py", "workflows/old.json"):
+        assert f"{papers.RECORD}: {name} is not there any more" in reported
+    record_calls.merge("tests", {}, pack / papers.RECORD)
+    assert json.loads((pack / papers.RECORD).read_text()) == known
+
+
+def test_the_page_has_the_equations_of_networks_and_training():
+    rows = [line for line in papers.page()[0].splitlines() if line.startswith("| ")]
+    for where, place in (("Eq. 2", "training/"), ("Eq. 5", "networks/"), ("Eq. 8", "training/")):
+        assert any(where in row and place in row for row in rows), where
+
+
+def test_a_test_file_is_recorded_anew_and_the_others_stay(tmp_path):
+    kept = {"techniques/fusion.py:reduce_attention": ["Strata_AttentionBlend"]}
+    file, path = "tests/techniques/test_diffusion.py", tmp_path / "calls.json"
+    path.write_text(
+        json.dumps(
+            {"tests": {file: kept, "tests/techniques/test_fusion.py": kept}, "workflows": {"mini_inpaint.json": {}}}
+        )
+    )
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "record_calls", "--calls", str(path), file],
+        cwd=papers.PACK,
+        env={**os.environ, "PYTHONPATH": str(papers.PACK / "tools")},
+        check=True,
+    )
+    names = ("add_noise", "ddim_step", "noise_levels", "noise_loss_weight")
+    assert json.loads(path.read_text()) == {
+        "tests": {
+            file: {f"techniques/diffusion.py:{name}": [] for name in names},
+            "tests/techniques/test_fusion.py": kept,
+        },
+        "workflows": {"mini_inpaint.json": {}},
+    }
+
+
+@pytest.mark.slow
+def test_a_function_counts_for_the_sampler_and_for_the_node_that_put_it_into_the_model(tmp_path):
+    with record_calls.comfyui(tmp_path) as (client, log):
+        prompt = client.to_api(run.read_workflow(papers.PACK / "workflows" / "layers_from_text_mini.json"))
+        for setting in ("steps=2", "harmonize=false"):
+            run.set_input(prompt, f"Strata_LayersSampler.{setting}", client)
+        calls = record_calls.calls_of(client, prompt, log)
+    shared = "techniques/shared_layers.py:"
+    assert calls[f"{shared}global_embedding"] == {"Strata_LayerPrompts"}
+    assert calls[f"{shared}joint_attention"] == {"Strata_LayersSampler", "Strata_SharedLayers"}
+    assert calls[f"{shared}mix_global_in"] == {"Strata_LayersSampler", "Strata_ContextMaps"}
+    assert calls["networks/context_layers.py:ContextLayer"] == {"Strata_LayersSampler", "Strata_ContextMaps"}
+    assert "techniques/harmonization.py:fuse_latents" not in calls
+
+
+def test_what_a_sampler_of_comfyui_runs_counts_for_the_node_that_made_its_guider():
+    """From the record, since this takes its time to run."""
+    calls = papers.read_record()["workflows"]["scene_composition_mini.json"]
+    assert calls["techniques/feature_guidance.py:composition_energy"] == ["Strata_FeatureGuidance"]
+    assert calls["techniques/inversion.py:scale_between"] == ["Strata_InvertImage"]
 
 
 def test_the_page_of_figures_is_of_its_table():

@@ -56,7 +56,11 @@ def build(config: dict) -> Joined:
 
 
 def losses(config: dict, latent: Tensor, decoded: Tensor, image: Tensor) -> dict[str, Tensor]:
-    """What is minimised, and its parts: latent_weight pulls each channel's mean to 0 and deviation to 1."""
+    """What is minimised, and its parts: latent_weight pulls each channel's mean to 0 and deviation to 1.
+
+    latent: [B,C,h,w]; decoded and image: [B,3,H,W] in 0..1.
+    Source: ours, sharp edges, and latents of the unit variance that a denoiser wants
+    """
     l1 = (decoded - image).abs().mean()
     square = (decoded - image).square().mean()
     gradient = gradient_loss(decoded, image)

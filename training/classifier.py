@@ -105,7 +105,11 @@ def build(config: dict) -> Classifier:
 
 
 def losses(logits: tuple[Tensor, Tensor], places: Tensor, objects: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy over the places, and over the presence of each object."""
+    """Cross-entropy over the places, and over the presence of each object.
+
+    logits: [B,places] and [B,objects]; places: [B], PLAIN counts for nothing; objects: [B,objects] of 0 or 1.
+    Source: ours, one place and any number of objects in a picture
+    """
     place = F.cross_entropy(logits[0], places, ignore_index=PLAIN)
     presence = F.binary_cross_entropy_with_logits(logits[1], objects, reduction="none").sum(1).mean()
     return {"loss": place + presence, "place": place, "objects": presence}

@@ -28,6 +28,10 @@ def loss_of(
 ) -> dict[str, Tensor]:
     """Weighted squared error of the predicted noise; one prompt in `1 / empty_prompt` is left out, for classifier-free
     guidance.
+
+    levels: [timesteps], the share of variance left at each. Scalars: what is minimised, and the plain error.
+    Source: ddpm, Eq. 14, weighted by minsnr
+    Source: cfg, Alg. 1 (training with prompts left out)
     """
     device, size = next(model.parameters()).device, len(batch.prompts)
     timesteps = torch.from_numpy(rng.integers(0, len(levels), size))

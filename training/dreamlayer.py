@@ -110,10 +110,15 @@ def prompt_rows(prompts: list[list[str]]) -> Tensor:
 def loss_of(
     model: nn.Module, batch: Batch, config: dict, levels: Tensor, rng: np.random.Generator
 ) -> dict[str, Tensor]:
-    """Eq. 8. All layers of a scene have one timestep and, but for the share `own_noise`, the same noise; a scene in `1
-    / empty_prompt` has no words, and
-    its alphas for maps. A step at low signal-to-noise ratio, where layouts form, counts up to `early_weight` times as
-    much.
+    """Noise, context and layout loss of scenes of L layers. All layers of a scene have one timestep and, but for the
+    share `own_noise`, the same noise; a scene in `1 / empty_prompt` has no words, and its alphas for maps.
+
+    levels: [timesteps], the share of variance left at each. Scalars: what is minimised, and its parts.
+    Source: dreamlayer, Eq. 2 (its first term) and Eq. 8 (the sum of the terms)
+    Differs: Eq. 2 is weighted by min-SNR, and a step at a low signal-to-noise ratio, where layouts form, counts up to
+    `early_weight` times as much.
+    Differs: objects are encoded with their transparency hidden in the latent, as LayerDiffuse's encoder does it, since
+    its decoder is to find it again; the paper speaks of a solid gray background alone.
     """
     device, size = next(model.parameters()).device, len(batch.prompts)
     timesteps = torch.from_numpy(rng.integers(0, len(levels), size))

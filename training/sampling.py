@@ -19,7 +19,8 @@ def ddim(
     """A clean latent from pure noise of the same shape.
 
     noise: (latent, timestep) -> the estimates with and without the prompt, each of the latent's shape.
-    Source: Song et al. 2021, Eq. 12 with σ = 0; Ho and Salimans 2022, Eq. 6.
+    Source: ddim, Eq. 12 with sigma 0
+    Source: cfg, Eq. 6
     """
     levels = diffusion.noise_levels()
     timesteps = np.linspace(len(levels) - 1, 0, steps + 1).round().astype(int).tolist()

@@ -135,7 +135,11 @@ def losses(config: dict, rgba: Tensor, offset: Tensor, picture: Tensor, found: T
     """Alpha and colours found again, colours counted where they are seen; the picture stays what it would be without
     the offset.
 
-    overlap counts small and faint objects as much as large ones.
+    rgba: [B,4,H,W]; offset: [B,C,H/8,W/8]; picture: [B,3,H,W]; found: [B,4,H,W], alpha first. Scalars: what is
+    minimised, and its parts. overlap counts small and faint objects as much as large ones.
+    Source: layerdiffuse, Sec. 3.1 (reconstruction of alpha and colours, and the decoded picture left as it is)
+    Differs: absolute differences, the overlap of the alphas and a small offset in place of squared ones and of a
+    discriminator.
     """
     colour, alpha = rgba[:, :3], rgba[:, 3:]
     terms = {

@@ -21,8 +21,8 @@ def minmax(x):
 def test_stretched_rows_span_their_range_and_flat_ones_are_zeros():
     values = torch.cat([tokens(5, 3)[:, :9], torch.full((1, 9), 0.3, dtype=torch.float64)])
     assert (
-        np.abs(fusion.stretched(values)[:3].numpy() - minmax(values[:3].numpy())).max() < 1e-12
-        and (fusion.stretched(values)[3] == 0).all()
+        np.abs(fusion.min_max_normalise(values)[:3].numpy() - minmax(values[:3].numpy())).max() < 1e-12
+        and (fusion.min_max_normalise(values)[3] == 0).all()
     )
 
 
@@ -35,7 +35,7 @@ def test_what_is_made_over_rows_is_made_of_the_whole_attention(monkeypatch, rows
         most.append(part.shape[1])
         return part.transpose(0, 1)
 
-    found = fusion.over_rows(q, k, HEADS, heads_apart)
+    found = fusion.reduce_attention(q, k, HEADS, heads_apart)
     assert np.abs(found.numpy() - naive_probabilities(q, k).transpose(0, 2, 1, 3)).max() < 1e-12 and max(most) == min(
         rows, 30
     )

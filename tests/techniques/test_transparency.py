@@ -2,13 +2,24 @@
 
 import numpy as np
 import torch
+from PIL import Image
 from skimage.transform import resize_local_mean
-from strata.techniques.transparency import FACTOR, clean_alpha, extend_colours, over_gray
+from strata.techniques.transparency import FACTOR, clean_alpha, extend_colours, over_gray, turned
 
 
 def disc(side: int = 48) -> torch.Tensor:
     y, x = np.mgrid[:side, :side] - (side - 1) / 2
     return torch.from_numpy(np.clip(side / 4 + 0.5 - np.hypot(x, y), 0, 1)).float()[None, None]
+
+
+def test_pictures_are_mirrored_and_then_turned_as_pillow_does_it():
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7), np.uint8)
+    for flip in (False, True):
+        for quarters in (-1, 0, 1, 2, 3):
+            picture = Image.fromarray(pixels)
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else picture
+            expected = np.asarray(picture.rotate(90 * quarters, expand=True))
+            assert np.array_equal(turned(torch.from_numpy(pixels)[None], flip, quarters)[0].numpy(), expected)
 
 
 def test_extend_colours_keeps_opaque_pixels_and_continues_a_flat_colour_everywhere():
