@@ -149,8 +149,7 @@ class UNet(nn.Module):
     """Predicts the noise of a latent.
 
     channel_mult: widths of the levels in model_channels; transformer_depth: 0 or 1 per level (and
-    `transformer_depth_middle`). Level widths are
-    multiples of 32, sides of the latent multiples of 2 ** (levels - 1).
+    `transformer_depth_middle`). Level widths are multiples of 32, sides of the latent multiples of 2 ** (levels - 1).
     """
 
     def __init__(

@@ -22,8 +22,8 @@ def select(stack: LayerStack, text: str, socket: str = "select") -> list[int]:
     """Indices of the layers that a text such as `1, 3-5, Sky` names, in its order; all of them for an empty text.
 
     Numbers count from 1 at the back; a range may run backwards. Anything else is a name (capitals do not matter), and
-    stands for
-    every layer of that name; in double quotes it is always a name, so that it may be a number or hold a comma.
+    stands for every layer of that name; in double quotes it is always a name, so that it may be a number or hold a
+    comma.
     Raises ValueError for a layer that is not there or is named twice.
     Source: ours, page ranges of a print dialog.
     """
@@ -54,8 +54,7 @@ def arrange(stack: LayerStack, action: str, text: str, names: str = "") -> Layer
     pick: only these, in the order written. drop: all but these. reorder: all layers, in the order written, back to
     front.
     bring to front, send to back: these, in the order written. reverse: these swap places, front to back. rename: one
-    line of
-    `names` for each. merge: neighbouring layers become one, named by `names` or after the nearest.
+    line of `names` for each. merge: neighbouring layers become one, named by `names` or after the nearest.
     Raises ValueError naming the input.
     Source: ours, what layer panels of image editors do.
     """
@@ -103,8 +102,7 @@ def merge(stack: LayerStack, indices: Sequence[int], name: str = "") -> LayerSta
     left out.
 
     The flattened picture stays the same when the merged layers are normal, and always when the range begins at the
-    back: a
-    blend mode further up mixes only with what is merged. Raises ValueError for a gap or when nothing of them is
+    back: a blend mode further up mixes only with what is merged. Raises ValueError for a gap or when nothing of them is
     visible.
     Source: w3c, section 5.5 (a merged range is an isolated group).
     """

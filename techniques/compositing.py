@@ -120,8 +120,7 @@ def flatten(
     background: sRGB and alpha behind the layers. linear: mix light (as ComfyUI's layer editor does) and not sRGB
     values.
     Invisible layers are skipped. Each layer is first mixed with what is behind it, Cs' = (1 - αb)·Cs + αb·B(Cb, Cs),
-    then put
-    over it: co = αs·Cs' + (1 - αs)·αb·Cb, αo = αs + αb·(1 - αs), and Co = co / αo at the end.
+    then put over it: co = αs·Cs' + (1 - αs)·αb·Cb, αo = αs + αb·(1 - αs), and Co = co / αo at the end.
     Raises ValueError naming the layer for a blend mode without a W3C formula.
     Source: w3c, section 5.1 and 9.1.4 (source over).
     """

@@ -33,10 +33,8 @@ def normalise_depth(
     """Raw depth or disparity [B,H,W] -> 0..1, 0 = nearest; missing values filled.
 
     spread: each image is stretched to its own range, or all to that of the whole batch (a video, whose cuts would jump
-    otherwise), or the values
-    from limits[0] to limits[1] are. NaN and infinite values are missing, zeros too when asked. Raises ValueError when a
-    whole image is missing, and
-    for limits that do not rise.
+    otherwise), or the values from limits[0] to limits[1] are. NaN and infinite values are missing, zeros too when
+    asked. Raises ValueError when a whole image is missing, and for limits that do not rise.
     Source: deglad, Sec. 3.2 (the depth map D that a threshold d is compared with).
     Differs: the paper takes the predictor's values as they are; a range of 0..1 makes thresholds comparable between
     sources.
@@ -67,12 +65,9 @@ def fill_missing(depth: Tensor, valid: Tensor) -> Tensor:
     """Depth [B,H,W], 0 = nearest, with every pixel outside `valid` given the depth of a valid one in its row or column.
 
     A hole is crossed where it is narrowest, along its row or along its column. A rim of at most RIM pixels is an edge
-    that was not
-    measured sharply, and each pixel takes the closer end; a wider hole is what a nearer object hides from one of a
-    camera's two eyes, or
-    lies beyond its range, and takes the farther end. So nothing near is smeared over what is behind it. At the
-    picture's border, where a
-    hole has one end, it counts as twice as wide as that end is far.
+    that was not measured sharply, and each pixel takes the closer end; a wider hole is what a nearer object hides from
+    one of a camera's two eyes, or lies beyond its range, and takes the farther end. So nothing near is smeared over
+    what is behind it. At the picture's border, where a hole has one end, it counts as twice as wide as that end is far.
     Source: ours, depth sensors leave holes on the far side of an edge.
     """
     while not valid.all():
@@ -117,8 +112,7 @@ def resize_depth(depth: Tensor, height: int, width: int, edge: float = 0.02) -> 
     """Depth [B,H,W] at another size without new depths at edges.
 
     Where the four samples around a pixel agree within `edge` they are interpolated; across an edge the one closest to
-    the
-    interpolated value is taken, so that no rim of in-between depth appears.
+    the interpolated value is taken, so that no rim of in-between depth appears.
     Source: ours, a rim of invented depth would fall into a middle slice.
     """
     if depth.shape[1:] == (height, width):
@@ -296,9 +290,8 @@ def fill_behind(colours: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     completely.
 
     colours: of each layer, of use where its weight is. A hidden pixel goes to the layer that most of the visible,
-    farther
-    surroundings belong to, and always to the farthest one; its colour is a smooth continuation. The flattened picture
-    is unchanged.
+    farther surroundings belong to, and always to the farthest one; its colour is a smooth continuation. The flattened
+    picture is unchanged.
     Source: ours, push-pull interpolation (Gortler et al. 1996, The Lumigraph, Sec. 3.4).
     """
     behind = weights.cumsum(1)

@@ -54,8 +54,7 @@ def feature_energy_l1(features: Tensor, source: Tensor, mask: Tensor) -> Tensor:
 
     Source: featglac, released code (in place of Eq. 4's norm)
     Differs: a place on the rim counts for both scenes by their shares of it; the released background mask leaves out
-    every latent place that has
-    any foreground pixel.
+    every latent place that has any foreground pixel.
     """
     return (mask * (source - features)).abs().mean(1).sum((1, 2)) / mask.sum().clamp_min(torch.finfo(mask.dtype).tiny)
 

@@ -1,8 +1,7 @@
 """Where a layer lies on the canvas, and its pixels there, a few rows at a time.
 
 A pixel is a unit square: pixel i covers [i, i + 1). Layers are [H,W,C] as in the document; pixels come out planar,
-[C,rows,W],
-which is what makes compositing fast.
+[C,rows,W], which is what makes compositing fast.
 """
 
 from __future__ import annotations
@@ -71,13 +70,10 @@ def place(layer: Layer, canvas: tuple[int, int]) -> Placement | None:
     """Where a layer shows on the canvas (width, height), ready to be read row by row; None when it lies wholly outside.
 
     At native size, and turned by quarter turns only, pixels are copied bit by bit (a quarter turn of a layer with one
-    odd and
-    one even side would end between pixels and moves by half a pixel to the left or up). Everything else is resampled
-    with
-    premultiplied alpha, so that the colour of transparent pixels never shows at an edge: a bicubic antialiased
-    reduction first
-    where the layer is shown smaller, then a bicubic lookup, with the layer's border antialiased by its coverage of each
-    pixel.
+    odd and one even side would end between pixels and moves by half a pixel to the left or up). Everything else is
+    resampled with premultiplied alpha, so that the colour of transparent pixels never shows at an edge: a bicubic
+    antialiased reduction first where the layer is shown smaller, then a bicubic lookup, with the layer's border
+    antialiased by its coverage of each pixel.
     Source: ours, inverse mapping of ComfyUI's layer fields: flips, then scaling to w × h, then rotation about the
     centre.
     """
@@ -144,9 +140,8 @@ def transform(
     pixels throughout.
 
     pivot: a point of the canvas, or None for the layer's own centre. Positions and sizes are whole pixels in the
-    document; their fractions go along
-    under extra["strata"]["exact"], so that a chain of transforms is off by less than one pixel altogether. Raises
-    ValueError when scale is not positive.
+    document; their fractions go along under extra["strata"]["exact"], so that a chain of transforms is off by less than
+    one pixel altogether. Raises ValueError when scale is not positive.
     Source: ours, similarity transform of ComfyUI's layer fields.
     """
     if scale <= 0:

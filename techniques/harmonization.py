@@ -78,9 +78,8 @@ def keep_detail(before: Tensor, drawn: Tensor, same: Tensor, seen: Tensor, radiu
     light and shadow, no texture.
 
     same: `before` as the autoencoder gives it back; drawn: the harmonised picture; all [1,3,H,W]. seen: [1,1,H,W], 1
-    where the background is seen. A rim of
-    a third of the radius around things does not count, since models draw them wider than they are and their colours
-    would run.
+    where the background is seen. A rim of a third of the radius around things does not count, since models draw them
+    wider than they are and their colours would run.
     Source: ours, an autoencoder and a few steps of denoising blur every texture that they touch.
     """
     rim = round(radius / 3)

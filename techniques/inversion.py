@@ -28,9 +28,8 @@ def ode_step(latent: Tensor, seen: Tensor, denoised: Tensor, at: Tensor, sigma: 
     `seen` at noise level `at`.
 
     Sampling has seen = latent and at = sigma; inversion sees the latent of sigma at next_sigma, above sigma. (seen -
-    denoised) / at is the
-    noise of a diffusion model and the velocity of a flow matching one, so the same line is DDIM, its inversion, and
-    Euler's method for both.
+    denoised) / at is the noise of a diffusion model and the velocity of a flow matching one, so the same line is DDIM,
+    its inversion, and Euler's method for both.
     Source: ddim, Eq. 13 (the ODE that DDIM integrates by Euler's method, in x / sqrt(alpha) and sigma), in either
     direction
     """
@@ -41,9 +40,8 @@ def trajectory_at(latents: Tensor, sigmas: Tensor, sigma: float, flow: bool = Fa
     """The latent [B,C,H,W] at noise level sigma, 0 or more, from a trajectory [N,B,C,H,W] at descending sigmas [N].
 
     Exact on the path of Euler steps, which is straight between two of them. Above the first noise level the noise that
-    the trajectory's first
-    latent has beside its last one grows to sigma; below the last one nothing is left to take away, and that latent is
-    given.
+    the trajectory's first latent has beside its last one grows to sigma; below the last one nothing is left to take
+    away, and that latent is given.
     Source: ours, any schedule of the sampler can follow one inversion
     """
     if sigma > sigmas[0]:

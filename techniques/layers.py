@@ -1,8 +1,7 @@
 """ComfyUI's LAYERS document, read and written in one place.
 
 A document comes from any node of any pack, so everything in it is checked here and nowhere else. The rest of the pack
-works
-with `LayerStack` and `Layer`: one frame per layer, every field present, back to front.
+works with `LayerStack` and `Layer`: one frame per layer, every field present, back to front.
 """
 
 from __future__ import annotations
@@ -68,9 +67,8 @@ class Layer:
     """One raster layer on the canvas.
 
     image: [H,W,3|4] sRGB in 0..1, straight alpha. mask: [H,W], 1 = transparent, or None. x, y: top left corner of the
-    unrotated
-    layer on the canvas, pixels. w, h: display size in pixels, 0 = native. rotation: radians, clockwise, about the
-    centre.
+    unrotated layer on the canvas, pixels. w, h: display size in pixels, 0 = native. rotation: radians, clockwise, about
+    the centre.
     extra: keys that are not ComfyUI's, carried through unchanged; ours are under extra["strata"].
     """
 

@@ -25,10 +25,8 @@ def refine_slices(
     """Weights [N,H,W] and colours [N,H,W,3] of slices whose edges were refined by matting.
 
     image: [H,W,3] in 0..1. masks: [N,H,W] of 0 or 1, back to front, sum one. width: pixels around each edge that are
-    open to
-    change. step is called after each of the N − 1 edges. The weights still sum to one, and the layers laid over each
-    other give
-    the image within 1/255. Raises ModuleNotFoundError with advice when pymatting is missing.
+    open to change. step is called after each of the N − 1 edges. The weights still sum to one, and the layers laid over
+    each other give the image within 1/255. Raises ModuleNotFoundError with advice when pymatting is missing.
     What is thinner than 3 pixels at the edge of a nearer layer is taken for depth mixed across that edge and goes to
     the layers around it.
     Source: ours, closed-form matting (Levin et al. 2008) and multi-level foreground estimation (Germer et al. 2020) of
@@ -62,8 +60,8 @@ def matte(image: Tensor, mask: Tensor, width: int) -> Tensor:
 
     Source: ours, closed-form matting (Levin et al. 2008, A closed-form solution to natural image matting) of pymatting.
     Differs: inside the band the cut-out mask stays a weak prior, because a depth edge is roughly right and thin things
-    have no
-    certain inside; without it three of the six photographs that it was measured on got worse than the mask itself.
+    have no certain inside; without it three of the six photographs that it was measured on got worse than the mask
+    itself.
     """
     reach = max(1, round(width / 2))
     inside, outside = _erode(mask, reach), _erode(1 - mask, reach)

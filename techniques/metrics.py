@@ -97,8 +97,7 @@ def beyond_shadow(picture: Tensor, background: Tensor, darkest: float = 0.5, win
     `darkest` of its brightness.
 
     The largest channel's difference at the shadow that fits the pixel best; then the median over a window, so that an
-    outline of the background
-    that moved by a pixel does not count.
+    outline of the background that moved by a pixel does not count.
 
     Source: ours, an object is found in a picture without its alpha
     """

@@ -19,8 +19,7 @@ def global_embedding(layers: list[Tensor], ends: list[list[int]], chunk: int = 7
     of `chunk` that holds all.
 
     layers: [S_i,D], back to front, as a text encoder gives them in chunks with a start, words, an end and padding.
-    ends: the position of
-    every chunk's end in each layer.
+    ends: the position of every chunk's end in each layer.
     Source: dreamlayer, Sec. 3 Overview, the tokens between start and end of every prompt, concatenated
     Differs: the paper does not say what stands before and behind them; here the layers' starts, and their ends with the
     padding, averaged.
@@ -46,8 +45,7 @@ def layer_offsets(embedding: Tensor, words: list[list[int]], length: int) -> Ten
     whole picture.
 
     words: the layers' positions in the whole picture's embedding, as global_embedding gives them. The result is what
-    embedding the layers
-    first and joining them then would give. Layers behind the last of the N take its row.
+    embedding the layers first and joining them then would give. Layers behind the last of the N take its row.
     Source: dreamlayer, Sec. 3 Overview, the learnable layer assign embedding
     Differs: the whole picture's tokens that are nobody's words (start, end and padding) get the mean of the layers'
     embeddings; the paper speaks of the words alone.

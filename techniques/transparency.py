@@ -86,8 +86,8 @@ def clean_alpha(alpha: Tensor, veil: float = 10 / 255, speck: float = 0.02) -> T
     """Alpha [B,1,H,W] in 0..1 without what a decoder leaves beside the object: a faint veil, and specks apart from it.
 
     A part is what holds together above `veil`; parts with less than the share `speck` of the largest one's sum go. What
-    stays keeps its own values and
-    one pixel of its fading edge. A picture that is nowhere above the veil stays as it is.
+    stays keeps its own values and one pixel of its fading edge. A picture that is nowhere above the veil stays as it
+    is.
     Source: ours, what a small decoder is unsure of is no part of the object.
     """
     from scipy import ndimage

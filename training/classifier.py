@@ -2,8 +2,7 @@
 are.
 
 It learns all sixty objects, those that are held out from the other trainers too, because it has to judge them; what it
-never sees
-are the held-out pairs of object and place, on which it is measured.
+never sees are the held-out pairs of object and place, on which it is measured.
 """
 
 from __future__ import annotations

@@ -19,8 +19,7 @@ def save(path: Path, state: dict[str, Tensor], metadata: dict[str, str], fp8: st
     loading needs.
 
     fp8: matrices and kernels whose keys start with it are stored as float8 e4m3, which halves a file that they fill.
-    ComfyUI's loaders
-    cast them as they cast any other fp8 model.
+    ComfyUI's loaders cast them as they cast any other fp8 model.
     A file that says the same already stays as it is, byte for byte: the format does not fix the metadata's order.
     """
     from safetensors.torch import save_file

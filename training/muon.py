@@ -70,8 +70,7 @@ def orthogonalised(matrices: list[Tensor]) -> list[Tensor]:
     """Of each, about U V^T of its singular value decomposition: five steps of the quintic Newton-Schulz iteration.
 
     Each step multiplies by a polynomial of x x^T, so all of them are gathered in a square matrix of the short side, for
-    all matrices of one
-    short side together.
+    all matrices of one short side together.
     """
     wide = [matrix.T if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
     wide = [matrix / (matrix.norm() + 1e-7) for matrix in wide]

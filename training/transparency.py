@@ -2,8 +2,7 @@
 it again.
 
 Its second run, `transparent_decoder`, leaves the encoder as it is: an adapter that was trained on its latents stays
-valid. It sees cut-outs turned
-and mirrored, since the decoder's passes do so too.
+valid. It sees cut-outs turned and mirrored, since the decoder's passes do so too.
 """
 
 from __future__ import annotations
