@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from .layers import MAX_SIDE, Layer
@@ -44,7 +45,7 @@ class Placement:
         return self._resampled(top, bottom) if self.inverse else self._copied(top - self.top, bottom - self.top)
 
     def _copied(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        pixels = self.image[first:last].permute(2, 0, 1).contiguous()
+        pixels = rearrange(self.image[first:last], "h w c -> c h w").contiguous()
         alpha = pixels[3] if len(pixels) == 4 else torch.ones_like(pixels[0])
         if self.mask is not None:
             alpha = alpha * (1 - self.mask[first:last])
@@ -102,7 +103,7 @@ def rasterise(layer: Layer, canvas: tuple[int, int]) -> Tensor:
     if placed:
         colour, alpha = placed.rows(placed.top, placed.bottom)
         box = pixels[placed.top : placed.bottom, placed.left : placed.right]
-        box[..., :3] = colour.permute(1, 2, 0)
+        box[..., :3] = rearrange(colour, "c h w -> h w c")
         box[..., 3] = alpha if layer.opacity == 1 else alpha * layer.opacity
     return pixels
 
@@ -260,7 +261,7 @@ def _copy(layer: Layer, box: tuple[int, int, int, int], left: int, top: int, qua
 def _resampling(layer: Layer, box: tuple[int, int, int, int]) -> Placement:
     width, height = layer.size
     opaque = layer.mask is None and layer.image.shape[-1] == 3
-    source = (layer.image if opaque else layer.rgba()).permute(2, 0, 1)[None]
+    source = rearrange(layer.image if opaque else layer.rgba(), "h w c -> 1 c h w")
     source = source if opaque else torch.cat([source[:, :3] * source[:, 3:], source[:, 3:]], dim=1)
     reduced = min(height, source.shape[2]), min(width, source.shape[3])
     if reduced != tuple(source.shape[2:]):
