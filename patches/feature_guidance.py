@@ -16,6 +16,7 @@ import comfy.samplers
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel, Upsample
 from comfy.model_patcher import ModelPatcher
+from einops import rearrange
 from torch import Tensor, nn
 from tqdm.auto import trange
 
@@ -317,7 +318,7 @@ class FeatureGuider(comfy.samplers.CFGGuider):
             probe.check(len(rows), "the positive of an inversion")
             found.append(probe.features)
         return {
-            level: torch.cat([one[level] for one in found]).unflatten(0, (len(used), len(x)))
+            level: rearrange(torch.cat([one[level] for one in found]), "(plane b) c h w -> plane b c h w", b=len(x))
             for level in self.level_weights
         }
 

@@ -14,6 +14,7 @@ import latent_preview
 import torch
 import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
+from einops import rearrange
 from torch import Tensor
 
 from ..techniques.feature_guidance import masks_at_level
@@ -184,7 +185,7 @@ def harmonize_layers(
     path = None if retained is None else _retained(retained, stack, side)
     stack = _shown(stack)
     colours, alphas = colours_and_alphas(stack)
-    latents = [vae.encode(_padded(colour, side).permute(0, 2, 3, 1)) for colour in colours.split(1)]
+    latents = [vae.encode(rearrange(_padded(colour, side), "b c h w -> b h w c")) for colour in colours.split(1)]
     latent = harmonize(
         model,
         positive,
@@ -251,10 +252,10 @@ def _retained(path: Inversion, stack: LayerStack, side: int) -> Callable[[float]
                 f"retained: its latents are of {width * side}×{height * side} pixels and layer {layer.name!r} is "
                 f"{own[1]}×{own[0]}; connect layers and path of the same run."
             )
-    levels = len(path.latents)
+    levels, rows = len(path.latents), rearrange(path.latents, "level row c h w -> row (level c) h w")
     placed = [
-        on_canvas(path.latents[:, number].flatten(0, 1), layer, stack.canvas, side).unflatten(0, (levels, -1))
-        for number, layer in enumerate(stack.layers)
+        rearrange(on_canvas(latents, layer, stack.canvas, side), "(level c) h w -> level c h w", level=levels)
+        for latents, layer in zip(rows, stack.layers, strict=True)
         if layer.visible
     ]
     return replace(path, latents=torch.stack(placed, 1)).at
@@ -269,4 +270,5 @@ def _padded(pixels: Tensor, side: int) -> Tensor:
 def _decoded(vae, latent: Tensor, canvas: tuple[int, int]) -> Tensor:
     """[1,3,H,W] of the first frame, cut to the canvas."""
     pixels = vae.decode(latent)
-    return pixels.reshape(-1, *pixels.shape[-3:])[:1, : canvas[1], : canvas[0]].permute(0, 3, 1, 2)
+    pixels = pixels.reshape(-1, *pixels.shape[-3:])[:1, : canvas[1], : canvas[0]]
+    return rearrange(pixels, "b h w c -> b c h w")

@@ -12,6 +12,7 @@ import comfy.samplers
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
+from einops import rearrange
 from torch import Tensor
 
 from ..techniques.layers import Layer, LayerStack
@@ -63,7 +64,7 @@ def all_rows(branches: list[dict]) -> dict:
     if "noise_mask" in latent:
         mask = comfy.utils.repeat_to_batch_size(latent["noise_mask"], len(branches[0]["samples"]))
         latent["noise_mask"] = mask.repeat_interleave(len(branches), 0)
-    return {**latent, "samples": torch.stack([branch["samples"] for branch in branches], 1).flatten(0, 1)}
+    return {**latent, "samples": rearrange([branch["samples"] for branch in branches], "row b ... -> (b row) ...")}
 
 
 def trajectories(
@@ -77,7 +78,7 @@ def trajectories(
     if not sigmas:
         return [None] * (len(samples) // rows)
     last = model.model.process_latent_in(samples).float().cpu()
-    path = torch.stack([*(seen[sigma] for sigma in sigmas), last]).unflatten(1, (-1, rows))
+    path = rearrange([*(seen[sigma] for sigma in sigmas), last], "level (b row) ... -> level b row ...", row=rows)
     levels = torch.tensor([*sigmas, 0.0])
     return [Inversion(path[:, number, : len(names)], levels, positive, "run", flow) for number in range(path.shape[1])]
 
@@ -100,4 +101,5 @@ def _with_alpha(pixels: Tensor, latents: list[Tensor], decoder, record: Record, 
         alpha = map_alphas(record.steps[-1], colour.shape[1:3])[:, number, ..., None].to(colour)
         return torch.cat([colour, alpha], -1)
     latent = transparent_latents.check_latent({"samples": latents[1 + number]}, decoder)
-    return torch.cat(transparent_latents.decode(decoder, colour.movedim(-1, 1), latent), 1).movedim(1, -1)
+    decoded = transparent_latents.decode(decoder, rearrange(colour, "b h w c -> b c h w"), latent)
+    return rearrange(torch.cat(decoded, 1), "b c h w -> b h w c")
