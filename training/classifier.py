@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ..networks.classifier import Classifier
@@ -130,9 +131,9 @@ def checks(count: int, side: int, first: int = 2 * 10**9) -> dict[str, tuple[Ten
             renderer.render(renderer.Request(kind=kind, objects=(name,)), side, side, first + i).composite
             for i, (name, kind) in enumerate(taken)
         ]
-        pixels = torch.from_numpy(np.round(np.stack(shown) * 255).astype(np.uint8)).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(np.round(np.stack(shown) * 255).astype(np.uint8))
         found[title] = (
-            pixels,
+            rearrange(pixels, "b h w c -> b c h w"),
             torch.tensor([renderer.KINDS.index(kind) for _, kind in taken]),
             torch.tensor([names.index(name) for name, _ in taken]),
         )
