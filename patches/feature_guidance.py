@@ -341,11 +341,11 @@ class Probe:
         channels = executor.class_obj.out_channels
         try:
             with torch.inference_mode(False) if self.gradient else nullcontext(), torch.set_grad_enabled(self.gradient):
-                seen = x
+                network_input = x
                 if self.gradient:
                     self.latent = x[:, :channels].detach().clone().requires_grad_()
-                    seen = torch.cat([self.latent, x[:, channels:].clone()], 1)
-                executor(seen, *args, **kwargs)
+                    network_input = torch.cat([self.latent, x[:, channels:].clone()], 1)
+                executor(network_input, *args, **kwargs)
         except _Enough:
             pass
         finally:

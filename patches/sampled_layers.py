@@ -25,7 +25,7 @@ from .shared_layers import TRAJECTORY, layer_count
 
 def sample_along(
     layered: ModelPatcher,
-    path: Inversion,
+    trajectory: Inversion,
     count: int,
     positive: list,
     negative: list,
@@ -36,12 +36,13 @@ def sample_along(
     """[count,C,h,w]: layers from the noise of a picture's trajectory down to none, with DDIM, while the whole picture
     follows the trajectory. layered: a clone, which gets it.
     """
-    layered.model_options["transformer_options"][TRAJECTORY] = path.at
-    start = path.latents[0].repeat(count, 1, 1, 1)
+    layered.model_options["transformer_options"][TRAJECTORY] = trajectory.at
+    start = trajectory.latents[0].repeat(count, 1, 1, 1)
     nothing = torch.zeros_like(start)
     # ComfyUI scales noise at the highest level by sqrt(1 + sigma²), 1.0023 times as loud as the trajectory; a
     # latent it leaves alone
-    noise, latent = (start / sigmas[0], nothing) if path.flow else (nothing, layered.model.process_latent_out(start))
+    scaled = layered.model.process_latent_out
+    noise, latent = (start / sigmas[0], nothing) if trajectory.flow else (nothing, scaled(start))
     return comfy.sample.sample_custom(
         layered,
         noise,
@@ -68,19 +69,20 @@ def all_rows(branches: list[dict]) -> dict:
 
 
 def trajectories(
-    model: ModelPatcher, positive: list, seen: dict[float, Tensor], samples: Tensor, names: list[str]
+    model: ModelPatcher, positive: list, recorded: dict[float, Tensor], samples: Tensor, names: list[str]
 ) -> list[Inversion | None]:
     """The trajectory of each picture's background and objects, from what the model was called with; None when it was
     not called.
     """
-    sigmas = sorted((sigma for sigma in seen if sigma > 0), reverse=True)
+    sigmas = sorted((sigma for sigma in recorded if sigma > 0), reverse=True)
     rows, flow = layer_count(names), isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
     if not sigmas:
         return [None] * (len(samples) // rows)
     last = model.model.process_latent_in(samples).float().cpu()
-    path = rearrange([*(seen[sigma] for sigma in sigmas), last], "level (b row) ... -> level b row ...", row=rows)
+    steps = [*(recorded[sigma] for sigma in sigmas), last]
+    latents = rearrange(steps, "level (b row) ... -> level b row ...", row=rows)
     levels = torch.tensor([*sigmas, 0.0])
-    return [Inversion(path[:, number, : len(names)], levels, positive, "run", flow) for number in range(path.shape[1])]
+    return [Inversion(own[:, : len(names)], levels, positive, "run", flow) for own in latents.unbind(1)]
 
 
 def decode_layers(vae, names: list[str], latents: list[Tensor], decoder, record: Record) -> list[LayerStack]:

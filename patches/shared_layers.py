@@ -96,7 +96,7 @@ class Call:
     shares: list[Tensor] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
 
-    def of_whole_picture(self, values: Tensor, options: dict) -> Tensor:
+    def of_composite(self, values: Tensor, options: dict) -> Tensor:
         """The whole picture's rows of the conditional estimate."""
         chunks = options["cond_or_uncond"]
         return values.chunk(len(chunks))[chunks.index(self.conditional)][self.run.layers - 1 :: self.run.layers]
@@ -273,7 +273,7 @@ def _attend_jointly(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tenso
 
 def _take_hidden(call: Call, n: Tensor, context: Tensor, value: Tensor, options: dict) -> tuple[Tensor, Tensor, Tensor]:
     if place_of(options) in call.map_places:
-        call.hidden.append(call.of_whole_picture(n, options))
+        call.hidden.append(call.of_composite(n, options))
     return n, context, value
 
 
@@ -283,8 +283,8 @@ def _take_maps(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, op
     """
     call.shares.append(
         dreamlayer.token_shares(
-            call.of_whole_picture(q, options),
-            call.of_whole_picture(k, options),
+            call.of_composite(q, options),
+            call.of_composite(k, options),
             options["n_heads"],
             call.run.token_indices[1:],
         )

@@ -98,9 +98,9 @@ def _nearest(
     infinity, −1 if none.
     """
     length = depth.shape[axis]
-    seen = (valid.flip(axis) if reverse else valid).cpu().numpy()
+    known = (valid.flip(axis) if reverse else valid).cpu().numpy()
     place = np.where(
-        seen, np.arange(length, dtype=np.int32).reshape([-1 if i == axis else 1 for i in range(3)]), np.int32(-1)
+        known, np.arange(length, dtype=np.int32).reshape([-1 if i == axis else 1 for i in range(3)]), np.int32(-1)
     )
     last = torch.from_numpy(np.maximum.accumulate(place, axis, out=place))
     last = last.flip(axis)[holes] if reverse else last[holes]

@@ -160,7 +160,7 @@ def transform(
         width * scale,
         height * scale,
     )
-    x, y, width, height = _whole(exact)
+    x, y, width, height = _rounded(exact)
     angle = -layer.rotation if flip_h != flip_v else layer.rotation
     sides = (layer.w, layer.h) if scale == 1 else (width, height)
     moved = replace(
@@ -180,20 +180,20 @@ def _exact(layer: Layer) -> tuple[float, float, float, float]:
     """Centre and size with their fractions, as long as they are those of the layer's whole numbers: another node may
     have moved it.
     """
-    whole = layer.x, layer.y, *layer.size
+    rounded = layer.x, layer.y, *layer.size
     ours = layer.extra.get("strata")
     exact = ours.get("exact") if isinstance(ours, dict) else None
     if (
         isinstance(exact, list | tuple)
         and len(exact) == 4
         and all(isinstance(value, int | float) and math.isfinite(value) for value in exact)
-        and _whole(exact) == whole
+        and _rounded(exact) == rounded
     ):
         return tuple(exact)
     return layer.x + layer.size[0] / 2, layer.y + layer.size[1] / 2, *layer.size
 
 
-def _whole(exact) -> tuple[int, int, int, int]:
+def _rounded(exact) -> tuple[int, int, int, int]:
     """x, y, w, h of the document."""
     width, height = _side(exact[2]), _side(exact[3])
     return math.floor(exact[0] - width / 2 + 0.5), math.floor(exact[1] - height / 2 + 0.5), width, height

@@ -74,19 +74,19 @@ def feathered(alpha: Tensor, radius: float) -> Tensor:
     return alpha * (2 * _blurred((alpha > 0).to(alpha), radius / 2, 1.5 * radius) - 1).clamp(0, 1)
 
 
-def keep_detail(before: Tensor, drawn: Tensor, same: Tensor, seen: Tensor, radius: float) -> Tensor:
+def keep_detail(before: Tensor, drawn: Tensor, same: Tensor, visible: Tensor, radius: float) -> Tensor:
     """[1,3,H,W]: the background `before` with what is smoother than `radius` pixels of the way from `same` to `drawn`:
     light and shadow, no texture.
 
-    same: `before` as the autoencoder gives it back; drawn: the harmonised picture; all [1,3,H,W]. seen: [1,1,H,W], 1
-    where the background is seen. A rim of a third of the radius around things does not count, since models draw them
+    same: `before` as the autoencoder gives it back; drawn: the harmonised picture; all [1,3,H,W]. visible: [1,1,H,W],
+    1 where the background is. A rim of a third of the radius around things does not count, since models draw them
     wider than they are and their colours would run.
     Source: ours, an autoencoder and a few steps of denoising blur every texture that they touch.
     """
     rim = round(radius / 3)
-    seen = 1 - F.max_pool2d(1 - seen, 2 * rim + 1, 1, rim)
-    weight = _blurred(seen, radius / 2, 1.5 * radius)
-    return before + _blurred((drawn - same) * seen, radius / 2, 1.5 * radius) / weight.clamp_min(1e-4)
+    visible = 1 - F.max_pool2d(1 - visible, 2 * rim + 1, 1, rim)
+    weight = _blurred(visible, radius / 2, 1.5 * radius)
+    return before + _blurred((drawn - same) * visible, radius / 2, 1.5 * radius) / weight.clamp_min(1e-4)
 
 
 def colours_and_alphas(stack: LayerStack) -> tuple[Tensor, Tensor]:
@@ -109,10 +109,10 @@ def light_behind(before: Tensor, drawn: Tensor, free: Tensor, soft: bool = True)
     Source: ours, a model draws the foregrounds into the background, a rim of them a little beside their place.
     """
     clear = 1 - F.max_pool2d(1 - free, 2 * RIM + 1, 1, RIM)
-    seen = feathered(clear[None], RIM)[0] if soft else free
+    visible = feathered(clear[None], RIM)[0] if soft else free
     before, drawn = (rearrange(image, "b c h w -> b h w c") for image in (before, drawn))
     light = push_pull((drawn - before)[:, None], clear.clamp(0, 1)[None])[:, 0]
-    return torch.lerp(before + light, drawn, seen[..., None]).clamp(0, 1)[0]
+    return torch.lerp(before + light, drawn, visible[..., None]).clamp(0, 1)[0]
 
 
 def harmonised_layers(
@@ -125,14 +125,14 @@ def harmonised_layers(
     `feather` pixels inside of their edge. A background that is transparent in places stays so.
     Source: ours, what a model draws again loses its detail, so that all that can keeps its own pixels.
     """
-    (back, *things), (ground, *own), (opacity, shapes) = stack.layers, colours, (alphas[:1], alphas[1:])
+    (back, *objects), (ground, *own), (opacity, shapes) = stack.layers, colours, (alphas[:1], alphas[1:])
     free, shares = visible_shares(shapes)
     image = light_behind(ground[None], drawn, free, soft=not relight)
     image = image if (opacity == 1).all() else torch.cat([image, rearrange(opacity, "1 1 h w -> h w 1")], -1)
-    found = [Layer(image, back.name, extra=back.extra), *things]
+    found = [Layer(image, back.name, extra=back.extra), *objects]
     if relight:
         picture = drawn
-        for number, (layer, colour, share, alpha) in enumerate(zip(things, own, shares, shapes, strict=True), 1):
+        for number, (layer, colour, share, alpha) in enumerate(zip(objects, own, shares, shapes, strict=True), 1):
             pixels = torch.cat([torch.lerp(colour, drawn[0], share).clamp(0, 1), alpha])
             found[number] = Layer(rearrange(pixels, "c h w -> h w c"), layer.name, extra=layer.extra)
     else:

@@ -52,10 +52,10 @@ def layer_offsets(embedding: Tensor, words: list[list[int]], length: int) -> Ten
     embeddings; the paper speaks of the words alone.
     """
     layers = embedding[torch.arange(len(words)).clamp(max=len(embedding) - 1)]
-    whole = layers.mean(0).repeat(length, 1)
+    composite = layers.mean(0).repeat(length, 1)
     for layer, own in zip(layers, words, strict=True):
-        whole[own] = layer
-    return torch.cat([repeat(layers, "layer c -> layer token c", token=length), whole[None]])
+        composite[own] = layer
+    return torch.cat([repeat(layers, "layer c -> layer token c", token=length), composite[None]])
 
 
 def token_shares(q: Tensor, k: Tensor, heads: int, tokens: list[list[int]]) -> Tensor:

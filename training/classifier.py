@@ -153,10 +153,10 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
         device, metrics = next(model.parameters()).device, {}
         for title, (pixels, places, objects) in sets.items():
             logits = [model(part.to(device).float() / 255) for part in pixels.split(60)]
-            place, thing = (torch.cat(parts).argmax(1).cpu() for parts in zip(*logits, strict=True))
+            place, item = (torch.cat(parts).argmax(1).cpu() for parts in zip(*logits, strict=True))
             metrics |= {
                 f"{title}_place": (place == places).float().mean().item(),
-                f"{title}_object": (thing == objects).float().mean().item(),
+                f"{title}_object": (item == objects).float().mean().item(),
             }
         print(
             f"held-out scenes at step {step}: " + "  ".join(f"{key} {value:.4f}" for key, value in metrics.items()),

@@ -190,8 +190,8 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
         ]
         loop.save_grid(folder / "grid.png", torch.cat(shown), 8)
         report = {
-            name: metrics.alpha_iou(seen[:, :1], alpha).mean().item()
-            for name, seen in (("iou", found), ("iou of one pass", once))
+            name: metrics.alpha_iou(decoded[:, :1], alpha).mean().item()
+            for name, decoded in (("iou", found), ("iou of one pass", once))
         }
         report |= {
             "sad": metrics.alpha_sad(found[:, :1], alpha).mean().item(),
