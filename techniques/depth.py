@@ -73,11 +73,9 @@ def fill_missing(depth: Tensor, valid: Tensor) -> Tensor:
     """
     while not valid.all():
         holes = (~valid).nonzero(as_tuple=True)
-        distances, depths = zip(
-            *(_nearest(depth, valid, holes, axis, reverse) for axis in (1, 2) for reverse in (False, True)), strict=True
-        )
+        nearest = [_nearest(depth, valid, holes, axis, reverse) for axis in (1, 2) for reverse in (False, True)]
         distances, depths = (
-            rearrange(torch.stack(ends), "(line side) hole -> line side hole", line=2) for ends in (distances, depths)
+            rearrange(list(ends), "(line side) hole -> line side hole", line=2) for ends in zip(*nearest, strict=True)
         )
         width = torch.where(distances.isinf().any(1), 2 * distances.amin(1), distances.sum(1))
         one_side_closer = (width <= RIM) & (distances[:, 0] != distances[:, 1])
