@@ -251,10 +251,10 @@ def _composited(below: list[Layer], layer: Layer, operator: str, notes: list[str
     shown = [one for one in below if one.visible]
     own = (layer.rgba()[..., 3] * layer.opacity).numpy()
     if operator == "svg:src-atop" and shown:
-        whole = flattened([replace(one, blend_mode="normal") for one in shown], layer.name, notes)
-        alpha = whole.image[..., 3].numpy()
+        merged = flattened([replace(one, blend_mode="normal") for one in shown], layer.name, notes)
+        alpha = merged.image[..., 3].numpy()
         if _hard(alpha):
-            return [*below, masked(layer, over(box_of(layer), alpha, whole.x, whole.y, 0))]
+            return [*below, masked(layer, over(box_of(layer), alpha, merged.x, merged.y, 0))]
     if operator in ("svg:dst-in", "svg:dst-out") and shown and (_hard(own) or len(shown) == 1):
         inside, outside = (own, 0) if operator == "svg:dst-in" else (1 - own, 1)
         return [

@@ -5,8 +5,10 @@ the published files.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
@@ -62,20 +64,22 @@ class SharedAttention(nn.Module):
         """x: [B·frames,T,C], frame by frame of each picture; control: features [1 or B,·,h,w] with h·w = T. original:
         the UNet's own attention.
         """
-        parts = list(x.unflatten(0, (-1, self.frames)).unbind(1))
+        split = partial(rearrange, pattern="(b frame) token c -> frame b token c", frame=self.frames)
+        parts = list(split(x))
         if control is not None:
             parts = [
-                part + conv(control).flatten(2).transpose(1, 2)
+                part + rearrange(conv(control), "b c h w -> b (h w) c")
                 for part, conv in zip(parts, self.control_convs, strict=True)
             ]
-        keys = parts if context is None else context.unflatten(0, (-1, self.frames)).unbind(1)
-        values = keys if value is None else value.unflatten(0, (-1, self.frames)).unbind(1)
+        keys = parts if context is None else split(context)
+        values = keys if value is None else split(value)
         added = [
             self._attend(original, attention, frame, *inputs)
             for frame, inputs in enumerate(zip(parts, keys, values, strict=True))
         ]
         h = torch.stack(parts, 1) + torch.stack(added, 1)
-        return (h + self.over_frames(h, original.heads)).flatten(0, 1) - x
+        h = h + self.over_frames(h, original.heads)
+        return rearrange(h, "b frame token c -> (b frame) token c") - x
 
     def _attend(self, original, attention: Callable, frame: int, x: Tensor, context: Tensor, value: Tensor) -> Tensor:
         q, k, v = (
@@ -90,9 +94,13 @@ class SharedAttention(nn.Module):
         pictures of three tokens.
         """
         h = self.temporal_i(self.temporal_n(h))
-        q, k, v = (layer(h).unflatten(-1, (heads, -1)) for layer in (self.temporal_q, self.temporal_k, self.temporal_v))
+        q, k, v = (
+            rearrange(layer(h), "b frame token (head c) -> b frame token head c", head=heads)
+            for layer in (self.temporal_q, self.temporal_k, self.temporal_v)
+        )
         scores = torch.einsum("bfthc,bgthc->bthfg", q, k).float() * q.shape[-1] ** -0.5
-        return self.temporal_o(torch.einsum("bthfg,bgthc->bfthc", scores.softmax(-1).to(v), v).flatten(-2))
+        found = torch.einsum("bthfg,bgthc->bfthc", scores.softmax(-1).to(v), v)
+        return self.temporal_o(rearrange(found, "b frame token head c -> b frame token (head c)"))
 
 
 class PictureFeatures(nn.Module):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from .unet import Attention, FeedForward
@@ -34,7 +35,8 @@ class ContextLayer(nn.Module):
         """maps: [B,F,M] in 0..1 of F objects; hidden: [B,M,width], the whole picture's, added up over the layers of the
         model -> [B,F,M] in 0..1.
         """
-        x = (self.norm(hidden)[:, None] + self.map_in(maps[..., None])).flatten(0, 1)
+        x = self.norm(hidden)[:, None] + self.map_in(maps[..., None])
+        x = rearrange(x, "scene object token c -> (scene object) token c")
         n = self.norm1(x)
         x = x + self.attn(n, n)
         x = x + self.ff(self.norm2(x))

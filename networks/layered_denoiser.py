@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,11 +45,15 @@ class Call:
         return self.size[0] // factor, self.size[1] // factor
 
     def mix(self, n: Tensor) -> Tensor:
-        maps = dreamlayer.resize_maps(self.maps[0], self.size_of(n)).flatten(2) * self.early[:, None, None]
-        return dreamlayer.mix_global_in(n.unflatten(0, (-1, self.layers)), maps).flatten(0, 1)
+        maps = dreamlayer.resize_maps(self.maps[0], self.size_of(n))
+        maps = rearrange(maps, "scene object h w -> scene object (h w)") * self.early[:, None, None]
+        layers = rearrange(n, "(scene layer) token c -> scene layer token c", layer=self.layers)
+        return rearrange(dreamlayer.mix_global_in(layers, maps), "scene layer token c -> (scene layer) token c")
 
     def record_attention(self, n: Tensor, q: Tensor, k: Tensor, heads: int) -> None:
-        n, q, k = (rows.unflatten(0, (-1, self.layers)) for rows in (n, q, k))
+        n, q, k = (
+            rearrange(rows, "(scene layer) token c -> scene layer token c", layer=self.layers) for rows in (n, q, k)
+        )
         shares, own = [], []
         for scene, (indices, ends) in enumerate(zip(self.token_indices, self.ends, strict=True)):
             shares.append(dreamlayer.token_shares(q[scene, -1:], k[scene, -1:], heads, indices[1:]))
@@ -69,7 +74,7 @@ class Call:
         shares, own, hidden = (torch.stack(values).sum(0) for values in zip(*self.recorded, strict=True))
         size = self.size_of(hidden)
         maps, own = (
-            values.unflatten(2, size)
+            rearrange(values, "scene object (h w) -> scene object h w", h=size[0])
             for values in (self.refine(dreamlayer.context_maps(shares), hidden), dreamlayer.context_maps(own))
         )
         if self.known is not None:
@@ -100,9 +105,11 @@ class RowLinear(nn.Module):
         others, objects = self.weight, self.weight + self.adapter
         if self.shared is not None and self.foreground is not None:
             others, objects = others + self.shared, objects + self.foreground
-        first, between, last = x.unflatten(0, (-1, layers)).split([1, layers - 2, 1], 1)
+        x = rearrange(x, "(scene layer) token c -> scene layer token c", layer=layers)
+        first, between, last = x.split([1, layers - 2, 1], 1)
         parts = (first, others), (between, objects), (last, others)
-        return torch.cat([F.linear(part, weight, self.bias) for part, weight in parts], 1).flatten(0, 1)
+        x = torch.cat([F.linear(part, weight, self.bias) for part, weight in parts], 1)
+        return rearrange(x, "scene layer token c -> (scene layer) token c")
 
 
 class LayerBlock(nn.Module):
@@ -137,8 +144,8 @@ class LayerBlock(nn.Module):
             call.record_attention(n, q, k, module.heads)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (part.unflatten(-1, (module.heads, -1)).transpose(1, 2) for part in (q, k, v))
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            q, k, v = (rearrange(part, "b token (head c) -> b head token c", head=module.heads) for part in (q, k, v))
+            return rearrange(F.scaled_dot_product_attention(q, k, v), "b head token c -> b token (head c)")
 
         out = dreamlayer.joint_attention(q, k, v, call.layers, attend) if jointly else attend(q, k, v)
         return module.to_out[0](out, call.layers)
@@ -200,14 +207,15 @@ class LayeredDenoiser(nn.Module):
         """
         _, layers, _, height, width = latent.shape
         call = Call(layers, (height, width), *self.embed(rows), early, self.context_layers, known)
-        noise = self.unet(latent.flatten(0, 1), timesteps.repeat_interleave(layers), call)
-        return noise.unflatten(0, (-1, layers)), *call.maps
+        latent = rearrange(latent, "scene layer c h w -> (scene layer) c h w")
+        noise = self.unet(latent, repeat(timesteps, "scene -> (scene layer)", layer=layers), call)
+        return rearrange(noise, "(scene layer) c h w -> scene layer c h w", layer=layers), *call.maps
 
     def embed(self, rows: Tensor) -> tuple[Tensor, list[list[list[int]]], list[list[int]]]:
         """[B,L-1,77] -> a Call's tokens, token_indices and ends."""
-        unique, place = rows.flatten(0, 1).unique(dim=0, return_inverse=True)
+        unique, place = rearrange(rows, "scene layer token -> (scene layer) token").unique(dim=0, return_inverse=True)
         encode = self.cond_stage_model.get_submodule("transformer.text_model")
-        encoded = encode(unique)[place].unflatten(0, rows.shape[:2])
+        encoded = rearrange(encode(unique)[place], "(scene layer) token c -> scene layer token c", scene=len(rows))
         ends = (rows == self.end).int().argmax(-1).tolist()
         tokens, token_indices = [], []
         for layers, own in zip(encoded, ends, strict=True):

@@ -5,6 +5,7 @@ tokens.
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,10 +18,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            rearrange(layer(x), "b token (head c) -> b head token c", head=self.heads)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(rearrange(h, "b head token c -> b token (head c)"))
 
 
 class FeedForward(nn.Module):

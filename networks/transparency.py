@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -41,10 +42,13 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(operations.Linear(width, width), nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.group_norm(x).flatten(2).transpose(1, 2)
-        q, k, v = (layer(h).unflatten(-1, (-1, HEAD)).transpose(1, 2) for layer in (self.to_q, self.to_k, self.to_v))
-        h = self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return h.transpose(1, 2).unflatten(2, x.shape[2:]).add_(x)
+        h = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
+        q, k, v = (
+            rearrange(layer(h), "b token (head c) -> b head token c", c=HEAD)
+            for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        h = self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), "b head token c -> b token (head c)"))
+        return rearrange(h.transpose(1, 2), "b c (h w) -> b c h w", h=x.shape[2]).add_(x)
 
 
 class Resample(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,10 +53,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            rearrange(part, "b token (head c) -> b head token c", head=self.heads)
             for part in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), "b head token c -> b token (head c)"))
 
 
 class GatedLinear(nn.Module):
@@ -103,10 +104,10 @@ class SpatialTransformer(nn.Module):
         self.proj_out = operations.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
-        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
+        h = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
         for block in self.transformer_blocks:
             h = block(h, context)
-        return x + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
+        return x + self.proj_out(rearrange(h.transpose(1, 2), "b c (h w) -> b c h w", h=x.shape[2]))
 
 
 class Downsample(nn.Module):

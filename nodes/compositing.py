@@ -19,7 +19,7 @@ from ..techniques.harmonization import feathered
 from ..techniques.losses import psnr
 from . import sockets
 from .depth_inputs import MISSING, NEAR, THRESHOLD, box_or_region, depth_input, range_inputs, read_depth
-from .inputs import centred, encodable, save_temporary, seen_by_latent
+from .inputs import centred, crop_to_latent, encodable, save_temporary
 from .sockets import Node, schema
 
 SOURCES = ("recompute", "cache")
@@ -235,7 +235,7 @@ class GuidancePlane(Node):
                 raise ValueError(
                     f"mask_index: there are {len(mask)} masks and no number {mask_index}; the last one is -1."
                 )
-            mask = seen_by_latent(mask, inversion.latents)[mask_index].cpu()
+            mask = crop_to_latent(mask, inversion.latents)[mask_index].cpu()
         before = behind.planes if behind is not None else ()
         return io.NodeOutput(Planes((*before, Plane(inversion, mask, weight))))
 
@@ -511,18 +511,18 @@ class InsertAtDepth(Node):
         image = encodable(image, vae)[:1, ..., :3]
         depth = read_depth(depth, image, near_is, missing_depth, "depth", range, range_low, range_high)
         region = box_or_region(depth, x, y, width, height, region)
-        visible = _seen(region, depth, threshold)
+        visible = _visible_part(region, depth, threshold)
         positive, negative, latent = comfyui_nodes.InpaintModelConditioning().encode(
             positive, negative, image, vae, visible, noise_mask=False
         )
         nearer = region - visible
-        held, noise_mask = (seen_by_latent(mask, latent["samples"]) for mask in (nearer, region))
+        held, noise_mask = (crop_to_latent(mask, latent["samples"]) for mask in (nearer, region))
         found = insertion_guider(model, positive, negative, cfg, Plane(inversion, held[0]), **settings)
         faded = visible * feathered(region[:, None], feather)[:, 0]
         return io.NodeOutput(found, {**latent, "noise_mask": noise_mask}, faded, nearer)
 
 
-def _seen(region: torch.Tensor, depth: torch.Tensor, threshold: float) -> torch.Tensor:
+def _visible_part(region: torch.Tensor, depth: torch.Tensor, threshold: float) -> torch.Tensor:
     """The mask [B,H,W] of where an object in the region is seen. Raises ValueError when it is nowhere."""
     visible = amodal_mask(region, depth, threshold)
     if not visible.any():

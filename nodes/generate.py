@@ -101,12 +101,12 @@ def _tensor(array) -> torch.Tensor:
 def _scene_layers(scene: Scene, canvas: tuple[int, int], shadows: bool) -> LayerStack:
     strata = {"prompt": scene.background_prompt, "depth": (0.0, 1.0)}
     back = Layer(_tensor(scene.background), "background", extra={"strata": strata})
-    return LayerStack(canvas, (back, *(_layer(thing, shadows) for thing in scene.objects)))
+    return LayerStack(canvas, (back, *(_layer(item, shadows) for item in scene.objects)))
 
 
-def _layer(thing: SceneObject, shadow: bool) -> Layer:
-    strata = {"prompt": thing.prompt, "depth": (thing.depth, thing.depth)}
-    return Layer(_tensor(thing.rgba_with_shadow if shadow else thing.rgba), thing.name, extra={"strata": strata})
+def _layer(item: SceneObject, shadow: bool) -> Layer:
+    strata = {"prompt": item.prompt, "depth": (item.depth, item.depth)}
+    return Layer(_tensor(item.rgba_with_shadow if shadow else item.rgba), item.name, extra={"strata": strata})
 
 
 NODES = [RenderScene]

@@ -317,7 +317,7 @@ def centred(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return pixels[:, top : top + height, left : left + width]
 
 
-def seen_by_latent(mask: torch.Tensor, latent: torch.Tensor, side: int = 8) -> torch.Tensor:
+def crop_to_latent(mask: torch.Tensor, latent: torch.Tensor, side: int = 8) -> torch.Tensor:
     """A mask [B,H,W] of a picture that latents [..., h, w] were encoded from, without the rim that encoding has cut;
     others as they are.
     """

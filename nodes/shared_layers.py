@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..patches import layer_files, transparency_model, transparent_latents
 from ..patches.harmonize import harmonize_layers, remaining_sigmas
 from ..patches.inversion import Inversion, invert, noise_levels
-from ..patches.layer_prompts import LAYERS, encode_layers, whole_prompt
+from ..patches.layer_prompts import LAYERS, composite_prompt, encode_layers
 from ..patches.layer_rows import sample_rows
 from ..patches.sampled_layers import all_rows, decode_layers, sample_along, trajectories
 from ..patches.shared_layers import (
@@ -326,21 +326,21 @@ class LayersSampler(Node):
         decoder=None,
         **sampling,
     ):
-        names, record, seen, notes = _layer_names(model, positive, sampling["negative"], decoder), Record(), {}, []
+        names, record, recorded, notes = _layer_names(model, positive, sampling["negative"], decoder), Record(), {}, []
         count = layer_count(names)
         _check_sampling(model, count, decoder, harmonize, harmonize_start, sampling)
         layered = _prepared(model, adapter, count, record)
-        branches = sample_rows(layered, positive, count, **sampling, own_noise=NOISE[noise], seen=seen)
+        branches = sample_rows(layered, positive, count, **sampling, own_noise=NOISE[noise], recorded=recorded)
         stacks = decode_layers(vae, names, [branch["samples"] for branch in branches], decoder, record)
         composite = whole = vae.decode(branches[-1]["samples"])
         latent = all_rows(branches)
-        paths = trajectories(model, positive, seen, latent["samples"], names)
+        retained = trajectories(model, positive, recorded, latent["samples"], names)
         if count > 1:
             ends = harmonize_start, harmonize_end
             draw = _harmonizer(model, vae, positive, sampling, *ends, notes) if harmonize else _stacked
-            composite = torch.cat([draw(*picture) for picture in zip(stacks, paths, strict=True)])
+            composite = torch.cat([draw(*picture) for picture in zip(stacks, retained, strict=True)])
         documents, maps = [write_layers(stack) for stack in stacks], map_strips(record.steps)
-        return io.NodeOutput(documents, composite, whole, maps, latent, paths, ui=told(notes) or None)
+        return io.NodeOutput(documents, composite, whole, maps, latent, retained, ui=told(notes) or None)
 
 
 class ImageToLayers(Node):
@@ -423,8 +423,9 @@ class ImageToLayers(Node):
         callback = latent_preview.prepare_callback(model, 3 * steps)
         up, down = _part(callback, 0, 3 * steps), _part(callback, 2 * steps, 3 * steps)
         layered = _prepared(model, adapter, count, record)
-        path = invert(without_layers(model), vae.encode(image), whole_prompt(positive), None, sigmas, callback=up)
-        made = sample_along(layered, path, count, positive, negative, cfg, sigmas, down)
+        prompt = composite_prompt(positive)
+        trajectory = invert(without_layers(model), vae.encode(image), prompt, None, sigmas, callback=up)
+        made = sample_along(layered, trajectory, count, positive, negative, cfg, sigmas, down)
         (stack,) = decode_layers(vae, names, list(made.split(1)), decoder, record)
         recomposed = flatten(stack)[0][None]
         error = (recomposed - centred(image, *recomposed.shape[1:3]).to(recomposed)).abs().mean().item()
@@ -502,7 +503,7 @@ def _prepared(model, adapter, count: int, record: Record):
     return layered
 
 
-def _stacked(stack: LayerStack, path: Inversion | None) -> torch.Tensor:
+def _stacked(stack: LayerStack, trajectory: Inversion | None) -> torch.Tensor:
     return flatten(stack)[0][None]
 
 
@@ -511,16 +512,16 @@ def _harmonizer(model, vae, positive: list, sampling: dict, start: float, end: f
     why.
     """
     given = {name: sampling[name] for name in ("negative", "seed", "steps", "cfg", "sampler_name", "scheduler")}
-    given |= {"model": without_layers(model), "positive": whole_prompt(positive), "vae": vae}
+    given |= {"model": without_layers(model), "positive": composite_prompt(positive), "vae": vae}
 
-    def draw(stack: LayerStack, path: Inversion | None) -> torch.Tensor:
+    def draw(stack: LayerStack, trajectory: Inversion | None) -> torch.Tensor:
         try:
-            document, path = write_layers(stack), path and check_inversion(path, "retained")
+            document, trajectory = write_layers(stack), trajectory and check_inversion(trajectory, "retained")
             stack = read_layers(document)
-            return harmonize_layers(stack=stack, start_percent=start, end_percent=end, retained=path, **given)[0]
+            return harmonize_layers(stack=stack, start_percent=start, end_percent=end, retained=trajectory, **given)[0]
         except ValueError as error:
             notes.append(f"Not harmonised: {error}")
-            return _stacked(stack, path)
+            return _stacked(stack, trajectory)
 
     return draw
 

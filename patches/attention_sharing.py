@@ -60,7 +60,7 @@ def attach(model: ModelPatcher, sharing: ModelPatcher, strength: float, picture:
     injection = Injection(sharing.model, strength)
     clone.set_injections(name, [PatcherInjection(injection.inject, injection.eject)])
     if picture is not None:
-        clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, name, seeing(sharing.model, picture))
+        clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, name, with_features(sharing.model, picture))
     return clone
 
 
@@ -162,7 +162,7 @@ def shared(module: nn.Module, plain: Callable, layer: nn.Module, strength: float
     return forward
 
 
-def seeing(sharing: AttentionSharing, picture: Tensor) -> Callable:
+def with_features(sharing: AttentionSharing, picture: Tensor) -> Callable:
     """Wrapper of the UNet: the picture's features at the size of this latent go along in its options. Pictures repeat
     over the batch.
     """

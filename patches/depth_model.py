@@ -10,6 +10,7 @@ import comfy.utils
 import folder_paths
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 CONFIG = json.loads(
@@ -61,7 +62,8 @@ def estimate(image: Tensor, name: str) -> Tensor:
     progress = comfy.utils.ProgressBar(len(image))
     depths = []
     for one in image:
-        pixels = F.interpolate(one.movedim(-1, 0)[None], size, mode="bicubic", antialias=True).clamp(0, 1).to(device)
+        pixels = rearrange(one, "h w c -> 1 c h w")
+        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1).to(device)
         pixels = (pixels - pixels.new_tensor(MEAN).view(3, 1, 1)) / pixels.new_tensor(STD).view(3, 1, 1)
         depth = F.interpolate(
             model(pixel_values=pixels).predicted_depth[:, None].float(), image.shape[1:3], mode="bilinear"

@@ -16,6 +16,7 @@ import comfy.samplers
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel, Upsample
 from comfy.model_patcher import ModelPatcher
+from einops import rearrange
 from torch import Tensor, nn
 from tqdm.auto import trange
 
@@ -317,7 +318,7 @@ class FeatureGuider(comfy.samplers.CFGGuider):
             probe.check(len(rows), "the positive of an inversion")
             found.append(probe.features)
         return {
-            level: torch.cat([one[level] for one in found]).unflatten(0, (len(used), len(x)))
+            level: rearrange(torch.cat([one[level] for one in found]), "(plane b) c h w -> plane b c h w", b=len(x))
             for level in self.level_weights
         }
 
@@ -340,11 +341,11 @@ class Probe:
         channels = executor.class_obj.out_channels
         try:
             with torch.inference_mode(False) if self.gradient else nullcontext(), torch.set_grad_enabled(self.gradient):
-                seen = x
+                network_input = x
                 if self.gradient:
                     self.latent = x[:, :channels].detach().clone().requires_grad_()
-                    seen = torch.cat([self.latent, x[:, channels:].clone()], 1)
-                executor(seen, *args, **kwargs)
+                    network_input = torch.cat([self.latent, x[:, channels:].clone()], 1)
+                executor(network_input, *args, **kwargs)
         except _Enough:
             pass
         finally:

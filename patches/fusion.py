@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from comfy.model_patcher import ModelPatcher
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..techniques import fusion
@@ -210,10 +211,10 @@ def _attend_self(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, 
         block, hidden, context = call.entered
         with selected_rows_only():
             _remember(call, "attn1", block.attn2.to_q(block.norm2(hidden)), block.attn2.to_k(context), options)
-    branches = [values.unflatten(0, (-1, ROWS.count)) for values in (q, k, v)]
+    branches = [_branches(values) for values in (q, k, v)]
     own = attend(q[:: ROWS.count], k[:: ROWS.count], v[:: ROWS.count], options)
     pair = attend(*map(fusion.shared_tokens, branches), options)
-    shared = torch.cat([own, pair], 1).unflatten(1, (ROWS.count, -1)).flatten(0, 1)
+    shared = rearrange(torch.cat([own, pair], 1), "scene (branch token) c -> (scene branch) token c", branch=ROWS.count)
     if attend is not attention_blocks.attend and call.settings.strength == 1:
         # Patches that record what they see, as Self-Attention Guidance does, see all rows last.
         attend(q, k, v, options)
@@ -225,8 +226,12 @@ def _attend_cross(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor,
         _remember(call, "attn2", q[:: ROWS.count], k[:: ROWS.count], options)
     if call.settings.own_prompt:
         return attend(q, k, v, options)
-    shared = attend(q, *(fusion.shared_prompt(values.unflatten(0, (-1, ROWS.count))) for values in (k, v)), options)
+    shared = attend(q, *(fusion.shared_prompt(_branches(values)) for values in (k, v)), options)
     return _mix(call, shared, lambda: attend(q, k, v, options))
+
+
+def _branches(rows: Tensor) -> Tensor:
+    return rearrange(rows, "(scene branch) token c -> scene branch token c", branch=ROWS.count)
 
 
 def _mix(call: Call, shared: Tensor, apart: Callable[[], Tensor]) -> Tensor:
@@ -243,17 +248,18 @@ def _remember(call: Call, name: str, q: Tensor, k: Tensor, options: dict) -> Non
     call.run.masks[name, place] = *masks, *wide
     if call.run.record is not None and name == "attn2" and place == call.structure_place:
         # The paper's Fig. 3.
-        call.run.record.add(torch.stack([structure, content, *masks], 1).unflatten(2, size), options)
+        maps = torch.stack([structure, content, *masks], 1)
+        call.run.record.add(rearrange(maps, "b kind (h w) -> b kind h w", h=size[0]), options)
 
 
 def _blend(name: str, call: Call, hidden: Tensor, options: dict) -> Tensor:
     masks = call.run.masks.get((name, place_of(options)))
     if masks is None or place_of(options)[0] not in call.settings.blocks:
         return hidden
-    foreground, background, blended = hidden.unflatten(0, (-1, ROWS.count)).unbind(1)
+    foreground, background, blended = _branches(hidden).unbind(1)
     soft, hard, *wide = (mask.repeat(len(background) // len(mask), 1) * call.settings.strength for mask in masks)
     entered = fusion.blend_foreground_in(foreground, blended, soft)
     returned = fusion.return_to_foreground(foreground, entered, hard)
     if wide:
         entered = fusion.blend_foreground_in(foreground, blended, *wide)
-    return torch.stack([returned, background, entered], 1).flatten(0, 1)
+    return rearrange(torch.stack([returned, background, entered], 1), "scene branch token c -> (scene branch) token c")

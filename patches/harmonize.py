@@ -14,6 +14,7 @@ import latent_preview
 import torch
 import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
+from einops import rearrange
 from torch import Tensor
 
 from ..techniques.feature_guidance import masks_at_level
@@ -181,10 +182,10 @@ def harmonize_layers(
     retained: the trajectory of all layers, hidden ones too. Raises ValueError naming layers, retained or start_percent.
     """
     side = vae.spacial_compression_encode()
-    path = None if retained is None else _retained(retained, stack, side)
+    trajectory = None if retained is None else _retained(retained, stack, side)
     stack = _shown(stack)
     colours, alphas = colours_and_alphas(stack)
-    latents = [vae.encode(_padded(colour, side).permute(0, 2, 3, 1)) for colour in colours.split(1)]
+    latents = [vae.encode(rearrange(_padded(colour, side), "b c h w -> b h w c")) for colour in colours.split(1)]
     latent = harmonize(
         model,
         positive,
@@ -200,7 +201,7 @@ def harmonize_layers(
         start_percent,
         end_percent,
         lambda count: latent_preview.prepare_callback(model, count),
-        path,
+        trajectory,
     )
     drawn = _decoded(vae, latent, stack.canvas)
     if detail:
@@ -234,11 +235,11 @@ def _shown(stack: LayerStack) -> LayerStack:
     return stack
 
 
-def _retained(path: Inversion, stack: LayerStack, side: int) -> Callable[[float], Tensor]:
-    """[1+K,C,h,w] of the visible layers at a noise level, where they lie on the canvas. Raises ValueError for a path of
-    other layers.
+def _retained(trajectory: Inversion, stack: LayerStack, side: int) -> Callable[[float], Tensor]:
+    """[1+K,C,h,w] of the visible layers at a noise level, where they lie on the canvas. Raises ValueError for a
+    trajectory of other layers.
     """
-    count, (height, width) = path.latents.shape[1], path.latents.shape[-2:]
+    count, (height, width) = trajectory.latents.shape[1], trajectory.latents.shape[-2:]
     if count != len(stack.layers):
         raise ValueError(
             f"retained: it is the way of {count} latents and layers has {len(stack.layers)}; connect layers and path "
@@ -251,13 +252,13 @@ def _retained(path: Inversion, stack: LayerStack, side: int) -> Callable[[float]
                 f"retained: its latents are of {width * side}×{height * side} pixels and layer {layer.name!r} is "
                 f"{own[1]}×{own[0]}; connect layers and path of the same run."
             )
-    levels = len(path.latents)
+    levels, rows = len(trajectory.latents), rearrange(trajectory.latents, "level row c h w -> row (level c) h w")
     placed = [
-        on_canvas(path.latents[:, number].flatten(0, 1), layer, stack.canvas, side).unflatten(0, (levels, -1))
-        for number, layer in enumerate(stack.layers)
+        rearrange(on_canvas(latents, layer, stack.canvas, side), "(level c) h w -> level c h w", level=levels)
+        for latents, layer in zip(rows, stack.layers, strict=True)
         if layer.visible
     ]
-    return replace(path, latents=torch.stack(placed, 1)).at
+    return replace(trajectory, latents=torch.stack(placed, 1)).at
 
 
 def _padded(pixels: Tensor, side: int) -> Tensor:
@@ -269,4 +270,5 @@ def _padded(pixels: Tensor, side: int) -> Tensor:
 def _decoded(vae, latent: Tensor, canvas: tuple[int, int]) -> Tensor:
     """[1,3,H,W] of the first frame, cut to the canvas."""
     pixels = vae.decode(latent)
-    return pixels.reshape(-1, *pixels.shape[-3:])[:1, : canvas[1], : canvas[0]].permute(0, 3, 1, 2)
+    pixels = pixels.reshape(-1, *pixels.shape[-3:])[:1, : canvas[1], : canvas[0]]
+    return rearrange(pixels, "b h w c -> b c h w")

@@ -106,7 +106,7 @@ def invert(
         torch.zeros_like(latent), latent, walk, sigmas, callback=callback, disable_pbar=True, seed=seed
     )
     null = torch.stack(walk.null) if walk.null else None
-    return Inversion(torch.stack(walk.path[::-1]), sigmas.cpu(), positive, method, flow, null, found.cpu())
+    return Inversion(torch.stack(walk.trajectory[::-1]), sigmas.cpu(), positive, method, flow, null, found.cpu())
 
 
 def _check_null_text(model: ModelPatcher, negative: list | None, cfg: float) -> None:
@@ -141,7 +141,7 @@ class _Walk(comfy.samplers.Sampler):
     cfg: float | None
     inner_steps: int
     checkpointing: bool = False
-    path: list[Tensor] = field(default_factory=list)  # from the picture to noise
+    trajectory: list[Tensor] = field(default_factory=list)  # from the picture to noise
     null: list[Tensor] = field(default_factory=list)  # from noise to the picture
 
     def sample(
@@ -156,18 +156,19 @@ class _Walk(comfy.samplers.Sampler):
                 callback(step, denoised, x, 2 * steps)
 
         x = latent_image.float()
-        self.path.append(x.cpu())
+        self.trajectory.append(x.cpu())
         for step, (sigma, above) in enumerate(zip(sigmas.flip(0)[:-1], sigmas.flip(0)[1:], strict=True)):
-            seen = x * inversion.scale_between(sigma, above, self.flow)
-            denoised = self.predict(self.conds["positive"], seen, above)
-            x = inversion.ode_step(x, seen, denoised, above, sigma, above)
-            self.path.append(x.cpu())
+            evaluated = x * inversion.scale_between(sigma, above, self.flow)
+            denoised = self.predict(self.conds["positive"], evaluated, above)
+            x = inversion.ode_step(x, evaluated, denoised, above, sigma, above)
+            self.trajectory.append(x.cpu())
             report(step, denoised, x)
         embedding = None
         for step, (sigma, below) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
             denoised = self.predict(self.conds["positive"], x, sigma)
             if self.cfg is not None:
-                embedding = self.optimise(embedding, x, denoised, sigma, below, self.path[-2 - step].to(x), step, steps)
+                target = self.trajectory[-2 - step].to(x)
+                embedding = self.optimise(embedding, x, denoised, sigma, below, target, step, steps)
                 self.null.append(embedding.cpu())
                 unconditional = self.predict([self.unconditional(embedding)], x, sigma)
                 denoised = unconditional + (denoised - unconditional) * self.cfg

@@ -51,7 +51,7 @@ def encode_layers(clip, background: str, objects: list[str]) -> list:
     return found
 
 
-def whole_prompt(positive: list) -> list:
+def composite_prompt(positive: list) -> list:
     """The whole picture's conditioning alone, of one of encode_layers."""
     cond, values = positive[0]
     values = {key: value for key, value in values.items() if key != LAYERS}

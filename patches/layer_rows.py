@@ -182,14 +182,14 @@ def sample_rows(
     scheduler: str,
     denoise: float,
     own_noise: float = 1.0,
-    seen: dict[float, Tensor] | None = None,
+    recorded: dict[float, Tensor] | None = None,
 ) -> list[dict]:
     """One LATENT for each of `count` rows. positive: with as many rows, which the host repeats over the batch.
 
     own_noise: how much of the noise's variance is a row's own, 0..1; at 0 the rows of a latent have the same.
 
-    seen: gets, for each noise level that the model is called at, the batch [B·count,C,h,w] of the last such call, in
-    the model's scale, on the CPU.
+    recorded: gets, for each noise level that the model is called at, the batch [B·count,C,h,w] of the last such call,
+    in the model's scale, on the CPU.
     """
     latents = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
     mask = latent_image.get("noise_mask")
@@ -198,8 +198,8 @@ def sample_rows(
     start, callback = latents.repeat_interleave(count, 0), latent_preview.prepare_callback(model, steps)
     noise = _noise(start, seed, latent_image.get("batch_index"), count, own_noise)
 
-    if seen is not None:
-        model = watched(model, seen)
+    if recorded is not None:
+        model = watched(model, recorded)
     samples = comfy.sample.sample(
         model,
         noise,
@@ -219,18 +219,18 @@ def sample_rows(
     return [{**latent_image, "samples": samples[row::count]} for row in range(count)]
 
 
-def watched(model: ModelPatcher, seen: dict[float, Tensor]) -> ModelPatcher:
+def watched(model: ModelPatcher, recorded: dict[float, Tensor]) -> ModelPatcher:
     """A clone that keeps what its sampler asks it for. What samplers hand to their callback is not always the latent of
     that step (DEIS).
     """
 
     def watch(executor, x: Tensor, timestep: Tensor, *args, **kwargs):
         sigma = float(timestep.flatten()[0])
-        for level in [level for level in seen if math.isclose(level, sigma, rel_tol=LEVEL)]:
+        for level in [level for level in recorded if math.isclose(level, sigma, rel_tol=LEVEL)]:
             # Heun's first call at a level is a guess, and its second one the step's latent; DPM-Solver++(2S)'s is a
             # rounding beside it.
-            del seen[level]
-        seen[sigma] = x.detach().float().cpu().clone()
+            del recorded[level]
+        recorded[sigma] = x.detach().float().cpu().clone()
         return executor(x, timestep, *args, **kwargs)
 
     clone = model.clone()

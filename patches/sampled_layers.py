@@ -12,6 +12,7 @@ import comfy.samplers
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
+from einops import rearrange
 from torch import Tensor
 
 from ..techniques.layers import Layer, LayerStack
@@ -24,7 +25,7 @@ from .shared_layers import TRAJECTORY, layer_count
 
 def sample_along(
     layered: ModelPatcher,
-    path: Inversion,
+    trajectory: Inversion,
     count: int,
     positive: list,
     negative: list,
@@ -35,12 +36,13 @@ def sample_along(
     """[count,C,h,w]: layers from the noise of a picture's trajectory down to none, with DDIM, while the whole picture
     follows the trajectory. layered: a clone, which gets it.
     """
-    layered.model_options["transformer_options"][TRAJECTORY] = path.at
-    start = path.latents[0].repeat(count, 1, 1, 1)
+    layered.model_options["transformer_options"][TRAJECTORY] = trajectory.at
+    start = trajectory.latents[0].repeat(count, 1, 1, 1)
     nothing = torch.zeros_like(start)
     # ComfyUI scales noise at the highest level by sqrt(1 + sigma²), 1.0023 times as loud as the trajectory; a
     # latent it leaves alone
-    noise, latent = (start / sigmas[0], nothing) if path.flow else (nothing, layered.model.process_latent_out(start))
+    scaled = layered.model.process_latent_out
+    noise, latent = (start / sigmas[0], nothing) if trajectory.flow else (nothing, scaled(start))
     return comfy.sample.sample_custom(
         layered,
         noise,
@@ -63,23 +65,24 @@ def all_rows(branches: list[dict]) -> dict:
     if "noise_mask" in latent:
         mask = comfy.utils.repeat_to_batch_size(latent["noise_mask"], len(branches[0]["samples"]))
         latent["noise_mask"] = mask.repeat_interleave(len(branches), 0)
-    return {**latent, "samples": torch.stack([branch["samples"] for branch in branches], 1).flatten(0, 1)}
+    return {**latent, "samples": rearrange([branch["samples"] for branch in branches], "row b ... -> (b row) ...")}
 
 
 def trajectories(
-    model: ModelPatcher, positive: list, seen: dict[float, Tensor], samples: Tensor, names: list[str]
+    model: ModelPatcher, positive: list, recorded: dict[float, Tensor], samples: Tensor, names: list[str]
 ) -> list[Inversion | None]:
     """The trajectory of each picture's background and objects, from what the model was called with; None when it was
     not called.
     """
-    sigmas = sorted((sigma for sigma in seen if sigma > 0), reverse=True)
+    sigmas = sorted((sigma for sigma in recorded if sigma > 0), reverse=True)
     rows, flow = layer_count(names), isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
     if not sigmas:
         return [None] * (len(samples) // rows)
     last = model.model.process_latent_in(samples).float().cpu()
-    path = torch.stack([*(seen[sigma] for sigma in sigmas), last]).unflatten(1, (-1, rows))
+    steps = [*(recorded[sigma] for sigma in sigmas), last]
+    latents = rearrange(steps, "level (b row) ... -> level b row ...", row=rows)
     levels = torch.tensor([*sigmas, 0.0])
-    return [Inversion(path[:, number, : len(names)], levels, positive, "run", flow) for number in range(path.shape[1])]
+    return [Inversion(own[:, : len(names)], levels, positive, "run", flow) for own in latents.unbind(1)]
 
 
 def decode_layers(vae, names: list[str], latents: list[Tensor], decoder, record: Record) -> list[LayerStack]:
@@ -100,4 +103,5 @@ def _with_alpha(pixels: Tensor, latents: list[Tensor], decoder, record: Record, 
         alpha = map_alphas(record.steps[-1], colour.shape[1:3])[:, number, ..., None].to(colour)
         return torch.cat([colour, alpha], -1)
     latent = transparent_latents.check_latent({"samples": latents[1 + number]}, decoder)
-    return torch.cat(transparent_latents.decode(decoder, colour.movedim(-1, 1), latent), 1).movedim(1, -1)
+    decoded = transparent_latents.decode(decoder, rearrange(colour, "b h w c -> b c h w"), latent)
+    return rearrange(torch.cat(decoded, 1), "b c h w -> b h w c")

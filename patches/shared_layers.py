@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 from comfy.model_patcher import ModelPatcher
+from einops import rearrange, repeat
 from torch import Tensor
 
 from ..networks.context_layers import ContextLayers
@@ -95,7 +96,7 @@ class Call:
     shares: list[Tensor] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
 
-    def of_whole_picture(self, values: Tensor, options: dict) -> Tensor:
+    def of_composite(self, values: Tensor, options: dict) -> Tensor:
         """The whole picture's rows of the conditional estimate."""
         chunks = options["cond_or_uncond"]
         return values.chunk(len(chunks))[chunks.index(self.conditional)][self.run.layers - 1 :: self.run.layers]
@@ -243,8 +244,9 @@ def _labelled(call: Call, context: Tensor, chunks: list[int]) -> Tensor:
     offsets = (
         dreamlayer.layer_offsets(call.terms.embedding.to(rows), call.run.token_indices, call.run.tokens) * call.sharing
     )
-    parts[chunks.index(call.conditional)] = rows + offsets.repeat(
-        len(rows) // len(offsets), rows.shape[1] // call.run.tokens, 1
+    scenes, times = len(rows) // len(offsets), rows.shape[1] // call.run.tokens
+    parts[chunks.index(call.conditional)] = rows + repeat(
+        offsets, "layer token c -> (scene layer) (time token) c", scene=scenes, time=times
     )
     return torch.cat(parts)
 
@@ -271,7 +273,7 @@ def _attend_jointly(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tenso
 
 def _take_hidden(call: Call, n: Tensor, context: Tensor, value: Tensor, options: dict) -> tuple[Tensor, Tensor, Tensor]:
     if place_of(options) in call.map_places:
-        call.hidden.append(call.of_whole_picture(n, options))
+        call.hidden.append(call.of_composite(n, options))
     return n, context, value
 
 
@@ -281,8 +283,8 @@ def _take_maps(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, op
     """
     call.shares.append(
         dreamlayer.token_shares(
-            call.of_whole_picture(q, options),
-            call.of_whole_picture(k, options),
+            call.of_composite(q, options),
+            call.of_composite(k, options),
             options["n_heads"],
             call.run.token_indices[1:],
         )
@@ -291,7 +293,7 @@ def _take_maps(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, op
         maps = dreamlayer.context_maps(torch.stack(call.shares).sum(0))
         if call.refine is not None:
             maps = call.refine(maps, torch.stack(call.hidden).sum(0).to(maps))
-        call.run.maps = maps.unflatten(2, size_of(options))
+        call.run.maps = rearrange(maps, "b object (h w) -> b object h w", h=size_of(options)[0])
         if call.run.record is not None:
             call.run.record.add(call.run.maps, options)
     return attend(q, k, v, options)
@@ -304,12 +306,14 @@ def _mix(call: Call, n: Tensor, context: Tensor, value: Tensor, options: dict) -
     if options["block"][0] != "output" or call.run.maps is None:
         return n, context, value
     check_tokens(n, options)
-    maps = (dreamlayer.resize_maps(call.run.maps, size_of(options)).flatten(2) * call.mixing).to(n)
+    maps = dreamlayer.resize_maps(call.run.maps, size_of(options))
+    maps = (rearrange(maps, "b object h w -> b object (h w)") * call.mixing).to(n)
 
     def mixed(rows: Tensor) -> Tensor:
-        count, layers = maps.shape[-1], rows.unflatten(0, (-1, call.run.layers))
+        count = maps.shape[-1]
+        layers = rearrange(rows, "(scene layer) token c -> scene layer token c", layer=call.run.layers)
         found = dreamlayer.mix_global_in(layers[:, :, :count], maps.repeat(len(layers) // len(maps), 1, 1))
-        return torch.cat([found, layers[:, :, count:]], 2).flatten(0, 1)
+        return rearrange(torch.cat([found, layers[:, :, count:]], 2), "scene layer token c -> (scene layer) token c")
 
     same = {id(rows): mixed(rows) for rows in (n, context, value)}  # most often all three are one
     return same[id(n)], same[id(context)], same[id(value)]

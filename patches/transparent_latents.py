@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from comfy.ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from comfy.model_patcher import ModelPatcher
+from einops import rearrange
 from torch import Tensor
 
 from ..techniques.transparency import clean_alpha, clean_colours, extend_colours, median_of_passes, over_gray
@@ -121,7 +122,7 @@ def posterior(vae, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
     """
     network = vae.first_stage_model
     if not hasattr(network, "regularization"):
-        return vae.encode(pictures.movedim(1, -1)), None
+        return vae.encode(rearrange(pictures, "b c h w -> b h w c")), None
     comfy.model_management.load_models_gpu(
         [vae.patcher], memory_required=vae.memory_used_encode(pictures[:1].shape, vae.vae_dtype)
     )

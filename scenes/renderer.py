@@ -171,9 +171,9 @@ def render(request: Request, height: int, width: int, seed: int, light: Light | 
         mask = (alpha > 0.5) & ~covered
         visible = float((alpha * clear).sum() / max(alpha.sum(), 1e-6))
         covered, clear = covered | mask, clear * (1 - alpha)
-        whole = _stack(rgba, shadow)
+        both = _stack(rgba, shadow)
         objects.insert(
-            0, SceneObject(entry.name, words, rgba, shadow, whole, mask.astype(np.float32), float(1 - t), box, visible)
+            0, SceneObject(entry.name, words, rgba, shadow, both, mask.astype(np.float32), float(1 - t), box, visible)
         )
     where, prompt = _sentence(kind, [o.prompt for o in objects], rng)
     return Scene(

@@ -1,1 +1,1 @@
-"""Pure functions of torch and numpy, one file per idea of a paper; nothing here knows ComfyUI."""
+"""Pure functions of torch, numpy and einops, one file per idea of a paper; nothing here knows ComfyUI."""

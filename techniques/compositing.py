@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .geometry import Placement, place, rasterise
@@ -142,7 +143,7 @@ def flatten(
         if not (strip_alpha == 1).all():
             strip /= torch.where(strip_alpha > 0, strip_alpha, 1)
         strip = strip.clamp_(0, 1)
-        colour[top:bottom] = (to_srgb(strip) if linear else strip).permute(1, 2, 0)
+        colour[top:bottom] = rearrange(to_srgb(strip) if linear else strip, "c h w -> h w c")
         alpha[top:bottom] = strip_alpha
     return colour, alpha
 
@@ -178,8 +179,9 @@ def preview(stack: LayerStack, longest: int = 512, square: int = 8) -> Tensor:
 
 def _on_board(rgba: Tensor, board: Tensor) -> Tensor:
     alpha = rgba[..., 3:]
-    planes = torch.cat([rgba[..., :3] * alpha, alpha], dim=-1).permute(2, 0, 1)[None]
-    small = torch.nn.functional.interpolate(planes, size=board.shape[:2], mode="area")[0].permute(1, 2, 0)
+    planes = rearrange(torch.cat([rgba[..., :3] * alpha, alpha], dim=-1), "h w c -> 1 c h w")
+    small = torch.nn.functional.interpolate(planes, size=board.shape[:2], mode="area")
+    small = rearrange(small, "1 c h w -> h w c")
     return (small[..., :3] + (1 - small[..., 3:]) * board).clamp(0, 1)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from .layers import MAX_LAYERS, Layer, LayerStack
@@ -72,10 +73,10 @@ def fill_missing(depth: Tensor, valid: Tensor) -> Tensor:
     """
     while not valid.all():
         holes = (~valid).nonzero(as_tuple=True)
-        distances, depths = zip(
-            *(_nearest(depth, valid, holes, axis, reverse) for axis in (1, 2) for reverse in (False, True)), strict=True
+        nearest = [_nearest(depth, valid, holes, axis, reverse) for axis in (1, 2) for reverse in (False, True)]
+        distances, depths = (
+            rearrange(list(ends), "(line side) hole -> line side hole", line=2) for ends in zip(*nearest, strict=True)
         )
-        distances, depths = (torch.stack(ends).unflatten(0, (2, 2)) for ends in (distances, depths))  # axis, side, hole
         width = torch.where(distances.isinf().any(1), 2 * distances.amin(1), distances.sum(1))
         one_side_closer = (width <= RIM) & (distances[:, 0] != distances[:, 1])
         closer = torch.where(distances[:, 0] < distances[:, 1], depths[:, 0], depths[:, 1])
@@ -95,9 +96,9 @@ def _nearest(
     infinity, −1 if none.
     """
     length = depth.shape[axis]
-    seen = (valid.flip(axis) if reverse else valid).cpu().numpy()
+    known = (valid.flip(axis) if reverse else valid).cpu().numpy()
     place = np.where(
-        seen, np.arange(length, dtype=np.int32).reshape([-1 if i == axis else 1 for i in range(3)]), np.int32(-1)
+        known, np.arange(length, dtype=np.int32).reshape([-1 if i == axis else 1 for i in range(3)]), np.int32(-1)
     )
     last = torch.from_numpy(np.maximum.accumulate(place, axis, out=place))
     last = last.flip(axis)[holes] if reverse else last[holes]
@@ -308,9 +309,8 @@ def push_pull(values: Tensor, weights: Tensor) -> Tensor:
 
     Source: ours, push-pull interpolation (Gortler et al. 1996, The Lumigraph, Sec. 3.4).
     """
-    shape = values.shape
-    image = (values * weights[..., None]).flatten(0, 1).permute(0, 3, 1, 2)
-    weight = weights.flatten(0, 1)[:, None]
+    image = rearrange((values * weights[..., None]).flatten(0, 1), "b h w c -> b c h w")
+    weight = rearrange(weights, "b layer h w -> (b layer) 1 h w")
     levels = [(image, weight)]
     while max(image.shape[-2:]) > 1:
         image, weight = (
@@ -323,7 +323,7 @@ def push_pull(values: Tensor, weights: Tensor) -> Tensor:
     image = image / weight.clamp_min(1e-12)
     for detail, weight in reversed(levels):
         image = detail + (1 - weight) * F.interpolate(image, detail.shape[-2:], mode="bilinear", align_corners=False)
-    return image.permute(0, 2, 3, 1).view(shape)
+    return rearrange(image, "(b layer) c h w -> b layer h w c", b=len(values))
 
 
 def _depth_layers(colours: Tensor, alphas: Tensor, thresholds: list[float]) -> LayerStack:
@@ -373,11 +373,11 @@ def top_view(image: Tensor, depth: Tensor, height: int = 256) -> Tensor:
     bins = ((1 - depth) * height).long().clamp(0, height - 1)
     place = (bins * width + torch.arange(width, device=depth.device)).flatten(1)
     sums = torch.zeros(batch, height * width, 4, dtype=image.dtype, device=image.device)
-    pixels = torch.cat([image[..., :3], torch.ones_like(image[..., :1])], -1).flatten(1, 2)
+    pixels = rearrange(torch.cat([image[..., :3], torch.ones_like(image[..., :1])], -1), "b h w c -> b (h w) c")
     sums.scatter_add_(1, place[..., None].expand(-1, -1, 4), pixels)
     count = sums[..., 3:]
     density = torch.where(count > 0, 0.4, 0.0) + 0.6 * (1 - torch.exp(-count * (12 / rows)))
-    return (sums[..., :3] / count.clamp_min(1) * density).view(batch, height, width, 3)
+    return rearrange(sums[..., :3] / count.clamp_min(1) * density, "b (h w) c -> b h w c", h=height)
 
 
 def all_thresholds(depth: Tensor, given: list[float], points: list[tuple[float, float]]) -> list[float]:

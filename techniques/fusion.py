@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 MOST_PROBABILITIES = 2**21  # held at once, over all heads: 8 MB in float32, which a processor's cache holds
@@ -84,7 +85,7 @@ def shared_tokens(values: Tensor) -> Tensor:
 
     Source: layerfusion, Sec. 3.3, attention shared between the hidden states of background and blended
     """
-    return values[:, 1:].flatten(1, 2)
+    return rearrange(values[:, 1:], "scene branch token c -> scene (branch token) c")
 
 
 def shared_prompt(values: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ def shared_prompt(values: Tensor) -> Tensor:
 
     Source: layerfusion, Alg. 3, a_BG and a_Blended both with p_BG
     """
-    return torch.stack([values[:, 0], values[:, 1], values[:, 1]], 1).flatten(0, 1)
+    return rearrange([values[:, branch] for branch in (0, 1, 1)], "branch scene token c -> (scene branch) token c")
 
 
 def resize_prior(prior: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
@@ -101,11 +102,10 @@ def resize_prior(prior: Tensor, size: tuple[int, int], new_size: tuple[int, int]
 
     Source: ours, the paper takes s from one layer and uses it at every resolution
     """
-    return (
-        prior
-        if size == new_size
-        else F.interpolate(prior.unflatten(1, size)[:, None], new_size, mode="area").flatten(1)
-    )
+    if size == new_size:
+        return prior
+    image = rearrange(prior, "b (h w) -> b 1 h w", h=size[0], w=size[1])
+    return rearrange(F.interpolate(image, new_size, mode="area"), "b 1 h w -> b (h w)")
 
 
 def min_max_normalise(values: Tensor) -> Tensor:
@@ -140,10 +140,10 @@ def reduce_attention(q: Tensor, k: Tensor, heads: int, reduce: Callable[[Tensor]
 
 def _probabilities(q: Tensor, k: Tensor, heads: int) -> Iterator[Tensor]:
     precise = torch.promote_types(q.dtype, torch.float32)
-    keys = k.to(precise).unflatten(-1, (heads, -1)).permute(1, 2, 0)
+    keys = rearrange(k.to(precise), "token (head channel) -> head channel token", head=heads)
     scale = keys.shape[1] ** -0.5
     for rows in q.split(max(1, MOST_PROBABILITIES // (heads * len(k)))):
-        queries = rows.to(precise).unflatten(-1, (heads, -1)).transpose(0, 1)
+        queries = rearrange(rows.to(precise), "token (head channel) -> head token channel", head=heads)
         yield torch.softmax(queries @ keys * scale, -1)
 
 
@@ -158,4 +158,4 @@ def map_strips(steps: list[Tensor]) -> Tensor:
     maps = torch.cat(steps)
     low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
     strip = torch.cat(((maps - low) / (high - low).clamp_min(1e-12)).unbind(1), -1)
-    return strip.repeat_interleave(4, 1).repeat_interleave(4, 2)[..., None].expand(-1, -1, -1, 3).contiguous()
+    return repeat(strip, "b h w -> b (h 4) (w 4) 3").contiguous()

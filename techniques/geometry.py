@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from .layers import MAX_SIDE, Layer
@@ -44,7 +45,7 @@ class Placement:
         return self._resampled(top, bottom) if self.inverse else self._copied(top - self.top, bottom - self.top)
 
     def _copied(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        pixels = self.image[first:last].permute(2, 0, 1).contiguous()
+        pixels = rearrange(self.image[first:last], "h w c -> c h w").contiguous()
         alpha = pixels[3] if len(pixels) == 4 else torch.ones_like(pixels[0])
         if self.mask is not None:
             alpha = alpha * (1 - self.mask[first:last])
@@ -102,7 +103,7 @@ def rasterise(layer: Layer, canvas: tuple[int, int]) -> Tensor:
     if placed:
         colour, alpha = placed.rows(placed.top, placed.bottom)
         box = pixels[placed.top : placed.bottom, placed.left : placed.right]
-        box[..., :3] = colour.permute(1, 2, 0)
+        box[..., :3] = rearrange(colour, "c h w -> h w c")
         box[..., 3] = alpha if layer.opacity == 1 else alpha * layer.opacity
     return pixels
 
@@ -159,7 +160,7 @@ def transform(
         width * scale,
         height * scale,
     )
-    x, y, width, height = _whole(exact)
+    x, y, width, height = _rounded(exact)
     angle = -layer.rotation if flip_h != flip_v else layer.rotation
     sides = (layer.w, layer.h) if scale == 1 else (width, height)
     moved = replace(
@@ -179,20 +180,20 @@ def _exact(layer: Layer) -> tuple[float, float, float, float]:
     """Centre and size with their fractions, as long as they are those of the layer's whole numbers: another node may
     have moved it.
     """
-    whole = layer.x, layer.y, *layer.size
+    rounded = layer.x, layer.y, *layer.size
     ours = layer.extra.get("strata")
     exact = ours.get("exact") if isinstance(ours, dict) else None
     if (
         isinstance(exact, list | tuple)
         and len(exact) == 4
         and all(isinstance(value, int | float) and math.isfinite(value) for value in exact)
-        and _whole(exact) == whole
+        and _rounded(exact) == rounded
     ):
         return tuple(exact)
     return layer.x + layer.size[0] / 2, layer.y + layer.size[1] / 2, *layer.size
 
 
-def _whole(exact) -> tuple[int, int, int, int]:
+def _rounded(exact) -> tuple[int, int, int, int]:
     """x, y, w, h of the document."""
     width, height = _side(exact[2]), _side(exact[3])
     return math.floor(exact[0] - width / 2 + 0.5), math.floor(exact[1] - height / 2 + 0.5), width, height
@@ -260,7 +261,7 @@ def _copy(layer: Layer, box: tuple[int, int, int, int], left: int, top: int, qua
 def _resampling(layer: Layer, box: tuple[int, int, int, int]) -> Placement:
     width, height = layer.size
     opaque = layer.mask is None and layer.image.shape[-1] == 3
-    source = (layer.image if opaque else layer.rgba()).permute(2, 0, 1)[None]
+    source = rearrange(layer.image if opaque else layer.rgba(), "h w c -> 1 c h w")
     source = source if opaque else torch.cat([source[:, :3] * source[:, 3:], source[:, 3:]], dim=1)
     reduced = min(height, source.shape[2]), min(width, source.shape[3])
     if reduced != tuple(source.shape[2:]):

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from .depth import push_pull
@@ -50,13 +51,13 @@ def on_canvas(latent: Tensor, layer: Layer, canvas: tuple[int, int], side: int) 
     """
     height, width = layer.image.shape[:2]
     y, x = torch.meshgrid(*((torch.arange(length) + 0.5) / length for length in (height, width)), indexing="ij")
-    origins = rasterise(replace(layer, image=torch.stack([x, y, x], -1), mask=None, opacity=1.0), canvas).permute(
-        2, 0, 1
+    origins = rasterise(replace(layer, image=torch.stack([x, y, x], -1), mask=None, opacity=1.0), canvas)
+    origins = F.pad(
+        rearrange(origins, "h w c -> c h w"), (0, -canvas[0] % side, 0, -canvas[1] % side), mode="replicate"
     )
-    origins = F.pad(origins, (0, -canvas[0] % side, 0, -canvas[1] % side), mode="replicate")
     origins = F.avg_pool2d(torch.cat([origins[:2] * origins[3:], origins[3:]]), side)
     share = torch.tensor([width / latent.shape[2], height / latent.shape[1]]) / side
-    grid = (origins[:2] / origins[2:].clamp_min(1e-6)).permute(1, 2, 0) * share * 2 - 1
+    grid = rearrange(origins[:2] / origins[2:].clamp_min(1e-6), "c h w -> h w c") * share * 2 - 1
     return F.grid_sample(latent[None].float(), grid[None], mode="nearest", padding_mode="border", align_corners=False)[
         0
     ].to(latent)
@@ -73,19 +74,19 @@ def feathered(alpha: Tensor, radius: float) -> Tensor:
     return alpha * (2 * _blurred((alpha > 0).to(alpha), radius / 2, 1.5 * radius) - 1).clamp(0, 1)
 
 
-def keep_detail(before: Tensor, drawn: Tensor, same: Tensor, seen: Tensor, radius: float) -> Tensor:
+def keep_detail(before: Tensor, drawn: Tensor, same: Tensor, visible: Tensor, radius: float) -> Tensor:
     """[1,3,H,W]: the background `before` with what is smoother than `radius` pixels of the way from `same` to `drawn`:
     light and shadow, no texture.
 
-    same: `before` as the autoencoder gives it back; drawn: the harmonised picture; all [1,3,H,W]. seen: [1,1,H,W], 1
-    where the background is seen. A rim of a third of the radius around things does not count, since models draw them
+    same: `before` as the autoencoder gives it back; drawn: the harmonised picture; all [1,3,H,W]. visible: [1,1,H,W],
+    1 where the background is. A rim of a third of the radius around things does not count, since models draw them
     wider than they are and their colours would run.
     Source: ours, an autoencoder and a few steps of denoising blur every texture that they touch.
     """
     rim = round(radius / 3)
-    seen = 1 - F.max_pool2d(1 - seen, 2 * rim + 1, 1, rim)
-    weight = _blurred(seen, radius / 2, 1.5 * radius)
-    return before + _blurred((drawn - same) * seen, radius / 2, 1.5 * radius) / weight.clamp_min(1e-4)
+    visible = 1 - F.max_pool2d(1 - visible, 2 * rim + 1, 1, rim)
+    weight = _blurred(visible, radius / 2, 1.5 * radius)
+    return before + _blurred((drawn - same) * visible, radius / 2, 1.5 * radius) / weight.clamp_min(1e-4)
 
 
 def colours_and_alphas(stack: LayerStack) -> tuple[Tensor, Tensor]:
@@ -94,7 +95,7 @@ def colours_and_alphas(stack: LayerStack) -> tuple[Tensor, Tensor]:
 
     Source: dreamlayer, Eq. 13, op(·) of a picture: moved, resized, flipped, turned
     """
-    pictures = [rasterise(layer, stack.canvas).permute(2, 0, 1)[None] for layer in stack.layers]
+    pictures = [rearrange(rasterise(layer, stack.canvas), "h w c -> 1 c h w") for layer in stack.layers]
     colours = [clean_colours(pixels[:, :3], pixels[:, 3:]) for pixels in pictures]
     return torch.cat(colours), torch.cat([pixels[:, 3:] for pixels in pictures])
 
@@ -108,10 +109,10 @@ def light_behind(before: Tensor, drawn: Tensor, free: Tensor, soft: bool = True)
     Source: ours, a model draws the foregrounds into the background, a rim of them a little beside their place.
     """
     clear = 1 - F.max_pool2d(1 - free, 2 * RIM + 1, 1, RIM)
-    seen = feathered(clear[None], RIM)[0] if soft else free
-    before, drawn = before.movedim(1, -1), drawn.movedim(1, -1)
+    visible = feathered(clear[None], RIM)[0] if soft else free
+    before, drawn = (rearrange(image, "b c h w -> b h w c") for image in (before, drawn))
     light = push_pull((drawn - before)[:, None], clear.clamp(0, 1)[None])[:, 0]
-    return torch.lerp(before + light, drawn, seen[..., None]).clamp(0, 1)[0]
+    return torch.lerp(before + light, drawn, visible[..., None]).clamp(0, 1)[0]
 
 
 def harmonised_layers(
@@ -124,22 +125,22 @@ def harmonised_layers(
     `feather` pixels inside of their edge. A background that is transparent in places stays so.
     Source: ours, what a model draws again loses its detail, so that all that can keeps its own pixels.
     """
-    (back, *things), (ground, *own), (opacity, shapes) = stack.layers, colours, (alphas[:1], alphas[1:])
+    (back, *objects), (ground, *own), (opacity, shapes) = stack.layers, colours, (alphas[:1], alphas[1:])
     free, shares = visible_shares(shapes)
     image = light_behind(ground[None], drawn, free, soft=not relight)
-    image = image if (opacity == 1).all() else torch.cat([image, opacity[0].movedim(0, -1)], -1)
-    found = [Layer(image, back.name, extra=back.extra), *things]
+    image = image if (opacity == 1).all() else torch.cat([image, rearrange(opacity, "1 1 h w -> h w 1")], -1)
+    found = [Layer(image, back.name, extra=back.extra), *objects]
     if relight:
         picture = drawn
-        for number, (layer, colour, share, alpha) in enumerate(zip(things, own, shares, shapes, strict=True), 1):
-            pixels = torch.cat([torch.lerp(colour, drawn[0], share).clamp(0, 1), alpha]).permute(1, 2, 0)
-            found[number] = Layer(pixels, layer.name, extra=layer.extra)
+        for number, (layer, colour, share, alpha) in enumerate(zip(objects, own, shares, shapes, strict=True), 1):
+            pixels = torch.cat([torch.lerp(colour, drawn[0], share).clamp(0, 1), alpha])
+            found[number] = Layer(rearrange(pixels, "c h w -> h w c"), layer.name, extra=layer.extra)
     else:
         behind, shares = visible_shares(feathered(shapes, feather))
         picture = drawn * behind + sum(colour * share for colour, share in zip(own, shares, strict=True))
     if (opacity < 1).any():  # nothing was asked for behind a transparent canvas
         picture = torch.cat([picture, 1 - (1 - opacity) * free], 1)
-    return picture.permute(0, 2, 3, 1).clamp(0, 1), stack.with_layers(found)
+    return rearrange(picture, "b c h w -> b h w c").clamp(0, 1), stack.with_layers(found)
 
 
 def _blurred(image: Tensor, sigma: float, reach: float) -> Tensor:
@@ -148,7 +149,6 @@ def _blurred(image: Tensor, sigma: float, reach: float) -> Tensor:
     distance = torch.arange(-reach, reach + 1, device=image.device, dtype=image.dtype)
     weights = torch.exp(-0.5 * (distance / sigma) ** 2)
     weights = weights / weights.sum()
-    padded = F.pad(image, [reach] * 4, mode="replicate").flatten(0, 1)[:, None]
-    return F.conv2d(F.conv2d(padded, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1))[:, 0].unflatten(
-        0, image.shape[:2]
-    )
+    padded = rearrange(F.pad(image, [reach] * 4, mode="replicate"), "b c h w -> (b c) 1 h w")
+    blurred = F.conv2d(F.conv2d(padded, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1))
+    return rearrange(blurred, "(b c) 1 h w -> b c h w", c=image.shape[1])

@@ -23,17 +23,19 @@ def scale_between(sigma: Tensor, next_sigma: Tensor, flow: bool = False) -> Tens
     return torch.ones_like(sigma) if flow else ((1 + next_sigma**2) / (1 + sigma**2)).sqrt()
 
 
-def ode_step(latent: Tensor, seen: Tensor, denoised: Tensor, at: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+def ode_step(
+    latent: Tensor, evaluated: Tensor, denoised: Tensor, at: Tensor, sigma: Tensor, next_sigma: Tensor
+) -> Tensor:
     """The latent [B,C,H,W] at next_sigma from the one at sigma, with the prediction denoised [B,C,H,W] of the latent
-    `seen` at noise level `at`.
+    `evaluated` at noise level `at`.
 
-    Sampling has seen = latent and at = sigma; inversion sees the latent of sigma at next_sigma, above sigma. (seen -
-    denoised) / at is the noise of a diffusion model and the velocity of a flow matching one, so the same line is DDIM,
-    its inversion, and Euler's method for both.
+    Sampling has evaluated = latent and at = sigma; inversion evaluates the latent of sigma at next_sigma, above sigma.
+    (evaluated - denoised) / at is the noise of a diffusion model and the velocity of a flow matching one, so the same
+    line is DDIM, its inversion, and Euler's method for both.
     Source: ddim, Eq. 13 (the ODE that DDIM integrates by Euler's method, in x / sqrt(alpha) and sigma), in either
     direction
     """
-    return latent + (next_sigma - sigma) * (seen - denoised) / at
+    return latent + (next_sigma - sigma) * (evaluated - denoised) / at
 
 
 def trajectory_at(latents: Tensor, sigmas: Tensor, sigma: float, flow: bool = False) -> Tensor:

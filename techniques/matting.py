@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 KNOWN, PRIOR = 100.0, 0.05
@@ -155,7 +156,8 @@ def _resize(image: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Ten
     if tuple(image.shape[:2]) == size:
         return image
     options = {"align_corners": False, "antialias": True} if mode == "bilinear" else {}
-    return F.interpolate(image.permute(2, 0, 1)[None], size, mode=mode, **options)[0].permute(1, 2, 0)
+    resized = F.interpolate(rearrange(image, "h w c -> 1 c h w"), size, mode=mode, **options)
+    return rearrange(resized, "1 c h w -> h w c")
 
 
 def _numpy(tensor: Tensor):

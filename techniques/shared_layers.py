@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 from .fusion import min_max_normalise, reduce_attention
@@ -51,10 +52,10 @@ def layer_offsets(embedding: Tensor, words: list[list[int]], length: int) -> Ten
     embeddings; the paper speaks of the words alone.
     """
     layers = embedding[torch.arange(len(words)).clamp(max=len(embedding) - 1)]
-    whole = layers.mean(0).repeat(length, 1)
+    composite = layers.mean(0).repeat(length, 1)
     for layer, own in zip(layers, words, strict=True):
-        whole[own] = layer
-    return torch.cat([layers[:, None].expand(-1, length, -1), whole[None]])
+        composite[own] = layer
+    return torch.cat([repeat(layers, "layer c -> layer token c", token=length), composite[None]])
 
 
 def token_shares(q: Tensor, k: Tensor, heads: int, tokens: list[list[int]]) -> Tensor:
@@ -65,9 +66,10 @@ def token_shares(q: Tensor, k: Tensor, heads: int, tokens: list[list[int]]) -> T
     objects' positions in T.
     Source: dreamlayer, Eq. 3 and the sum over an object's tokens in Eq. 4
     """
-    return reduce_attention(
+    shares = reduce_attention(
         q, k, heads, lambda parts: torch.stack([parts[..., own].sum(-1).mean(0) for own in tokens], -1)
-    ).transpose(1, 2)
+    )
+    return rearrange(shares, "b token object -> b object token")
 
 
 def share_noise(shared: Tensor, own: Tensor, own_share: float) -> Tensor:
@@ -129,12 +131,13 @@ def joint_attention(
     down.
     Source: dreamlayer, Eq. 10 and 11; Eq. 14 to 16 when isolated
     """
-    q, k, v = (values.unflatten(0, (-1, layers)) for values in (q, k, v))
+    q, k, v = (rearrange(values, "(scene layer) token c -> scene layer token c", layer=layers) for values in (q, k, v))
     asking = q[:, :-1] if isolated else q
-    found = attend(*(values.flatten(1, 2) for values in (asking, k, v))).unflatten(1, (asking.shape[1], -1))
+    joined = (rearrange(values, "scene layer token c -> scene (layer token) c") for values in (asking, k, v))
+    found = rearrange(attend(*joined), "scene (layer token) c -> scene layer token c", layer=asking.shape[1])
     if isolated:
         found = torch.cat([found, attend(q[:, -1], k[:, -1], v[:, -1])[:, None]], 1)
-    return found.flatten(0, 1)
+    return rearrange(found, "scene layer token c -> (scene layer) token c")
 
 
 def map_distance(maps: Tensor, others: Tensor) -> Tensor:

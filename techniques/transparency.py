@@ -42,10 +42,10 @@ def _area_mean(values: Tensor, size: int, dim: int) -> Tensor:
     """
     old = values.shape[dim]
     edges = torch.arange(size + 1, dtype=torch.float64, device=values.device) * old / size
-    whole = edges.floor().long().clamp_max(old - 1)
+    cells = edges.floor().long().clamp_max(old - 1)
     shape = [-1 if axis == dim else 1 for axis in range(values.ndim)]
-    before = (values.double().cumsum(dim) - values).index_select(dim, whole)
-    integral = before + values.index_select(dim, whole) * (edges - whole).view(shape)
+    before = (values.double().cumsum(dim) - values).index_select(dim, cells)
+    integral = before + values.index_select(dim, cells) * (edges - cells).view(shape)
     return (integral.diff(dim=dim) * (size / old)).to(values)
 
 

@@ -28,8 +28,9 @@ ALLOWED_ROOMS = {
     "training": {"training", "scenes", "techniques", "networks", "models_config"},
 }
 SEES_HOST = {"nodes", "patches"}
-# techniques/ is mathematics: torch and numpy, and the one library that mattes, imported where it is used.
-TECHNIQUE_PACKAGES = {"torch", "numpy"}
+# techniques/ is mathematics: torch, numpy and einops, and the few others that one of them needs, imported where they
+# are used.
+TECHNIQUE_PACKAGES = {"torch", "numpy", "einops"}
 LATE_PACKAGES = {
     "techniques/matting.py": {"pymatting", "scipy"},
     "techniques/metrics.py": {"scipy", "skimage"},
@@ -75,7 +76,7 @@ def problems(path: Path) -> list[str]:
             found.append(f"{where}, a tool")
         late = not at_top and first in LATE_PACKAGES.get(name, ())
         if room == "techniques" and first not in TECHNIQUE_PACKAGES | STANDARD | ROOMS | {"__future__"} and not late:
-            found.append(f"{where}; techniques are torch and numpy only")
+            found.append(f"{where}; techniques are torch, numpy and einops only")
     return found
 
 

@@ -110,8 +110,8 @@ class Bench:
             unet(z.to(self.dtype), time_, context=texts[2])
             energy = 0
             for level, weight in ((2, 0.2), (3, 8.5)):
-                for seen, source in zip((1 - mask, mask), sources, strict=True):
-                    energy = energy + weight * (seen * (source[level] - features[level])).square().mean(1).sum()
+                for visible, source in zip((1 - mask, mask), sources, strict=True):
+                    energy = energy + weight * (visible * (source[level] - features[level])).square().mean(1).sum()
             (gradient,) = torch.autograd.grad(energy, z)
             energies.append(energy.item())
             z = z.detach() - 1e-4 * gradient
@@ -125,12 +125,12 @@ class Bench:
 def rows(published: bool = False):
     for dtype in (torch.float32, torch.float16) if published and torch.cuda.is_available() else (torch.float32,):
         bench = Bench(64, 320, dtype) if published else Bench(32, 64, dtype)
-        ways = {"": {}, " with checkpointing": {"checkpointing": True}, ", level 2 alone": {"level_weights": "0.2, 0"}}
+        runs = {"": {}, " with checkpointing": {"checkpointing": True}, ", level 2 alone": {"level_weights": "0.2, 0"}}
         plain, *ours = in_turns(
-            bench.plain, *(partial(bench.ours, **settings) for settings in ways.values()), results=True
+            bench.plain, *(partial(bench.ours, **settings) for settings in runs.values()), results=True
         )
         near = 1e-3 if dtype == torch.float32 else 3e-2
-        for title, own in zip(ways, ours, strict=True):
+        for title, own in zip(runs, ours, strict=True):
             if "level" not in title:
                 assert max(abs(one / other - 1) for one, other in zip(own.result, plain.result, strict=True)) < near, (
                     own,

@@ -33,13 +33,13 @@ def stacked(scene, moved=0):
     """The layers without their shadows, the objects so many pixels to the right, and what they look like one over the
     other.
     """
-    things = [np.roll(thing.rgba, moved, 1) for thing in scene.objects]
+    items = [np.roll(item.rgba, moved, 1) for item in scene.objects]
     below = scene.background
-    for thing in things:
-        below = renderer.over(thing, below)
+    for item in items:
+        below = renderer.over(item, below)
     layers = [
         Layer(torch.from_numpy(np.ascontiguousarray(pixels)), str(number))
-        for number, pixels in enumerate((scene.background, *things))
+        for number, pixels in enumerate((scene.background, *items))
     ]
     return write_layers(LayerStack((128, 128), tuple(layers))), picture(below)
 
@@ -48,7 +48,7 @@ def band(scene, moved=0):
     """Where the objects' shadows are seen around them, [1,1,H,W]."""
     shadows, alphas = (
         np.roll(np.stack([values[..., 3] for values in found]), moved, 2)[None]
-        for found in ([thing.shadow for thing in scene.objects], [thing.rgba for thing in scene.objects])
+        for found in ([item.shadow for item in scene.objects], [item.rgba for item in scene.objects])
     )
     return metrics.shadow_band(torch.from_numpy(shadows), torch.from_numpy(alphas), 3)
 

@@ -153,7 +153,7 @@ def measured(shown, names, judge, grid):
         .permute(2, 0, 1)
         .float()[None]
     )
-    seen = [
+    rates = [
         judge.text_agreement(
             over(shown[f"{key}colour"], shown[f"{key}alpha"], plain), [None] * len(names), [[name] for name in names]
         )[1]
@@ -168,8 +168,8 @@ def measured(shown, names, judge, grid):
         "layers to blended": near,
         "pasted to blended": far,
         "layers nearer than pasted": (near < far).float(),
-        "class": seen[0],
-        "class in another place": seen[1],
+        "class": rates[0],
+        "class in another place": rates[1],
         "class in the blended picture": judge.text_agreement(
             shown["blended"], [None] * len(names), [[name] for name in names]
         )[1].float(),

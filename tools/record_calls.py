@@ -116,7 +116,7 @@ def start_comfyui(log: str, main: str, *arguments: str) -> None:
     """ComfyUI's main.py in this process. For each prompt, `log` gets a line for each call that is another than before:
     prompt, function, nodes that execute, nodes that had put it there.
     """
-    seen, out = set(), open(log, "a", buffering=1)  # noqa: SIM115 (open as long as the process)
+    written, out = set(), open(log, "a", buffering=1)  # noqa: SIM115 (open as long as the process)
 
     def prompt() -> str | None:
         context = get_executing_context()
@@ -124,8 +124,8 @@ def start_comfyui(log: str, main: str, *arguments: str) -> None:
 
     def note(function: str, executing: set[str], patched: set[str]) -> None:
         line = json.dumps([prompt(), function, sorted(executing), sorted(patched)])
-        if line not in seen:
-            seen.add(line)
+        if line not in written:
+            written.add(line)
             out.write(line + "\n")
 
     sys.argv, sys.path[:] = [main, *arguments], [path for path in sys.path if path != str(TOOLS)]

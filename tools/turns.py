@@ -1,4 +1,4 @@
-"""Ways of doing the same, measured in turns: each has a process of its own, so that neither memory nor caches of one
+"""Methods of doing the same, measured in turns: each has a process of its own, so that neither memory nor caches of one
 help the other.
 
 The parent computes with one thread until then, since threads do not survive a fork; the processes use all that torch
@@ -33,22 +33,22 @@ class Measured:
     result: object
 
 
-def in_turns(*ways: Callable[[], object], results: bool = False) -> list[Measured]:
+def in_turns(*methods: Callable[[], object], results: bool = False) -> list[Measured]:
     """Each once to warm up, then TURNS times one behind the other, so that other work on the machine slows a turn of
     all of them down.
 
-    A way that returns a float has measured its own seconds. With CUDA all run in this process, and memory is the
+    A method that returns a float has measured its own seconds. With CUDA all run in this process, and memory is the
     card's.
     """
-    global _ways, _results
-    _ways, _results = ways, results
+    global _methods, _results
+    _methods, _results = methods, results
     if torch.cuda.is_available():
-        first = [_warm_up(number) for number in range(len(ways))]
-        turns = [[_once(number) for number in range(len(ways))] for _ in range(TURNS)]
+        first = [_warm_up(number) for number in range(len(methods))]
+        turns = [[_once(number) for number in range(len(methods))] for _ in range(TURNS)]
     else:
         with ExitStack() as stack:
             fork = multiprocessing.get_context("fork")
-            workers = [stack.enter_context(fork.Pool(1, torch.set_num_threads, (THREADS,))) for _ in ways]
+            workers = [stack.enter_context(fork.Pool(1, torch.set_num_threads, (THREADS,))) for _ in methods]
             first = [worker.apply(_warm_up, (number,)) for number, worker in enumerate(workers)]
             turns = [[worker.apply(_once, (number,)) for number, worker in enumerate(workers)] for _ in range(TURNS)]
     return [
@@ -85,7 +85,7 @@ def now() -> float:
 def _warm_up(number: int) -> object:
     global _held
     _held = _kibibytes("VmRSS")
-    result = _ways[number]()
+    result = _methods[number]()
     return result if _results else None
 
 
@@ -96,7 +96,7 @@ def _once(number: int) -> tuple[float, float]:
     else:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
     start = now()
-    found = _ways[number]()
+    found = _methods[number]()
     seconds = found if isinstance(found, float) else now() - start
     if torch.cuda.is_available():
         return seconds, (torch.cuda.max_memory_allocated() - held) / 2**30

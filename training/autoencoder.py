@@ -84,7 +84,7 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
     def validate(model, step):
         latent, decoded = model(check.to(next(model.parameters()).device))
         decoded = decoded.clamp(0, 1).cpu()
-        shown = torch.stack([check[:8], decoded[:8], check[8:16], decoded[8:16]]).flatten(0, 1)
+        shown = torch.cat([check[:8], decoded[:8], check[8:16], decoded[8:16]])
         loop.save_grid(folder / "grid.png", shown, 8)
         metrics = {
             "psnr": psnr(decoded, check).mean().item(),

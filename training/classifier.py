@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ..networks.classifier import Classifier
@@ -130,9 +131,9 @@ def checks(count: int, side: int, first: int = 2 * 10**9) -> dict[str, tuple[Ten
             renderer.render(renderer.Request(kind=kind, objects=(name,)), side, side, first + i).composite
             for i, (name, kind) in enumerate(taken)
         ]
-        pixels = torch.from_numpy(np.round(np.stack(shown) * 255).astype(np.uint8)).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(np.round(np.stack(shown) * 255).astype(np.uint8))
         found[title] = (
-            pixels,
+            rearrange(pixels, "b h w c -> b c h w"),
             torch.tensor([renderer.KINDS.index(kind) for _, kind in taken]),
             torch.tensor([names.index(name) for name, _ in taken]),
         )
@@ -152,10 +153,10 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
         device, metrics = next(model.parameters()).device, {}
         for title, (pixels, places, objects) in sets.items():
             logits = [model(part.to(device).float() / 255) for part in pixels.split(60)]
-            place, thing = (torch.cat(parts).argmax(1).cpu() for parts in zip(*logits, strict=True))
+            place, item = (torch.cat(parts).argmax(1).cpu() for parts in zip(*logits, strict=True))
             metrics |= {
                 f"{title}_place": (place == places).float().mean().item(),
-                f"{title}_object": (thing == objects).float().mean().item(),
+                f"{title}_object": (item == objects).float().mean().item(),
             }
         print(
             f"held-out scenes at step {step}: " + "  ".join(f"{key} {value:.4f}" for key, value in metrics.items()),

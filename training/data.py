@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..scenes import renderer
@@ -101,10 +102,10 @@ class ScenePool:
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
     """Bytes [N,H,W,C] as [N,C,H,W] in 0..1."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    return rearrange(torch.from_numpy(pixels), "b h w c -> b c h w").float() / 255
 
 
 def held_out(count: int, side: int, first: int = 10**9) -> Tensor:
     """[count,3,side,side]: scenes of object-and-place pairs that training never sees."""
     pictures = [renderer.render(renderer.Request(held_out=True), side, side, first + i).composite for i in range(count)]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    return rearrange(torch.from_numpy(np.stack(pictures)), "b h w c -> b c h w")

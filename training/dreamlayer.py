@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -90,7 +91,7 @@ class SceneLayers:
 
 
 def _tensor(pictures: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(pictures).astype(np.float32)).permute(0, 3, 1, 2)
+    return rearrange(torch.from_numpy(np.stack(pictures).astype(np.float32)), "b h w c -> b c h w")
 
 
 def object_count(step: int, config: dict, rng: np.random.Generator) -> int:
@@ -144,11 +145,10 @@ def loss_of(
     )
     weight = weight.float().to(device)
     has_words = torch.from_numpy(kept).float().to(device)
-    wanted = resize_maps(alphas, maps.shape[-2:]).flatten(2)
-    context = (map_distance(maps.flatten(2), wanted) * has_words).mean()
-    layout = (
-        map_distance(maps.flatten(2).detach(), own.flatten(2)) * has_words
-    ).mean()  # the whole picture guides the objects, not they it
+    wanted = resize_maps(alphas, maps.shape[-2:])
+    wanted, maps, own = (rearrange(part, "b object h w -> b object (h w)") for part in (wanted, maps, own))
+    context = (map_distance(maps, wanted) * has_words).mean()
+    layout = (map_distance(maps.detach(), own) * has_words).mean()  # the composite guides the objects, not they it
     total = (weight * error).mean() + config["context_weight"] * context + config["layout_weight"] * layout
     return {"loss": total, "error": error.mean().detach(), "context": context.detach(), "layout": layout.detach()}
 
@@ -248,10 +248,14 @@ def _shown(
     the prompts of the pool's first.
     """
     layers = sample(model, [pool.words(count - 1 + MOST * i, 0) for i in range(SHOWN)], pool.side, own_noise).cpu()
-    pictures = autoencoder.decode(layers.flatten(0, 1)).clamp(0, 1)
-    found = decoder(pictures, layers.flatten(0, 1)).clamp(0, 1)
+    rows = rearrange(layers, "scene layer c h w -> (scene layer) c h w")
+    pictures = autoencoder.decode(rows).clamp(0, 1)
+    found = decoder(pictures, rows).clamp(0, 1)
     board = checkerboard(pool.side)
-    cut = (found[:, 1:] * found[:, :1] + board * (1 - found[:, :1])).unflatten(0, (SHOWN, -1))
-    pictures = pictures.unflatten(0, (SHOWN, -1))
+    cut = found[:, 1:] * found[:, :1] + board * (1 - found[:, :1])
+    pictures, cut = (
+        rearrange(rows, "(scene layer) c h w -> scene layer c h w", scene=SHOWN) for rows in (pictures, cut)
+    )
     empty = torch.ones(SHOWN, MOST - count, *pictures.shape[2:])
-    return torch.cat([pictures[:, :1], cut[:, 1:-1], empty, pictures[:, -1:]], 1).flatten(0, 1)
+    shown = torch.cat([pictures[:, :1], cut[:, 1:-1], empty, pictures[:, -1:]], 1)
+    return rearrange(shown, "scene layer c h w -> (scene layer) c h w")

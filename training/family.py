@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -106,8 +107,8 @@ def publish(root: Path, models: Path = settings.MODELS) -> None:
 def _fit_preview(autoencoder, path: Path) -> None:
     """Least squares from a latent pixel to the mean colour under it in -1..1, and what mid gray is as a latent."""
     pictures = data.held_out(64, 128)
-    latent = autoencoder.encode(pictures).permute(0, 2, 3, 1).reshape(-1, 4)
-    colour = torch.nn.functional.avg_pool2d(pictures * 2 - 1, latents.FACTOR).permute(0, 2, 3, 1).reshape(-1, 3)
+    small = torch.nn.functional.avg_pool2d(pictures * 2 - 1, latents.FACTOR)
+    latent, colour = (rearrange(part, "b c h w -> (b h w) c") for part in (autoencoder.encode(pictures), small))
     factors = torch.linalg.lstsq(torch.cat([latent, torch.ones(len(latent), 1)], 1), colour).solution
     gray = autoencoder.encode(torch.full((1, 3, 128, 128), 0.5))[0, :, 4:-4, 4:-4].mean((1, 2))
     config = json.loads(path.read_text())

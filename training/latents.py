@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange, repeat
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -107,18 +108,15 @@ class LatentPool(data.ScenePool):
         device = next(self.autoencoder.parameters()).device
 
         def encode(pictures) -> np.ndarray:
-            return (
-                self.autoencoder.encode(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(device))
-                .cpu()
-                .numpy()
-            )
+            images = rearrange(torch.from_numpy(np.stack(pictures)), "b h w c -> b c h w")
+            return self.autoencoder.encode(images.to(device)).cpu().numpy()
 
         pictures = [self.render(index) for index in indices]
         values = encode(pictures)
         if self.inpaint:
             self.holes[indices], masks = zip(*(self.hole(index) for index in indices), strict=True)
             masks = np.stack(masks)
-            large = masks.repeat(FACTOR, 1).repeat(FACTOR, 2)[..., None]
+            large = repeat(masks, "b h w -> b (h down) (w across) 1", down=FACTOR, across=FACTOR)
             gray = encode([picture * (1 - mask) + 0.5 * mask for picture, mask in zip(pictures, large, strict=True)])
             values = np.concatenate([values, masks[:, None], gray], 1)
         self.values[indices] = values

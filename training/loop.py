@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -240,7 +241,5 @@ def _append(path: Path, row: dict) -> None:
 
 def save_grid(path: Path, pictures: Tensor, columns: int) -> None:
     """[N,3,H,W] in 0..1 as one PNG, N a multiple of columns."""
-    count, channels, height, width = pictures.shape
-    grid = pictures.reshape(count // columns, columns, channels, height, width).permute(0, 3, 1, 4, 2)
-    grid = grid.reshape(count // columns * height, columns * width, channels)
+    grid = rearrange(pictures, "(row column) c h w -> (row h) (column w) c", column=columns)
     Image.fromarray((grid.float().clamp(0, 1) * 255).round().byte().cpu().numpy()).save(path)

@@ -53,13 +53,13 @@ class Oracle:
                 f"text_agreement: the classifier does not know {', '.join(sorted(unknown))}; ask for what the scene "
                 "renderer knows."
             )
-        seen_places, seen_objects = self.logits(image)
+        place_logits, object_logits = self.logits(image)
         place = [
             float(place is None or self.places[int(row.argmax())] == place)
-            for place, row in zip(places, seen_places, strict=True)
+            for place, row in zip(places, place_logits, strict=True)
         ]
         share = []
-        for names, row in zip(objects, seen_objects, strict=True):
+        for names, row in zip(objects, object_logits, strict=True):
             found = {self.objects[i] for i in row.topk(len(names)).indices}
             share.append(len(found.intersection(names)) / len(names) if names else float(row.max() < 0))
         return torch.tensor(place), torch.tensor(share)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -51,11 +52,10 @@ class CutOuts(data.ScenePool):
             large = round(self.side * rng.uniform(*self.longer_side) * self.side / max(right - left, bottom - top))
             shown = renderer.render(self.request(index), large, large, index).objects[0]
         rgba = shown.rgba_with_shadow if shadow else shown.rgba
-        picture = torch.from_numpy(self._window(rgba, shown.box, rng) if self.longer_side else rgba).permute(2, 0, 1)[
-            None
-        ]
+        rgba = self._window(rgba, shown.box, rng) if self.longer_side else rgba
+        picture = rearrange(torch.from_numpy(rgba), "h w c -> 1 c h w")
         colour = extend_colours(picture[:, :3], picture[:, 3:])
-        return torch.cat([colour, picture[:, 3:]], 1)[0].permute(1, 2, 0).numpy()
+        return rearrange(torch.cat([colour, picture[:, 3:]], 1), "1 c h w -> h w c").numpy()
 
     def _window(self, canvas: np.ndarray, box: tuple[int, int, int, int], rng) -> np.ndarray:
         """[side,side,4] of a canvas, the box anywhere in it; transparent where the canvas ends."""
@@ -119,9 +119,8 @@ class Hidden:
             picture = self.autoencoder.decode(clean + offset)
             for i, *parts in zip(missing, clean + offset, offset, picture, strict=True):
                 self.kept[i] = [part.half().cpu() for part in parts]
-        rows = zip(
-            *([torch.from_numpy(self.pool[i]).permute(2, 0, 1) / 255, *self.kept[int(i)]] for i in indices), strict=True
-        )
+        rgba = (rearrange(torch.from_numpy(self.pool[i]), "h w c -> c h w") / 255 for i in indices)
+        rows = zip(*([one, *self.kept[int(i)]] for one, i in zip(rgba, indices, strict=True)), strict=True)
         return tuple(
             torch.stack(
                 [turned(one.float(), view > 3, int(view) % 4) for one, view in zip(part, views, strict=True)]
@@ -160,7 +159,7 @@ def build(config: dict) -> Pair:
 def train(config: dict, folder: Path, minutes: float | None, save_every: float) -> nn.Module:
     autoencoder = latents.load_autoencoder(folder.parent)
     pool = CutOuts(folder.parent / "scenes", config["cutouts"], config["side"], config["longer_side"])
-    check = torch.from_numpy(np.stack([pool.render(i) for i in HELD_OUT])).permute(0, 3, 1, 2)
+    check = rearrange(torch.from_numpy(np.stack([pool.render(i) for i in HELD_OUT])), "b h w c -> b c h w")
 
     def loss(model, step, rank):
         device = next(model.parameters()).device
@@ -191,8 +190,8 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
         ]
         loop.save_grid(folder / "grid.png", torch.cat(shown), 8)
         report = {
-            name: metrics.alpha_iou(seen[:, :1], alpha).mean().item()
-            for name, seen in (("iou", found), ("iou of one pass", once))
+            name: metrics.alpha_iou(decoded[:, :1], alpha).mean().item()
+            for name, decoded in (("iou", found), ("iou of one pass", once))
         }
         report |= {
             "sad": metrics.alpha_sad(found[:, :1], alpha).mean().item(),

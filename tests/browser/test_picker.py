@@ -493,7 +493,7 @@ def test_top_view_counts_every_pixel_once(calculate):
     depth[0, 0], depth[1, 0] = 0, 1
     picture = np.concatenate([rng.integers(0, 256, (12, 5, 3)), np.full((12, 5, 1), 255)], -1)
     rows = 8
-    seen = np.asarray(
+    shown = np.asarray(
         calculate("topView", picture.reshape(-1).tolist(), {"floats": depth.reshape(-1).tolist()}, 5, rows)
     ).reshape(rows, 5, 4)
     for column in range(5):
@@ -501,10 +501,10 @@ def test_top_view_counts_every_pixel_once(calculate):
             near = (rows - 1 - row) / rows
             inside = (depth[:, column] >= near) & ((depth[:, column] < near + 1 / rows) | (row == 0))
             if not inside.any():
-                assert seen[row, column, 3] == 0
+                assert shown[row, column, 3] == 0
             else:
-                assert np.abs(seen[row, column, :3] - picture[inside, column, :3].mean(0)).max() <= 0.51
-                assert seen[row, column, 3] >= 127
+                assert np.abs(shown[row, column, :3] - picture[inside, column, :3].mean(0)).max() <= 0.51
+                assert shown[row, column, 3] >= 127
 
 
 def test_threshold_behind_equals_python(calculate):

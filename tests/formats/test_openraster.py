@@ -252,13 +252,13 @@ def test_turned_flipped_and_resized_layers_are_drawn_in_their_place(tmp_path):
     assert inside.shape == (8, 8, 4) and around <= 0.01 * inside[..., 3].sum(), "nothing of it lies outside of its box"
 
 
-def test_a_layer_that_is_shown_much_larger_than_the_canvas_is_drawn_where_it_is_seen(tmp_path):
+def test_a_layer_that_is_shown_much_larger_than_the_canvas_is_drawn_where_it_is_visible(tmp_path):
     huge = Layer(pixels(9, 4, 4, 3), "huge", None, -8000, -8000, w=16384, h=16384)
     outside = replace(huge, name="outside", x=20000, y=0)
-    seen, unseen = openraster.read(save(tmp_path, LayerStack((32, 24), (huge, outside)))).layers
-    assert seen.image.shape[:2] == (24, 32) and (seen.x, seen.y) == (0, 0)
-    assert np.array_equal(eight_bit(seen.image)[..., :3], eight_bit(picture(LayerStack((32, 24), (huge,))))[..., :3])
-    assert unseen.image.shape[:2] == (1, 1) and unseen.rgba()[..., 3].max() == 0
+    visible, hidden = openraster.read(save(tmp_path, LayerStack((32, 24), (huge, outside)))).layers
+    assert visible.image.shape[:2] == (24, 32) and (visible.x, visible.y) == (0, 0)
+    assert np.array_equal(eight_bit(visible.image)[..., :3], eight_bit(picture(LayerStack((32, 24), (huge,))))[..., :3])
+    assert hidden.image.shape[:2] == (1, 1) and hidden.rgba()[..., 3].max() == 0
 
 
 def test_names_that_end_in_nul_are_cleaned_when_read(tmp_path):

@@ -139,11 +139,11 @@ def close(found, wanted, tolerance=1e-4):
     return difference < tolerance * wanted.abs().max().item()
 
 
-def watching(seen):
+def watching(calls):
     """A wrapper that notes which estimates the model makes, and of how many rows."""
 
     def watch(apply, args):
-        seen.append((args["cond_or_uncond"], len(args["input"])))
+        calls.append((args["cond_or_uncond"], len(args["input"])))
         return apply(args["input"], args["timestep"], **args["c"])
 
     return watch

@@ -113,7 +113,7 @@ def test_shared_attention_is_the_published_one_and_leaves_nothing_behind(frames)
     assert torch.equal(sample(transparency_model.share(model, files, frames, strength=0), batch=2 * frames), before)
 
 
-def test_a_given_layers_picture_is_seen_at_every_size():
+def test_a_given_layers_picture_acts_at_every_size():
     model = small()
     weights, files = sharing(model, 2, control=32)
     torch.manual_seed(2)

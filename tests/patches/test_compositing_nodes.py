@@ -183,7 +183,7 @@ def test_what_is_wrong_is_said_in_words(server):  # noqa: F811
 
 
 @pytest.mark.skipif(not CHECKPOINT.exists(), reason="no trained weights: make mini")
-def test_sides_that_no_latent_divides_are_cut_in_one_way():
+def test_sides_that_no_latent_divides_are_cut_alike():
     """ComfyUI's VAE cuts the rim all round: picture, report, planes' masks and the noise mask follow it."""
     from strata.nodes.compositing import GuidancePlane, InsertAtDepth, InvertImage
     from strata.nodes.inputs import centred

@@ -67,10 +67,10 @@ def energy_written_out(case, z, sources, sigma, norm, iteration=0):
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 def test_the_gradient_is_that_of_central_finite_differences_in_float64(norm):
     case = Case(dtype=torch.float64)
-    sigma, seen, step_size = case.sigmas[1], {}, 1e-3
+    sigma, recorded, step_size = case.sigmas[1], {}, 1e-3
     model = case.model.clone()
     model.set_model_sampler_post_cfg_function(
-        lambda args: seen.update(x=args["input"].clone()) or args["denoised"], disable_cfg1_optimization=True
+        lambda args: recorded.update(x=args["input"].clone()) or args["denoised"], disable_cfg1_optimization=True
     )
     start = picture(9).double() * float(sigma)
     guider = case.guider(
@@ -84,7 +84,7 @@ def test_the_gradient_is_that_of_central_finite_differences_in_float64(norm):
         disable_pbar=True,
     )
     scale = float((1 + sigma.double() ** 2).sqrt())
-    gradient = (start - seen["x"]) / step_size / scale
+    gradient = (start - recorded["x"]) / step_size / scale
     sources = [
         features_written_out(
             case, inversion.at(float(sigma)).double() / scale, sigma, inversion.positive[0][0].double()
@@ -163,15 +163,15 @@ def test_ddim_is_allowed_and_other_samplers_are_refused_with_the_list(case):
 
 def test_a_run_in_two_parts_is_the_run_in_one(case):
     """SplitSigmas: the second part goes on from the first one's latent, without noise."""
-    whole = case.sample(case.guider())
+    full = case.sample(case.guider())
     euler, nothing = comfy.samplers.sampler_object("euler"), torch.zeros(1, 4, SIDE, SIDE)
     half = case.guider().sample(picture(9), nothing, euler, case.sigmas[:3], disable_pbar=True, seed=1)
     rest = case.guider()
     found = rest.sample(nothing, half, euler, case.sigmas[2:], disable_pbar=True, seed=1)
-    assert torch.allclose(found, whole, rtol=0, atol=1e-4) and len(rest.energies) == 1
+    assert torch.allclose(found, full, rtol=0, atol=1e-4) and len(rest.energies) == 1
     # With noise: a run of its own.
     late = case.guider().sample(picture(9), nothing, euler, case.sigmas[2:], disable_pbar=True, seed=1)
-    assert not torch.allclose(late, whole, rtol=0, atol=1e-3)
+    assert not torch.allclose(late, full, rtol=0, atol=1e-3)
 
 
 def test_three_planes_and_any_other_schedule(case):
@@ -192,14 +192,14 @@ def test_three_planes_and_any_other_schedule(case):
         for plane in three.planes
     ]
     x = case.inversions[0].at(float(sigmas[0]))  # where the run begins
-    seen = features_written_out(case, x / (1 + sigmas[0] ** 2).sqrt(), sigmas[0], case.positive[0][0])
+    features = features_written_out(case, x / (1 + sigmas[0] ** 2).sqrt(), sigmas[0], case.positive[0][0])
     energy = 0.0
     for level, weight in ((1, 0.2), (2, 8.5)):
-        side = seen[level].shape[-1]
+        side = features[level].shape[-1]
         for columns, share, source in zip(
             (slice(side // 4, side // 2), slice(side // 2, side), slice(0, side // 4)), (1, 1, 2), sources, strict=True
         ):
-            difference = (source[level] - seen[level])[..., columns]
+            difference = (source[level] - features[level])[..., columns]
             energy += share * weight * float(difference.square().sum()) / difference.shape[1]
     assert other.energies[0][0] == pytest.approx(energy, rel=1e-3)
     assert [mask.sum().item() for mask in other.masks] == [16, 32, 16] and other.weights == [1.0, 1.0, 2.0]
@@ -408,10 +408,10 @@ def test_the_composites_control_stays_its_own(case):
     controlled = [
         [case.positive[0][0], {**case.positive[0][1], "control": Hints(hints), "control_apply_to_uncond": True}]
     ]
-    seen = []
+    calls = []
 
     def watch(apply, args):
-        seen.append((len(args["input"]), args["c"].get("control") is not None))
+        calls.append((len(args["input"]), args["c"].get("control") is not None))
         return apply(args["input"], args["timestep"], **args["c"])
 
     model = case.model.clone()
@@ -419,7 +419,7 @@ def test_the_composites_control_stays_its_own(case):
     guider = case.guider(model=model, positive=controlled, iterations=2, step_size=0.0002)
     case.sample(guider)
     guided = [(2, False), (1, True), (1, True), (2, True)]  # two scenes; two iterations; cond and uncond
-    assert seen == guided * 3 + [(2, True)]
+    assert calls == guided * 3 + [(2, True)]
     assert all(energies[-1] < energies[0] for energies in guider.energies)
 
 

@@ -69,18 +69,18 @@ def test_the_foregrounds_weights_take_part_in_blending(models, kind):
 def test_cond_and_uncond_in_one_batch_or_apart_are_the_same(models, monkeypatch):
     model = models("mini")
     positive, negative = layered(model), conditioning(model, 2, rows=1)
-    seen, results = [], {}
+    calls, results = [], {}
     for free in (1e18, 1.0):
         low_memory(monkeypatch, free)
         patched = blend_attention(model, Settings())
-        patched.set_model_unet_function_wrapper(watching(seen))
+        patched.set_model_unet_function_wrapper(watching(calls))
         results[free] = estimates(patched, positive, negative, noise())
     # ComfyUI's attention on the CPU cuts its matrices by the free memory: not bit by bit the same. Values reach 13 and
     # differ by about 1e-5 on one thread.
     assert all(
         torch.allclose(results[1e18][name], results[1.0][name], rtol=0, atol=1e-4) for name in ("cond", "uncond")
     )
-    assert seen == [([0], 1), ([0], 3), ([1], 3)] * 2  # the prior pass, the conditional estimate first, then the other
+    assert calls == [([0], 1), ([0], 3), ([1], 3)] * 2  # the prior pass, the conditional estimate first, then the other
 
 
 def test_strength_0_is_bit_equal_and_small_strengths_are_near(models):
@@ -145,11 +145,11 @@ def test_reusing_the_structure_saves_all_prior_passes_but_the_first(models):
     positive, negative = layered(model), conditioning(model, 2, rows=1)
     counts = {}
     for reuse in (False, True):
-        seen = []
+        calls = []
         patched = blend_attention(model, Settings(reuse=reuse))
-        patched.set_model_unet_function_wrapper(watching(seen))
-        counts[reuse] = sample(patched, positive, negative, steps=4), seen
-    rows = [[number for _which, number in seen] for _result, seen in counts.values()]
+        patched.set_model_unet_function_wrapper(watching(calls))
+        counts[reuse] = sample(patched, positive, negative, steps=4), calls
+    rows = [[number for _which, number in calls] for _result, calls in counts.values()]
     assert rows == [[1, 3, 3] * 4, [1, 3, 3] + [3, 3] * 3]
     assert not torch.equal(counts[False][0], counts[True][0])
 
@@ -278,9 +278,9 @@ def test_a_term_on_the_foreground_equals_a_merged_model_and_leaves_the_rest(mode
     positive, negative = conditioning(model, 1), conditioning(model, 2, rows=1)
     found = estimates(low_rank.apply_to_foreground(model, terms, strength), positive, negative, noise(6))
     plain = estimates(model, positive, negative, noise(6))
-    whole = model.clone()
-    whole.add_patches({key: ("diff", (up @ down,)) for key, (up, down) in terms.items()}, strength)
-    one = estimates(whole, positive, negative, noise(6))
+    full = model.clone()
+    full.add_patches({key: ("diff", (up @ down,)) for key, (up, down) in terms.items()}, strength)
+    one = estimates(full, positive, negative, noise(6))
     for name in ("cond", "uncond"):
         assert (found[name][::3] - one[name][::3]).abs().max() < 1e-4 * max(1, one[name].abs().max())
         assert not torch.allclose(one[name][::3], plain[name][::3], rtol=0, atol=1e-2)
@@ -298,11 +298,11 @@ def test_full_differences_of_every_weight_equal_a_merged_model_too(models):
     }
     positive, negative = conditioning(model, 1), conditioning(model, 2, rows=1)
     for chosen in (terms, {key: value for key, value in terms.items() if key.endswith("bias")}):
-        whole = model.clone()
-        whole.add_patches({key: ("diff", (value,)) for key, value in chosen.items()})
+        full = model.clone()
+        full.add_patches({key: ("diff", (value,)) for key, value in chosen.items()})
         found, one, plain = (
             estimates(made, positive, negative, noise())
-            for made in (low_rank.apply_to_foreground(model, chosen), whole, model)
+            for made in (low_rank.apply_to_foreground(model, chosen), full, model)
         )
         assert (found["cond"][0] - one["cond"][0]).abs().max() < 1e-4 * one["cond"].abs().max()
         assert not torch.allclose(one["cond"][0], plain["cond"][0], rtol=0, atol=1e-2) and torch.allclose(

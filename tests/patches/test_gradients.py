@@ -76,10 +76,10 @@ def gradient_and_differences(case, model, **settings):
 
     FreeU computes in single precision, which the steps of 1e-4 and a tolerance by the norm leave room for.
     """
-    sigma, seen = case.sigmas[1], {}
+    sigma, recorded = case.sigmas[1], {}
     model = model.clone()
     model.set_model_sampler_post_cfg_function(
-        lambda args: seen.update(x=args["input"].clone()) or args["denoised"], disable_cfg1_optimization=True
+        lambda args: recorded.update(x=args["input"].clone()) or args["denoised"], disable_cfg1_optimization=True
     )
     scale = float((1 + sigma.double() ** 2).sqrt())
     sigmas, euler = torch.stack([sigma, torch.tensor(0.0)]), comfy.samplers.sampler_object("euler")
@@ -93,7 +93,7 @@ def gradient_and_differences(case, model, **settings):
 
     start = picture(9).double() * float(sigma)
     energy(start)
-    gradient = (start - seen["x"]) / STEP / scale
+    gradient = (start - recorded["x"]) / STEP / scale
     pairs = []
     for seed in range(3):
         direction = torch.randn(start.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -20,5 +20,5 @@ def test_opaque_pixels_of_the_objects_stay():
     for seed in range(3):
         scene = figures_harmonize.scene_of(seed, 1 + seed)
         made, plain = figures_harmonize.harmonised(family, scene)
-        opaque = torch.from_numpy(np.max([thing.rgba[..., 3] for thing in scene.objects], 0) >= 1)
+        opaque = torch.from_numpy(np.max([item.rgba[..., 3] for item in scene.objects], 0) >= 1)
         assert ((made - plain).abs().amax(1)[0][opaque] <= 8 / 255).all()

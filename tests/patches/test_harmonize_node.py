@@ -41,10 +41,10 @@ def loaded(family):
 
 def stack(*changes):
     generator = torch.Generator().manual_seed(0)
-    thing = torch.rand(30, 40, 4, generator=generator)
-    thing[..., 3] = 1
-    first = Layer(thing, "first", x=10, y=20)
-    second = Layer(thing.flip(0), "second", x=40, y=30, opacity=0.5)
+    item = torch.rand(30, 40, 4, generator=generator)
+    item[..., 3] = 1
+    first = Layer(item, "first", x=10, y=20)
+    second = Layer(item.flip(0), "second", x=40, y=30, opacity=0.5)
     return LayerStack(
         (WIDTH, HEIGHT), (Layer(torch.rand(HEIGHT, WIDTH, 3, generator=generator), "back"), first, second, *changes)
     )
@@ -59,7 +59,7 @@ def run(loaded, layers, foregrounds="keep", feather=0.0, **changed):
     return image, latent["samples"], read_layers(found)
 
 
-def test_things_keep_their_pixels_and_the_rest_is_the_models(loaded):
+def test_objects_keep_their_pixels_and_the_rest_is_the_models(loaded):
     layers = stack()
     image, latent, found = run(loaded, layers)
     drawn = run(loaded, layers, "relight")[0]
@@ -79,7 +79,7 @@ def test_things_keep_their_pixels_and_the_rest_is_the_models(loaded):
     assert torch.allclose(flatten(found)[0][:3, :40], image[0, :3, :40], rtol=0, atol=1e-6)
 
 
-def test_behind_a_thing_the_background_is_as_it_was_in_the_light_around_it(loaded):
+def test_behind_an_object_the_background_is_as_it_was_in_the_light_around_it(loaded):
     """Its texture stays, and what the model has changed around the thing goes on smoothly behind it, so that no
     silhouette is left.
     """
@@ -116,7 +116,7 @@ def test_a_transparent_canvas_stays_transparent(loaded):
     assert torch.equal(image, run(loaded, opaque)[0]) and found.layers[0].image.shape[-1] == 3
 
 
-def test_relit_things_have_the_models_colours_and_flatten_to_its_picture(loaded):
+def test_relit_objects_have_the_models_colours_and_flatten_to_its_picture(loaded):
     layers = LayerStack((WIDTH, HEIGHT), stack().layers[:2])
     image, _, found = run(loaded, layers, "relight")
     assert torch.allclose(flatten(found)[0], image[0], rtol=0, atol=2e-3)
@@ -131,7 +131,7 @@ def test_feathering_changes_the_edge_alone(loaded):
     assert (hard[20, 12:48] - soft[20, 12:48]).abs().max() > 0.05
 
 
-def test_with_detail_the_background_changes_smoothly_and_things_keep_their_pixels(loaded):
+def test_with_detail_the_background_changes_smoothly_and_objects_keep_their_pixels(loaded):
     layers = stack()
     plain, detailed = run(loaded, layers)[0], run(loaded, layers, detail=16.0)[0]
     before = layers.layers[0].image
@@ -174,17 +174,18 @@ def full_size():
 
 
 def test_retained_latents_of_an_inversion_are_followed_where_the_layers_are(loaded):
-    layers, path = full_size(), inverted(loaded, 2, "ddim")
-    plain, kept = run(loaded, layers, "relight")[0], run(loaded, layers, "relight", retained=path)[0]
+    layers, trajectory = full_size(), inverted(loaded, 2, "ddim")
+    plain, kept = run(loaded, layers, "relight")[0], run(loaded, layers, "relight", retained=trajectory)[0]
     assert not torch.allclose(plain, kept, rtol=0, atol=0.02)
     hidden = layers.with_layers([*layers.layers, Layer(torch.ones(HEIGHT, WIDTH, 3), "cover", visible=False)])
-    three = replace(path, latents=torch.cat([path.latents, path.latents[:, :1]], 1))
+    three = replace(trajectory, latents=torch.cat([trajectory.latents, trajectory.latents[:, :1]], 1))
     assert torch.equal(run(loaded, hidden, "relight", retained=three)[0], kept)
     moved = layers.with_layers([layers.layers[0], replace(layers.layers[1], x=24)])
-    along = replace(path, latents=torch.stack([path.latents[:, 0], path.latents[:, 1].roll(3, -1)], 1))
+    background, foreground = trajectory.latents.unbind(1)
+    along = replace(trajectory, latents=torch.stack([background, foreground.roll(3, -1)], 1))
     there = layers.with_layers([layers.layers[0], replace(layers.layers[1], image=layers.layers[1].image.roll(24, 1))])
     assert torch.allclose(
-        run(loaded, moved, "relight", retained=path)[0],
+        run(loaded, moved, "relight", retained=trajectory)[0],
         run(loaded, there, "relight", retained=along)[0],
         rtol=0,
         atol=1e-5,

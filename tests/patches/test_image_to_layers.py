@@ -31,7 +31,7 @@ def split():
     return ImageToLayers.execute
 
 
-def test_the_isolated_whole_picture_is_eq_15_s_masked_softmax():
+def test_the_isolated_composite_is_eq_15_s_masked_softmax():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2 * 4, 5, 6, generator=generator, dtype=torch.float64) for _ in range(3))
 
@@ -54,12 +54,12 @@ def test_no_layer_changes_the_given_picture_and_it_changes_the_layers(mini):
     positive = encode_layers(mini.clip, "on a beach", ["a red apple"])
     layered = share_layers(mini.model, Sharing())
     x = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    seen = []
+    levels = []
 
-    def denoised(model, x, positive, path=None):
+    def denoised(model, x, positive, trajectory=None):
         model = model.clone()
-        if path is not None:
-            model.model_options["transformer_options"][TRAJECTORY] = path
+        if trajectory is not None:
+            model.model_options["transformer_options"][TRAJECTORY] = trajectory
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(positive, mini.negative)
         guider.set_cfg(1.0)
@@ -67,17 +67,17 @@ def test_no_layer_changes_the_given_picture_and_it_changes_the_layers(mini):
         return guider.sample(x, torch.zeros_like(x), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True)
 
     given = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(2))
-    found = denoised(layered, x, positive, lambda sigma: seen.append(sigma) or 3 * given)
+    found = denoised(layered, x, positive, lambda sigma: levels.append(sigma) or 3 * given)
     alone = denoised(without_layers(layered), given, [[positive[0][0][-1:], {}]])
     other = denoised(layered, x, positive, lambda sigma: -3 * given)
-    assert seen == [3.0] and torch.allclose(found[2:], alone, rtol=0, atol=2e-4)
+    assert levels == [3.0] and torch.allclose(found[2:], alone, rtol=0, atol=2e-4)
     assert (found[:2] - other[:2]).abs().amax() > 0.05
 
 
 @trained
 @torch.inference_mode()
 @pytest.mark.parametrize(("kind", "name"), [("meadow", "car"), ("snow", "penguin")])
-def test_a_picture_comes_apart_into_the_place_and_the_thing(mini, split, kind, name):
+def test_a_picture_comes_apart_into_the_place_and_the_object(mini, split, kind, name):
     judge = oracle.load()
     scene = renderer.render(renderer.Request(kind, (name,)), 128, 128, 3)
     picture = torch.from_numpy(scene.composite)[None]
@@ -86,10 +86,10 @@ def test_a_picture_comes_apart_into_the_place_and_the_thing(mini, split, kind, n
     document, recomposed, maps, error = split(
         model, mini.vae, picture, positive, mini.negative, 20, 4.0, "ddim_uniform"
     ).result
-    background, thing = (layer.image.movedim(-1, 0)[None].float() for layer in read_layers(document).layers)
+    background, item = (layer.image.movedim(-1, 0)[None].float() for layer in read_layers(document).layers)
     empty, truth = torch.from_numpy(scene.background), torch.from_numpy(scene.objects[0].rgba[..., 3])
     place, nothing = judge.text_agreement(background[:, :3], [kind], [[]])
-    shown = thing[:, :3] * thing[:, 3:] + 0.5 * (1 - thing[:, 3:])
+    shown = item[:, :3] * item[:, 3:] + 0.5 * (1 - item[:, 3:])
     assert place.all() and nothing.all(), "the place is left, and the thing is out of it"
     assert judge.text_agreement(shown, [None], [[name]])[1].all()
     without = (empty - picture[0]).abs().mean()
@@ -98,7 +98,7 @@ def test_a_picture_comes_apart_into_the_place_and_the_thing(mini, split, kind, n
         and error < 2 * without
         and maps.shape[0] == 20
     )
-    overlap = (thing[0, 3] * truth).sum() / thing[0, 3].sum()
+    overlap = (item[0, 3] * truth).sum() / item[0, 3].sum()
     assert overlap > 0.5, "the thing is where it was in the picture"
 
 
@@ -107,13 +107,13 @@ def test_a_picture_comes_apart_into_the_place_and_the_thing(mini, split, kind, n
 @pytest.mark.parametrize("scheduler", ["ddim_uniform", "normal", "karras"])
 def test_the_layers_start_from_the_trajectory_as_it_is(mini, split, scheduler):
     scene = renderer.render(renderer.Request("meadow", ("car",)), 128, 128, 3)
-    picture, seen = torch.from_numpy(scene.composite)[None], {}
+    picture, recorded = torch.from_numpy(scene.composite)[None], {}
     positive = encode_layers(mini.clip, scene.background_prompt, [scene.objects[0].prompt])
     model = map_context(share_layers(mini.model, Sharing()), Maps())
-    split(watched(model, seen), mini.vae, picture, positive, mini.negative, 3, 1.0, scheduler)
+    split(watched(model, recorded), mini.vae, picture, positive, mini.negative, 3, 1.0, scheduler)
     sigmas = comfy.samplers.calculate_sigmas(mini.model.get_model_object("model_sampling"), scheduler, 3)
-    path = invert(mini.model, mini.vae.encode(picture), [[positive[0][0][-1:], {}]], None, sigmas)
-    assert torch.allclose(seen[float(sigmas[0])][:1], path.latents[0], rtol=0, atol=1e-3)
+    trajectory = invert(mini.model, mini.vae.encode(picture), [[positive[0][0][-1:], {}]], None, sigmas)
+    assert torch.allclose(recorded[float(sigmas[0])][:1], trajectory.latents[0], rtol=0, atol=1e-3)
 
 
 @trained

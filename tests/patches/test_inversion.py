@@ -86,8 +86,8 @@ def test_null_text_comes_back_at_full_guidance_and_plain_ddim_does_not(models):
         disable_pbar=True,
     )
     assert (psnr(found.reconstruction, latent, None) > psnr(plain, latent, None) + 3).all()
-    plain_path = invert(model, latent, positive, None, sigmas)
-    assert torch.equal(plain_path.latents, found.latents)
+    plain_trajectory = invert(model, latent, positive, None, sigmas)
+    assert torch.equal(plain_trajectory.latents, found.latents)
 
 
 def test_the_first_null_embedding_follows_the_gradient_of_finite_differences(models):

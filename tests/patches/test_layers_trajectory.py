@@ -47,19 +47,20 @@ def trained_run(mini, **changed):
 @pytest.mark.parametrize("sampler", comfy.samplers.KSampler.SAMPLERS)
 def test_the_trajectory_is_at_the_levels_that_it_claims_with_every_sampler(mini, sampler):
     """Its noise is what is left beside the result; DEIS hands its callback the initial latent at every step."""
-    *_, latent, (path,) = trained_run(mini, sampler_name=sampler, harmonize=False)
-    assert (path.sigmas.diff() < 0).all() and path.sigmas[-1] == 0 and len(path.latents) == len(path.sigmas) > 4
+    *_, latent, (trajectory,) = trained_run(mini, sampler_name=sampler, harmonize=False)
+    sigmas = trajectory.sigmas
+    assert (sigmas.diff() < 0).all() and sigmas[-1] == 0 and len(trajectory.latents) == len(sigmas) > 4
     final = mini.model.model.latent_format.process_in(latent["samples"][:2].cpu())
-    assert torch.allclose(path.latents[-1], final, rtol=0, atol=1e-6)
-    noisy = path.sigmas > 1.5  # below, a prediction takes some of the noise for texture
-    noise = (path.latents[noisy] - final).flatten(1).std(1) / path.sigmas[noisy]
+    assert torch.allclose(trajectory.latents[-1], final, rtol=0, atol=1e-6)
+    noisy = sigmas > 1.5  # below, a prediction takes some of the noise for texture
+    noise = (trajectory.latents[noisy] - final).flatten(1).std(1) / sigmas[noisy]
     assert noise[0] == pytest.approx(1, abs=0.2) and (noise > 0.6).all() and (noise < 1.6).all()
 
 
 @pytest.mark.parametrize("denoise", [0.3, 1.0])
 def test_harmonising_starts_at_its_own_noise_level_whatever_the_run_had(mini, denoise):
-    *_, latent, (path,) = trained_run(mini, denoise=denoise)
+    *_, latent, (trajectory,) = trained_run(mini, denoise=denoise)
     final = mini.model.model.latent_format.process_in(latent["samples"][:2].cpu())
     sigma = float(mini.model.get_model_object("model_sampling").percent_to_sigma(0.4))
-    assert (path.sigmas[0] < sigma) == (denoise < 1)
-    assert (path.at(sigma) - final).std() / sigma == pytest.approx(1, abs=0.35)
+    assert (trajectory.sigmas[0] < sigma) == (denoise < 1)
+    assert (trajectory.at(sigma) - final).std() / sigma == pytest.approx(1, abs=0.35)

@@ -244,12 +244,12 @@ def test_the_inpainting_unet_alone_is_the_same_model(loaded, family, tmp_path):
         key.removeprefix(PREFIX): value for key, value in load_file(family["inpaint"]).items() if key.startswith(PREFIX)
     }
     save_file(weights, tmp_path / "unet.safetensors")
-    alone, whole = comfy.sd.load_diffusion_model(str(tmp_path / "unet.safetensors")).model, loaded("inpaint")[0].model
+    alone, full = comfy.sd.load_diffusion_model(str(tmp_path / "unet.safetensors")).model, loaded("inpaint")[0].model
     assert type(alone.model_config) is mini_family.StrataMiniInpaint
     torch.manual_seed(0)
     noisy, context, concat = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 128), torch.randn(1, 5, 8, 8)
     one, other = (
-        model.apply_model(noisy, torch.tensor([3.0]), c_concat=concat, c_crossattn=context) for model in (alone, whole)
+        model.apply_model(noisy, torch.tensor([3.0]), c_concat=concat, c_crossattn=context) for model in (alone, full)
     )
     assert torch.equal(one, other) and not torch.equal(one, noisy)
 

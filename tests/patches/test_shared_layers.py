@@ -57,15 +57,15 @@ class Reference:
             ("output", self.unet.output_blocks),
         ):
             for number, block in enumerate(m for m in part.modules() if isinstance(m, BasicTransformerBlock)):
-                looked_at = name == "input" and number in DEEPEST[kind]
+                mapped = name == "input" and number in DEEPEST[kind]
                 block.forward = MethodType(
-                    lambda block, x, context=None, transformer_options=None, up=name == "output", looked_at=looked_at: (
-                        self.step(block, x, context, up, looked_at)
+                    lambda block, x, context=None, transformer_options=None, up=name == "output", mapped=mapped: (
+                        self.step(block, x, context, up, mapped)
                     ),
                     block,
                 )
 
-    def step(self, block, x, context, up, looked_at):
+    def step(self, block, x, context, up, mapped):
         normed = entered = block.norm1(x)
         if up and self.mixing:
             side = int(normed.shape[1] ** 0.5)
@@ -88,9 +88,9 @@ class Reference:
             out = torch.lerp(out, attention(block.attn1, entered, joint)[0], self.sharing)
         x = x + out
         out, probabilities = attention(block.attn2, block.norm2(x), context)
-        if looked_at and self.conditional:
-            whole = probabilities.mean(1)[COUNT - 1 :: COUNT]
-            self.shares.append(torch.stack([whole[..., own].sum(-1) for _, own in WORDS[1:]], 1))
+        if mapped and self.conditional:
+            composite = probabilities.mean(1)[COUNT - 1 :: COUNT]
+            self.shares.append(torch.stack([composite[..., own].sum(-1) for _, own in WORDS[1:]], 1))
         x = x + out
         return x + block.ff(block.norm3(x))
 
@@ -225,19 +225,19 @@ def test_layers_and_pictures_in_another_order_come_out_in_that_order(models):
 def test_cond_and_uncond_go_together_but_while_the_maps_are_mixed_in(models, monkeypatch):
     model = models("mini")
     positive, negative = with_layers(model), conditioning(model, 2, rows=1)
-    seen, results = [], []
+    calls, results = [], []
     for free in (1e18, 1.0):
         low_memory(monkeypatch, free)
         patched = both(model)
-        patched.set_model_unet_function_wrapper(watching(seen))
+        patched.set_model_unet_function_wrapper(watching(calls))
         results.append([estimates(patched, positive, negative, noise(4), sigma) for sigma in (EARLY, LATE)])
     assert all(
         torch.allclose(results[0][i][name], results[1][i][name], rtol=0, atol=1e-4)
         for i in (0, 1)
         for name in ("cond", "uncond")
     )
-    assert [sorted(which) for which, _ in seen[:5]] == [[0], [1], [0, 1], [0], [1]]
-    assert [rows for _, rows in seen] == [4, 4, 8, 4, 4, 4, 4]
+    assert [sorted(which) for which, _ in calls[:5]] == [[0], [1], [0, 1], [0], [1]]
+    assert [rows for _, rows in calls] == [4, 4, 8, 4, 4, 4, 4]
 
 
 @pytest.mark.parametrize("ours_first", [True, False])

@@ -63,7 +63,7 @@ def shared(model):
 def test_from_the_model_to_the_layers(kind, vae, decoder):
     plain = fusion_reference.patcher(kind)
     model, positive = shared(plain), with_layers(plain)
-    documents, composite, whole, maps, latent, paths = sampled(
+    documents, composite, whole, maps, latent, retained = sampled(
         model, vae, positive, 2, adapter=file_for(kind, plain), decoder=decoder
     )
     assert latent["samples"].shape == (8, 4, HEIGHT // 8, WIDTH // 8) and latent["samples"].isfinite().all()
@@ -78,10 +78,10 @@ def test_from_the_model_to_the_layers(kind, vae, decoder):
     without = sampled(model, vae, positive, 2, decoder=decoder, harmonize=False)
     changed = (without[4]["samples"] - latent["samples"]).abs().flatten(1).mean(1)
     assert (changed.view(2, 4)[:, 1:3] > 0.01).all(), "the adapter acts on the objects"
-    for document, picture, stacked, path, own in zip(documents, composite, without[1], paths, rows, strict=True):
-        assert torch.allclose(plain.model.latent_format.process_out(path.latents[-1]), own[:3].cpu(), rtol=0, atol=1e-5)
+    for document, picture, stacked, kept, own in zip(documents, composite, without[1], retained, rows, strict=True):
+        assert torch.allclose(plain.model.latent_format.process_out(kept.latents[-1]), own[:3].cpu(), rtol=0, atol=1e-5)
         # The same noise.
-        assert path.latents.shape[:2] == (len(path.sigmas), 3) and torch.equal(path.latents[0, 0], path.latents[0, 1])
+        assert kept.latents.shape[:2] == (len(kept.sigmas), 3) and torch.equal(kept.latents[0, 0], kept.latents[0, 1])
         stack = read_layers(document)
         assert [layer.name for layer in stack.layers] == NAMES and [
             layer.image.shape[-1] for layer in stack.layers
@@ -93,7 +93,7 @@ def test_from_the_model_to_the_layers(kind, vae, decoder):
             negative=conditioning(plain, 2, rows=1),
             vae=vae,
             layers=document,
-            retained=path,
+            retained=kept,
             start_percent=0.4,
             end_percent=0.6,
             foregrounds="keep",

@@ -280,14 +280,14 @@ def test_other_packs_attention_patches_and_two_different_files_in_one_graph_work
         and torch.equal(sample(second), apart[1])
         and not torch.allclose(*apart, rtol=0, atol=1e-2)
     )
-    seen = []
+    blocks = []
 
     def patch(n, context, value, options):
-        seen.append(options["block"])
+        blocks.append(options["block"])
         return n, context * 0.5, value * 0.5
 
     first.set_model_attn2_patch(patch)
-    assert not torch.allclose(sample(first), apart[0], rtol=0, atol=1e-2) and len(set(seen)) == 16
+    assert not torch.allclose(sample(first), apart[0], rtol=0, atol=1e-2) and len(set(blocks)) == 16
 
 
 def test_a_controlnet_acts_as_on_merged_weights():

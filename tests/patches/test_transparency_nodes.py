@@ -202,7 +202,7 @@ def test_joint_layers_come_out_apart(server):
     )
 
 
-def test_a_given_layer_is_seen(server):
+def test_a_given_layer_acts(server):
     prompt = joint("Strata_SampleAroundLayer", "given", image=["image", 0], layer=["background", 0])
     found = pictures(server, prompt, ("decode1", 0))[0]
     prompt["sample"]["inputs"]["image"] = ["inverted", 0]

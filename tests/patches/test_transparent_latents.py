@@ -58,10 +58,10 @@ def test_eight_passes_are_the_published_ones():
     colour, alpha = transparent_latents.decode(files, image, latent, clean="off")
     for one in range(2):
         expected = published(weights, image[one : one + 1], latent[one : one + 1])
-        seen = expected[:, :1] > 0
+        visible = expected[:, :1] > 0
         assert (alpha[one] - expected[0, :1]).abs().max() < 1e-4
-        assert ((colour[one] - expected[0, 1:]) * seen[0]).abs().max() < 1e-4
-        assert 0.2 < seen.float().mean() < 0.98 and alpha.std() > 0.1
+        assert ((colour[one] - expected[0, 1:]) * visible[0]).abs().max() < 1e-4
+        assert 0.2 < visible.float().mean() < 0.98 and alpha.std() > 0.1
 
 
 def test_other_sizes_are_padded_and_cropped_back():
@@ -131,24 +131,26 @@ def test_fewer_passes_are_the_middle_of_those_views():
     assert torch.equal(median_of_passes(plain, image, latent, 8), torch.stack(list(views.values())).median(0).values)
 
 
-def test_tiles_agree_with_the_whole_where_the_network_sees_only_nearby():
+def test_tiles_agree_with_one_pass_where_the_network_has_only_nearby_pixels():
     """Without attention's reach (its output weights zero) tiles differ from the whole by group norms alone, so those
     are made to see the same.
     """
     files, _ = decoder()
     image = torch.full((1, 3, 160, 224), 0.4)
     latent = torch.full((1, 4, 20, 28), 0.3)
-    whole, parts = (transparent_latents.decode(files, image, latent, 1, tile)[1] for tile in (0, 128))
-    assert parts.shape == whole.shape and (whole - parts)[..., 48:80, 80:128].abs().max() < 0.1
+    untiled, parts = (transparent_latents.decode(files, image, latent, 1, tile)[1] for tile in (0, 128))
+    assert parts.shape == untiled.shape and (untiled - parts)[..., 48:80, 80:128].abs().max() < 0.1
     same = transparent_latents.decode(files, *inputs(48, 48), passes=2, tile=512)[1]
     assert torch.equal(same, transparent_latents.decode(files, *inputs(48, 48), passes=2)[1])
 
 
-def test_clean_colours_keeps_what_is_seen_and_continues_it():
+def test_clean_colours_keeps_what_is_visible_and_continues_it():
     colour, alpha = torch.rand(1, 3, 20, 30), torch.rand(1, 1, 20, 30) * (torch.rand(1, 1, 20, 30) > 0.5)
     found = clean_colours(colour, alpha)
-    seen = (alpha > 0).expand_as(colour)
-    assert torch.equal(found[seen], colour[seen]) and torch.equal(found[~seen], extend_colours(colour, alpha)[~seen])
+    visible = (alpha > 0).expand_as(colour)
+    assert torch.equal(found[visible], colour[visible]) and torch.equal(
+        found[~visible], extend_colours(colour, alpha)[~visible]
+    )
 
 
 def kl_vae(channels):
@@ -194,17 +196,17 @@ def test_encoding_adds_the_offset_in_deviations_as_published(channels, widths):
 
 def test_a_run_can_be_interrupted_between_passes_and_reports_each():
     files, _ = decoder()
-    seen = []
-    comfy.utils.set_progress_bar_global_hook(lambda value, total, *_, **__: seen.append((value, total)))
+    calls = []
+    comfy.utils.set_progress_bar_global_hook(lambda value, total, *_, **__: calls.append((value, total)))
     try:
         transparent_latents.decode(files, *inputs(16, 16, batch=2), passes=4)
-        reported = list(seen)
+        reported = list(calls)
         assert reported[0] == (1, 8) and reported[-1] == (8, 8)  # newer hosts leave out what comes within a moment
         assert reported == sorted(set(reported)) and set(reported) <= {(value, 8) for value in range(1, 9)}
         comfy.model_management.interrupt_current_processing()
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             transparent_latents.decode(files, *inputs(16, 16))
-        assert seen == reported
+        assert calls == reported
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
         comfy.model_management.interrupt_current_processing(False)

@@ -40,17 +40,17 @@ def test_masks_are_disjoint_and_the_nearest_wins():
         assert set(np.unique(scene.masks)) <= {0.0, 1.0}
         solid = np.array([o.rgba[..., 3] > 0.5 for o in scene.objects])
         front = np.where(solid.any(0), len(solid) - 1 - solid[::-1].argmax(0), -1)
-        for index, thing in enumerate(scene.objects):
-            assert np.array_equal(thing.mask > 0, front == index)
+        for index, item in enumerate(scene.objects):
+            assert np.array_equal(item.mask > 0, front == index)
 
 
-def test_depth_falls_with_the_order_of_layers_and_is_that_of_the_frontmost_thing():
+def test_depth_falls_with_the_order_of_layers_and_is_that_of_the_frontmost_object():
     for scene in many():
         depths = [o.depth for o in scene.objects]
         assert depths == sorted(depths, reverse=True) and len(set(depths)) == len(depths)
         expected = scene.background_depth.copy()
-        for thing in scene.objects:
-            expected[thing.mask > 0] = thing.depth
+        for item in scene.objects:
+            expected[item.mask > 0] = item.depth
         assert np.array_equal(expected, scene.depth)
         assert scene.depth.min() >= 0 and scene.depth.max() <= 1
         assert (np.diff(scene.background_depth, axis=0) <= 0).all()
@@ -59,19 +59,19 @@ def test_depth_falls_with_the_order_of_layers_and_is_that_of_the_frontmost_thing
 def test_an_object_stands_where_its_depth_says():
     for scene in many():
         height = len(scene.depth)
-        for thing in scene.objects:
-            if renderer.catalogue()[thing.name].hover == 0:
-                foot = scene.horizon + (1 - scene.horizon) * (1 - thing.depth)
-                assert abs(thing.box[3] - foot * height) <= 0.025 * height
+        for item in scene.objects:
+            if renderer.catalogue()[item.name].hover == 0:
+                foot = scene.horizon + (1 - scene.horizon) * (1 - item.depth)
+                assert abs(item.box[3] - foot * height) <= 0.025 * height
 
 
 def test_boxes_are_tight():
     for scene in many():
-        for thing in scene.objects:
-            left, top, right, bottom = thing.box
+        for item in scene.objects:
+            left, top, right, bottom = item.box
             inside = np.zeros_like(scene.depth, bool)
             inside[top:bottom, left:right] = True
-            alpha = thing.rgba[..., 3]
+            alpha = item.rgba[..., 3]
             assert not alpha[~inside].any()
             assert all(
                 edge.any() for edge in (alpha[top, :], alpha[bottom - 1, :], alpha[:, left], alpha[:, right - 1])
@@ -81,31 +81,31 @@ def test_boxes_are_tight():
 def test_a_shadow_is_in_the_shadow_layer_alone():
     cast = 0
     for scene in many():
-        for thing in scene.objects:
-            pixels = thing.shadow[..., 3] > 0
+        for item in scene.objects:
+            pixels = item.shadow[..., 3] > 0
             assert not pixels[: int(scene.horizon * len(pixels))].any()
-            assert np.allclose(thing.shadow[pixels][:, :3], scene.light.shade, rtol=0, atol=1e-6)
-            plain = renderer.over(thing.rgba, scene.background)
-            assert np.array_equal(plain[thing.rgba[..., 3] == 0], scene.background[thing.rgba[..., 3] == 0])
-            if renderer.catalogue()[thing.name].material == "solid":
-                assert thing.shadow[..., 3].max() > 0.25, (thing.name, scene.seed)
+            assert np.allclose(item.shadow[pixels][:, :3], scene.light.shade, rtol=0, atol=1e-6)
+            plain = renderer.over(item.rgba, scene.background)
+            assert np.array_equal(plain[item.rgba[..., 3] == 0], scene.background[item.rgba[..., 3] == 0])
+            if renderer.catalogue()[item.name].material == "solid":
+                assert item.shadow[..., 3].max() > 0.25, (item.name, scene.seed)
                 cast += 1
     assert cast > 40
 
 
 def test_a_shadow_touches_the_foot_of_what_stands():
     for name in ("dog", "soccer ball", "house"):
-        thing = renderer.render(Request("snow", (name,)), 256, 256, 3).objects[0]
-        left, _, right, bottom = thing.box
-        below = thing.shadow[bottom - 3 : bottom + 2, left:right, 3]
+        item = renderer.render(Request("snow", (name,)), 256, 256, 3).objects[0]
+        left, _, right, bottom = item.box
+        below = item.shadow[bottom - 3 : bottom + 2, left:right, 3]
         assert below.max() > 0.3, name
 
 
 def test_words_match_the_content():
     known = renderer.catalogue()
     for scene in many():
-        for thing in scene.objects:
-            assert thing.prompt in known[thing.name].prompts and thing.prompt in scene.prompt
+        for item in scene.objects:
+            assert item.prompt in known[item.name].prompts and item.prompt in scene.prompt
         assert any(words in scene.prompt for words in renderer.PLACE_WORDS[scene.kind])
 
 
@@ -129,10 +129,10 @@ def test_every_place_has_a_ground_and_a_far_end(kind):
 @pytest.mark.parametrize("name", list(renderer.catalogue()))
 def test_every_object_renders(name):
     scene = renderer.render(Request("table", (name,)), 128, 128, 2)
-    thing = scene.objects[0]
+    item = scene.objects[0]
     material = renderer.catalogue()[name].material
-    middle = thing.rgba[..., 3][thing.rgba[..., 3] > 0.05]
-    assert len(middle) > 200 and thing.visible == pytest.approx(1)
+    middle = item.rgba[..., 3][item.rgba[..., 3] > 0.05]
+    assert len(middle) > 200 and item.visible == pytest.approx(1)
     partial = ((middle > 0.1) & (middle < 0.9)).mean()
     assert partial > 0.3 if material != "solid" else partial < 0.3
 

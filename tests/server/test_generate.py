@@ -69,7 +69,7 @@ def test_layers_come_with_or_without_their_shadows(comfy):
         for shadows in (True, False)
     }
     bare = scene.background
-    for thing in scene.objects:
-        bare = renderer.over(thing.rgba, bare)
+    for item in scene.objects:
+        bare = renderer.over(item.rgba, bare)
     assert np.abs(shown[True] - scene.composite).max() <= 1.5 / 255 and np.abs(shown[False] - bare).max() <= 1.5 / 255
     assert np.abs(scene.composite - bare).max() > 0.1

@@ -50,13 +50,13 @@ def test_pictures_show_the_place_and_the_object_of_the_prompt(comfy, judge, tmp_
             for i, pair in enumerate(asked)
         ]
     )
-    place, thing = judge.text_agreement(shown, [kind for _, kind in asked], [[entry.name] for entry, _ in asked])
-    print(f"place {place.mean():.3f}, object {thing.mean():.3f}")
-    assert place.mean() >= 0.85 and thing.mean() >= 0.7
+    place, item = judge.text_agreement(shown, [kind for _, kind in asked], [[entry.name] for entry, _ in asked])
+    print(f"place {place.mean():.3f}, object {item.mean():.3f}")
+    assert place.mean() >= 0.85 and item.mean() >= 0.7
 
 
 @pytest.mark.skipif(not INPAINT.exists(), reason="the inpainting denoiser is not trained: make mini")
-def test_the_box_is_filled_with_the_thing_and_the_rest_is_kept(comfy, judge, tmp_path):
+def test_the_box_is_filled_with_the_object_and_the_rest_is_kept(comfy, judge, tmp_path):
     asked = [(KNOWN[(11 * i + 3) % len(KNOWN)], renderer.KINDS[i % len(renderer.KINDS)]) for i in range(10)]
     filled = []
     for i, (entry, kind) in enumerate(asked):
@@ -77,11 +77,11 @@ def test_the_box_is_filled_with_the_thing_and_the_rest_is_kept(comfy, judge, tmp
         inside[64:120, 8:64] = True
         changed = (made[-1] - before).abs().amax(0)
         assert changed[~inside].max() <= 1 / 255 + 1e-4 and changed[inside].mean() > 0.02
-    place, thing = judge.text_agreement(
+    place, item = judge.text_agreement(
         torch.stack(filled), [kind for _, kind in asked], [[entry.name] for entry, _ in asked]
     )
-    print(f"place {place.mean():.2f}, object {thing.mean():.2f}")
-    assert place.mean() >= 0.85 and thing.mean() >= 0.7
+    print(f"place {place.mean():.2f}, object {item.mean():.2f}")
+    assert place.mean() >= 0.85 and item.mean() >= 0.7
 
 
 @pytest.mark.skipif(not INPAINT.exists(), reason="the inpainting denoiser is not trained: make mini")

@@ -254,9 +254,9 @@ def test_strips_do_not_show(monkeypatch):
         )
         for seed in range(4)
     ]
-    whole = flat(*layers, canvas=(60, 55))
+    reference = flat(*layers, canvas=(60, 55))
     monkeypatch.setattr(compositing, "_STRIP_PIXELS", 60 * 7)
-    torch.testing.assert_close(flat(*layers, canvas=(60, 55)), whole, atol=1e-12, rtol=0)
+    torch.testing.assert_close(flat(*layers, canvas=(60, 55)), reference, atol=1e-12, rtol=0)
 
 
 @settings(max_examples=40, deadline=None)
@@ -296,7 +296,7 @@ def test_merging_a_range_of_normal_layers_keeps_the_picture(seed, data):
 
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from(compositing.W3C_MODES), st.integers(0, 2), st.integers(0, 2**32 - 1))
-def test_what_cannot_be_seen_changes_nothing(mode, position, seed):
+def test_what_is_not_visible_changes_nothing(mode, position, seed):
     generator = torch.Generator().manual_seed(seed)
     layers = [Layer(torch.rand((6, 7, 4), generator=generator)) for _ in range(2)]
     ghost = torch.rand((6, 7, 4), generator=generator)

@@ -39,7 +39,7 @@ def test_the_energy_of_one_term(norm):
 
 
 @pytest.mark.parametrize("norm", featglac.NORMS)
-def test_the_whole_energy_is_the_weighted_sum_over_levels_and_planes(norm):
+def test_the_energy_is_the_weighted_sum_over_levels_and_planes(norm):
     sizes = {2: (4, 6), 3: (8, 12)}
     features = {level: values(level, 2, 5 - level, *size) for level, size in sizes.items()}
     sources = {level: values(10 + level, 3, 2, 5 - level, *size) for level, size in sizes.items()}
@@ -93,16 +93,16 @@ def test_with_linear_features_the_updates_go_straight_to_the_composition():
     assert all(later < earlier for earlier, later in zip(energies, energies[1:], strict=False))
 
 
-def test_planes_are_seen_where_no_nearer_one_covers_them():
+def test_planes_are_visible_where_no_nearer_one_covers_them():
     near, middle = torch.zeros(4, 4), torch.zeros(4, 4)
     near[:, 3], middle[:, 2:] = 1, 1
-    back_seen, middle_seen, near_seen = featglac.visible_masks([None, middle, near], 4, 4)
-    assert torch.equal(near_seen, near) and middle_seen[:, 2].all() and not middle_seen[:, [0, 1, 3]].any()
-    assert torch.equal(back_seen + middle_seen + near_seen, torch.ones(4, 4))
+    back_visible, middle_visible, near_visible = featglac.visible_masks([None, middle, near], 4, 4)
+    assert torch.equal(near_visible, near) and middle_visible[:, 2].all() and not middle_visible[:, [0, 1, 3]].any()
+    assert torch.equal(back_visible + middle_visible + near_visible, torch.ones(4, 4))
     slices = [soft_mask(1, 8, 8) < 0.3, None]
     hard = slices[0].float()
-    seen = featglac.visible_masks([1 - hard, hard], 8, 8)  # slices that sum to one stay as they are
-    assert torch.equal(seen, torch.stack([1 - hard, hard]))
+    visible = featglac.visible_masks([1 - hard, hard], 8, 8)  # slices that sum to one stay as they are
+    assert torch.equal(visible, torch.stack([1 - hard, hard]))
     assert torch.allclose(
         featglac.visible_masks([None, hard], 2, 2)[1], hard.view(2, 4, 2, 4).mean((1, 3)), rtol=0, atol=1e-6
     )

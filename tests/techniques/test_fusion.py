@@ -18,7 +18,7 @@ def minmax(x):
     return (x - x.min(1, keepdims=True)) / (x.max(1, keepdims=True) - x.min(1, keepdims=True))
 
 
-def test_stretched_rows_span_their_range_and_flat_ones_are_zeros():
+def test_normalised_rows_span_their_range_and_flat_ones_are_zeros():
     values = torch.cat([tokens(5, 3)[:, :9], torch.full((1, 9), 0.3, dtype=torch.float64)])
     assert (
         np.abs(fusion.min_max_normalise(values)[:3].numpy() - minmax(values[:3].numpy())).max() < 1e-12
@@ -27,7 +27,7 @@ def test_stretched_rows_span_their_range_and_flat_ones_are_zeros():
 
 
 @pytest.mark.parametrize("rows", [1, 7, 10**6])
-def test_what_is_made_over_rows_is_made_of_the_whole_attention(monkeypatch, rows):
+def test_what_is_reduced_in_chunks_is_reduced_of_all_attention(monkeypatch, rows):
     q, k, most = tokens(0, 2, 30), tokens(1, 2, 14), []
     monkeypatch.setattr(fusion, "MOST_PROBABILITIES", rows * HEADS * 14)
 
@@ -199,7 +199,7 @@ print((peak() - before) // 1024)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is counted in KiB on Linux")
-def test_the_structure_prior_never_holds_its_whole_attention():
+def test_the_structure_prior_never_holds_all_its_attention():
     """Peak of a process of its own: the probabilities of 12288 tokens would be 1152 MiB, and small results between
     large parts would keep the heap.
     """

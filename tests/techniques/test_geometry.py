@@ -106,16 +106,16 @@ def test_reduction_equals_pillow_on_premultiplied_planes(size):
 def test_resampled_pixels_come_from_the_right_place(fields):
     layer = Layer(ramp(30, 40), x=30, y=40, **fields)
     got = geometry.rasterise(layer, (120, 110))
-    seen, near = 0, 0.06 / min(30, layer.size[1])  # the lookup's cubic kernel bends a ramp by 0.06 of a pixel
+    checked, near = 0, 0.06 / min(30, layer.size[1])  # the lookup's cubic kernel bends a ramp by 0.06 of a pixel
     for y in range(110):
         for x in range(120):
             u, v = display_point(layer, x + 0.5, y + 0.5)
             if 0.1 < u < 0.9 and 0.1 < v < 0.9:  # near the border the picture does not go on linearly
                 assert got[y, x].tolist() == pytest.approx([u, v, 0, 1], abs=near), (x, y)
-                seen += 1
+                checked += 1
             elif max(abs(u - 0.5) * layer.size[0], abs(v - 0.5) * layer.size[1]) > max(layer.size) / 2 + 1:
                 assert got[y, x, 3] == 0
-    assert seen > 200
+    assert checked > 200
 
 
 def test_rotation_is_clockwise():

@@ -117,51 +117,51 @@ def test_feathering_ends_inside_of_the_edge():
 
 
 @pytest.mark.parametrize("radius", [3.0, 6.0, 8.0])
-def test_a_rim_of_a_third_of_the_radius_around_things_does_not_count(radius):
+def test_a_rim_of_a_third_of_the_radius_around_objects_does_not_count(radius):
     """Against the least of each window, one pixel at a time, and SciPy's Gaussian."""
     generator = torch.Generator().manual_seed(2)
     before, drawn, same = torch.rand(3, 1, 3, 20, 30, generator=generator, dtype=torch.float64)
-    seen = torch.ones(20, 30, dtype=torch.float64)
-    seen[6:12, 14:20] = torch.rand(6, 6, generator=generator, dtype=torch.float64).round()
+    visible = torch.ones(20, 30, dtype=torch.float64)
+    visible[6:12, 14:20] = torch.rand(6, 6, generator=generator, dtype=torch.float64).round()
     rim = {3.0: 1, 6.0: 2, 8.0: 3}[radius]
     counted = np.ones((20, 30))
     for y in range(20):
         for x in range(30):
-            counted[y, x] = seen[max(y - rim, 0) : y + rim + 1, max(x - rim, 0) : x + rim + 1].min()
+            counted[y, x] = visible[max(y - rim, 0) : y + rim + 1, max(x - rim, 0) : x + rim + 1].min()
 
     def smooth(values):
         return gaussian_filter(values, radius / 2, mode="nearest", radius=round(1.5 * radius))
 
-    found = (keep_detail(before, drawn, same, seen[None, None], radius) - before)[0].numpy()
+    found = (keep_detail(before, drawn, same, visible[None, None], radius) - before)[0].numpy()
     for channel in range(3):
-        way = (drawn - same)[0, channel].numpy() * counted
-        assert np.abs(found[channel] - smooth(way) / np.maximum(smooth(counted), 1e-4)).max() < 1e-12
+        change = (drawn - same)[0, channel].numpy() * counted
+        assert np.abs(found[channel] - smooth(change) / np.maximum(smooth(counted), 1e-4)).max() < 1e-12
 
 
 def test_detail_stays_and_what_is_smooth_comes(radius=6.0):
     before, drawn, same = torch.rand(3, 1, 3, 40, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    seen = torch.ones(1, 1, 40, 50, dtype=torch.float64)
-    found = keep_detail(before, drawn, same, seen, radius)
+    visible = torch.ones(1, 1, 40, 50, dtype=torch.float64)
+    found = keep_detail(before, drawn, same, visible, radius)
     for channel in range(3):
         smooth = gaussian_filter(
             (drawn - same)[0, channel].numpy(), radius / 2, mode="nearest", radius=round(1.5 * radius)
         )
         assert np.abs((found - before)[0, channel].numpy() - smooth).max() < 1e-12
-    seen[..., 10:30, 20:40] = 0
+    visible[..., 10:30, 20:40] = 0
     hidden = drawn.clone()
     hidden[..., 10:30, 20:40] = 100
-    outside = seen.expand(1, 3, -1, -1) > 0
+    outside = visible.expand(1, 3, -1, -1) > 0
     assert torch.equal(
-        keep_detail(before, drawn, same, seen, radius)[outside],
-        keep_detail(before, hidden, same, seen, radius)[outside],
+        keep_detail(before, drawn, same, visible, radius)[outside],
+        keep_detail(before, hidden, same, visible, radius)[outside],
     )
     shade = torch.full_like(before, 0.2)
     assert torch.allclose(
-        keep_detail(before, same - shade, same, seen, radius)[outside], (before - shade)[outside], rtol=0, atol=1e-12
+        keep_detail(before, same - shade, same, visible, radius)[outside], (before - shade)[outside], rtol=0, atol=1e-12
     )
 
 
-def two_things(*size):
+def two_objects(*size):
     """A background and two things in front of it, which lie over each other."""
     generator = torch.Generator().manual_seed(4)
     pictures = [torch.rand(*size, channels, generator=generator) for channels in (3, 4, 4)]
@@ -173,7 +173,7 @@ def two_things(*size):
 
 
 def test_colours_and_alphas_are_the_layers_on_the_canvas():
-    stack = two_things(40, 44)
+    stack = two_objects(40, 44)
     stack = stack.with_layers([*stack.layers[:2], replace(stack.layers[2], x=5, y=-3, flip_h=True)])
     colours, opacity = colours_and_alphas(stack)
     for layer, colour, alpha in zip(stack.layers, colours, opacity, strict=True):
@@ -182,7 +182,7 @@ def test_colours_and_alphas_are_the_layers_on_the_canvas():
         assert colour[:, alpha[0] == 0].any() or (alpha > 0).all()
 
 
-def test_an_even_change_of_light_goes_on_behind_a_thing():
+def test_an_even_change_of_light_goes_on_behind_an_object():
     before, free = torch.rand(1, 3, 48, 48, generator=torch.Generator().manual_seed(5)) / 2, torch.ones(1, 48, 48)
     free[:, 16:32, 16:32] = 0
     drawn = before + 0.25
@@ -194,7 +194,7 @@ def test_an_even_change_of_light_goes_on_behind_a_thing():
 
 @pytest.mark.parametrize("relight", [False, True])
 def test_harmonised_layers_are_the_picture_where_nothing_fades(relight):
-    stack = two_things(56, 60)
+    stack = two_objects(56, 60)
     colours, opacity = colours_and_alphas(stack)
     drawn = torch.rand(1, 3, 56, 60, generator=torch.Generator().manual_seed(6))
     picture, found = harmonised_layers(stack, colours, opacity, drawn, relight, 0.0)

@@ -38,9 +38,9 @@ def test_an_inversion_step_is_the_released_next_step():
     expected = LEVELS[above] ** 0.5 * clean + (1 - LEVELS[above]) ** 0.5 * noise
     sigma, at = SIGMAS[time], SIGMAS[above]
     x = z * (1 + sigma**2).sqrt()
-    seen = x * inversion.scale_between(sigma, at)
-    assert torch.allclose(seen / (1 + at**2).sqrt(), z, rtol=0, atol=1e-12)
-    found = inversion.ode_step(x, seen, seen - at * noise, at, sigma, at)
+    evaluated = x * inversion.scale_between(sigma, at)
+    assert torch.allclose(evaluated / (1 + at**2).sqrt(), z, rtol=0, atol=1e-12)
+    found = inversion.ode_step(x, evaluated, evaluated - at * noise, at, sigma, at)
     assert torch.allclose(found / (1 + at**2).sqrt(), expected, rtol=0, atol=1e-12)
 
 
@@ -61,10 +61,10 @@ def test_finer_inversions_come_back_nearer():
         sigmas = torch.cat([torch.zeros(1, dtype=torch.float64), SIGMAS[times]])
         x = start = latent(3)
         for step, time in enumerate(times):
-            seen = x * inversion.scale_between(sigmas[step], sigmas[step + 1])
-            noise = noise_of(seen / (1 + sigmas[step + 1] ** 2).sqrt(), time)
+            evaluated = x * inversion.scale_between(sigmas[step], sigmas[step + 1])
+            noise = noise_of(evaluated / (1 + sigmas[step + 1] ** 2).sqrt(), time)
             x = inversion.ode_step(
-                x, seen, seen - sigmas[step + 1] * noise, sigmas[step + 1], sigmas[step], sigmas[step + 1]
+                x, evaluated, evaluated - sigmas[step + 1] * noise, sigmas[step + 1], sigmas[step], sigmas[step + 1]
             )
         for step, time in reversed(list(enumerate(times))):
             sigma = sigmas[step + 1]

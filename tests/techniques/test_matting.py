@@ -182,18 +182,18 @@ def test_the_factor_of_the_matting_system_fits_into_what_is_reserved(monkeypatch
     """A picture of noise fills it most. pymatting raises when it does not fit."""
     import pymatting
 
-    seen = []
+    calls = []
     original = pymatting.ichol
     monkeypatch.setattr(
         pymatting,
         "ichol",
         lambda system, **options: (
-            seen.append((system.nnz, options["max_nnz"], original(system, **options))) or seen[-1][2]
+            calls.append((system.nnz, options["max_nnz"], original(system, **options))) or calls[-1][2]
         ),
     )
     image = torch.rand(90, 120, 3, generator=torch.Generator().manual_seed(2))
     mask = torch.zeros(90, 120)
     mask[:, 60:] = 1
     matting.matte(image, mask, 40)
-    ((nnz, reserved, factor),) = seen
+    ((nnz, reserved, factor),) = calls
     assert reserved == matting.FILL * nnz and factor.L.nnz < reserved / 2

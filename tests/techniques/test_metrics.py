@@ -80,12 +80,12 @@ def test_layer_rgb_l1_is_weighted_by_the_true_alpha_alone():
 
 
 def test_a_layer_whose_colours_under_zero_alpha_differ_is_no_worse():
-    thing = solid_scene(3).objects[0].rgba
-    changed = thing.copy()
-    changed[thing[..., 3] == 0, :3] = 0.7
-    assert metrics.layer_rgb_l1(picture(changed), picture(thing)).item() == 0
-    changed[..., :3] = np.clip(thing[..., :3] + 0.1, 0, None)
-    assert metrics.layer_rgb_l1(picture(changed), picture(thing)).item() == pytest.approx(0.1, rel=1e-4)
+    item = solid_scene(3).objects[0].rgba
+    changed = item.copy()
+    changed[item[..., 3] == 0, :3] = 0.7
+    assert metrics.layer_rgb_l1(picture(changed), picture(item)).item() == 0
+    changed[..., :3] = np.clip(item[..., :3] + 0.1, 0, None)
+    assert metrics.layer_rgb_l1(picture(changed), picture(item)).item() == pytest.approx(0.1, rel=1e-4)
 
 
 def test_mask_error_is_the_weighted_mean_and_nan_without_a_mask():
@@ -112,30 +112,30 @@ def test_shadow_band_is_the_grown_shadow_outside_objects():
 @pytest.mark.parametrize("seed", range(6))
 def test_shadow_error_grows_without_the_shadow_and_with_a_wrong_one(seed):
     scene = solid_scene(seed)
-    thing = scene.objects[0]
+    item = scene.objects[0]
     band = metrics.shadow_band(
-        torch.from_numpy(thing.shadow[None, None, ..., 3]), torch.from_numpy(thing.rgba[None, None, ..., 3]), 4
+        torch.from_numpy(item.shadow[None, None, ..., 3]), torch.from_numpy(item.rgba[None, None, ..., 3]), 4
     )
     truth = picture(scene.composite)
 
     def error(shadow):
         return metrics.mask_error(
-            picture(renderer.over(thing.rgba, renderer.over(shadow, scene.background))), truth, band
+            picture(renderer.over(item.rgba, renderer.over(shadow, scene.background))), truth, band
         ).item()
 
-    none, half = thing.shadow * [1, 1, 1, 0], thing.shadow * [1, 1, 1, 0.5]
-    assert error(thing.shadow) < 1e-6 < error(half) < error(none)
-    assert error(thing.shadow[:, ::-1]) > error(thing.shadow)
+    none, half = item.shadow * [1, 1, 1, 0], item.shadow * [1, 1, 1, 0.5]
+    assert error(item.shadow) < 1e-6 < error(half) < error(none)
+    assert error(item.shadow[:, ::-1]) > error(item.shadow)
     assert error(none) > 0.02
 
 
 def test_beyond_shadow_is_the_least_difference_to_a_shadowed_background_and_its_median():
-    seen, empty = random(1, 3, 9, 8), random(1, 3, 9, 8, seed=1)
+    shown, empty = random(1, 3, 9, 8), random(1, 3, 9, 8, seed=1)
     least = np.array(
         [
             [
                 min(
-                    np.abs(seen[0, :, y, x].numpy() - share * empty[0, :, y, x].numpy()).max()
+                    np.abs(shown[0, :, y, x].numpy() - share * empty[0, :, y, x].numpy()).max()
                     for share in np.linspace(0.5, 1, 2001)
                 )
                 for x in range(8)
@@ -146,8 +146,8 @@ def test_beyond_shadow_is_the_least_difference_to_a_shadowed_background_and_its_
     padded = np.pad(least, 1, mode="edge")
     medians = [[np.median(padded[y : y + 3, x : x + 3]) for x in range(8)] for y in range(9)]
     # It tries 33 shadows.
-    assert np.allclose(metrics.beyond_shadow(seen, empty, window=1)[0, 0].numpy(), least, rtol=0, atol=1 / 64)
-    assert np.allclose(metrics.beyond_shadow(seen, empty, window=3)[0, 0].numpy(), medians, rtol=0, atol=1 / 64)
+    assert np.allclose(metrics.beyond_shadow(shown, empty, window=1)[0, 0].numpy(), least, rtol=0, atol=1 / 64)
+    assert np.allclose(metrics.beyond_shadow(shown, empty, window=3)[0, 0].numpy(), medians, rtol=0, atol=1 / 64)
     assert (
         metrics.beyond_shadow(empty * 0.6, empty).max() < 1 / 64
         and metrics.beyond_shadow(empty * 0.3, empty).max() > 0.05
@@ -158,16 +158,16 @@ def test_beyond_shadow_is_the_least_difference_to_a_shadowed_background_and_its_
 def test_beyond_shadow_finds_the_object_and_not_its_shadow(seed):
     scene = solid_scene(seed)
     alpha = (torch.from_numpy(scene.objects[0].rgba[None, None, ..., 3]) > 0.5).float()
-    whole, empty = picture(scene.composite), picture(scene.background)
-    plain = (whole - empty).abs().amax(1, keepdim=True)
+    composite, empty = picture(scene.composite), picture(scene.background)
+    plain = (composite - empty).abs().amax(1, keepdim=True)
     found, with_shadow = (
         metrics.alpha_iou(alpha, (values > 0.06).float()).item()
-        for values in (metrics.beyond_shadow(whole, empty), plain)
+        for values in (metrics.beyond_shadow(composite, empty), plain)
     )
     assert found > 0.8 and found > with_shadow + 0.05, (found, with_shadow)
-    lines = whole.clone()
+    lines = composite.clone()
     lines[..., 4::8, :] = 1 - lines[..., 4::8, :]  # as thin as outlines that moved
-    assert metrics.beyond_shadow(lines, whole).max() < 0.06
+    assert metrics.beyond_shadow(lines, composite).max() < 0.06
 
 
 def test_colour_ratio_and_lighting_error_are_ratios_of_mean_colours():
@@ -182,9 +182,9 @@ def test_colour_ratio_and_lighting_error_are_ratios_of_mean_colours():
 @pytest.mark.parametrize("seed", range(4))
 def test_an_object_half_as_bright_has_a_lighting_error_of_ln_2(seed):
     scene = solid_scene(seed)
-    thing = scene.objects[0]
-    mask = picture(thing.rgba[..., 3:] > 0.99)
-    darker = picture(renderer.over(thing.rgba * np.float32([0.5, 0.5, 0.5, 1]), scene.composite))
+    item = scene.objects[0]
+    mask = picture(item.rgba[..., 3:] > 0.99)
+    darker = picture(renderer.over(item.rgba * np.float32([0.5, 0.5, 0.5, 1]), scene.composite))
     truth = picture(scene.composite)
     assert metrics.lighting_error(darker, truth, mask).item() == pytest.approx(math.log(2), rel=0.02)
     assert metrics.lighting_error(truth, darker, mask).item() == pytest.approx(math.log(2), rel=0.02)
@@ -212,18 +212,18 @@ def test_seam_error_is_the_mean_over_neighbour_steps_at_the_border():
 @pytest.mark.parametrize("seed", range(6))
 def test_a_shifted_or_badly_cut_paste_has_a_seam(seed):
     scene = solid_scene(seed)
-    thing, truth = scene.objects[0], picture(scene.composite)
-    mask = picture(thing.mask[..., None])
+    item, truth = scene.objects[0], picture(scene.composite)
+    mask = picture(item.mask[..., None])
 
     def error(rgba):
         return metrics.seam_error(
-            picture(renderer.over(rgba, renderer.over(thing.shadow, scene.background))), truth, mask
+            picture(renderer.over(rgba, renderer.over(item.shadow, scene.background))), truth, mask
         ).item()
 
-    shifted = [np.roll(thing.rgba, pixels, 1) for pixels in (1, 3)]
-    fringe = np.where(thing.rgba[..., 3:] > 0, np.float32([0, 0, 0, 1]), thing.rgba)
-    fringe[thing.rgba[..., 3] > 0.99] = thing.rgba[thing.rgba[..., 3] > 0.99]
-    assert error(thing.rgba) < 1e-6
+    shifted = [np.roll(item.rgba, pixels, 1) for pixels in (1, 3)]
+    fringe = np.where(item.rgba[..., 3:] > 0, np.float32([0, 0, 0, 1]), item.rgba)
+    fringe[item.rgba[..., 3] > 0.99] = item.rgba[item.rgba[..., 3] > 0.99]
+    assert error(item.rgba) < 1e-6
     assert 0.01 < error(shifted[0]) < error(shifted[1])
     assert error(fringe) > 0.01
     brighter = truth * (1 - mask) + (truth + 0.1) * mask

@@ -131,8 +131,8 @@ def test_the_layer_embedding_is_that_of_layers_embedded_before_they_are_joined()
     embedded = [layer + embedding[min(i, 2)] for i, layer in enumerate(layers)]
     for number, (layer, plain) in enumerate(zip(embedded, layers, strict=True)):
         assert torch.allclose(plain + found[number, :8], layer, rtol=0, atol=1e-12)
-    whole, wanted = (shared_layers.global_embedding(given, ends, chunk=8)[0] for given in (layers, embedded))
-    assert torch.allclose(whole + found[4, : len(whole)], wanted, rtol=0, atol=1e-12) and found.shape == (
+    composite, wanted = (shared_layers.global_embedding(given, ends, chunk=8)[0] for given in (layers, embedded))
+    assert torch.allclose(composite + found[4, : len(composite)], wanted, rtol=0, atol=1e-12) and found.shape == (
         5,
         16,
         HEADS * WIDTH,

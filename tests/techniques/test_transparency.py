@@ -34,12 +34,12 @@ def test_extend_colours_keeps_opaque_pixels_and_continues_a_flat_colour_everywhe
     )
 
 
-def test_extend_colours_mixes_only_what_is_seen_and_leaves_no_step_at_the_edge():
+def test_extend_colours_mixes_only_what_is_visible_and_leaves_no_step_at_the_edge():
     alpha = disc(64)
     ramp = torch.linspace(0.3, 0.7, 64).view(1, 1, 1, 64).expand(1, 3, 64, 64)
     filled = extend_colours(ramp * (alpha > 0), alpha)
-    seen = ramp[(alpha > 0).expand_as(ramp)]
-    assert filled.min() >= seen.min() - 1e-5 and filled.max() <= seen.max() + 1e-5
+    visible = ramp[(alpha > 0).expand_as(ramp)]
+    assert filled.min() >= visible.min() - 1e-5 and filled.max() <= visible.max() + 1e-5
     plain = ramp * alpha
     across = torch.maximum(filled.diff(dim=-1).abs(), torch.zeros(1)).max()
     assert across < 0.05 < plain.diff(dim=-1).abs().max()

@@ -36,20 +36,20 @@ def test_it_overfits_eight_scenes(run):
 
 
 def test_it_goes_on_to_the_same_losses_after_a_stop(tmp_path, monkeypatch):
-    seen, losses = [], classifier.losses
+    recorded, losses = [], classifier.losses
 
     def watched(*arguments):
         terms = losses(*arguments)
-        seen.append(terms["loss"].item())
+        recorded.append(terms["loss"].item())
         return terms
 
     monkeypatch.setattr(classifier, "losses", watched)
     classifier.train(config(steps=6), tmp_path / "whole", None, 1e9)
-    whole = seen.copy()
-    seen.clear()
+    uninterrupted = recorded.copy()
+    recorded.clear()
     for minutes in (0, 0, None):  # no time: one step, then a checkpoint
         classifier.train(config(steps=6), tmp_path / "parts", minutes, 1e9)
-    assert len(seen) == 6 and seen == pytest.approx(whole, rel=1e-5)
+    assert len(recorded) == 6 and recorded == pytest.approx(uninterrupted, rel=1e-5)
 
 
 def test_a_batch_is_a_function_of_its_numbers_and_its_labels_are_the_scenes(tmp_path):

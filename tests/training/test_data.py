@@ -26,7 +26,7 @@ def test_labels_are_those_of_the_rendered_scene(folder, kind):
     for index in range(COUNT):
         scene = truth(pool, index)
         shown = [names[i] for i in pool.labels.objects[index] if i >= 0]
-        assert shown == [thing.name for thing in scene.objects] == pool.content(index)[1]
+        assert shown == [item.name for item in scene.objects] == pool.content(index)[1]
         cut_out = kind is classifier.Extra and index % 2
         assert pool.labels.places[index] == (classifier.PLAIN if cut_out else renderer.KINDS.index(scene.kind))
         if not cut_out:
@@ -39,9 +39,7 @@ def test_a_prompt_names_the_scene_in_the_renderers_words(folder):
         scene, said = truth(pool, index), pool.prompt(index)
         assert said == pool.prompt(index)
         assert any(said.endswith(where) for where in renderer.PLACE_WORDS[scene.kind])
-        places = [
-            max(said.find(words) for words in renderer.catalogue()[thing.name].prompts) for thing in scene.objects
-        ]
+        places = [max(said.find(words) for words in renderer.catalogue()[item.name].prompts) for item in scene.objects]
         assert min(places) >= 0 and places == sorted(places, reverse=True)  # nearest first
     assert len({pool.prompt(0, draw) for draw in range(20)}) > 3
 
@@ -82,6 +80,6 @@ def test_choose_is_what_render_shows():
     for seed in range(30):
         for request in (Request(), Request(train=True), Request(held_out=True), Request(kind="snow", count=2)):
             scene = renderer.render(request, 32, 32, seed)
-            assert (scene.kind, [thing.name for thing in scene.objects]) == renderer.choose(
+            assert (scene.kind, [item.name for item in scene.objects]) == renderer.choose(
                 request, np.random.default_rng(seed)
             )

@@ -32,8 +32,8 @@ def test_a_matrix_follows_the_momentum_looked_ahead_over_many_steps():
         layer.weight.grad = gradient.clone()
         ours.step()
         mean = 0.95 * mean + 0.05 * gradient.double()
-        (way,) = orthogonalised([0.95 * mean + 0.05 * gradient.double()])
-        expected -= 1e-2 * 0.2 * 48**0.5 * way
+        (update,) = orthogonalised([0.95 * mean + 0.05 * gradient.double()])
+        expected -= 1e-2 * 0.2 * 48**0.5 * update
     assert torch.allclose(layer.weight.double(), expected, rtol=0, atol=1e-5)
 
 

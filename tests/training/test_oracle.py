@@ -26,39 +26,37 @@ def rendered(request, count, first=FIRST):
 
 def agreement(judge, shown, pictures=None):
     pictures = batch([s.composite for s in shown]) if pictures is None else pictures
-    where, things = judge.text_agreement(
-        pictures, [s.kind for s in shown], [[o.name for o in s.objects] for s in shown]
-    )
-    return where.mean().item(), things.mean().item()
+    where, items = judge.text_agreement(pictures, [s.kind for s in shown], [[o.name for o in s.objects] for s in shown])
+    return where.mean().item(), items.mean().item()
 
 
 @pytest.mark.parametrize("request_", [Request(count=1, train=True), Request(count=1, held_out=True), Request(count=1)])
 def test_it_is_right_on_scenes_that_it_never_saw(judge, request_):
-    where, thing = agreement(judge, rendered(request_, 200))
-    print(f"{request_}: scene {where:.3f}, object {thing:.3f}")
-    assert where >= 0.97 and thing >= 0.97
+    where, item = agreement(judge, rendered(request_, 200))
+    print(f"{request_}: scene {where:.3f}, object {item:.3f}")
+    assert where >= 0.97 and item >= 0.97
 
 
 def test_scenes_of_several_objects_and_of_none(judge):
-    where, things = agreement(judge, rendered(Request(count=3), 100))
-    assert where >= 0.97 and things >= 0.85
+    where, items = agreement(judge, rendered(Request(count=3), 100))
+    assert where >= 0.97 and items >= 0.85
     where, none = agreement(judge, rendered(Request(objects=()), 50))
     assert where >= 0.97 and none >= 0.85
 
 
 def test_permuted_prompts_agree_less(judge):
     shown = rendered(Request(count=1), 100)
-    where, thing = agreement(judge, shown)
-    other_place, other_thing = agreement(judge, shown, batch([s.composite for s in shown]).roll(1, 0))
-    assert other_place < 0.3 < where and other_thing < 0.2 < thing
+    where, item = agreement(judge, shown)
+    other_place, other_item = agreement(judge, shown, batch([s.composite for s in shown]).roll(1, 0))
+    assert other_place < 0.3 < where and other_item < 0.2 < item
 
 
 def test_agreement_is_counted_by_hand(judge):
     shown = rendered(Request(kind="beach", objects=("dog", "apple")), 1)
     picture = batch([s.composite for s in shown]).expand(4, -1, -1, -1)
     asked = [["dog", "apple"], ["dog", "rocket"], ["rocket"], []]
-    where, things = judge.text_agreement(picture, ["beach", "snow", None, "beach"], asked)
-    assert where.tolist() == [1, 0, 1, 1] and things.tolist() == [1, 0.5, 0, 0]
+    where, items = judge.text_agreement(picture, ["beach", "snow", None, "beach"], asked)
+    assert where.tolist() == [1, 0, 1, 1] and items.tolist() == [1, 0.5, 0, 0]
     with pytest.raises(ValueError, match="does not know unicorn"):
         judge.text_agreement(picture[:1], ["beach"], [["unicorn"]])
 
@@ -66,19 +64,19 @@ def test_agreement_is_counted_by_hand(judge):
 def test_pictures_of_other_sizes_are_judged_alike(judge):
     for size in ((256, 256), (96, 96), (128, 192)):
         shown = [renderer.render(Request(count=1), *size, FIRST + i) for i in range(40)]
-        where, thing = agreement(judge, shown)
-        assert where >= 0.9 and thing >= 0.85, size
+        where, item = agreement(judge, shown)
+        assert where >= 0.9 and item >= 0.85, size
 
 
-def test_a_thing_is_more_like_itself_in_another_place_than_like_another_thing(judge):
+def test_an_object_is_more_like_itself_in_another_place_than_like_another_object(judge):
     names = list(renderer.catalogue())
     cuts = []
     for first, kind in ((0, "meadow"), (1000, "room")):
-        things = [
+        items = [
             renderer.render(Request(kind=kind, objects=(name,)), 128, 128, FIRST + first + i).objects[0].rgba
             for i, name in enumerate(names)
         ]
-        rgba = batch(things)
+        rgba = batch(items)
         cuts.append(oracle.cut_out(rgba[:, :3], rgba[:, 3:]))
     same = judge.similarity(*cuts)
     other = judge.similarity(cuts[0], cuts[1].roll(1, 0))
@@ -124,8 +122,8 @@ def test_distances_grow_with_what_is_wrong_with_a_set(judge):
     features = judge.features(pictures[0])
 
     def both(other):
-        seen = judge.features(other)
-        return np.array([metrics.frechet_distance(features, seen), metrics.kernel_distance(features, seen)])
+        others = judge.features(other)
+        return np.array([metrics.frechet_distance(features, others), metrics.kernel_distance(features, others)])
 
     alike = both(pictures[1])
     blurred = both(torch.nn.functional.avg_pool2d(pictures[1], 9, 1, 4))

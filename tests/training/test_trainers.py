@@ -337,21 +337,21 @@ def test_a_stopped_run_goes_on_to_the_same_losses(name, root, trained_autoencode
         "dreamlayer": (dreamlayer, "loss_of"),
     }
     module, function = modules[name]
-    seen, plain = [], getattr(module, function)
+    recorded, plain = [], getattr(module, function)
 
     def watched(*arguments):
         terms = plain(*arguments)
         if terms["loss"].requires_grad:
-            seen.append(terms["loss"].item())
+            recorded.append(terms["loss"].item())
         return terms
 
     monkeypatch.setattr(module, function, watched)
     module.train(config_of(name, steps=4), root / f"{name}_whole", None, 1e9)
-    whole = seen.copy()
-    seen.clear()
+    uninterrupted = recorded.copy()
+    recorded.clear()
     for minutes in (0, 0, None):  # no time: one step, then a checkpoint
         module.train(config_of(name, steps=4), root / f"{name}_parts", minutes, 1e9)
-    assert len(seen) == 4 and seen == pytest.approx(whole, rel=1e-4)
+    assert len(recorded) == 4 and recorded == pytest.approx(uninterrupted, rel=1e-4)
 
 
 @pytest.fixture
@@ -363,11 +363,11 @@ def fresh_accelerator():
 
 def test_bf16_is_used_in_what_learns_and_nowhere_else(trained_autoencoder, tmp_path, monkeypatch, fresh_accelerator):
     """As on a GPU; a processor without bf16 instructions emulates it."""
-    config, seen, kept = config_of("diffusion", steps=2), [], []
+    config, recorded, kept = config_of("diffusion", steps=2), [], []
     monkeypatch.setattr(
         diffusion,
         "loss_of",
-        lambda *given, plain=diffusion.loss_of: (terms := plain(*given), seen.append(terms["loss"].item()))[0],
+        lambda *given, plain=diffusion.loss_of: (terms := plain(*given), recorded.append(terms["loss"].item()))[0],
     )
     for fast in (True, False):
         fresh_accelerator(reset_partial_state=True)
@@ -382,7 +382,7 @@ def test_bf16_is_used_in_what_learns_and_nowhere_else(trained_autoencoder, tmp_p
             assert torch.equal(model(*given), plain(*given))
         kept.append({path.name: path.read_bytes() for path in (root / "scenes").glob("latents-*")})
     assert kept[0] and kept[0] == kept[1]
-    half, exact = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    half, exact = recorded[: len(recorded) // 2], recorded[len(recorded) // 2 :]
     assert half != exact and half == pytest.approx(exact, rel=0.02)
 
 
