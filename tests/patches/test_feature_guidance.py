@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 
+import comfy.conds
 import comfy.model_management
 import comfy.samplers
 import pytest
@@ -221,6 +222,17 @@ def test_prompts_of_other_lengths_share_the_batch_where_the_host_can_repeat_them
     assert calls == 3 * (3 + (1 if together else 2)) + 4
     monkeypatch.setattr(feature_guidance, "_join", lambda scenes, batch: None)
     assert torch.allclose(case.sample(case.guider(planes)), found, rtol=0, atol=1e-4)
+
+
+def test_scenes_share_a_batch_only_where_all_of_their_conditionings_can():
+    text = comfy.conds.CONDCrossAttn(torch.arange(7.0).view(1, 7, 1))
+    plain = [{"model_conds": {"c_crossattn": text}}]
+    joined = feature_guidance._join([plain, plain], 2)
+    assert torch.equal(joined[0]["model_conds"]["c_crossattn"].cond, text.cond.repeat(4, 1, 1))
+    more = {"c_crossattn": text, "c_concat": comfy.conds.CONDRegular(torch.zeros(1, 4, 8, 8))}
+    keys = ("area", "mask", "control", "gligen", "hooks", "default", "timestep_start", "timestep_end")
+    for other in ([*plain, *plain], [{"model_conds": more}], *([{**plain[0], key: object()}] for key in keys)):
+        assert feature_guidance._join([plain, other], 2) is None and feature_guidance._join([other, plain], 2) is None
 
 
 def calls_of(case, **settings):
