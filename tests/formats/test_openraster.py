@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from strata.formats import files, openraster, psd
 from strata.formats.groups import GROUPS
-from strata.formats.raster import eight_bits, picture
+from strata.formats.raster import eight_bits, in_place, picture
 from strata.techniques.layers import BLEND_MODES, Layer, LayerStack
 
 from .stacks import eight_bit, example, layers, linear_srgb, pixels, srgb_of
@@ -259,6 +259,15 @@ def test_a_layer_that_is_shown_much_larger_than_the_canvas_is_drawn_where_it_is_
     assert visible.image.shape[:2] == (24, 32) and (visible.x, visible.y) == (0, 0)
     assert np.array_equal(eight_bit(visible.image)[..., :3], eight_bit(picture(LayerStack((32, 24), (huge,))))[..., :3])
     assert hidden.image.shape[:2] == (1, 1) and hidden.rgba()[..., 3].max() == 0
+
+
+@pytest.mark.parametrize(("wide", "whole"), [(8191, True), (8193, False)])
+def test_up_to_a_gigabyte_a_layer_is_kept_where_it_lies_outside_of_the_canvas(wide, whole):
+    """Drawn on a square as wide as its diagonal, of at most 8192 by 8192 pixels of 16 bytes."""
+    layer = Layer(pixels(9, 1, 1, 4), "line", None, -100, 3, w=wide, h=1)
+    drawn = in_place(layer, (32, 24))
+    assert drawn.image.shape[1] >= wide if whole else drawn.image.shape[1] == 32
+    assert drawn.x <= -100 if whole else drawn.x == 0
 
 
 def test_names_that_end_in_nul_are_cleaned_when_read(tmp_path):

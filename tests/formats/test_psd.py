@@ -542,6 +542,23 @@ def test_a_base_with_a_real_alpha_channel_cuts_what_is_clipped_to_it(tmp_path):
     assert np.abs(found[expected > 0][:, :3] - [200, 100, 50]).max() <= 1, "an opaque clipped layer hides its base"
 
 
+def test_a_half_transparent_layer_is_mixed_with_a_base_of_soft_alpha_as_clipping_does(tmp_path):
+    """Within the base's alpha: the clipped layer's share of its own colour, and of the base's the rest."""
+    alpha, share = np.array([[0, 40, 128, 200, 255]] * 2), np.array([[0] * 5, [100] * 5])
+    document = PSDImage.new("RGB", (5, 2))
+    base = np.dstack([np.full((2, 5, 3), 40), alpha]).astype(np.uint8)
+    document.create_pixel_layer(Image.fromarray(base), name="base")
+    for colour in (200, 120):
+        top = Image.fromarray(np.dstack([np.full((2, 5, 3), colour), share]).astype(np.uint8))
+        document.create_pixel_layer(top, name=f"clipped {colour}").clipping = True
+    stack, _ = loaded(document, tmp_path / "soft.psd")
+    found, expected = picture(stack).double().numpy(), np.full((2, 5), 40.0)
+    for colour in (200, 120):
+        expected = share / 255 * colour + (1 - share / 255) * expected
+    assert np.abs(found[..., 3] * 255 - alpha).max() < 0.01
+    assert np.abs(found[..., 0] * 255 - expected)[alpha > 0].max() < 0.01
+
+
 def test_fill_opacity_and_disabled_masks(tmp_path):
     document = PSDImage.new("RGB", (4, 4))
     document.create_pixel_layer(block((9, 9, 9)), name="filled", opacity=128)

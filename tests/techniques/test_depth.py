@@ -56,6 +56,7 @@ def test_soften_over_alphas_and_cut_layers_give_the_image_back(size, thresholds,
     assert torch.allclose(weights.sum(1), torch.ones(1, *size, dtype=torch.float64), rtol=0, atol=1e-9)
     colours = image.expand(1, len(thresholds) + 1, -1, -1, -1)
     stack = deglad.cut_layers(colours, weights, thresholds, fill)
+    assert stack.canvas == (size[1], size[0])
     assert (over(stack) - image).abs().max() < 1 / 255
     assert [layer.extra["strata"]["depth"] for layer in read_layers(write_layers(stack)).layers][0] == (
         thresholds[-1],
@@ -407,6 +408,7 @@ def test_parse_thresholds_says_what_is_wrong(text, words):
 
 def test_parse_points():
     assert deglad.parse_points("0.5, 0.4; 0.2,0.7;") == [(0.5, 0.4), (0.2, 0.7)]
+    assert deglad.parse_points("0, 1; 1, 0") == [(0.0, 1.0), (1.0, 0.0)], "the borders belong to the picture"
     for text in ("0.5", "1.5, 0", "a, b", "nan, 0.5"):
         with pytest.raises(ValueError, match="^points: "):
             deglad.parse_points(text)
@@ -424,19 +426,23 @@ def test_threshold_behind_lies_between_the_object_and_the_next(point, low, high)
     assert low < deglad.threshold_behind(three_planes()[0], *point) < high
 
 
-def test_threshold_behind_follows_its_written_steps():
+@pytest.mark.parametrize("seed", range(8))
+def test_threshold_behind_follows_its_written_steps(seed):
     """The docstring's steps in plain Python, which the picker repeats in JavaScript."""
-    depth = torch.sort(random(1, 1, 40 * 30).flatten()).values.view(30, 40) ** 2
-    x, y = 0.3, 0.4
+    height, width = ((30, 40), (40, 30))[seed % 2]
+    ramp = torch.sort(random(height * width, seed=seed)).values.view(height, width) ** 2
+    depth = ramp if seed < 2 else (0.7 * ramp.flip(seed % 2) + 0.3 * random(height, width, seed=seed + 9)).clamp(0, 1)
+    x, y = [(0.3, 0.4), (0.6, 0.9), (1.0, 1.0), (0.1, 0.5)][seed // 2]
+    at = min(int(y * height), height - 1), min(int(x * width), width - 1)
     counts = [0.0] * 256
-    for row in range(30):
-        for column in range(40):
-            distance = (row - int(y * 30)) ** 2 + (column - int(x * 40)) ** 2
+    for row in range(height):
+        for column in range(width):
+            distance = (row - at[0]) ** 2 + (column - at[1]) ** 2
             counts[min(int(256 * float(depth[row, column])), 255)] += math.exp(-distance / (2 * (0.15 * 40) ** 2))
     for _ in range(3):
         padded = [counts[0], *counts, counts[-1]]
         counts = [(a + 2 * b + c) / 4 for a, b, c in zip(padded, padded[1:], padded[2:], strict=False)]
-    place = min(int(256 * float(depth[int(y * 30), int(x * 40)])), 255)
+    place = min(int(256 * float(depth[at])), 255)
     while place < 255 and counts[place + 1] > counts[place]:
         place += 1
     peak = lowest = place
@@ -453,6 +459,8 @@ def test_all_thresholds_adds_points_to_what_was_typed():
     assert used[0] == 0.1 and len(used) == 3 and used == sorted(used)
     behind = deglad.threshold_behind(depth, 0.7, 0.6)
     assert deglad.all_thresholds(depth, [behind], [(0.7, 0.6)]) == [behind]
+    for apart, used in ((1 / 256, [behind - 1 / 256, behind]), (0.5 / 256, [behind - 0.5 / 256])):
+        assert deglad.all_thresholds(depth, [behind - apart], [(0.7, 0.6)]) == used
     with pytest.raises(ValueError, match="^thresholds: there are 50 cuts .* at most 49"):
         deglad.all_thresholds(depth, [k / 51 for k in range(1, 51)], [])
     with pytest.raises(ValueError, match="no threshold and no point"):

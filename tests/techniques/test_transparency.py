@@ -81,6 +81,13 @@ def test_extend_colours_is_the_published_padding():
     assert np.abs(found.numpy() - filled).max() < 1e-9
 
 
+def test_pictures_of_a_batch_are_extended_each_by_itself():
+    colour, alpha = torch.rand(3, 3, 20, 31), torch.rand(3, 1, 20, 31).sub(0.5).clamp_min(0)
+    alpha[1] *= 0.1
+    for one, found in enumerate(extend_colours(colour, alpha)):
+        assert torch.allclose(found, extend_colours(colour[[one]], alpha[[one]])[0], rtol=0, atol=1e-6)
+
+
 def test_veil_and_specks_go_and_the_object_with_its_edge_stays():
     alpha = torch.zeros(3, 1, 40, 60)
     ramp = torch.linspace(0, 1, 12)
