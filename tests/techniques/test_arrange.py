@@ -115,13 +115,13 @@ def test_merge_covers_the_boxes_and_is_named():
         Layer(torch.rand(2, 2, 4), "edge", x=-1, y=3),
         Layer(torch.rand(9, 9, 3), "hidden", visible=False),
     ]
-    stack = LayerStack((6, 6), tuple(layers))
-    merged = arrange.merge(stack, [2, 1])
+    document = LayerStack((6, 6), tuple(layers))
+    merged = arrange.merge(document, [2, 1])
     assert names_of(merged) == ["back", "edge", "hidden"]
     assert (merged.layers[1].x, merged.layers[1].y, merged.layers[1].image.shape) == (0, 1, (4, 4, 4))
-    assert names_of(arrange.arrange(stack, "merge", "2-4", "Both")) == ["back", "Both"]
+    assert names_of(arrange.arrange(document, "merge", "2-4", "Both")) == ["back", "Both"]
     with pytest.raises(ValueError, match="none of the selected layers is visible"):
-        arrange.merge(stack, [3])
+        arrange.merge(document, [3])
 
 
 def test_merge_from_the_back_keeps_the_picture_of_any_blend_mode():
@@ -129,8 +129,8 @@ def test_merge_from_the_back_keeps_the_picture_of_any_blend_mode():
         replace(layer, blend_mode=mode)
         for layer, mode in zip(FIVE.layers, ("multiply", "screen", "hue", "normal", "overlay"), strict=True)
     ]
-    stack = FIVE.with_layers(layers)
-    for got, expected in zip(flatten(arrange.merge(stack, [0, 1, 2])), flatten(stack), strict=True):
+    document = FIVE.with_layers(layers)
+    for got, expected in zip(flatten(arrange.merge(document, [0, 1, 2])), flatten(document), strict=True):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
 

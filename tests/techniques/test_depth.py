@@ -187,16 +187,16 @@ def test_hidden_pixels_of_several_layers_are_filled_as_written(seed):
     for layer in range(layers):
         hidden = behind[layer] <= 1e-4
         share = pyramid_fill((own[layer] / np.maximum(behind[layer], 1e-4))[..., None], behind[layer])[..., 0]
-        filled = hidden & ((share > 0.5) | (layer == 0))
+        opaque = hidden & ((share > 0.5) | (layer == 0))
         clean = np.zeros((height, width))
         for row in range(height):
             for column in range(width):
                 clean[row, column] = behind[layer][max(row - 3, 0) : row + 4, max(column - 3, 0) : column + 4].min()
         expected = pyramid_fill(colours[0, layer].numpy(), own[layer] * (clean.clip(0, 1) + 1e-3))
         expected = np.where(hidden[..., None], expected, colours[0, layer].numpy())
-        assert np.array_equal(extra[0, layer].numpy(), filled)
+        assert np.array_equal(extra[0, layer].numpy(), opaque)
         assert np.abs(filled[0, layer].numpy() - expected).max() < 1e-9
-        counts = [counts[0] + (layer > 0 and filled.sum()), counts[1] + (hidden & ~filled).sum()]
+        counts = [counts[0] + (layer > 0 and opaque.sum()), counts[1] + (hidden & ~opaque).sum()]
     assert min(counts) > 0, "of the middle layers some hidden pixels are filled, some left open"
 
 
