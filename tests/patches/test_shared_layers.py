@@ -215,9 +215,10 @@ def test_layers_and_pictures_in_another_order_come_out_in_that_order(models):
     other = sample(
         model, permuted(positive, rows), negative, x=x.unflatten(0, (2, 4))[:, rows].flatten(0, 1)
     ).unflatten(0, (2, 4))
-    assert torch.allclose(other, found[:, rows], rtol=0, atol=1e-4)
+    # Latents of about 50: sums in another order differ by the last bits of single precision.
+    assert torch.allclose(other, found[:, rows], rtol=1e-5, atol=1e-4)
     turned = sample(model, positive, negative, x=x.unflatten(0, (2, 4)).flip(0).flatten(0, 1)).unflatten(0, (2, 4))
-    assert torch.allclose(turned, found.flip(0), rtol=0, atol=1e-4) and not torch.allclose(
+    assert torch.allclose(turned, found.flip(0), rtol=1e-5, atol=1e-4) and not torch.allclose(
         found[0], found[1], rtol=0, atol=0.1
     )
 
