@@ -70,7 +70,7 @@ def test_no_layer_changes_the_given_picture_and_it_changes_the_layers(mini):
     found = denoised(layered, x, positive, lambda sigma: levels.append(sigma) or 3 * given)
     alone = denoised(without_layers(layered), given, [[positive[0][0][-1:], {}]])
     other = denoised(layered, x, positive, lambda sigma: -3 * given)
-    assert levels == [3.0] and torch.allclose(found[2:], alone, rtol=0, atol=2e-4)
+    assert levels == [3.0] and torch.allclose(found[2:], alone, rtol=1e-5, atol=2e-4)
     assert (found[:2] - other[:2]).abs().amax() > 0.05
 
 
@@ -113,7 +113,7 @@ def test_the_layers_start_from_the_trajectory_as_it_is(mini, split, scheduler):
     split(watched(model, recorded), mini.vae, picture, positive, mini.negative, 3, 1.0, scheduler)
     sigmas = comfy.samplers.calculate_sigmas(mini.model.get_model_object("model_sampling"), scheduler, 3)
     trajectory = invert(mini.model, mini.vae.encode(picture), [[positive[0][0][-1:], {}]], None, sigmas)
-    assert torch.allclose(recorded[float(sigmas[0])][:1], trajectory.latents[0], rtol=0, atol=1e-3)
+    assert torch.allclose(recorded[float(sigmas[0])][:1], trajectory.latents[0], rtol=1e-5, atol=1e-3)
 
 
 @trained

@@ -149,9 +149,9 @@ def test_together_or_apart_and_beside_a_longer_negative_it_is_the_same(family, m
     for free in (1e18, 1.0):
         low_memory(monkeypatch, free)
         results.append(estimates(share_layers(model, Sharing(), modules), positive, negative, noise(4), LATE))
-    assert all(torch.allclose(results[0][name], results[1][name], rtol=0, atol=1e-4) for name in ("cond", "uncond"))
+    assert all(torch.allclose(results[0][name], results[1][name], rtol=1e-5, atol=1e-4) for name in ("cond", "uncond"))
     half = estimates(share_layers(model, Sharing(0.5), modules), positive, negative, noise(4), LATE)
-    assert not torch.allclose(half["cond"], results[0]["cond"], rtol=0, atol=1e-3)
+    assert not torch.allclose(half["cond"], results[0]["cond"], rtol=1e-5, atol=1e-3)
 
 
 def test_more_objects_than_were_trained_have_the_last_ones_row(family):

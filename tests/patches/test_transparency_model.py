@@ -95,9 +95,9 @@ def test_two_files_stack_with_each_other_and_a_lora_in_any_order():
 
     first = sample(with_lora(transparency_model.apply(transparency_model.apply(model, one, 1.0), two, 0.5)))
     second = sample(transparency_model.apply(transparency_model.apply(with_lora(model), two, 0.5), one, 1.0))
-    assert torch.allclose(first, second, rtol=0, atol=1e-3 * first.abs().max().item())
-    assert not torch.allclose(first, sample(transparency_model.apply(model, one, 1.0)), rtol=0, atol=1e-2)
-    assert not torch.allclose(first, sample(with_lora(model)), rtol=0, atol=1e-2)
+    assert torch.allclose(first, second, rtol=1e-5, atol=1e-3 * first.abs().max().item())
+    assert not torch.allclose(first, sample(transparency_model.apply(model, one, 1.0)), rtol=1e-5, atol=1e-2)
+    assert not torch.allclose(first, sample(with_lora(model)), rtol=1e-5, atol=1e-2)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -252,7 +252,7 @@ def test_fluxs_layer_lora_reaches_its_place_in_the_joined_weights():
     patched.patch_model()
     try:
         for key, value in patched.model.state_dict().items():
-            assert torch.allclose(value, before[key], rtol=0, atol=1e-5), key
+            assert torch.allclose(value, before[key], rtol=1e-5, atol=1e-5), key
     finally:
         patched.unpatch_model()
     files = recognised(weights, ("Flux",))
@@ -278,7 +278,7 @@ def test_other_packs_attention_patches_and_two_different_files_in_one_graph_work
     assert (
         torch.equal(sample(first), apart[0])
         and torch.equal(sample(second), apart[1])
-        and not torch.allclose(*apart, rtol=0, atol=1e-2)
+        and not torch.allclose(*apart, rtol=1e-5, atol=1e-2)
     )
     blocks = []
 
@@ -287,7 +287,7 @@ def test_other_packs_attention_patches_and_two_different_files_in_one_graph_work
         return n, context * 0.5, value * 0.5
 
     first.set_model_attn2_patch(patch)
-    assert not torch.allclose(sample(first), apart[0], rtol=0, atol=1e-2) and len(set(blocks)) == 16
+    assert not torch.allclose(sample(first), apart[0], rtol=1e-5, atol=1e-2) and len(set(blocks)) == 16
 
 
 def test_a_controlnet_acts_as_on_merged_weights():

@@ -265,6 +265,7 @@ def test_the_range_of_a_batch_or_fixed_values_keeps_a_cut_in_its_place():
         rtol=1e-5,
         atol=1e-8,
     )
+    assert torch.equal(deglad.normalise_depth(frames / 8, False, True, "fixed"), frames / 8), "0 to 1 unless given"
     for limits in ((1.0, 1.0), (2.0, 1.0), (math.nan, 1.0)):
         with pytest.raises(ValueError, match="range_low, range_high: .* is not below"):
             deglad.normalise_depth(frames, False, True, "fixed", limits)

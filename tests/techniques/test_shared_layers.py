@@ -206,3 +206,4 @@ def test_noise_keeps_its_variance_and_shares_what_is_not_its_own(own):
     shared, first, second = torch.eye(3, dtype=torch.float64)  # independent and of one length, as noise is on average
     one, other = (shared_layers.share_noise(shared, each, own) for each in (first, second))
     assert one @ one == pytest.approx(1) and one @ other == pytest.approx(1 - own)
+    assert one @ first == pytest.approx(own**0.5) and one @ shared == pytest.approx((1 - own) ** 0.5)
