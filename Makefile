@@ -1,7 +1,7 @@
 PYTHON ?= python3
 EXEC = $(PYTHON) tools/host.py exec
 # Each worker has a ComfyUI of its own and about 2 GB; a file is one worker's.
-WORKERS = -n auto --maxprocesses 4 --dist loadfile
+WORKERS = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 demo:  ## set everything up, run the bundled workflows, leave pictures under output/demo
 	$(EXEC) tools/demo.py $(if $(IMAGE),--image "$(IMAGE)") $(if $(DEPTH),--depth "$(DEPTH)") $(if $(DEPTH_IS),--depth-is $(DEPTH_IS))

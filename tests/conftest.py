@@ -51,6 +51,11 @@ def _seeded_test():
     _seed()
 
 
+def pytest_collection_modifyitems(items):
+    """The trainers first: a file is one worker's, and theirs take longest."""
+    items.sort(key=lambda item: "training" not in item.path.parts)
+
+
 @pytest.fixture(scope="session")
 def comfy(tmp_path_factory):
     """A running ComfyUI with the pack in it, for the whole test session: run.Client, its process in .server."""

@@ -52,7 +52,7 @@ Written by `tools/papers.py` from the `Source:` and `Differs:` lines of docstrin
   workflow: ComfyUI's code called a file of patches/ that the node's `execute` had used, and the function was called no
   more with the node's *strength* at 0.
 - workflows: those that ran it. Graphs for Stable Diffusion 1.5, 2.1 and XL need weights that were not there when this
-  was recorded, so they have not run and are not listed. A name behind a comma is a run of `make demo` with settings.
+  was recorded, so they have not run and are not listed. A name in brackets is a run of `make demo` with settings.
 """
 
 
@@ -165,13 +165,19 @@ def page() -> tuple[str, list[str]]:
         lines += [f"## {title}", "", "| where | function | tests | nodes | workflows |", "|---|---|---|---|---|"]
         for where, name, entry in own:
             columns = [sorted(column) for column in columns_of(record, entry.key)]
-            cells = [where, f"[`{name}`]({entry.path})", *(", ".join(column) for column in columns)]
+            cells = [where, f"[`{name}`]({entry.path})", *(", ".join(map(_bracketed, column)) for column in columns)]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         # A function of several papers differs from the first.
         first = [entry for _, _, entry in own if entry.sources[0][0] == paper]
         differs = [f"- `{entry.name}`: {text}." for entry in first for text in entry.differs]
         lines += ["", "Differs:", "", *differs, ""] if differs else [""]
     return "\n".join(lines), wrong
+
+
+def _bracketed(name: str) -> str:
+    """A run with settings, as docs/calls.json has it: file, then its name."""
+    file, _, run = name.partition(", ")
+    return f"{file} ({run})" if run else file
 
 
 def numbered(text: str) -> list:
