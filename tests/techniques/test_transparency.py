@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 from skimage.transform import resize_local_mean
-from strata.techniques.transparency import FACTOR, clean_alpha, extend_colours, over_gray, turned
+from strata.techniques.transparency import FACTOR, clean_alpha, extend_colours, median_of_passes, over_gray, turned
 
 
 def disc(side: int = 48) -> torch.Tensor:
@@ -86,6 +86,25 @@ def test_pictures_of_a_batch_are_extended_each_by_itself():
     alpha[1] *= 0.1
     for one, found in enumerate(extend_colours(colour, alpha)):
         assert torch.allclose(found, extend_colours(colour[[one]], alpha[[one]])[0], rtol=0, atol=1e-6)
+
+
+def test_eight_passes_are_the_lower_middle_of_every_mirrored_and_turned_view():
+    image, latent = torch.rand(1, 3, 16, 16), torch.rand(1, 4, 2, 2)
+    rows = torch.linspace(0, 0.3, 16)[:, None]
+
+    def decode(image, latent):  # depends on where things lie
+        return torch.cat([image, image[:, :1]], 1) * latent[..., :1, :1].mean(1, keepdim=True) + rows
+
+    views = []
+    for flip in (False, True):
+        for turns in range(4):
+            parts = [part.numpy()[..., ::-1] if flip else part.numpy() for part in (image, latent)]
+            parts = [torch.from_numpy(np.rot90(part, turns, (2, 3)).copy()) for part in parts]
+            out = np.rot90(decode(*parts).clamp(0, 1).numpy(), -turns, (2, 3))
+            views.append(out[..., ::-1] if flip else out)
+    expected = np.sort(np.stack(views), 0)[3]
+    for found in (median_of_passes(decode, image, latent), median_of_passes(decode, image, latent, 8)):
+        assert np.abs(found.numpy() - expected).max() < 1e-6
 
 
 def test_veil_and_specks_go_and_the_object_with_its_edge_stays():
