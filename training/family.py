@@ -163,7 +163,6 @@ def agreement(models: Path, guidance: float, steps: int, side: int, report: Path
     pictures = torch.cat(pictures)
     place, shown = judge.text_agreement(pictures, [kind for _, kind in pairs], [[entry.name] for entry, _ in pairs])
     unseen = torch.tensor([renderer.is_held_out(entry.name, kind) for entry, kind in pairs])
-    report.parent.mkdir(parents=True, exist_ok=True)
     loop.save_grid(report, torch.nn.functional.interpolate(pictures, size=96, mode="area"), len(renderer.KINDS))
     return {
         "place": place,

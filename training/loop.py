@@ -241,5 +241,6 @@ def _append(path: Path, row: dict) -> None:
 
 def save_grid(path: Path, pictures: Tensor, columns: int) -> None:
     """[N,3,H,W] in 0..1 as one PNG, N a multiple of columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     grid = rearrange(pictures, "(row column) c h w -> (row h) (column w) c", column=columns)
     Image.fromarray((grid.float().clamp(0, 1) * 255).round().byte().cpu().numpy()).save(path)
