@@ -17,7 +17,6 @@ from ..patches.shared_layers import (
     MAPS,
     METHOD,
     Maps,
-    Record,
     Sharing,
     layer_count,
     map_context,
@@ -326,10 +325,10 @@ class LayersSampler(Node):
         decoder=None,
         **sampling,
     ):
-        names, record, recorded, notes = _layer_names(model, positive, sampling["negative"], decoder), Record(), {}, []
+        names, recorded, notes = _layer_names(model, positive, sampling["negative"], decoder), {}, []
         count = layer_count(names)
         _check_sampling(model, count, decoder, harmonize, harmonize_start, sampling)
-        layered = _prepared(model, adapter, count, record)
+        layered, record = _prepared(model, adapter, count)
         branches = sample_rows(layered, positive, count, **sampling, own_noise=NOISE[noise], recorded=recorded)
         stacks = decode_layers(vae, names, [branch["samples"] for branch in branches], decoder, record)
         composite = whole = vae.decode(branches[-1]["samples"])
@@ -417,12 +416,12 @@ class ImageToLayers(Node):
 
     @classmethod
     def execute(cls, model, vae, image, positive, negative, steps, cfg, scheduler, adapter=None, decoder=None):
-        names, record = _object_names(model, positive, negative, decoder), Record()
+        names = _object_names(model, positive, negative, decoder)
         count, image = layer_count(names), encodable(image, vae)[:1, ..., :3]
         sigmas = noise_levels(model, steps, scheduler)
         callback = latent_preview.prepare_callback(model, 3 * steps)
         up, down = _part(callback, 0, 3 * steps), _part(callback, 2 * steps, 3 * steps)
-        layered = _prepared(model, adapter, count, record)
+        layered, record = _prepared(model, adapter, count)
         prompt = composite_prompt(positive)
         trajectory = invert(without_layers(model), vae.encode(image), prompt, None, sigmas, callback=up)
         made = sample_along(layered, trajectory, count, positive, negative, cfg, sigmas, down)
@@ -489,18 +488,15 @@ def _part(callback, first: int, total: int):
     return lambda step, denoised, x, _: callback(first + step, denoised, x, total)
 
 
-def _prepared(model, adapter, count: int, record: Record):
-    """A clone that keeps its maps in the record, and whose objects have hidden transparency when there is an
-    adapter.
-    """
+def _prepared(model, adapter, count: int):
+    """A clone whose objects have hidden transparency when there is an adapter, and the record of its maps."""
     with named("adapter"):
         layered = (
             model.clone()
             if adapter is None or count == 1
             else transparency_model.apply_to_foreground(model, adapter, object_rows(count))
         )
-    layered.model_options["transformer_options"][METHOD.record_key] = record
-    return layered
+    return layered, METHOD.record(layered)
 
 
 def _stacked(stack: LayerStack, trajectory: Inversion | None) -> torch.Tensor:

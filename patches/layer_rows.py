@@ -95,6 +95,7 @@ class Method:
 
     @property
     def record_key(self) -> str:
+        """Where a run finds the record that a node wants of it."""
         return f"{self.key}_record"
 
     def record(self, model: ModelPatcher) -> Record:
@@ -103,8 +104,8 @@ class Method:
         return record
 
     def attach(self, model: ModelPatcher, start: Callable, calculate: Callable, denoise: Callable) -> None:
-        """Once, however many nodes of the method a graph has. start(entry, options) makes the run's state from the
-        conditioning's entry and the transformer options; its `rows` are checked against the latent.
+        """Wrap the sampling of this clone. start(entry, options) makes a run's state from the conditioning's entry and
+        the transformer options; its `rows` are checked against the latent.
         """
 
         def start_run(executor, noise: Tensor, *args, **kwargs):

@@ -146,8 +146,6 @@ def prepare() -> None:
     import conftest  # noqa: F401
     import patches.conftest  # noqa: F401
 
-    (PACK / "output").mkdir(exist_ok=True)
-
 
 if __name__ == "__main__":
     sys.exit(main())

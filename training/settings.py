@@ -22,15 +22,15 @@ def family() -> dict:
 
 def cache() -> Path:
     """The folder for checkpoints and rendered scenes."""
-    return _told("STRATA_CACHE") / "training"
+    return _from_environment("STRATA_CACHE") / "training"
 
 
 def clip_tokenizer() -> Path:
     """The folder with CLIP's vocabulary, which ComfyUI ships."""
-    return _told("STRATA_HOST") / "comfy" / "sd1_tokenizer"
+    return _from_environment("STRATA_HOST") / "comfy" / "sd1_tokenizer"
 
 
-def _told(name: str) -> Path:
+def _from_environment(name: str) -> Path:
     if name not in os.environ:
         raise TrainingError(f"{name} is not set; start the trainers by: python tools/host.py exec -m training.")
     return Path(os.environ[name])
