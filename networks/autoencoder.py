@@ -1,6 +1,9 @@
 """The small autoencoder in TAESD's layout, with the key names that ComfyUI's VAE loader knows."""
 
+import torch
 from torch import Tensor, nn
+
+LAST = 19  # the decoder's last layer
 
 
 class Clamp(nn.Module):
@@ -21,10 +24,10 @@ class Block(nn.Module):
 
 class Autoencoder(nn.Module):
     """encode: [B,3,H,W] in 0..1, sides multiples of 8 -> [B,4,H/8,W/8], of about unit variance.
-    decode: the way back.
+    decode: the way back. image_channels: 3, or 4 for colour with straight alpha.
     """
 
-    def __init__(self, channels: int = 64, latent_channels: int = 4, operations=nn):
+    def __init__(self, channels: int = 64, latent_channels: int = 4, operations=nn, image_channels: int = 3):
         super().__init__()
 
         def blocks(count: int):
@@ -39,9 +42,11 @@ class Autoencoder(nn.Module):
             for _ in range(3)
             for layer in (*blocks(3), nn.Upsample(scale_factor=2), conv(channels, channels, bias=False))
         ]
-        self.taesd_encoder = nn.Sequential(conv(3, channels), *blocks(1), *down, conv(channels, latent_channels))
+        self.taesd_encoder = nn.Sequential(
+            conv(image_channels, channels), *blocks(1), *down, conv(channels, latent_channels)
+        )
         self.taesd_decoder = nn.Sequential(
-            Clamp(), conv(latent_channels, channels), nn.ReLU(), *up, *blocks(1), conv(channels, 3)
+            Clamp(), conv(latent_channels, channels), nn.ReLU(), *up, *blocks(1), conv(channels, image_channels)
         )
 
     def encode(self, image: Tensor) -> Tensor:
@@ -49,3 +54,18 @@ class Autoencoder(nn.Module):
 
     def decode(self, latent: Tensor) -> Tensor:
         return self.taesd_decoder(latent)
+
+
+@torch.no_grad()
+def with_alpha(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of an autoencoder of colours with a fourth channel that it does not see, and that it decodes as
+    opaque.
+
+    Source: bfs, Sec. 3.2 (the RGBA autoencoder's start is AlphaVAE's: new input 0, new output 0 with bias 1)
+    """
+    first, last = "taesd_encoder.0.weight", f"taesd_decoder.{LAST}"
+    state = dict(state)
+    state[first] = torch.nn.functional.pad(state[first], (0, 0, 0, 0, 0, 1))
+    state[f"{last}.weight"] = torch.nn.functional.pad(state[f"{last}.weight"], (0, 0, 0, 0, 0, 0, 0, 1))
+    state[f"{last}.bias"] = torch.nn.functional.pad(state[f"{last}.bias"], (0, 1), value=1.0)
+    return state

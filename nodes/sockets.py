@@ -69,14 +69,16 @@ def _checked(execute):
 
 
 class LayerModelFile(Node):
-    """What loaders of the folder layer_model have in common: the choice is checked before the run, and a changed file
-    is loaded again.
+    """What loaders of model files have in common: the choice is checked before the run, and a changed file is loaded
+    again.
     """
+
+    folder = layer_files.KIND
 
     @classmethod
     def validate_inputs(cls, file):
-        return layer_files.missing(file) or True
+        return layer_files.missing(file, cls.folder) or True
 
     @classmethod
     def fingerprint_inputs(cls, file):
-        return layer_files.state(file)
+        return layer_files.state(file, cls.folder)

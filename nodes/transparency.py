@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from ..patches import layer_files as files
-from ..patches import transparency_model, transparent_latents
+from ..patches import rgba_vae, transparency_model, transparent_latents
 from ..patches.attention_sharing import together
 from ..patches.layer_rows import sample_rows
 from ..techniques.layers import Layer, LayerStack, write_layers
@@ -55,6 +55,34 @@ class LoadTransparency(LayerModelFile):
     def execute(cls, file):
         loaded = files.load(file, files.Transparency)
         return io.NodeOutput(loaded, f"{loaded.name}: {loaded.describe()}")
+
+
+class LoadRGBAVAE(LayerModelFile):
+    folder = rgba_vae.KIND
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Strata_LoadRGBAVAE",
+            display_name="Load RGBA VAE",
+            category="Strata/Transparency",
+            search_aliases=["alpha VAE", "AlphaVAE", "transparent VAE", "RGBA autoencoder", "load VAE with alpha"],
+            description="Loads a VAE whose images have alpha. VAE Decode then gives RGBA images, and Encode "
+            "transparency keeps the alpha of an image.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=rgba_vae.choices(),
+                    tooltip="A file below models/vae with four image channels: the pack's own, or one of AlphaVAE's "
+                    "form. Of a diffusers folder choose its diffusion_pytorch_model.safetensors.",
+                )
+            ],
+            outputs=[io.Vae.Output("VAE", display_name="VAE", tooltip="For any node that takes a VAE.")],
+        )
+
+    @classmethod
+    def execute(cls, file):
+        return io.NodeOutput(rgba_vae.load(file))
 
 
 class ApplyTransparency(Node):
@@ -247,16 +275,20 @@ class EncodeTransparency(Node):
             display_name="Encode transparency",
             category="Strata/Transparency",
             search_aliases=[*NAMES, "layer diffuse encode", "RGBA to latent"],
-            description="Hides a picture's transparency in its latent, so that a model with transparency can go on "
-            "from it (denoise below 1).",
+            description="Hides an image's transparency in its latent, so that a model with transparency can go on "
+            "from it (denoise below 1). An RGBA VAE needs no encoder.",
             inputs=[
-                weights_input("An encoder, from Load transparency."),
+                Transparency.Input(
+                    "transparency",
+                    optional=True,
+                    tooltip="An encoder, from Load transparency. Not needed with a VAE from Load RGBA VAE.",
+                ),
                 io.Image.Input(
                     "image",
                     tooltip="RGBA, or RGB with a mask. Sides that are no multiple of 8 are filled up with "
                     "transparency.",
                 ),
-                io.Vae.Input("vae", tooltip="The model's VAE."),
+                io.Vae.Input("vae", tooltip="The model's VAE, or an RGBA VAE in its latent space."),
                 io.Mask.Input(
                     "mask",
                     optional=True,
@@ -269,8 +301,10 @@ class EncodeTransparency(Node):
         )
 
     @classmethod
-    def execute(cls, transparency, image, vae, mask=None):
+    def execute(cls, image, vae, transparency=None, mask=None):
         colour, alpha = image[..., :3].movedim(-1, 1), _alpha(image, mask)
+        if transparency is None:
+            return io.NodeOutput({"samples": rgba_vae.encode(vae, colour, alpha)})
         return io.NodeOutput({"samples": transparent_latents.encode(transparency, vae, colour, alpha)})
 
 
@@ -368,6 +402,7 @@ def _sizes(pictures: torch.Tensor, what: str) -> str:
 
 NODES = [
     LoadTransparency,
+    LoadRGBAVAE,
     ApplyTransparency,
     DecodeTransparency,
     EncodeTransparency,

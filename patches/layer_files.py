@@ -29,18 +29,18 @@ def choices(kind: type) -> list[str]:
     return list(dict.fromkeys([*folder_paths.get_filename_list(KIND), *known]))
 
 
-def state(name: str) -> str:
-    """What changes when the file does."""
-    path = folder_paths.get_full_path(KIND, name)
+def state(name: str, kind: str = KIND) -> str:
+    """What changes when the file does. kind: ComfyUI's name of its folder."""
+    path = folder_paths.get_full_path(kind, name)
     return f"{path} {Path(path).stat().st_mtime_ns}" if path else ""
 
 
-def missing(name: str) -> str | None:
+def missing(name: str, kind: str = KIND) -> str | None:
     """One sentence that says where to get a file that is not there."""
-    if folder_paths.get_full_path(KIND, name) is not None:
+    if folder_paths.get_full_path(kind, name) is not None:
         return None
     do = f"download it from {PUBLISHED[name]} into" if name in PUBLISHED else "put it into"
-    return f"file: {name} is not there; {do} {folder_paths.get_folder_paths(KIND)[0]}."
+    return f"file: {name} is not there; {do} {folder_paths.get_folder_paths(kind)[0]}."
 
 
 def load(name: str, kind: type) -> Transparency | LayerModules:
@@ -58,12 +58,12 @@ def recognise(name: str, weights: dict[str, Tensor], own: bool = False) -> Trans
     return transparency.recognise(name, weights, own)
 
 
-def read(name: str) -> dict[str, Tensor]:
+def read(name: str, kind: str = KIND) -> dict[str, Tensor]:
     """The weights in a file of the folder. Raises ValueError with one sentence for a missing or damaged one."""
-    if absent := missing(name):
+    if absent := missing(name, kind):
         raise ValueError(absent)
     try:
-        weights = comfy.utils.load_torch_file(folder_paths.get_full_path(KIND, name), safe_load=True)
+        weights = comfy.utils.load_torch_file(folder_paths.get_full_path(kind, name), safe_load=True)
     except Exception as error:
         reason = re.split(r"[.:]\s|\n", str(error).strip())[0].rstrip(".")[:120]
         raise ValueError(

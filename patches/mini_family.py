@@ -9,16 +9,18 @@ from functools import partial
 from pathlib import Path
 
 import comfy.latent_formats
+import comfy.model_base
 import comfy.supported_models
 import folder_paths
+import torch
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
 from comfy.supported_models_base import ClipTarget
 from torch import Tensor
 
 PACK = Path(__file__).parent.parent
 CONFIG = json.loads((PACK / "models_config" / "mini" / "sd.json").read_text(encoding="utf-8"))
-UNET, TEXT, LATENT = CONFIG["unet"], CONFIG["text"], CONFIG["latent"]
-KINDS = ("checkpoints", "diffusion_models", "layer_model", "strata")
+UNET, FLUX, TEXT, LATENT = CONFIG["unet"], CONFIG["flux"], CONFIG["text"], CONFIG["latent"]
+KINDS = ("checkpoints", "diffusion_models", "layer_model", "strata", "vae")
 TOKEN_IDS = "cond_stage_model.token_ids"
 TOKEN_ROWS = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
 
@@ -68,6 +70,36 @@ class StrataMiniInpaint(StrataMini):
     unet_config = {**StrataMini.unet_config, **CONFIG["inpaint"]}
 
 
+class FluxOfFewTokens(comfy.model_base.Flux):
+    """ComfyUI's Flux that sees the first tokens of a prompt alone, as it was trained; the text encoder is causal, so
+    they say the same as in the whole prompt.
+    """
+
+    def extra_conds(self, **kwargs):
+        if kwargs.get("cross_attn") is not None:
+            kwargs["cross_attn"] = kwargs["cross_attn"][:, : CONFIG["flux_tokens"]]
+        return super().extra_conds(**kwargs)
+
+
+class StrataMiniFlux(comfy.supported_models.Flux):
+    """The mini Flux-Fill: Flux's structure in the family's latents. Heads, their axes and the output's channels cannot
+    be read from weights and are set.
+    """
+
+    unet_config = {
+        "image_model": "flux",
+        "guidance_embed": False,
+        **{key: value for key, value in FLUX.items() if key not in ("num_heads", "axes_dim", "out_channels")},
+    }
+    unet_extra_config = {key: FLUX[key] for key in ("num_heads", "axes_dim", "out_channels")}
+    sampling_settings = {"shift": CONFIG["flux_shift"]}
+    latent_format = StrataMiniLatent
+    supported_inference_dtypes = [torch.bfloat16, torch.float32]
+
+    def get_model(self, state_dict, prefix="", device=None):
+        return FluxOfFewTokens(self, device=device)
+
+
 def gray_latent(like: Tensor) -> Tensor:
     """What an inpainting model gets as its masked picture when the graph gives none: mid gray, encoded."""
     gray = LATENT["gray"] or [0.0] * LATENT["channels"]
@@ -93,7 +125,7 @@ def register() -> None:
     """Put the family before ComfyUI's own models, once, and this pack's models folder behind the user's own, where
     nothing is downloaded to.
     """
-    ours = [StrataMini, StrataMiniInpaint]
+    ours = [StrataMini, StrataMiniInpaint, StrataMiniFlux]
     names = [model.__name__ for model in ours]  # by name: another copy of the pack, or a reload, has classes of its own
     known = comfy.supported_models.models
     known[:] = [*ours, *(model for model in known if model.__name__ not in names)]

@@ -1,4 +1,4 @@
-"""The noise process of Stable Diffusion and its deterministic sampler, as pure functions."""
+"""The noise processes of Stable Diffusion and of flow matching, and their deterministic samplers, as pure functions."""
 
 from __future__ import annotations
 
@@ -42,3 +42,38 @@ def ddim_step(latent: Tensor, noise: Tensor, level: Tensor, next_level: Tensor) 
     """
     clean = (latent - (1 - level).sqrt() * noise) / level.sqrt()
     return next_level.sqrt() * clean + (1 - next_level).sqrt() * noise
+
+
+def flow_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """[B,...] latents on the straight line to noise of the same shape; sigma: [B], 0 = clean, 1 = noise.
+
+    Source: bfs, Sec. 3 (flow matching); its t is 1 - sigma.
+    """
+    sigma = sigma.reshape(-1, *[1] * (clean.ndim - 1)).to(clean)
+    return (1 - sigma) * clean + sigma * noise
+
+
+def flow_velocity(clean: Tensor, noise: Tensor) -> Tensor:
+    """What a flow matching model predicts, as Flux does: noise - clean.
+
+    Source: bfs, Eq. 5; the paper's velocity points the other way.
+    """
+    return noise - clean
+
+
+def shifted_sigmas(steps: int, mu: float) -> Tensor:
+    """[steps + 1] float64 levels from 1 to 0, closer together near 1 for a larger mu; mu 0 is even.
+
+    Source: flux, its sampling code's time shift exp(mu) / (exp(mu) + 1 / t - 1)
+    """
+    even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    factor = torch.tensor(mu, dtype=torch.float64).exp()
+    return factor * even / (1 + (factor - 1) * even)
+
+
+def euler_step(latent: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+    """The latent at next_sigma from the velocity at sigma, scalars in 0..1.
+
+    Source: bfs, Sec. 4 (Euler steps of flow matching)
+    """
+    return latent + (next_sigma - sigma) * velocity

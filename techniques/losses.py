@@ -14,6 +14,18 @@ def gradient_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return across + down
 
 
+def expected_composite_error(prediction: Tensor, target: Tensor, mean: float = 0.5, variance: float = 1 / 12) -> Tensor:
+    """Squared error of two RGBA images over a random background, on average over all backgrounds; a scalar.
+
+    prediction, target: [B,4,H,W], straight alpha, 0..1. mean, variance: of a background's values; the defaults are
+    those of values spread evenly over 0..1.
+    Source: alphavae, the expectation of the squared error over random backgrounds
+    """
+    premultiplied = prediction[:, :3] * prediction[:, 3:] - target[:, :3] * target[:, 3:]
+    alpha = prediction[:, 3:] - target[:, 3:]
+    return ((premultiplied - alpha * mean).square() + alpha.square() * variance).mean()
+
+
 def psnr(prediction: Tensor, target: Tensor, peak: float | None = 1.0) -> Tensor:
     """Peak signal-to-noise ratio in dB per batch element; [B,...] in, [B] back, in float64; infinite for equal ones.
 

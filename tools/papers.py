@@ -32,6 +32,8 @@ PAPERS = {
     "ddim": "DDIM (arXiv 2010.02502)",
     "cfg": "Classifier-free guidance (arXiv 2207.12598)",
     "nulltext": "Null-text inversion (arXiv 2211.09794)",
+    "flux": "FLUX.1 (Black Forest Labs, published code)",
+    "alphavae": "AlphaVAE (arXiv 2507.09308)",
     "minsnr": "Min-SNR weighting (arXiv 2303.09556)",
     "depthanything": "Depth Anything V2 (arXiv 2406.09414)",
     "ssim": "SSIM (Wang et al. 2004, Image quality assessment)",

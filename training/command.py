@@ -25,6 +25,10 @@ TRAINERS = {
     "context-aware layers.",
     "dreamlayer_apart": "The same, longer, with noise that is in part each layer's own: objects that stand apart.",
     "inpaint": "The denoiser with nine input channels, which paints inside a mask; starts from the one before.",
+    "rgba_autoencoder": "The autoencoder with a fourth channel: colour and alpha in the same latents; needs the "
+    "published checkpoint.",
+    "flux_fill": "A model in Flux's structure that paints an object with its shadow into a box, or a whole image, from "
+    "words; needs the published checkpoint.",
 }
 # Trainers that are another one's code with another config.
 MODULES = {

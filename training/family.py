@@ -12,15 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..networks import layered_denoiser
-from ..networks.autoencoder import Autoencoder
+from ..networks import flux, layered_denoiser
 from ..networks.transparency import published_adapter
 from ..scenes import renderer
-from . import data, diffusion, export, latents, loop, oracle, settings, text
+from . import data, diffusion, export, latents, loop, oracle, published, settings, text
 
 SCENES = "scenes/: rendered scenes of 55 objects (the classifier: of 60) in 10 places, without the held-out pairs"
 UNET = "model.diffusion_model."
@@ -33,8 +31,7 @@ def checkpoint(root: Path) -> dict[str, Tensor]:
     state[TOKEN_IDS] = torch.tensor(text.token_ids(), dtype=torch.int32)
     for key, value in latents.load_autoencoder(root).state_dict().items():
         state[f"first_stage_model.{key}"] = value
-    state["first_stage_model.vae_scale"], state["first_stage_model.vae_shift"] = torch.tensor(1.0), torch.tensor(0.0)
-    return state
+    return state | _latents_as_they_are("first_stage_model.")
 
 
 def inpainting_unet(root: Path) -> dict[str, Tensor]:
@@ -56,11 +53,29 @@ def classifier(root: Path) -> dict[str, Tensor]:
     return {key: value for key, value in _trained(root / "classifier").items() if value.is_floating_point()}
 
 
+def rgba_autoencoder(root: Path) -> dict[str, Tensor]:
+    return _trained(root / "rgba_autoencoder") | _latents_as_they_are("")
+
+
+def _latents_as_they_are(prefix: str) -> dict[str, Tensor]:
+    """Scale and shift that ComfyUI's VAE expects beside the weights of TAESD's layout."""
+    return {f"{prefix}vae_scale": torch.tensor(1.0), f"{prefix}vae_shift": torch.tensor(0.0)}
+
+
 # See export.save.
-FP8 = {"checkpoints/strata_mini_sd.safetensors": UNET, "diffusion_models/strata_mini_inpaint.safetensors": ""}
+FP8 = {
+    "checkpoints/strata_mini_sd.safetensors": UNET,
+    "diffusion_models/strata_mini_inpaint.safetensors": "",
+    "diffusion_models/strata_mini_flux_fill.safetensors": "",
+}
 FILES = {  # trainer, file, weights
     "checkpoints/strata_mini_sd.safetensors": ("diffusion", checkpoint),
     "diffusion_models/strata_mini_inpaint.safetensors": ("inpaint", inpainting_unet),
+    "vae/strata_mini_rgba.safetensors": ("rgba_autoencoder", rgba_autoencoder),
+    "diffusion_models/strata_mini_flux_fill.safetensors": (
+        "flux_fill",
+        lambda root: flux.host_form(_trained(root / "flux_fill")),
+    ),
     "layer_model/strata_mini_transparent_attn.safetensors": (
         "adapter",
         lambda root: published_adapter(_trained(root / "adapter")),
@@ -127,22 +142,6 @@ def _trained(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def published(models: Path) -> tuple[diffusion.TextToImage, Autoencoder]:
-    """Denoiser with text encoder, and autoencoder, of the checkpoint that users load. Raises TrainingError when there
-    is none.
-    """
-    path = models / "checkpoints" / "strata_mini_sd.safetensors"
-    if not path.exists():
-        raise settings.TrainingError(f"{path} is missing; write it first: python -m training publish.")
-    with safe_open(path, "pt") as file:
-        config = json.loads(file.metadata()["config"])
-    state = {key: value.float() for key, value in load_file(path).items()}
-    model, autoencoder = diffusion.build(config), Autoencoder()
-    model.load_state_dict({key: state[key] for key in model.state_dict()})
-    autoencoder.load_state_dict({key: state[f"first_stage_model.{key}"] for key in autoencoder.state_dict()})
-    return model.eval(), autoencoder.eval()
-
-
 def agreement(models: Path, guidance: float, steps: int, side: int, report: Path, seed: int) -> dict[str, Tensor]:
     """Per generated picture, 1 where the classifier sees the place and the object of the prompt, over every pair of the
     two.
@@ -150,7 +149,7 @@ def agreement(models: Path, guidance: float, steps: int, side: int, report: Path
     Asks the checkpoint in models, as it is shipped. Picture i of the pairs is drawn from noise of seed + i // 50.
     """
     judge = oracle.load()
-    model, autoencoder = published(models)
+    model, autoencoder = published.checkpoint(models)
     known = [entry for entry in renderer.catalogue().values() if not entry.held_out]
     pairs = [(entry, kind) for entry in known for kind in renderer.KINDS]
     pictures = []

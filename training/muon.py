@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024) for weight matrices and convolution kernels up to 128 wide, Adam for everything else."""
+"""Muon (Jordan et al. 2024) for weight matrices and convolution kernels up to 160 wide, Adam for everything else."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 NOT_MATRICES = (nn.Embedding,)
-SIDES = range(32, 129)  # short sides that are worth it: the cost grows with the cube
+SIDES = range(32, 161)  # short sides that are worth it: the cost grows with the cube
 
 
 class Muon(torch.optim.Optimizer):

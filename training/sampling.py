@@ -28,3 +28,24 @@ def ddim(
         wanted, free = noise(latent, now)
         latent = diffusion.ddim_step(latent, free + guidance * (wanted - free), levels[now], levels[after])
     return latent
+
+
+@torch.no_grad()
+def euler(
+    velocity: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    latent: Tensor,
+    steps: int = 20,
+    guidance: float = 3.0,
+    mu: float = 0.5,
+) -> Tensor:
+    """A clean latent from pure noise of the same shape, with flow matching.
+
+    velocity: (latent, sigma [B]) -> the estimates with and without the prompt, each of the latent's shape.
+    mu: how much of the steps is spent on high noise, see shifted_sigmas.
+    Source: cfg, Eq. 6
+    """
+    levels = diffusion.shifted_sigmas(steps, mu).float().to(latent.device)
+    for now, after in pairwise(levels):
+        wanted, free = velocity(latent, now.expand(len(latent)))
+        latent = diffusion.euler_step(latent, free + guidance * (wanted - free), now, after)
+    return latent

@@ -31,13 +31,23 @@ class CutOuts(data.ScenePool):
     """Objects without their scene: bytes [side,side,4], colours that run on under the transparent part, then alpha.
 
     longer_side: least and most length of an object, in picture sides, anywhere in the picture; None leaves it as it is
-    in its scene.
+    in its scene. shadows: the share of the objects that have their shadow with them.
     """
 
     channels = 4
 
-    def __init__(self, folder: Path, count: int, side: int, longer_side: tuple[float, float] | None):
-        self.longer_side, self.name = longer_side, "cutouts-{}-{}".format(*longer_side) if longer_side else "cutouts"
+    def __init__(
+        self,
+        folder: Path,
+        count: int,
+        side: int,
+        longer_side: tuple[float, float] | None,
+        shadows: float = SHADOW_SHARE,
+    ):
+        self.longer_side, self.shadows = longer_side, shadows
+        self.name = "cutouts-{}-{}".format(*longer_side) if longer_side else "cutouts"
+        if shadows != SHADOW_SHARE:
+            self.name += f"-{shadows}"
         super().__init__(folder, count, side)
 
     def request(self, index: int) -> renderer.Request:
@@ -45,7 +55,7 @@ class CutOuts(data.ScenePool):
 
     def render(self, index: int) -> np.ndarray:
         rng = np.random.default_rng((index, 3))
-        shadow = rng.random() < SHADOW_SHARE
+        shadow = rng.random() < self.shadows
         shown = renderer.render(self.request(index), self.side, self.side, index).objects[0]
         if self.longer_side:
             left, top, right, bottom = shown.box

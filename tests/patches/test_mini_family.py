@@ -175,8 +175,9 @@ def test_a_second_copy_of_the_pack_registers_nothing_twice(registered):
     finally:
         del sys.modules["another_copy"]
     names = [model.__name__ for model in comfy.supported_models.models]
-    assert names[:2] == ["StrataMini", "StrataMiniInpaint"] and len(names) == len(set(names)) == len(registered) + 2
-    assert comfy.supported_models.models[2:] == registered
+    assert names[:3] == ["StrataMini", "StrataMiniInpaint", "StrataMiniFlux"]
+    assert len(names) == len(set(names)) == len(registered) + 3
+    assert comfy.supported_models.models[3:] == registered
     for kind in mini_family.KINDS:
         paths = folder_paths.get_folder_paths(kind)
         assert len(paths) == len(set(paths)) and paths[-1] == str(mini_family.PACK / "models" / kind)

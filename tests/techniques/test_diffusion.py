@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from strata.techniques.diffusion import add_noise, ddim_step, noise_levels, noise_loss_weight
+from strata.techniques.diffusion import (
+    add_noise,
+    ddim_step,
+    euler_step,
+    flow_noise,
+    flow_velocity,
+    noise_levels,
+    noise_loss_weight,
+    shifted_sigmas,
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +66,36 @@ def test_noise_loss_weight_is_one_where_noise_prevails_and_falls_with_the_signal
         ratio = level / (1 - level)
         assert value == pytest.approx(min(ratio, 5.0) / ratio, rel=1e-12)
     assert weight[-1] == 1 and weight[0] < 0.01
+
+
+@pytest.fixture(scope="module")
+def flow():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.5, 1.15])
+def test_flow_matching_is_diffusers_euler_scheduler(flow, mu):
+    torch.manual_seed(0)
+    steps, sigmas = 8, shifted_sigmas(8, mu)
+    flow.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).numpy(), mu=mu)
+    assert torch.allclose(sigmas, flow.sigmas.double(), rtol=0, atol=1e-6)
+    latent = expected = torch.randn(2, 4, 4, 4, dtype=torch.float64)
+    for i, time in enumerate(flow.timesteps):
+        latent = euler_step(latent, torch.sin(3 * latent) + 0.1, sigmas[i], sigmas[i + 1])
+        expected = flow.step(torch.sin(3 * expected) + 0.1, time, expected).prev_sample
+        assert torch.allclose(latent, expected, rtol=0, atol=1e-5)
+
+
+def test_noise_of_a_flow_is_the_schedulers_and_its_velocity_leads_back(flow):
+    torch.manual_seed(0)
+    clean, noise = torch.randn(2, 3, 4, 4, 4, dtype=torch.float64)
+    flow.set_timesteps(sigmas=torch.linspace(1, 1 / 10, 10).numpy(), mu=0.5)
+    places = [0, 4, 9]
+    sigma = flow.sigmas[places].double()
+    noisy = flow_noise(clean, noise, sigma)
+    assert torch.allclose(noisy, flow.scale_noise(clean, flow.timesteps[places], noise).double(), rtol=0, atol=1e-6)
+    for one, at, true, drawn in zip(noisy, sigma, clean, noise, strict=True):
+        back = euler_step(one, flow_velocity(true, drawn), at, torch.tensor(0.0))
+        assert torch.allclose(back, true, rtol=0, atol=1e-12)

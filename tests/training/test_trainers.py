@@ -20,8 +20,11 @@ from strata.training import (
     diffusion,
     dreamlayer,
     family,
+    flux_fill,
     latents,
     loop,
+    published,
+    rgba_autoencoder,
     settings,
     text,
     transparency,
@@ -41,6 +44,16 @@ EIGHT = {
         "warmup": 5,
         "learning_rate": 2e-3,
     },
+    "rgba_autoencoder": {
+        "scenes": 8,
+        "cutouts": 8,
+        "side": 64,
+        "crop": 32,
+        "steps": 40,
+        "warmup": 5,
+        "learning_rate": 3e-3,
+    },
+    "flux_fill": {"scenes": 72, "batch": 4, "side": 32, "steps": 40, "warmup": 5, "learning_rate": 3e-3},
     "adapter": {"cutouts": 64, "batch": 8, "side": 64, "steps": 8, "warmup": 2},
     "dreamlayer": {
         "adapter": None,
@@ -157,6 +170,69 @@ def test_the_transparent_decoder_goes_on_alone(trained_decoder, trained_pair):
     same = {key for key, value in before.items() if torch.equal(value, after[key])}
     assert {key for key in before if key.startswith("encoder")} <= same
     assert not {key for key in same if key.startswith("decoder") and key.endswith(".weight")}
+
+
+def test_the_rgba_autoencoder_learns_alpha_and_keeps_the_latents_of_opaque_images(root, monkeypatch):
+    monkeypatch.setattr(rgba_autoencoder, "HELD_OUT", range(10**9, 10**9 + 8))
+    rgba_autoencoder.train(config_of("rgba_autoencoder"), root / "rgba_autoencoder", None, 1e9)
+    found, latent = losses(root / "rgba_autoencoder", "alpha"), losses(root / "rgba_autoencoder", "latent")
+    print(found, latent)
+    # Every pixel opaque is an error of about 0.5 at the start; latents of about unit deviation hardly move.
+    assert found[0] > 0.2 and found[-1] < 0.7 * found[0] and latent[-1] < 0.1
+    with torch.no_grad():
+        colours, start, image = published.checkpoint()[1], rgba_autoencoder.build(), torch.rand(1, 3, 32, 32)
+        latent, decoded = start(rgba_autoencoder.opaque(image))
+        assert torch.allclose(latent, colours.encode(image), rtol=0, atol=1e-5)
+        assert torch.allclose(decoded[:, :3], colours.decode(latent), rtol=0, atol=1e-5) and (decoded[:, 3] == 1).all()
+
+
+def test_the_flux_fill_overfits_eight_scenes(root):
+    flux_fill.train(config_of("flux_fill"), root / "flux_fill", None, 1e9)
+    found = losses(root / "flux_fill", "error")
+    print(found)
+    assert found[0] > 1.4 and found[-1] < 0.85 * found[0]  # a model that predicts nothing has an error of about 1.9
+
+
+def test_holes_show_no_shadow_outside_and_their_cells_are_the_boxes(tmp_path):
+    pool = flux_fill.FillPool(tmp_path, published.checkpoint()[1], 48, 64)
+    batch = pool.batch(np.arange(48), 0)
+    kinds = []
+    for index in range(48):
+        hole = pool.hole(index)
+        kinds.append(hole.kind)
+        left, top, right, bottom = hole.box
+        mask = np.zeros((64, 64), np.float32)
+        mask[top:bottom, left:right] = 1
+        cells = batch.condition[index, 4:].numpy()
+        assert np.array_equal(cells.reshape(8, 8, 8, 8).transpose(2, 0, 3, 1).reshape(64, 64), mask)
+        assert np.allclose(batch.weight[index, 0], mask.reshape(8, 8, 8, 8).mean((1, 3)), rtol=0, atol=1e-6)
+        if hole.kind != flux_fill.OBJECT:
+            assert np.array_equal(hole.image, hole.scene.composite)
+            continue
+        chosen = next(shown for shown in hole.scene.objects if shown.name == hole.name)
+        inner = chosen.box
+        assert left <= inner[0] and top <= inner[1] and right >= inner[2] and bottom >= inner[3]
+        # Outside the box the image is the scene without that object at all.
+        rest = hole.scene.background
+        for shown in hole.scene.objects:
+            if shown is not chosen:
+                rest = renderer.over(shown.rgba, renderer.over(shown.shadow, rest))
+        assert np.allclose(hole.image[mask == 0], rest[mask == 0], rtol=0, atol=1e-6)
+        words = {pool.words(index, draw) for draw in range(12)}
+        assert all(any(known in text for known in renderer.catalogue()[hole.name].prompts) for text in words)
+    assert set(kinds) == {flux_fill.OBJECT, flux_fill.BOX, flux_fill.EVERYTHING}
+    bare = [i for i in range(48) if kinds[i] == flux_fill.EVERYTHING]
+    assert {bool(batch.condition[i, :4].any()) for i in bare} == {True, False}
+
+
+def test_words_are_the_published_encoders_states_and_its_end(root):
+    encoder, _ = published.checkpoint()
+    states, pooled = flux_fill.Words(encoder, 24)(["a dog on a beach", "", "a dog on a beach"])
+    with torch.no_grad():
+        whole = encoder.encode(text.rows(["a dog on a beach", ""]))
+    assert torch.allclose(states[:2], whole[:, :24], rtol=0, atol=1e-6) and torch.equal(states[0], states[2])
+    # The start, five words and the end; the start and the end.
+    assert torch.allclose(pooled[:2], torch.stack([whole[0, 6], whole[1, 1]]), rtol=0, atol=1e-6)
 
 
 def test_models_published_elsewhere_leave_the_packs_previews(root, trained_autoencoder, tmp_path):

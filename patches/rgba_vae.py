@@ -1,0 +1,130 @@
+"""Autoencoders with alpha as ComfyUI's VAE: the mini family's, and Flux's KL autoencoder with four channels (AlphaVAE's
+form) under diffusers' or the host's names.
+"""
+
+from __future__ import annotations
+
+import comfy.ops
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..techniques.transparency import extend_colours
+from . import layer_files
+
+KIND = "vae"
+SHIPPED = "strata_mini_rgba.safetensors"
+# The layer that an image enters by, and the one that it leaves by: TAESD's layout, and the KL autoencoder's.
+ENDS = (("taesd_encoder.0", "taesd_decoder.19"), ("encoder.conv_in", "decoder.conv_out"))
+
+
+class RGBAVAE(comfy.sd.VAE):
+    """A VAE whose images are [B,H,W,4] with straight alpha; it encodes [B,H,W,3] as opaque."""
+
+    def __init__(self, weights: dict[str, Tensor], ends: tuple[str, str]):
+        super().__init__(sd=_of_colours(weights, ends))
+        self.throw_exception_if_invalid()
+        for name, sizes in zip(ends, ((4, None), (None, 4)), strict=True):
+            _widen(self.first_stage_model, name, weights, *sizes)
+        self.first_stage_model.to(self.vae_dtype)
+        self.output_channels = 4
+        self.process_input = lambda image: _with_alpha(image) * 2 - 1
+
+    def decode_tiled_(self, samples, tile_x=64, tile_y=64, overlap=16):
+        """As ComfyUI's own, which allocates three channels."""
+        shapes = ((tile_x // 2, tile_y * 2), (tile_x * 2, tile_y // 2), (tile_x, tile_y))
+        steps = sum(comfy.utils.get_tiled_scale_steps(*samples.shape[:1:-1], *shape, overlap) for shape in shapes)
+        progress = comfy.utils.ProgressBar(steps * len(samples))
+
+        def decode(tile: Tensor) -> Tensor:
+            return self.first_stage_model.decode(tile.to(self.device, self.vae_dtype)).float()
+
+        made = sum(
+            comfy.utils.tiled_scale(
+                samples,
+                decode,
+                *shape,
+                overlap,
+                upscale_amount=self.upscale_ratio,
+                out_channels=4,
+                output_device=self.output_device,
+                pbar=progress,
+            )
+            for shape in shapes
+        )
+        return self.process_output(made / len(shapes))
+
+
+def choices() -> list[str]:
+    """The files of the folder, and the shipped one. Which of them have alpha is seen when one is loaded."""
+    return list(dict.fromkeys([*folder_paths.get_filename_list(KIND), SHIPPED]))
+
+
+def load(name: str) -> RGBAVAE:
+    """Raises ValueError with one sentence for a missing or damaged file, and for one without alpha."""
+    weights = layer_files.read(name, KIND)
+    ends = next((ends for ends in ENDS if all(f"{end}.weight" in weights for end in ends)), None)
+    if ends is None:
+        raise ValueError(
+            f"file: {name} is no autoencoder in the form of Flux's or TAESD's; choose one that the help page names."
+        )
+    first, last = (weights[f"{end}.weight"] for end in ends)
+    if first.ndim != 4 or (first.shape[1], last.shape[0]) != (4, 4):
+        raise ValueError(
+            f"file: {name} is an autoencoder of {first.shape[1]} channels without alpha; load it by Load VAE, or "
+            "choose one with four channels."
+        )
+    try:
+        return RGBAVAE(weights, ends)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(
+            f"file: {name} does not have the weights of an autoencoder that ComfyUI knows ({reason} …); download it "
+            "again."
+        ) from error
+
+
+def encode(vae: comfy.sd.VAE, colour: Tensor, alpha: Tensor) -> Tensor:
+    """colour: [B,3,H,W] in 0..1, alpha: [B,1,H,W] -> [B,C,⌈H/8⌉,⌈W/8⌉]; sides are filled up with transparency.
+
+    Colours run on under what is transparent, as the autoencoder has learnt them. Raises ValueError for a VAE without
+    alpha.
+    """
+    if vae.output_channels != 4:
+        raise ValueError(
+            "transparency: nothing is connected and the VAE has no alpha; connect an encoder from Load transparency, "
+            "or a VAE from Load RGBA VAE."
+        )
+    stride = vae.spacial_compression_encode()
+    padding = (0, -colour.shape[-1] % stride, 0, -colour.shape[-2] % stride)
+    colour, alpha = F.pad(colour, padding), F.pad(alpha, padding)
+    whole = torch.cat([extend_colours(colour, alpha), alpha], 1)
+    return vae.encode(whole.movedim(1, -1))
+
+
+def _of_colours(weights: dict[str, Tensor], ends: tuple[str, str]) -> dict[str, Tensor]:
+    """The weights without what belongs to alpha, from which ComfyUI tells the kind of autoencoder."""
+    first, last = ends
+    return weights | {
+        f"{first}.weight": weights[f"{first}.weight"][:, :3],
+        f"{last}.weight": weights[f"{last}.weight"][:3],
+        f"{last}.bias": weights[f"{last}.bias"][:3],
+    }
+
+
+def _widen(network: nn.Module, name: str, weights: dict[str, Tensor], inputs: int | None, outputs: int | None) -> None:
+    """Put a convolution with the file's four channels in the place of the one with three."""
+    old = network.get_submodule(name)
+    wide = comfy.ops.disable_weight_init.Conv2d(
+        inputs or old.in_channels, outputs or old.out_channels, old.kernel_size, old.stride, old.padding
+    )
+    wide.load_state_dict({"weight": weights[f"{name}.weight"], "bias": weights[f"{name}.bias"]})
+    network.set_submodule(name, wide.requires_grad_(False).eval())
+
+
+def _with_alpha(image: Tensor) -> Tensor:
+    """[B,4,H,W]; an image of three channels is opaque."""
+    return image if image.shape[1] == 4 else torch.cat([image[:, :3], torch.ones_like(image[:, :1])], 1)
