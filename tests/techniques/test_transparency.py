@@ -107,6 +107,17 @@ def test_eight_passes_are_the_lower_middle_of_every_mirrored_and_turned_view():
         assert np.abs(found.numpy() - expected).max() < 1e-6
 
 
+def test_veil_and_specks_begin_at_ten_of_255_and_at_a_fiftieth_of_the_largest_part():
+    alpha = torch.zeros(1, 1, 60, 60)
+    alpha[0, 0, :10, :5] = 1  # the object, 50 in all
+    alpha[0, 0, 20, 20] = 1  # exactly a fiftieth of it
+    alpha[0, 0, 40:50, :40] = 10.5 / 255  # above the veil, and 16 in all
+    expected = alpha.clone()
+    alpha[0, 0, 20, 30] = 0.99  # less than a fiftieth
+    alpha[0, 0, :30, 40:] = 9.98 / 255  # a veil, and 23 in all
+    assert torch.equal(clean_alpha(alpha), expected)
+
+
 def test_veil_and_specks_go_and_the_object_with_its_edge_stays():
     alpha = torch.zeros(3, 1, 40, 60)
     ramp = torch.linspace(0, 1, 12)
