@@ -448,6 +448,22 @@ def by_areas(operator, source, below):
     return result
 
 
+@pytest.mark.parametrize("axis", ["x", "y"])
+def test_layers_that_become_one_may_lie_far_out_but_not_far_apart(tmp_path, axis):
+    def load(far, low):
+        xml = (
+            f"<layer src='top.png' name='top' composite-op='svg:src-atop' {axis}='{far}'/>"
+            f"<layer src='low.png' name='low' {axis}='{low}'/>"
+        )
+        images = {name: flat((0, 90, 200, 120)) for name in ("top", "low")}
+        return files.load(ora(tmp_path / "far.ora", xml, **images)).layers
+
+    (one,) = load(12000, 12002)
+    assert getattr(one, axis) == 12000
+    with pytest.raises(ValueError, match="layer 'top' with the layers below it is .*; sides must be from 1 to 16384"):
+        load(18000, 0)
+
+
 @pytest.mark.parametrize("grouped_layer", [False, True])
 @pytest.mark.parametrize("operator", SHOWN)
 def test_operators_on_half_transparent_layers_are_exact(tmp_path, operator, grouped_layer):

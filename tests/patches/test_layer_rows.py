@@ -42,7 +42,7 @@ def test_a_latent_of_a_batch_has_the_noise_that_it_has_alone(own):
 
 
 def test_noise_of_its_own_is_what_a_plain_batch_has():
-    start = START[..., :8, :8]
+    start = START[..., :5, :7]  # torch draws 16 values at a time, so that 140 alone are others than those of a batch
     assert torch.equal(_noise(start, 5, None, 3, 1.0), comfy.sample.prepare_noise(start, 5))
 
 
