@@ -140,12 +140,14 @@ class HarmonizeLayers(Node):
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, vae, layers, foregrounds, **settings):
+    def execute(cls, model, positive, negative, vae, layers, foregrounds, feather, **settings):
         relight = foregrounds == FOREGROUNDS[1]
-        image, latent, found = harmonize_layers(
-            model, positive, negative, vae, read_layers(layers), relight=relight, **settings
+        harmonised = harmonize_layers(model, positive, negative, vae, read_layers(layers), **settings)
+        return io.NodeOutput(
+            harmonised.picture(relight, feather),
+            {"samples": harmonised.latent},
+            write_layers(harmonised.layers(relight)),
         )
-        return io.NodeOutput(image, {"samples": latent}, write_layers(found))
 
 
 NODES = [HarmonizeLayers]

@@ -513,8 +513,8 @@ def _harmonizer(model, vae, positive: list, sampling: dict, start: float, end: f
     def draw(stack: LayerStack, trajectory: Inversion | None) -> torch.Tensor:
         try:
             document, trajectory = write_layers(stack), trajectory and check_inversion(trajectory, "retained")
-            stack = read_layers(document)
-            return harmonize_layers(stack=stack, start_percent=start, end_percent=end, retained=trajectory, **given)[0]
+            stack, settings = read_layers(document), {"start_percent": start, "end_percent": end}
+            return harmonize_layers(stack=stack, retained=trajectory, **settings, **given).picture()
         except ValueError as error:
             notes.append(f"Not harmonised: {error}")
             return _stacked(stack, trajectory)

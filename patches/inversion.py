@@ -42,7 +42,7 @@ class Inversion(Kept):
     reconstruction: Tensor | None = None
 
     def at(self, sigma: float) -> Tensor:
-        return inversion.trajectory_at(self.latents, self.sigmas, sigma, self.flow)
+        return inversion.trajectory_at(self.latents, self.sigmas, sigma)
 
     def null_at(self, sigma: float) -> Tensor:
         """[B,T,D]: the unconditional embedding of the step that sigma lies in."""

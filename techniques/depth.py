@@ -362,7 +362,7 @@ def compose_by_depth(
     return front * share + back * (1 - share), front_depth * weights + back_depth * (1 - weights)
 
 
-def top_view(image: Tensor, depth: Tensor, height: int = 256) -> Tensor:
+def top_view(image: Tensor, depth: Tensor, height: int) -> Tensor:
     """Picture [B,height,W,3] of the scene from above: columns of the image [B,H,W,3] against depth [B,H,W], nearest at
     the bottom.
 

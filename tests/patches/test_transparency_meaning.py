@@ -10,7 +10,7 @@ from figures_layerfusion import FILES
 from safetensors.torch import load_file
 from strata.patches import layer_files, mini_family, transparency, transparent_latents
 from strata.techniques import metrics
-from strata.training.transparency import HELD_OUT, CutOuts
+from strata.training.cutouts import HELD_OUT, CutOuts
 
 ENCODER = FILES[2].with_name("strata_mini_transparent_encoder.safetensors")
 
