@@ -137,21 +137,29 @@ def check_layers(document, socket: str):
     """
     if not isinstance(document, dict) or not isinstance(document.get("layers"), list | tuple):
         return document
-    device = comfy.model_management.intermediate_device()
     moved = [
-        {
-            **entry,
-            **{
-                key: value.to(device)
-                for key, value in entry.items()
-                if key in ("image", "mask") and isinstance(value, torch.Tensor)
-            },
-        }
+        {**entry, **{key: on_device(entry[key]) for key in ("image", "mask") if key in entry}}
         if isinstance(entry, dict)
         else entry
         for entry in document["layers"]
     ]
     return {**document, "layers": moved}
+
+
+def on_device(value):
+    """A tensor where ComfyUI keeps pictures, which with --gpu-only is the card; anything else as it is. This is the one
+    place for it: every picture, mask and layer that comes into a node or leaves one passes here.
+    """
+    return value.to(comfy.model_management.intermediate_device()) if isinstance(value, torch.Tensor) else value
+
+
+def placed(value, kind: str):
+    """What a node gives at an output of this type: pictures are read from files and kept from runs on the processor."""
+    if isinstance(value, list):
+        return [placed(one, kind) for one in value]
+    if kind == "LAYERS":
+        return check_layers(value, "layers")
+    return on_device(value) if kind in ("IMAGE", "MASK") else value
 
 
 def _in_range(tensor: torch.Tensor, socket: str, what: str, allowed: tuple[float, float]) -> torch.Tensor:
@@ -166,8 +174,7 @@ def _in_range(tensor: torch.Tensor, socket: str, what: str, allowed: tuple[float
         raise ValueError(
             f"{socket}: its values go from {low:g} to {high:g} and {what} has values of 0 to 1; scale it first."
         )
-    # The one place for pictures: the card with --gpu-only.
-    return tensor.to(comfy.model_management.intermediate_device())
+    return on_device(tensor)
 
 
 def check_latent(latent: dict, socket: str) -> dict:

@@ -100,11 +100,11 @@ def _nearest(
     place = np.where(
         known, np.arange(length, dtype=np.int32).reshape([-1 if i == axis else 1 for i in range(3)]), np.int32(-1)
     )
-    last = torch.from_numpy(np.maximum.accumulate(place, axis, out=place))
+    last = torch.from_numpy(np.maximum.accumulate(place, axis, out=place)).to(depth.device)
     last = last.flip(axis)[holes] if reverse else last[holes]
     none = last < 0
-    last = (length - 1 - last if reverse else last).long().clamp(0, length - 1).to(depth.device)
-    distance = torch.where(none.to(depth.device), math.inf, (holes[axis] - last).abs().to(depth.dtype))
+    last = (length - 1 - last if reverse else last).long().clamp(0, length - 1)
+    distance = torch.where(none, math.inf, (holes[axis] - last).abs().to(depth.dtype))
     source = tuple(last if i == axis else index for i, index in enumerate(holes))
     return distance, torch.where(distance.isfinite(), depth[source], -1.0)
 
