@@ -81,7 +81,7 @@ def check_together(values: dict, kinds: dict[str, str]) -> None:
             ):
                 raise ValueError(
                     f"{name}: its latents are of shape {list(samples.shape)} and the model takes "
-                    f"{form.latent_channels} channels{' of single pictures' * (samples.ndim != 4)}; encode the picture "
+                    f"{form.latent_channels} channels{' of single images' * (samples.ndim != 4)}; encode the image "
                     "with the VAE of this model."
                 )
 
@@ -120,8 +120,8 @@ def _typed(name: str, value, kinds, wanted: str):
 def check_image(image: torch.Tensor, socket: str) -> torch.Tensor:
     """[B,H,W,3|4], finite, about 0..1; returned as float32. Raises ValueError."""
     if not isinstance(image, torch.Tensor) or image.ndim != 4 or image.shape[-1] not in (3, 4) or 0 in image.shape:
-        raise ValueError(f"{socket}: {_what(image)} is not a picture of 3 or 4 channels; connect an IMAGE output.")
-    return _in_range(image, socket, "a picture", IMAGE_RANGE)
+        raise ValueError(f"{socket}: {_what(image)} is not an image of 3 or 4 channels; connect an IMAGE output.")
+    return _in_range(image, socket, "an image", IMAGE_RANGE)
 
 
 def check_mask(mask: torch.Tensor, socket: str) -> torch.Tensor:
@@ -190,7 +190,7 @@ def check_latent(latent: dict, socket: str) -> dict:
         or 0 in samples.shape
     ):
         raise ValueError(
-            f"{socket}: {_what(latent if samples is None else samples)} is not the latent of a picture; connect a "
+            f"{socket}: {_what(latent if samples is None else samples)} is not the latent of an image; connect a "
             "LATENT output."
         )
     _finite(samples, socket)
@@ -221,7 +221,7 @@ def check_inversion(inversion, socket: str):
     if path.ndim < 5 or 0 in path.shape or len(path) != len(inversion.sigmas):
         raise ValueError(
             f"{socket}: its trajectory, {_what(path)}, does not go with {len(inversion.sigmas)} noise levels; invert "
-            "the picture again."
+            "the image again."
         )
     _finite(path, socket)
     return inversion
@@ -297,8 +297,7 @@ def encodable(image: torch.Tensor, vae, socket: str = "image") -> torch.Tensor:
     side, (height, width) = vae.spacial_compression_encode(), image.shape[1:3]
     if min(height, width) < side:
         raise ValueError(
-            f"{socket}: it is {width}×{height} and the VAE takes pictures of at least {side}×{side} pixels; scale it "
-            "up."
+            f"{socket}: it is {width}×{height} and the VAE takes images of at least {side}×{side} pixels; scale it up."
         )
     return image
 

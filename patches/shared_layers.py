@@ -114,7 +114,7 @@ def object_rows(count: int) -> Rows:
         count,
         1,
         count - 2,
-        f"scenes of {count} layers (background, {count - 2} objects and the whole picture), as many as there are "
+        f"scenes of {count} layers (background, {count - 2} objects and the whole image), as many as there are "
         "prompts; use Layers sampler, or a latent batch that is a multiple of it.",
     )
 

@@ -43,8 +43,7 @@ def normalise_depth(
     valid = depth.isfinite() & ((depth != 0) | (not zero_is_missing))
     if not valid.flatten(1).any(1).all():
         raise ValueError(
-            "depth: there is no valid value in it (all are missing, NaN or infinite); connect the depth of this "
-            "picture."
+            "depth: there is no valid value in it (all are missing, NaN or infinite); connect the depth of this image."
         )
     if spread == "fixed":
         if not limits[0] < limits[1]:
@@ -147,8 +146,7 @@ def parse_thresholds(text: str) -> list[float]:
         raise ValueError(f"thresholds: {text!r} is not a list of numbers; write for example 0.35, 0.6.") from error
     if outside := [value for value in values if not 0 < value < 1]:
         raise ValueError(
-            f"thresholds: {outside[0]:g} is outside of 0 to 1; 0 is the nearest depth of the picture and 1 the "
-            "farthest."
+            f"thresholds: {outside[0]:g} is outside of 0 to 1; 0 is the nearest depth of the image and 1 the farthest."
         )
     if values != sorted(set(values)):
         raise ValueError(

@@ -303,7 +303,7 @@ def test_it_follows_the_typed_value(picker):
     assert picker.value() == picker.lines.first.get_attribute("aria-valuenow")
 
 
-STALE = "The picture or its depth has changed: run the graph again to see it here."
+STALE = "The image or its depth has changed: run the graph again to see it here."
 
 
 def test_it_says_when_the_views_are_of_another_run(picker):

@@ -110,7 +110,7 @@ def test_the_marked_entry_is_found_and_what_does_not_fit_is_named():
     assert METHOD.conditional([None, [plain]]) is None
     for positive, negative, words in (
         ([plain], [plain], "^positive: this conditioning does not say whose rows are whose; make it with this test"),
-        ([{**marked, **area}], [plain], "limited to an area; rows need conditionings of the whole picture"),
+        ([{**marked, **area}], [plain], "limited to an area; rows need conditionings of the whole image"),
         ([marked], [area], "limited to an area"),
         ([marked, plain], [plain], "^positive: several conditionings are combined; rows need the one of this test"),
     ):

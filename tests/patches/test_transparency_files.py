@@ -84,7 +84,7 @@ def test_attention_sharing_of_sd15_is_known(frames, control):
     weights = random_files.sharing(widths, frames, rank=2, control=control)
     found = transparency.recognise("anything.safetensors", weights)
     assert found.families == ("SD1.5",) and found.frames == frames
-    assert found.describe() == f"attention sharing{f' of {frames} pictures' if frames > 1 else ''} for SD1.5"
+    assert found.describe() == f"attention sharing{f' of {frames} images' if frames > 1 else ''} for SD1.5"
     network = found.part("sharing", "").model
     assert network.state_dict().keys() == weights.keys() and hasattr(network, "kwargs_encoder") == bool(control)
 
