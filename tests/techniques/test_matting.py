@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.ndimage import binary_dilation
 from strata.techniques import matting
 from strata.techniques.depth import over_alphas
 from strata.techniques.matting import matte, refine_slices, separate_colours
@@ -145,6 +146,20 @@ def test_matte_is_the_solution_of_its_system_at_the_size_that_it_may_have(monkey
     assert wrong.max() < 0.002
     for level in (0, 1):
         assert (unknown & (expected == level)).sum() > 10, "some of it is taken for wholly in or out"
+
+
+@pytest.mark.parametrize(("width", "reach"), [(1, 1), (2, 1), (4, 2), (8, 4)])
+def test_an_edge_changes_as_far_as_half_the_width_to_either_side(width, reach):
+    mask = (scene()[1] > 0.5).float()
+    image = torch.rand(*mask.shape, 3, generator=torch.Generator().manual_seed(0))  # noise: nothing in it is certain
+    changed = (matte(image, mask, width) != mask).numpy()
+
+    def near(mask, shape):
+        return binary_dilation(mask, shape) & binary_dilation(~mask, shape)
+
+    wide = near(mask.bool().numpy(), np.ones((2 * reach + 1,) * 2))
+    narrow = near(mask.bool().numpy(), np.ones((2 * reach - 1,) * 2))
+    assert changed.any() and not (changed & ~wide).any() and (changed & ~narrow).any()
 
 
 def test_a_mask_without_an_edge_stays():

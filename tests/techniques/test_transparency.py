@@ -119,6 +119,19 @@ def test_eight_passes_are_the_lower_middle_of_every_mirrored_and_turned_view():
         assert np.abs(found.numpy() - expected[3]).max() < 1e-6
 
 
+@pytest.mark.parametrize("passes", [1, 2, 4, 8])
+def test_the_views_are_a_group_so_that_a_turned_picture_has_the_turned_result(passes):
+    """One view after another is again one of them; no two are the same."""
+    places = np.arange(9).reshape(3, 3)
+
+    def shown(values, flip, turns):
+        return np.rot90(values[:, ::-1] if flip else values, turns)
+
+    views = {shown(places, *one).tobytes() for one in PASSES[passes]}
+    assert len(views) == passes and places.tobytes() in views
+    assert {shown(shown(places, *one), *two).tobytes() for one in PASSES[passes] for two in PASSES[passes]} == views
+
+
 @pytest.mark.parametrize("passes", [1, 2, 4])
 def test_fewer_passes_are_the_median_of_their_views_for_each_picture_of_a_batch(passes):
     generator = torch.Generator().manual_seed(3)
