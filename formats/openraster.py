@@ -307,7 +307,7 @@ def _png_size(
     with archive.open(source) as entry:
         head = entry.read(24)
     if head[:8] != b"\x89PNG\r\n\x1a\n" or head[12:16] != b"IHDR":
-        raise ValueError(f"{label} is not a PNG picture; save the file again in your paint program.")
+        raise ValueError(f"{label} is not a PNG image; save the file again in your paint program.")
     width, height = struct.unpack(">II", head[16:])
     check_sides(label, width, height)
     if sizes[source] > width * height * 8 + _PNG_OVERHEAD:

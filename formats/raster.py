@@ -135,7 +135,7 @@ def with_formulas(stack: LayerStack) -> LayerStack:
 
 
 def modes_note(
-    layers: Sequence[Layer], what: str = "The flattened picture", rest: str = "; the layers themselves keep their modes"
+    layers: Sequence[Layer], what: str = "The flattened image", rest: str = "; the layers themselves keep their modes"
 ) -> list[str]:
     """A sentence for the layers whose blend mode `picture` cannot show; none when there are none."""
     odd = [

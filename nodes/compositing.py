@@ -41,8 +41,8 @@ class InvertImage(Node):
             display_name="Invert image",
             category="Strata/Compose",
             search_aliases=["DDIM inversion", "null-text inversion", "FeatGLaC", "unsample"],
-            description="Finds the noise that a model would make a picture from, and the path to it. Shows the "
-            "picture that comes back and how near it is.",
+            description="Finds the noise that a model would make an image from, and the path to it. Shows the "
+            "image that comes back and how near it is.",
             inputs=[
                 io.Model.Input(
                     "model",
@@ -51,17 +51,17 @@ class InvertImage(Node):
                 io.Vae.Input("vae", tooltip="The model's VAE."),
                 io.Image.Input(
                     "image",
-                    tooltip="The picture. Sides are cut to multiples of 8; scenes to be composed need one size.",
+                    tooltip="The image. Sides are cut to multiples of 8; scenes to be composed need one size.",
                 ),
-                io.Conditioning.Input("positive", tooltip="A plain description of the picture."),
+                io.Conditioning.Input("positive", tooltip="A plain description of the image."),
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
                     default=METHODS[0],
                     tooltip="ddim: one call of the model per step, exact enough for feature "
-                    "guidance. null-text: also optimises an unconditional embedding per step, so that the picture "
-                    "comes back at this cfg. noise only: no inversion, just the picture with growing noise; costs "
-                    "nothing and keeps less of the picture.",
+                    "guidance. null-text: also optimises an unconditional embedding per step, so that the image "
+                    "comes back at this cfg. noise only: no inversion, just the image with growing noise; costs "
+                    "nothing and keeps less of the image.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -99,7 +99,7 @@ class InvertImage(Node):
                     options=["on", "off"],
                     default="on",
                     tooltip="on: keeps the result in ComfyUI's user folder, at most 1 GB "
-                    "of them, and finds it again by the content of picture, texts, settings and model.",
+                    "of them, and finds it again by the content of image, texts, settings and model.",
                 ),
                 io.Conditioning.Input(
                     "negative",
@@ -122,13 +122,13 @@ class InvertImage(Node):
                     "SIGMAS", display_name="sigmas", tooltip="The noise levels of the steps, for SamplerCustomAdvanced."
                 ),
                 io.Latent.Output(
-                    "LATENT", display_name="latent", tooltip="The encoded picture; gives a sampler its size."
+                    "LATENT", display_name="latent", tooltip="The encoded image; gives a sampler its size."
                 ),
                 io.Image.Output(
                     "RECONSTRUCTION",
                     display_name="reconstruction",
                     tooltip="What sampling makes of the noise that was found: with the prompt "
-                    "alone for ddim, with cfg for null-text; for noise only the picture through the VAE.",
+                    "alone for ddim, with cfg for null-text; for noise only the image through the VAE.",
                 ),
                 io.String.Output(
                     "REPORT", display_name="report", tooltip="How near the reconstruction is, in decibels."
@@ -167,10 +167,10 @@ class InvertImage(Node):
 
 def _report(found: Inversion, latent: torch.Tensor, image: torch.Tensor, after: torch.Tensor) -> str:
     if found.reconstruction is None:
-        return "noise only: noised, not inverted; the picture would not come back"
+        return "noise only: noised, not inverted; the image would not come back"
     before = centred(image, *after.shape[1:3]).to(after)
     return (
-        f"{found.method}: latent {psnr(found.reconstruction, latent.cpu(), None).min():.1f} dB, picture "
+        f"{found.method}: latent {psnr(found.reconstruction, latent.cpu(), None).min():.1f} dB, image "
         f"{psnr(after, before).min():.1f} dB"
     )
 
@@ -245,7 +245,7 @@ def level_weights_input():
         "level_weights",
         default=Settings.level_weights,
         tooltip="Weights of the decoder's levels, the last number for the finest; "
-        "earlier levels hold less of a picture's look. The paper: 0.2 and 8.5 for the last two.",
+        "earlier levels hold less of an image's look. The paper: 0.2 and 8.5 for the last two.",
     )
 
 
@@ -399,10 +399,8 @@ class InsertAtDepth(Node):
                 ),
                 io.Conditioning.Input("negative", tooltip="An ordinary text encoding."),
                 io.Vae.Input("vae", tooltip="The model's VAE."),
-                io.Image.Input("image", tooltip="The picture to insert into."),
-                sockets.Inversion.Input(
-                    "inversion", tooltip="The same picture, from Invert image with the same model."
-                ),
+                io.Image.Input("image", tooltip="The image to insert into."),
+                sockets.Inversion.Input("inversion", tooltip="The same image, from Invert image with the same model."),
                 depth_input(),
                 THRESHOLD,
                 io.Int.Input("x", default=0, min=-16384, max=16384, tooltip="Left side of the object's box in pixels."),
@@ -466,18 +464,18 @@ class InsertAtDepth(Node):
                 io.Latent.Output(
                     "LATENT",
                     display_name="latent",
-                    tooltip="The picture with the box as noise mask, for SamplerCustomAdvanced.",
+                    tooltip="The image with the box as noise mask, for SamplerCustomAdvanced.",
                 ),
                 io.Mask.Output(
                     "VISIBLE",
                     display_name="visible",
                     tooltip="Where the object can be seen: the box, fading in from its sides, without "
-                    "what is nearer. Paste the sampled picture by it (ImageCompositeMasked).",
+                    "what is nearer. Paste the sampled image by it (ImageCompositeMasked).",
                 ),
                 io.Mask.Output(
                     "NEARER",
                     display_name="nearer",
-                    tooltip="1 where something in the box is nearer: paste the picture back there "
+                    tooltip="1 where something in the box is nearer: paste the image back there "
                     "(ImageCompositeMasked) for pixels that are exactly the old ones.",
                 ),
             ],

@@ -49,10 +49,10 @@ class SliceByDepth(Node):
             category="Strata/Depth",
             is_output_node=True,
             search_aliases=["DeGLaD", "depth layers", "split by depth"],
-            description="Cuts a picture into layers at one or more depths. Run it once, then click in the views on "
+            description="Cuts an image into layers at one or more depths. Run it once, then click in the views on "
             "the node to choose where.",
             inputs=[
-                io.Image.Input("image", tooltip="The picture to cut into layers."),
+                io.Image.Input("image", tooltip="The image to cut into layers."),
                 depth_input(),
                 io.String.Input(
                     "thresholds",
@@ -186,10 +186,10 @@ class DepthTopView(Node):
             display_name="View depth from above",
             category="Strata/Depth",
             search_aliases=["DeGLaD", "top view", "bird's eye"],
-            description="The scene from above: columns of the picture against depth, nearest at the bottom. To choose "
+            description="The scene from above: columns of the image against depth, nearest at the bottom. To choose "
             "thresholds without the editor.",
             inputs=[
-                io.Image.Input("image", tooltip="The picture; its colours are shown."),
+                io.Image.Input("image", tooltip="The image; its colours are shown."),
                 depth_input(),
                 NEAR,
                 MISSING,
@@ -199,7 +199,7 @@ class DepthTopView(Node):
                 *range_inputs(),
             ],
             outputs=[
-                io.Image.Output("view", display_name="view", tooltip="The view from above, as wide as the picture.")
+                io.Image.Output("view", display_name="view", tooltip="The view from above, as wide as the image.")
             ],
         )
 
@@ -221,7 +221,7 @@ class AmodalMask(Node):
             description="A box, or a mask, without what is nearer than a depth: where an object at that depth can be "
             "seen. For inpainting.",
             inputs=[
-                io.Image.Input("image", tooltip="The picture that the region lies in; it gives the size."),
+                io.Image.Input("image", tooltip="The image that the region lies in; it gives the size."),
                 depth_input(),
                 THRESHOLD,
                 io.Int.Input("x", default=0, min=-16384, max=16384, tooltip="Left side of the box in pixels."),
@@ -444,10 +444,10 @@ class EstimateDepth(Node):
             display_name="Estimate depth",
             category="Strata/Depth",
             search_aliases=["Depth Anything V2", "monocular depth", "depth map"],
-            description="Depth of a picture by Depth Anything V2 (or another transformers depth model) from a folder "
+            description="Depth of an image by Depth Anything V2 (or another transformers depth model) from a folder "
             "below models/depth_estimation.",
             inputs=[
-                io.Image.Input("image", tooltip="The picture whose depth is wanted."),
+                io.Image.Input("image", tooltip="The image whose depth is wanted."),
                 io.Combo.Input(
                     "model",
                     depth_model.choices(),

@@ -13,7 +13,7 @@ NEAR = io.Combo.Input(
     ["white", "black"],
     default="white",
     tooltip=(
-        "What near pixels are in the depth picture: white for Depth Anything, MiDaS and disparity, black for depth "
+        "What near pixels are in the depth image: white for Depth Anything, MiDaS and disparity, black for depth "
         "cameras and metric depth."
     ),
 )
@@ -33,7 +33,7 @@ THRESHOLD = io.Float.Input(
     max=1.0,
     step=0.001,
     round=0.0001,
-    tooltip="Depth of the cut: 0 is the nearest depth of the picture, 1 the farthest.",
+    tooltip="Depth of the cut: 0 is the nearest depth of the image, 1 the farthest.",
 )
 
 
@@ -67,7 +67,7 @@ def range_inputs() -> list:
 
 def depth_input(name: str = "depth"):
     return io.MultiType.Input(
-        name, [io.Image, io.Mask], tooltip="Depth of the picture from any depth node; another size is resized."
+        name, [io.Image, io.Mask], tooltip="Depth of the image from any depth node; another size is resized."
     )
 
 
@@ -83,12 +83,12 @@ def read_depth(
 ) -> torch.Tensor:
     """[B,H,W] in 0..1, 0 = nearest, at the size and batch of the image. NaN is allowed here: it means missing."""
     if not isinstance(value, torch.Tensor) or value.ndim not in (2, 3, 4) or 0 in value.shape:
-        raise ValueError(f"{socket}: this is not a depth picture; connect the IMAGE or MASK of a depth node.")
+        raise ValueError(f"{socket}: this is not a depth image; connect the IMAGE or MASK of a depth node.")
     value = value.float().to(image.device)
     value = value[..., :3].mean(-1) if value.ndim == 4 else value.view(-1, *value.shape[-2:])
     if len(value) not in (1, len(image)):
         raise ValueError(
-            f"{socket}: there are {len(value)} depth pictures for {len(image)} images; connect one, or one for each "
+            f"{socket}: there are {len(value)} depth images for {len(image)} images; connect one, or one for each "
             "image."
         )
     zero = missing == "zero and NaN" or (missing == "auto" and near_is == "black")
@@ -108,12 +108,12 @@ def box_or_region(
         region[:, max(0, y) : max(0, y + height), max(0, x) : max(0, x + width)] = 1
         if not region.any():
             raise ValueError(
-                f"x, y, width, height: the box lies outside of the picture of {depth.shape[2]}×{depth.shape[1]}; move "
+                f"x, y, width, height: the box lies outside of the image of {depth.shape[2]}×{depth.shape[1]}; move "
                 "it inside."
             )
     if region.shape[1:] != depth.shape[1:] or len(region) not in (1, len(depth)):
         raise ValueError(
-            f"region: the mask is {region.shape[2]}×{region.shape[1]} ({len(region)}) and the picture is "
+            f"region: the mask is {region.shape[2]}×{region.shape[1]} ({len(region)}) and the image is "
             f"{depth.shape[2]}×{depth.shape[1]} ({len(depth)}); make them the same size."
         )
     return region

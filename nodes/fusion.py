@@ -25,14 +25,14 @@ class EncodeLayerPrompts(Node):
             display_name="Encode layer prompts",
             category="Strata/Generate",
             search_aliases=["layerfusion", "layer prompts", "foreground prompt"],
-            description="One conditioning for foreground, background and blended picture, which knows where the "
+            description="One conditioning for foreground, background and blended image, which knows where the "
             "foreground's prompt ends.",
             inputs=[
                 io.Clip.Input("clip", tooltip="Text encoder of SD1.5, SD2, SDXL or the mini family."),
                 io.String.Input(
                     "foreground",
                     **prompt,
-                    tooltip="The object alone, as in: a red apple. Its place in the picture follows from these words.",
+                    tooltip="The object alone, as in: a red apple. Its place in the image follows from these words.",
                 ),
                 io.String.Input(
                     "background", **prompt, tooltip="The scene without the object, as in: a beach at sunset."
@@ -40,7 +40,7 @@ class EncodeLayerPrompts(Node):
                 io.String.Input(
                     "blended",
                     **prompt,
-                    tooltip="The whole picture. Empty joins foreground and background with a comma. "
+                    tooltip="The whole image. Empty joins foreground and background with a comma. "
                     "The blend reads it only where Attention blend is set to own prompt, switched off, or limited to "
                     "some blocks or steps.",
                 ),
@@ -67,7 +67,7 @@ class AttentionBlend(Node):
             display_name="Attention blend",
             category="Strata/Generate",
             search_aliases=["layerfusion", "attention blending", "layered generation"],
-            description="LayerFusion: lets foreground, background and blended picture exchange their attention while "
+            description="LayerFusion: lets foreground, background and blended image exchange their attention while "
             "they are sampled as one batch.",
             inputs=[
                 io.Model.Input(
@@ -116,7 +116,7 @@ class AttentionBlend(Node):
                     "blended_text",
                     options=list(BLENDED_TEXT),
                     default=BLENDED_TEXT[0],
-                    tooltip="The words that the blended picture's "
+                    tooltip="The words that the blended image's "
                     "attention reads: the background's, as published (the object then comes from the foreground "
                     "alone), or its own.",
                 ),
@@ -132,7 +132,7 @@ class AttentionBlend(Node):
                     options=list(ENTRY),
                     default=ENTRY[0],
                     optional=True,
-                    tooltip="How the object enters the blended picture: "
+                    tooltip="How the object enters the blended image: "
                     "through the soft mask as published, or through a wide one, whole up to its rim (the mini "
                     "family's objects agree better so).",
                 ),
@@ -182,7 +182,7 @@ class LayerFusionSampler(Node):
             display_name="LayerFusion sampler",
             category="Strata/Generate",
             search_aliases=["layerfusion", "ksampler", "layered generation", "foreground and background"],
-            description="Samples foreground, background and blended picture together, one of each for every latent "
+            description="Samples foreground, background and blended image together, one of each for every latent "
             "that comes in.",
             inputs=[
                 io.Model.Input(
@@ -208,7 +208,7 @@ class LayerFusionSampler(Node):
                 io.Latent.Output(
                     "background", display_name="background", tooltip="The scene without the object: VAE Decode."
                 ),
-                io.Latent.Output("blended", display_name="blended", tooltip="The whole picture: VAE Decode."),
+                io.Latent.Output("blended", display_name="blended", tooltip="The whole image: VAE Decode."),
                 io.Image.Output(
                     "priors",
                     display_name="priors",

@@ -15,8 +15,8 @@ class RenderScene(Node):
             node_id="Strata_RenderScene",
             display_name="Render a layered scene",
             category="Strata/Generate",
-            search_aliases=["synthetic scene", "example layers", "ground truth", "test picture"],
-            description="Draws objects with shadows on a ground plane and returns the picture with its exact layers, "
+            search_aliases=["synthetic scene", "example layers", "ground truth", "test image"],
+            description="Draws objects with shadows on a ground plane and returns the image with its exact layers, "
             "depth and masks.",
             inputs=[
                 io.Combo.Input(
@@ -46,18 +46,18 @@ class RenderScene(Node):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="The same seed gives the same picture.",
+                    tooltip="The same seed gives the same image.",
                 ),
                 io.Boolean.Input(
                     "shadows",
                     default=True,
                     optional=True,
                     tooltip="Whether the layers bring their shadows along. Off, they are bare cut-outs, "
-                    "as for Harmonize layers; the picture has its shadows either way.",
+                    "as for Harmonize layers; the image has its shadows either way.",
                 ),
             ],
             outputs=[
-                io.Image.Output("IMAGE", display_name="image", tooltip="The whole picture."),
+                io.Image.Output("IMAGE", display_name="image", tooltip="The whole image."),
                 io.Image.Output(
                     "BACKGROUND",
                     display_name="background",
@@ -67,7 +67,7 @@ class RenderScene(Node):
                     "LAYERS",
                     display_name="layers",
                     tooltip="Background and an object with its shadow per layer, back to front; flattened they are "
-                    "the picture.",
+                    "the image.",
                 ),
                 io.Image.Output(
                     "DEPTH", display_name="depth", tooltip="Exact depth, near is black: 0 = nearest, 1 = farthest."
@@ -77,9 +77,7 @@ class RenderScene(Node):
                     display_name="masks",
                     tooltip="One per layer, back to front: 1 where that layer is in front. They sum to one.",
                 ),
-                io.String.Output(
-                    "PROMPT", display_name="prompt", tooltip="A sentence that says what is in the picture."
-                ),
+                io.String.Output("PROMPT", display_name="prompt", tooltip="A sentence that says what is in the image."),
             ],
         )
 

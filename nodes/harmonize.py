@@ -36,9 +36,7 @@ class HarmonizeLayers(Node):
                 io.Model.Input(
                     "model", tooltip="Any diffusion model of ComfyUI, with LoRAs and other patches as you like."
                 ),
-                io.Conditioning.Input(
-                    "positive", tooltip="The whole picture in words: the place and the things in it."
-                ),
+                io.Conditioning.Input("positive", tooltip="The whole image in words: the place and the things in it."),
                 io.Conditioning.Input("negative", tooltip="What should not be seen, from an ordinary text encoding."),
                 io.Vae.Input("vae", tooltip="The autoencoder of the model."),
                 Layers.Input(
@@ -52,7 +50,7 @@ class HarmonizeLayers(Node):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="The same seed gives the same picture.",
+                    tooltip="The same seed gives the same image.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -124,11 +122,11 @@ class HarmonizeLayers(Node):
                     "retained",
                     optional=True,
                     tooltip="The layers' latents on their way, the background's first: of the run, from "
-                    "Layers sampler, or of their pictures, from Invert image. Without it noise is added to the layers.",
+                    "Layers sampler, or of their images, from Invert image. Without it noise is added to the layers.",
                 ),
             ],
             outputs=[
-                io.Image.Output("IMAGE", display_name="image", tooltip="The picture, of the canvas's size."),
+                io.Image.Output("IMAGE", display_name="image", tooltip="The image, of the canvas's size."),
                 io.Latent.Output("LATENT", display_name="latent", tooltip="The harmonised latent, to go on from."),
                 Layers.Output(
                     "LAYERS",
@@ -140,12 +138,14 @@ class HarmonizeLayers(Node):
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, vae, layers, foregrounds, **settings):
+    def execute(cls, model, positive, negative, vae, layers, foregrounds, feather, **settings):
         relight = foregrounds == FOREGROUNDS[1]
-        image, latent, found = harmonize_layers(
-            model, positive, negative, vae, read_layers(layers), relight=relight, **settings
+        harmonised = harmonize_layers(model, positive, negative, vae, read_layers(layers), **settings)
+        return io.NodeOutput(
+            harmonised.picture(relight, feather),
+            {"samples": harmonised.latent},
+            write_layers(harmonised.layers(relight)),
         )
-        return io.NodeOutput(image, {"samples": latent}, write_layers(found))
 
 
 NODES = [HarmonizeLayers]

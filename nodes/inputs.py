@@ -81,7 +81,7 @@ def check_together(values: dict, kinds: dict[str, str]) -> None:
             ):
                 raise ValueError(
                     f"{name}: its latents are of shape {list(samples.shape)} and the model takes "
-                    f"{form.latent_channels} channels{' of single pictures' * (samples.ndim != 4)}; encode the picture "
+                    f"{form.latent_channels} channels{' of single images' * (samples.ndim != 4)}; encode the image "
                     "with the VAE of this model."
                 )
 
@@ -120,8 +120,8 @@ def _typed(name: str, value, kinds, wanted: str):
 def check_image(image: torch.Tensor, socket: str) -> torch.Tensor:
     """[B,H,W,3|4], finite, about 0..1; returned as float32. Raises ValueError."""
     if not isinstance(image, torch.Tensor) or image.ndim != 4 or image.shape[-1] not in (3, 4) or 0 in image.shape:
-        raise ValueError(f"{socket}: {_what(image)} is not a picture of 3 or 4 channels; connect an IMAGE output.")
-    return _in_range(image, socket, "a picture", IMAGE_RANGE)
+        raise ValueError(f"{socket}: {_what(image)} is not an image of 3 or 4 channels; connect an IMAGE output.")
+    return _in_range(image, socket, "an image", IMAGE_RANGE)
 
 
 def check_mask(mask: torch.Tensor, socket: str) -> torch.Tensor:
@@ -137,21 +137,29 @@ def check_layers(document, socket: str):
     """
     if not isinstance(document, dict) or not isinstance(document.get("layers"), list | tuple):
         return document
-    device = comfy.model_management.intermediate_device()
     moved = [
-        {
-            **entry,
-            **{
-                key: value.to(device)
-                for key, value in entry.items()
-                if key in ("image", "mask") and isinstance(value, torch.Tensor)
-            },
-        }
+        {**entry, **{key: on_device(entry[key]) for key in ("image", "mask") if key in entry}}
         if isinstance(entry, dict)
         else entry
         for entry in document["layers"]
     ]
     return {**document, "layers": moved}
+
+
+def on_device(value):
+    """A tensor where ComfyUI keeps pictures, which with --gpu-only is the card; anything else as it is. This is the one
+    place for it: every picture, mask and layer that comes into a node or leaves one passes here.
+    """
+    return value.to(comfy.model_management.intermediate_device()) if isinstance(value, torch.Tensor) else value
+
+
+def placed(value, kind: str):
+    """What a node gives at an output of this type: pictures are read from files and kept from runs on the processor."""
+    if isinstance(value, list):
+        return [placed(one, kind) for one in value]
+    if kind == "LAYERS":
+        return check_layers(value, "layers")
+    return on_device(value) if kind in ("IMAGE", "MASK") else value
 
 
 def _in_range(tensor: torch.Tensor, socket: str, what: str, allowed: tuple[float, float]) -> torch.Tensor:
@@ -166,8 +174,7 @@ def _in_range(tensor: torch.Tensor, socket: str, what: str, allowed: tuple[float
         raise ValueError(
             f"{socket}: its values go from {low:g} to {high:g} and {what} has values of 0 to 1; scale it first."
         )
-    # The one place for pictures: the card with --gpu-only.
-    return tensor.to(comfy.model_management.intermediate_device())
+    return on_device(tensor)
 
 
 def check_latent(latent: dict, socket: str) -> dict:
@@ -183,7 +190,7 @@ def check_latent(latent: dict, socket: str) -> dict:
         or 0 in samples.shape
     ):
         raise ValueError(
-            f"{socket}: {_what(latent if samples is None else samples)} is not the latent of a picture; connect a "
+            f"{socket}: {_what(latent if samples is None else samples)} is not the latent of an image; connect a "
             "LATENT output."
         )
     _finite(samples, socket)
@@ -214,7 +221,7 @@ def check_inversion(inversion, socket: str):
     if path.ndim < 5 or 0 in path.shape or len(path) != len(inversion.sigmas):
         raise ValueError(
             f"{socket}: its trajectory, {_what(path)}, does not go with {len(inversion.sigmas)} noise levels; invert "
-            "the picture again."
+            "the image again."
         )
     _finite(path, socket)
     return inversion
@@ -290,8 +297,7 @@ def encodable(image: torch.Tensor, vae, socket: str = "image") -> torch.Tensor:
     side, (height, width) = vae.spacial_compression_encode(), image.shape[1:3]
     if min(height, width) < side:
         raise ValueError(
-            f"{socket}: it is {width}×{height} and the VAE takes pictures of at least {side}×{side} pixels; scale it "
-            "up."
+            f"{socket}: it is {width}×{height} and the VAE takes images of at least {side}×{side} pixels; scale it up."
         )
     return image
 

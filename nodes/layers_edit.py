@@ -83,8 +83,8 @@ class SetLayer(Node):
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="Picture of the layer, RGB or RGBA. Needed for a new layer; a batch makes several. "
-                    "When changing, leave it open to keep the picture.",
+                    tooltip="Image of the layer, RGB or RGBA. Needed for a new layer; a batch makes several. "
+                    "When changing, leave it open to keep the image.",
                 ),
                 io.Mask.Input(
                     "mask",
@@ -160,7 +160,7 @@ class SetLayer(Node):
             return io.NodeOutput(
                 write_layers(arrange.change(stack, layer, image, mask, arrange.chosen_fields(values, fields)))
             )
-        _need(image, f"image: connect a picture for the new layer, or use the action change; {action} needs one.")
+        _need(image, f"image: connect an image for the new layer, or use the action change; {action} needs one.")
         below = layer if action == "insert below" else None
         return io.NodeOutput(write_layers(arrange.insert(stack, image, mask, below, arrange.chosen_fields(values, ""))))
 
@@ -296,7 +296,7 @@ class FlattenLayers(Node):
                     options=["sRGB", "linear light"],
                     default="sRGB",
                     tooltip="sRGB mixes the stored values, as image editors "
-                    "do, and gives a sliced picture back as it was. linear light mixes light, as ComfyUI's layer "
+                    "do, and gives a sliced image back as it was. linear light mixes light, as ComfyUI's layer "
                     "editor does.",
                 ),
                 io.String.Input(
@@ -309,9 +309,9 @@ class FlattenLayers(Node):
             outputs=[
                 io.Image.Output(
                     display_name="image",
-                    tooltip="The picture at canvas size: RGB on an opaque background, otherwise RGBA.",
+                    tooltip="The image at canvas size: RGB on an opaque background, otherwise RGBA.",
                 ),
-                io.Mask.Output(display_name="mask", tooltip="Transparency of the picture, 1 = transparent."),
+                io.Mask.Output(display_name="mask", tooltip="Transparency of the image, 1 = transparent."),
             ],
         )
 
@@ -366,7 +366,7 @@ class PreviewLayers(Node):
             display_name="Preview layers",
             category="Strata/Layers",
             is_output_node=True,
-            description="Shows the flattened picture, then every layer on a checkerboard, back to front, hidden ones "
+            description="Shows the flattened image, then every layer on a checkerboard, back to front, hidden ones "
             "too.",
             search_aliases=["show layers", "view layers"],
             inputs=[layers_input()],

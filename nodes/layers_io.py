@@ -29,7 +29,7 @@ class SaveLayers(Node):
             category="Strata/Layers",
             is_output_node=True,
             search_aliases=["psd", "ora", "openraster", "photoshop", "krita", "gimp", "export layers"],
-            description="Saves layers to the output folder as a Photoshop or OpenRaster document, or as one picture "
+            description="Saves layers to the output folder as a Photoshop or OpenRaster document, or as one image "
             "per layer. The workflow is embedded in every file.",
             inputs=[
                 Layers.Input("layers", tooltip="The layers to save, from any node that makes layers."),
@@ -44,7 +44,7 @@ class SaveLayers(Node):
                     options=list(files.FORMATS),
                     default=files.FORMATS[0],
                     tooltip="PSD: Photoshop, GIMP, Krita, Affinity. OpenRaster: Krita, GIMP, MyPaint. PNG or WebP "
-                    "layers: one lossless canvas-sized picture per layer and the flattened one.",
+                    "layers: one lossless canvas-sized image per layer and the flattened one.",
                 ),
             ],
             outputs=[
@@ -104,7 +104,7 @@ class LoadLayers(Node):
                 ),
                 io.Image.Output("image", display_name="image", tooltip="The visible layers flattened."),
                 io.Mask.Output(
-                    "mask", display_name="mask", tooltip="Transparency of the flattened picture, 1 = transparent."
+                    "mask", display_name="mask", tooltip="Transparency of the flattened image, 1 = transparent."
                 ),
                 io.String.Output(
                     "notes",

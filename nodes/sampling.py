@@ -7,11 +7,11 @@ from comfy_api.latest import io
 def sampling_inputs() -> list:
     """negative to denoise, in KSampler's order."""
     return [
-        io.Conditioning.Input("negative", tooltip="What no picture should show, from an ordinary text encoding."),
+        io.Conditioning.Input("negative", tooltip="What no image should show, from an ordinary text encoding."),
         io.Latent.Input(
             "latent_image",
-            tooltip="Size and number of the results, from Empty Latent Image, or with denoise below 1 a "
-            "picture to start all of them from. Each takes memory for every output.",
+            tooltip="Size and number of the results, from Empty Latent Image, or with denoise below 1 an "
+            "image to start all of them from. Each takes memory for every output.",
         ),
         io.Int.Input(
             "seed",
@@ -19,7 +19,7 @@ def sampling_inputs() -> list:
             min=0,
             max=0xFFFFFFFFFFFFFFFF,
             control_after_generate=True,
-            tooltip="The same seed gives the same pictures.",
+            tooltip="The same seed gives the same images.",
         ),
         io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Number of steps."),
         io.Float.Input(

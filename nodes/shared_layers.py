@@ -73,7 +73,7 @@ class LayerPrompts(Node):
             category="Strata/Generate",
             search_aliases=[*ALIASES, "objects"],
             description="One conditioning for a background, any number of objects in front of it, and the whole "
-            "picture that they make.",
+            "image that they make.",
             inputs=[
                 io.Clip.Input("clip", tooltip="Text encoder of SD1.5, SD2, SDXL or the mini family."),
                 io.String.Input(
@@ -143,7 +143,7 @@ class SharedLayers(Node):
             display_name="Shared layers",
             category="Strata/Generate",
             search_aliases=[*ALIASES, "LSSA", "layer-shared self-attention"],
-            description="DreamLayer's LSSA: in the up blocks every layer sees all layers of its picture, so that they "
+            description="DreamLayer's LSSA: in the up blocks every layer sees all layers of its image, so that they "
             "go together.",
             inputs=[
                 io.Model.Input(
@@ -192,7 +192,7 @@ class ContextMaps(Node):
             display_name="Context maps",
             category="Strata/Generate",
             search_aliases=[*ALIASES, "CACA", "context-aware cross-attention", "attention maps"],
-            description="DreamLayer's CACA: finds where the whole picture puts each object, and lets the object's "
+            description="DreamLayer's CACA: finds where the whole image puts each object, and lets the object's "
             "layer take over its place and size.",
             inputs=[
                 io.Model.Input("model", tooltip="SD1.5, SD2, SDXL or the mini family, most often from Shared layers."),
@@ -200,7 +200,7 @@ class ContextMaps(Node):
                     "strength",
                     default=1.0,
                     **PERCENT,
-                    tooltip="How much of the whole picture goes into an object's layer where its map says that "
+                    tooltip="How much of the whole image goes into an object's layer where its map says that "
                     "it is: 1 as published, 0 is off and changes nothing.",
                 ),
                 io.Float.Input(
@@ -242,7 +242,7 @@ class LayersSampler(Node):
             display_name="Layers sampler",
             category="Strata/Generate",
             search_aliases=[*ALIASES, "ksampler"],
-            description="Samples background, objects and whole picture together, one of each for every latent that "
+            description="Samples background, objects and whole image together, one of each for every latent that "
             "comes in, and makes layers of them.",
             inputs=[
                 io.Model.Input(
@@ -286,7 +286,7 @@ class LayersSampler(Node):
                     "LAYERS",
                     display_name="layers",
                     is_output_list=True,
-                    tooltip="One document per picture: background and objects, named as their prompts.",
+                    tooltip="One document per image: background and objects, named as their prompts.",
                 ),
                 io.Image.Output(
                     "composite", display_name="composite", tooltip="The layers over each other, harmonised."
@@ -294,19 +294,19 @@ class LayersSampler(Node):
                 io.Image.Output(
                     "whole",
                     display_name="whole",
-                    tooltip="The whole picture that was sampled with the layers: what they are to add up to.",
+                    tooltip="The whole image that was sampled with the layers: what they are to add up to.",
                 ),
                 maps_output(),
                 io.Latent.Output(
                     "LATENT",
                     display_name="latent",
-                    tooltip="All rows: background, objects, whole picture, and again for the next latent.",
+                    tooltip="All rows: background, objects, whole image, and again for the next latent.",
                 ),
                 sockets.Inversion.Output(
                     "retained",
                     display_name="retained",
                     is_output_list=True,
-                    tooltip="For Harmonize layers: the trajectory of each picture's layers through the run.",
+                    tooltip="For Harmonize layers: the trajectory of each image's layers through the run.",
                 ),
             ],
         )
@@ -357,17 +357,17 @@ class ImageToLayers(Node):
             display_name="Image to layers",
             category="Strata/Generate",
             search_aliases=[*ALIASES, "decompose", "image decomposition", "inversion"],
-            description="DreamLayer's image to layers: takes a picture apart into the background and the objects that "
+            description="DreamLayer's image to layers: takes an image apart into the background and the objects that "
             "are named, without training.",
             inputs=[
                 io.Model.Input(
                     "model",
                     tooltip="From Shared layers and Context maps. Without Shared layers the layers do not see the "
-                    "picture.",
+                    "image.",
                 ),
                 io.Vae.Input("vae", tooltip="The autoencoder of the model."),
                 io.Image.Input(
-                    "image", tooltip="The picture; the first one of a batch. Sides are cut to multiples of 8."
+                    "image", tooltip="The image; the first one of a batch. Sides are cut to multiples of 8."
                 ),
                 io.Conditioning.Input(
                     "positive",
@@ -409,7 +409,7 @@ class ImageToLayers(Node):
                 io.Float.Output(
                     "error",
                     display_name="error",
-                    tooltip="Mean absolute difference between the picture and the layers over each other, 0..1.",
+                    tooltip="Mean absolute difference between the image and the layers over each other, 0..1.",
                 ),
             ],
         )
@@ -467,7 +467,7 @@ def _object_names(model, positive: list, negative: list, decoder) -> list[str]:
     """The same of a picture that at least one object is to be taken out of."""
     names = _layer_names(model, positive, negative, decoder)
     if len(names) < 2:
-        raise ValueError("positive: there is no object to take out of the picture; name at least one in Layer prompts.")
+        raise ValueError("positive: there is no object to take out of the image; name at least one in Layer prompts.")
     return names
 
 
@@ -513,8 +513,8 @@ def _harmonizer(model, vae, positive: list, sampling: dict, start: float, end: f
     def draw(stack: LayerStack, trajectory: Inversion | None) -> torch.Tensor:
         try:
             document, trajectory = write_layers(stack), trajectory and check_inversion(trajectory, "retained")
-            stack = read_layers(document)
-            return harmonize_layers(stack=stack, start_percent=start, end_percent=end, retained=trajectory, **given)[0]
+            stack, settings = read_layers(document), {"start_percent": start, "end_percent": end}
+            return harmonize_layers(stack=stack, retained=trajectory, **settings, **given).picture()
         except ValueError as error:
             notes.append(f"Not harmonised: {error}")
             return _stacked(stack, trajectory)

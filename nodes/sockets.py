@@ -34,7 +34,7 @@ def told(notes: list[str]) -> dict:
 
 class Node(io.ComfyNode):
     """A node whose execute sees checked values alone: ComfyUI checks constants of a graph, and nothing that comes over
-    a link.
+    a link. What it gives lies where ComfyUI keeps pictures.
     """
 
     def __init_subclass__(cls, **kwargs):
@@ -46,7 +46,7 @@ class Node(io.ComfyNode):
 
 
 def _checked(execute):
-    signature, declared = inspect.signature(execute), []
+    signature, declared, made = inspect.signature(execute), [], []
 
     @functools.wraps(execute)
     def run(cls, *args, **kwargs):
@@ -58,12 +58,15 @@ def _checked(execute):
             for one in declared
         ):
             # Which lists folders; a node that looks for its own file checks that itself.
-            declared[:] = cls.define_schema().inputs
+            own = cls.define_schema()
+            declared[:], made[:] = own.inputs, [str(one.get_io_type()) for one in own.outputs]
         for one in declared:
             if one.id in named:
                 named[one.id] = inputs.check(one, named[one.id], files="validate_inputs" in cls.__dict__)
         inputs.check_together(named, {one.id: str(one.get_io_type()) for one in declared})
-        return execute(**named)
+        found = execute(**named)
+        found.args = tuple(inputs.placed(*pair) for pair in zip(found.args, made, strict=True))
+        return found
 
     return run
 

@@ -116,14 +116,14 @@ class ApplyTransparency(Node):
                     optional=True,
                     tooltip=(
                         "The given foreground or background, encoded by the VAE, for files with more input channels "
-                        "(fg2ble, bg2ble, fgble2bg, bgble2fg). Flatten transparent pictures on mid gray (#808080) "
+                        "(fg2ble, bg2ble, fgble2bg, bgble2fg). Flatten transparent images on mid gray (#808080) "
                         "first."
                     ),
                 ),
                 io.Latent.Input(
                     "blended",
                     optional=True,
-                    tooltip="The given blended picture, encoded by the VAE, for fgble2bg and bgble2fg.",
+                    tooltip="The given blended image, encoded by the VAE, for fgble2bg and bgble2fg.",
                 ),
             ],
             outputs=[
@@ -145,7 +145,7 @@ class DecodeTransparency(Node):
             display_name="Decode transparency",
             category="Strata/Transparency",
             search_aliases=[*NAMES, "layer diffuse decode", "latent to RGBA"],
-            description="Finds the transparency that is hidden in a latent: a picture with alpha. Any size and batch.",
+            description="Finds the transparency that is hidden in a latent: an image with alpha. Any size and batch.",
             inputs=[
                 weights_input("A decoder, from Load transparency."),
                 io.Latent.Input("samples", tooltip="The latent, as it comes from the sampler."),
@@ -164,7 +164,7 @@ class DecodeTransparency(Node):
                     options=["8", "4", "2", "1"],
                     default="8",
                     tooltip=(
-                        "How often the picture is decoded, mirrored and turned; the median counts. 8 is as published; "
+                        "How often the image is decoded, mirrored and turned; the median counts. 8 is as published; "
                         "fewer are faster, with rougher edges and now and then a stain in the alpha."
                     ),
                 ),
@@ -176,7 +176,7 @@ class DecodeTransparency(Node):
                     step=64,
                     tooltip=(
                         "Sides in pixels of parts that are decoded one by one, which needs less memory; 0 decodes the "
-                        "picture whole. The decoder sees less around it then: use 1024 or more; below 128 counts as "
+                        "image whole. The decoder sees less around it then: use 1024 or more; below 128 counts as "
                         "128."
                     ),
                 ),
@@ -184,7 +184,7 @@ class DecodeTransparency(Node):
                     "background",
                     optional=True,
                     tooltip=(
-                        "A picture of the same size to go behind it in the layers: one for all, or one for each. "
+                        "An image of the same size to go behind it in the layers: one for all, or one for each. "
                         "LayerFusion sampler and Sample joint layers make such ones."
                     ),
                 ),
@@ -210,7 +210,7 @@ class DecodeTransparency(Node):
                     "LAYERS",
                     display_name="layers",
                     is_output_list=True,
-                    tooltip="One document per picture: the background, where one is connected, and the picture.",
+                    tooltip="One document per image: the background, where one is connected, and the image.",
                 ),
             ],
         )
@@ -242,12 +242,12 @@ class DecodeTransparency(Node):
 def _picture_of(latent: torch.Tensor, image: torch.Tensor | None, vae) -> torch.Tensor:
     """The picture [B,H,W,3] of a latent, decoded here when there is none. Raises ValueError for that of another one."""
     if image is None and vae is None:
-        raise ValueError("image: connect the decoded picture, or connect the model's VAE to vae.")
+        raise ValueError("image: connect the decoded image, or connect the model's VAE to vae.")
     image = (vae.decode(latent) if image is None else image)[..., :3]
     if image.shape[:3] != (len(latent), latent.shape[2] * 8, latent.shape[3] * 8):
         raise ValueError(
-            f"image: {_sizes(image, 'picture')} and {len(latent)} of {latent.shape[3] * 8}×{latent.shape[2] * 8} "
-            "in the latent do not go together; connect the decoded picture of these samples, unchanged."
+            f"image: {_sizes(image, 'image')} and {len(latent)} of {latent.shape[3] * 8}×{latent.shape[2] * 8} "
+            "in the latent do not go together; connect the decoded image of these samples, unchanged."
         )
     return image
 
@@ -256,7 +256,7 @@ def _behind(background: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
     """A background for each picture. Raises ValueError."""
     if background.shape[1:3] != image.shape[1:3] or len(background) not in (1, len(image)):
         raise ValueError(
-            f"background: {_sizes(background, 'background')} and {_sizes(image, 'picture')} do not go together; "
+            f"background: {_sizes(background, 'background')} and {_sizes(image, 'image')} do not go together; "
             "connect one background of that size, or one for each."
         )
     return background.expand(len(image), -1, -1, -1)
@@ -315,8 +315,8 @@ def _alpha(image: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return alpha.movedim(-1, 1)
     if mask.shape[1:] != image.shape[1:3] or len(mask) not in (1, len(image)):
         raise ValueError(
-            f"mask: {_sizes(mask, 'mask')} and {_sizes(image, 'picture')} do not go together; make them the same size, "
-            "or disconnect a mask that is not the picture's."
+            f"mask: {_sizes(mask, 'mask')} and {_sizes(image, 'image')} do not go together; make them the same size, "
+            "or disconnect a mask that is not the image's."
         )
     return alpha.movedim(-1, 1) * (1 - mask[:, None])
 
@@ -329,14 +329,14 @@ class SampleJointLayers(Node):
             display_name="Sample joint layers",
             category="Strata/Transparency",
             search_aliases=[*NAMES, "layer diffuse joint", "foreground and background"],
-            description="SD1.5: draws foreground, background and blended picture together, so that they agree. Needs "
+            description="SD1.5: draws foreground, background and blended image together, so that they agree. Needs "
             "layer_sd15_joint.",
             inputs=[
                 io.Model.Input("model", tooltip="An SD1.5 model, without Apply transparency."),
-                weights_input("Attention sharing of three pictures, from Load transparency."),
+                weights_input("Attention sharing of three images, from Load transparency."),
                 io.Conditioning.Input("foreground", tooltip="Prompt of the foreground: the object alone."),
                 io.Conditioning.Input("background", tooltip="Prompt of the background."),
-                io.Conditioning.Input("blended", tooltip="Prompt of the whole picture."),
+                io.Conditioning.Input("blended", tooltip="Prompt of the whole image."),
                 *sampling_inputs(),
             ],
             outputs=[
@@ -361,12 +361,12 @@ class SampleAroundLayer(Node):
             display_name="Sample around a layer",
             category="Strata/Transparency",
             search_aliases=[*NAMES, "fg2bg", "bg2fg", "layer diffuse cond joint"],
-            description="SD1.5: draws the other layer and the blended picture for a given one. Needs layer_sd15_fg2bg "
+            description="SD1.5: draws the other layer and the blended image for a given one. Needs layer_sd15_fg2bg "
             "or layer_sd15_bg2fg.",
             inputs=[
                 io.Model.Input("model", tooltip="An SD1.5 model, without Apply transparency."),
                 weights_input(
-                    "Attention sharing of two pictures, from Load transparency: fg2bg when a foreground is given, "
+                    "Attention sharing of two images, from Load transparency: fg2bg when a foreground is given, "
                     "bg2fg for a background."
                 ),
                 io.Image.Input(
@@ -375,7 +375,7 @@ class SampleAroundLayer(Node):
                     "the frame.",
                 ),
                 io.Conditioning.Input("layer", tooltip="Prompt of the layer that is drawn."),
-                io.Conditioning.Input("blended", tooltip="Prompt of the whole picture."),
+                io.Conditioning.Input("blended", tooltip="Prompt of the whole image."),
                 *sampling_inputs(),
             ],
             outputs=[
@@ -396,8 +396,8 @@ class SampleAroundLayer(Node):
         return io.NodeOutput(*sample_rows(shared, together([("layer", layer), ("blended", blended)]), 2, **sampling))
 
 
-def _sizes(pictures: torch.Tensor, what: str) -> str:
-    return f"{len(pictures)} {what}{'s' * (len(pictures) > 1)} of {pictures.shape[2]}×{pictures.shape[1]}"
+def _sizes(images: torch.Tensor, what: str) -> str:
+    return f"{len(images)} {what}{'s' * (len(images) > 1)} of {images.shape[2]}×{images.shape[1]}"
 
 
 NODES = [

@@ -194,16 +194,16 @@ class FeatureGuider(comfy.samplers.CFGGuider):
                 raise ValueError(
                     f"planes: an inversion is of {shape[3] * 8}×{shape[2] * 8} pixels and {shape[1]} latent channels, "
                     f"the latent of {latent.shape[3] * 8}×{latent.shape[2] * 8} and {latent.shape[1]}; resize the "
-                    "pictures to one size before inverting them."
+                    "images to one size before inverting them."
                 )
             if len(latent) % shape[0]:
                 raise ValueError(
-                    f"planes: an inversion of {shape[0]} pictures does not go with {len(latent)} latents; invert one "
-                    "picture, or one for each."
+                    f"planes: an inversion of {shape[0]} images does not go with {len(latent)} latents; invert one "
+                    "image, or one for each."
                 )
             if plane.inversion.flow:
                 raise ValueError(
-                    "planes: an inversion was made with a flow matching model; invert the picture with the model that "
+                    "planes: an inversion was made with a flow matching model; invert the image with the model that "
                     "samples."
                 )
         return featglac.visible_masks([plane.mask for plane in self.planes.planes], *latent.shape[2:])
@@ -362,7 +362,7 @@ class Probe:
         if self.calls != 1 or any(len(values) != rows for values in self.features.values()):
             raise ValueError(
                 f"{socket}: several conditionings are combined, or none is for this step; feature guidance needs one "
-                "for the whole picture."
+                "for the whole image."
             )
 
 

@@ -5,7 +5,7 @@ layers are put back at every step, after it the model is free.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import comfy.sample
 import comfy.samplers
@@ -23,6 +23,7 @@ from ..techniques.harmonization import (
     colours_and_alphas,
     fuse_latents,
     harmonised_layers,
+    harmonised_picture,
     keep_detail,
     on_canvas,
     visible_shares,
@@ -157,6 +158,26 @@ def harmonize(
     )
 
 
+@dataclass(frozen=True)
+class Harmonised:
+    """The visible layers of a stack, their colours [N,3,H,W] and alphas [N,1,H,W] on the canvas, what was drawn of them
+    [1,3,H,W], and its latent. relight, feather: see techniques.harmonization.
+    """
+
+    stack: LayerStack
+    colours: Tensor
+    alphas: Tensor
+    drawn: Tensor
+    latent: Tensor
+
+    def picture(self, relight: bool = False, feather: float = 2.0) -> Tensor:
+        """[1,H,W,3|4]"""
+        return harmonised_picture(self.colours, self.alphas, self.drawn, relight, feather)
+
+    def layers(self, relight: bool = False) -> LayerStack:
+        return harmonised_layers(self.stack, self.colours, self.alphas, self.drawn, relight)
+
+
 def harmonize_layers(
     model: ModelPatcher,
     positive,
@@ -170,16 +191,13 @@ def harmonize_layers(
     scheduler: str,
     start_percent: float,
     end_percent: float,
-    relight: bool = False,
-    feather: float = 2.0,
     detail: float = 0.0,
     retained: Inversion | None = None,
-) -> tuple[Tensor, Tensor, LayerStack]:
-    """The visible layers of a stack encoded, harmonised, decoded and stacked again: the picture [1,H,W,3|4], its
-    latent, and the layers with the harmonised background.
+) -> Harmonised:
+    """The visible layers of a stack encoded, harmonised and decoded.
 
-    relight, feather: see techniques.harmonization.harmonised_layers; detail: keep_detail's radius, 0 for none.
-    retained: the trajectory of all layers, hidden ones too. Raises ValueError naming layers, retained or start_percent.
+    detail: keep_detail's radius, 0 for none. retained: the trajectory of all layers, hidden ones too. Raises ValueError
+    naming layers, retained or start_percent.
     """
     side = vae.spacial_compression_encode()
     trajectory = None if retained is None else _retained(retained, stack, side)
@@ -207,8 +225,7 @@ def harmonize_layers(
     if detail:
         free, same = visible_shares(alphas[1:])[0], _decoded(vae, latents[0], stack.canvas)
         drawn = torch.lerp(drawn, keep_detail(colours[:1], drawn, same, free[None], detail), free)
-    image, found = harmonised_layers(stack, colours, alphas, drawn, relight, feather)
-    return image, latent, found
+    return Harmonised(stack, colours, alphas, drawn, latent)
 
 
 def _shown(stack: LayerStack) -> LayerStack:

@@ -42,7 +42,7 @@ class Inversion(Kept):
     reconstruction: Tensor | None = None
 
     def at(self, sigma: float) -> Tensor:
-        return inversion.trajectory_at(self.latents, self.sigmas, sigma, self.flow)
+        return inversion.trajectory_at(self.latents, self.sigmas, sigma)
 
     def null_at(self, sigma: float) -> Tensor:
         """[B,T,D]: the unconditional embedding of the step that sigma lies in."""
@@ -123,7 +123,7 @@ def _check_null_text(model: ModelPatcher, negative: list | None, cfg: float) -> 
     if limits:
         raise ValueError(
             f"negative: it carries {', '.join(limits)}, and null-text takes one plain conditioning for the whole "
-            "picture and the whole way; connect the text encoding of an empty prompt."
+            "image and the whole way; connect the text encoding of an empty prompt."
         )
     if cfg == 1:
         raise ValueError(
@@ -226,7 +226,7 @@ class _Walk(comfy.samplers.Sampler):
         def around(executor, x, timesteps, context, *args, **kwargs):
             if len(context) != len(leaf) or context.shape[2] != leaf.shape[2]:
                 raise ValueError(
-                    "negative: null-text takes one plain conditioning for the whole picture; connect the text "
+                    "negative: null-text takes one plain conditioning for the whole image; connect the text "
                     "encoding of an empty prompt."
                 )
             with torch.inference_mode(False), torch.enable_grad():

@@ -64,7 +64,7 @@ def end_tokens(tokens: dict[str, list], tokenizer) -> list[int]:
     """Positions of the end-of-text tokens in the encoded prompt: one for each chunk, of every encoder (SDXL's two agree
     but for embeddings).
     """
-    found, start = set(), 0
+    found = set()
     for name, chunks in tokens.items():
         end = getattr(getattr(tokenizer, f"clip_{name}", None), "end_token", None)
         if end is None:

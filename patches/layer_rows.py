@@ -135,7 +135,7 @@ class Method:
         if any("area" in entry for entry in entries):
             raise ValueError(
                 f"positive or negative: a conditioning is limited to an area; {self.needs} conditionings of the whole "
-                "picture."
+                "image."
             )
         if any(len(own) > 1 and any(self.marker in entry for entry in own) for own in conds.values()):
             raise ValueError(

@@ -83,7 +83,8 @@ class Call:
     """One call of the model. sharing, mixing: strengths; map_places: where maps are taken from; conditional: the number
     of that estimate.
 
-    shares, hidden: of each of those places so far, the attention to the objects' words, and what came in.
+    shares, hidden: of each of those places so far in this run of the network, the attention to the objects' words, and
+    what came in.
     """
 
     run: Run
@@ -113,7 +114,7 @@ def object_rows(count: int) -> Rows:
         count,
         1,
         count - 2,
-        f"scenes of {count} layers (background, {count - 2} objects and the whole picture), as many as there are "
+        f"scenes of {count} layers (background, {count - 2} objects and the whole image), as many as there are "
         "prompts; use Layers sampler, or a latent batch that is a multiple of it.",
     )
 
@@ -212,8 +213,6 @@ def _calculate(executor, model, conds: list, x: Tensor, timestep: Tensor, model_
         return executor(model, conds, x, timestep, model_options)
 
     def calculate(conds: list, conditional: bool = False):
-        call.shares.clear()
-        call.hidden.clear()
         call_options = {**model_options, "transformer_options": {**options, METHOD.key: call}}
         return executor(model, conds, x, timestep, call_options)
 
@@ -223,6 +222,9 @@ def _calculate(executor, model, conds: list, x: Tensor, timestep: Tensor, model_
 def _denoise(executor, x: Tensor, timesteps: Tensor, context: Tensor, y, control, options: dict, **kwargs):
     call: Call | None = options.get(METHOD.key)
     if call is not None:
+        # Other packs may run the network more than once in a call: each time's maps are its own.
+        call.shares.clear()
+        call.hidden.clear()
         up = [place for place in transformers(executor.class_obj) if place[0] == "output"]
         options = _patched(options, call, up)
     if call is None or call.terms is None or not call.sharing:

@@ -55,7 +55,7 @@ class Transparency:
 
     def describe(self) -> str:
         extra = f" with {self.extra_channels} more input channels" if self.extra_channels else ""
-        frames = f" of {self.frames} pictures" if self.frames > 1 else ""
+        frames = f" of {self.frames} images" if self.frames > 1 else ""
         return f"{' and '.join(WHAT[kind] for kind in self.parts)}{extra}{frames} for {self.family}"
 
     def part(self, kind: str, wanted: str):

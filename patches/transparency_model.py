@@ -96,7 +96,7 @@ def _given(transparency: Transparency, layer: Tensor | None, blended: Tensor | N
         )
     if count > 1 and blended is None:
         raise ValueError(
-            f"blended: {transparency.name} is {transparency.describe()}; connect the latent of the blended picture too."
+            f"blended: {transparency.name} is {transparency.describe()}; connect the latent of the blended image too."
         )
     if (layer is not None and not count) or (blended is not None and count < 2):
         unused = "layer" if layer is not None and not count else "blended"

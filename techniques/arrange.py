@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compositing import flatten_image
+from .compositing import TRANSPARENT, flatten_image
 from .geometry import fit, place, rasterise, transform
 from .layers import MAX_LAYERS, Layer, LayerStack
 
@@ -121,7 +121,7 @@ def merge(stack: LayerStack, indices: Sequence[int], name: str = "") -> LayerSta
     window = LayerStack(
         (right - left, bottom - top), tuple(replace(layer, x=layer.x - left, y=layer.y - top) for layer in group.layers)
     )
-    merged = Layer(flatten_image(window, (0, 0, 0, 0))[0], name or group.layers[-1].name, x=left, y=top)
+    merged = Layer(flatten_image(window, TRANSPARENT)[0], name or group.layers[-1].name, x=left, y=top)
     return stack.with_layers((*stack.layers[: indices[0]], merged, *stack.layers[indices[-1] + 1 :]))
 
 

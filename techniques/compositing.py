@@ -11,6 +11,7 @@ from torch import Tensor
 from .geometry import Placement, place, rasterise
 from .layers import Layer, LayerStack
 
+TRANSPARENT = (0.0, 0.0, 0.0, 0.0)  # a background that is not there
 _STRIP_PIXELS = 2**18  # keeps a strip of the canvas, with its temporaries, in the processor's cache
 
 
@@ -111,7 +112,7 @@ def to_srgb(colour: Tensor) -> Tensor:
 
 def flatten(
     stack: LayerStack,
-    background: tuple[float, float, float, float] = (0, 0, 0, 0),
+    background: tuple[float, float, float, float] = TRANSPARENT,
     linear: bool = False,
     socket: str = "layers",
 ) -> tuple[Tensor, Tensor]:
@@ -173,7 +174,7 @@ def preview(stack: LayerStack, longest: int = 512, square: int = 8) -> Tensor:
         *(torch.arange(side, device=stack.layers[0].image.device) // square for side in size), indexing="ij"
     )
     board = (0.6 + 0.2 * ((x + y) % 2))[..., None]
-    pictures = [_on_board(flatten_image(stack, (0, 0, 0, 0))[0], board)]
+    pictures = [_on_board(flatten_image(stack, TRANSPARENT)[0], board)]
     return torch.stack(pictures + [_on_board(rasterise(layer, stack.canvas), board) for layer in stack.layers])
 
 

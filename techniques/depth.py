@@ -43,8 +43,7 @@ def normalise_depth(
     valid = depth.isfinite() & ((depth != 0) | (not zero_is_missing))
     if not valid.flatten(1).any(1).all():
         raise ValueError(
-            "depth: there is no valid value in it (all are missing, NaN or infinite); connect the depth of this "
-            "picture."
+            "depth: there is no valid value in it (all are missing, NaN or infinite); connect the depth of this image."
         )
     if spread == "fixed":
         if not limits[0] < limits[1]:
@@ -100,11 +99,11 @@ def _nearest(
     place = np.where(
         known, np.arange(length, dtype=np.int32).reshape([-1 if i == axis else 1 for i in range(3)]), np.int32(-1)
     )
-    last = torch.from_numpy(np.maximum.accumulate(place, axis, out=place))
+    last = torch.from_numpy(np.maximum.accumulate(place, axis, out=place)).to(depth.device)
     last = last.flip(axis)[holes] if reverse else last[holes]
     none = last < 0
-    last = (length - 1 - last if reverse else last).long().clamp(0, length - 1).to(depth.device)
-    distance = torch.where(none.to(depth.device), math.inf, (holes[axis] - last).abs().to(depth.dtype))
+    last = (length - 1 - last if reverse else last).long().clamp(0, length - 1)
+    distance = torch.where(none, math.inf, (holes[axis] - last).abs().to(depth.dtype))
     source = tuple(last if i == axis else index for i, index in enumerate(holes))
     return distance, torch.where(distance.isfinite(), depth[source], -1.0)
 
@@ -147,8 +146,7 @@ def parse_thresholds(text: str) -> list[float]:
         raise ValueError(f"thresholds: {text!r} is not a list of numbers; write for example 0.35, 0.6.") from error
     if outside := [value for value in values if not 0 < value < 1]:
         raise ValueError(
-            f"thresholds: {outside[0]:g} is outside of 0 to 1; 0 is the nearest depth of the picture and 1 the "
-            "farthest."
+            f"thresholds: {outside[0]:g} is outside of 0 to 1; 0 is the nearest depth of the image and 1 the farthest."
         )
     if values != sorted(set(values)):
         raise ValueError(
@@ -362,7 +360,7 @@ def compose_by_depth(
     return front * share + back * (1 - share), front_depth * weights + back_depth * (1 - weights)
 
 
-def top_view(image: Tensor, depth: Tensor, height: int = 256) -> Tensor:
+def top_view(image: Tensor, depth: Tensor, height: int) -> Tensor:
     """Picture [B,height,W,3] of the scene from above: columns of the image [B,H,W,3] against depth [B,H,W], nearest at
     the bottom.
 

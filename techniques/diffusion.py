@@ -25,7 +25,7 @@ def add_noise(clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
     return clean * level.sqrt() + noise * (1 - level).sqrt()
 
 
-def noise_loss_weight(level: Tensor, gamma: float = 5.0) -> Tensor:
+def noise_loss_weight(level: Tensor, gamma: float) -> Tensor:
     """[B] weights of the squared error of predicted noise: min(SNR, gamma) / SNR; level: [B], 0..1 without the ends.
 
     Source: minsnr, Sec. 3.4.

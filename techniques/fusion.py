@@ -36,7 +36,7 @@ def content_prior(q: Tensor, k: Tensor, heads: int, ends: list[int]) -> Tensor:
     return reduce_attention(q, k, heads, lambda probabilities: probabilities[..., ends].sum(-1).mean(0))
 
 
-def blending_masks(structure: Tensor, content: Tensor, boundary: float = 10.0) -> tuple[Tensor, Tensor]:
+def blending_masks(structure: Tensor, content: Tensor, boundary: float) -> tuple[Tensor, Tensor]:
     """(mask_soft, mask_hard), each [B,M] in 0..1, from the two priors [B,M]; boundary: the coefficient d, larger is
     sharper.
 
@@ -46,7 +46,7 @@ def blending_masks(structure: Tensor, content: Tensor, boundary: float = 10.0) -
     return soft, torch.sigmoid(boundary * (soft - 0.5))
 
 
-def wide_mask(soft: Tensor, boundary: float = 10.0) -> Tensor:
+def wide_mask(soft: Tensor, boundary: float) -> Tensor:
     """[B,M] in 0..1, as sharp as the hard mask but around the level that parts object and surroundings, so that an
     object comes in whole; soft: [B,M].
 

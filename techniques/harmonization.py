@@ -115,15 +115,31 @@ def light_behind(before: Tensor, drawn: Tensor, free: Tensor, soft: bool = True)
     return torch.lerp(before + light, drawn, visible[..., None]).clamp(0, 1)[0]
 
 
-def harmonised_layers(
-    stack: LayerStack, colours: Tensor, alphas: Tensor, drawn: Tensor, relight: bool, feather: float
-) -> tuple[Tensor, LayerStack]:
-    """The picture [1,H,W,3|4] and the layers that come of a harmonised picture `drawn` [1,3,H,W] of a stack.
+def harmonised_picture(colours: Tensor, alphas: Tensor, drawn: Tensor, relight: bool, feather: float) -> Tensor:
+    """The picture [1,H,W,3|4] that comes of a harmonised one, `drawn` [1,3,H,W], of layers.
 
     colours, alphas: of the layers on the canvas, as colours_and_alphas gives them. relight: whether the foregrounds
-    have the drawn colours where they are seen; otherwise they keep their own, which fade into the drawn ones over
-    `feather` pixels inside of their edge. A background that is transparent in places stays so.
+    have the drawn colours; otherwise they keep their own, which fade into the drawn ones over `feather` pixels inside
+    of their edge. A background that is transparent in places stays so.
     Source: ours, what a model draws again loses its detail, so that all that can keeps its own pixels.
+    """
+    own, opacity, shapes = colours[1:], alphas[:1], alphas[1:]
+    picture = drawn
+    if not relight:
+        behind, shares = visible_shares(feathered(shapes, feather))
+        picture = drawn * behind + sum(colour * share for colour, share in zip(own, shares, strict=True))
+    if (opacity < 1).any():  # nothing was asked for behind a transparent canvas
+        picture = torch.cat([picture, 1 - (1 - opacity) * visible_shares(shapes)[0]], 1)
+    return rearrange(picture, "b c h w -> b h w c").clamp(0, 1)
+
+
+def harmonised_layers(stack: LayerStack, colours: Tensor, alphas: Tensor, drawn: Tensor, relight: bool) -> LayerStack:
+    """The layers that come of a harmonised picture `drawn` [1,3,H,W] of a stack: the background in its light, the
+    foregrounds as they were, or with `relight` in the drawn colours where they are seen.
+
+    colours, alphas: of the layers on the canvas, as colours_and_alphas gives them. A background that is transparent in
+    places stays so.
+    Source: ours, layers that can be moved apart again after harmonising.
     """
     (back, *objects), (ground, *own), (opacity, shapes) = stack.layers, colours, (alphas[:1], alphas[1:])
     free, shares = visible_shares(shapes)
@@ -131,16 +147,10 @@ def harmonised_layers(
     image = image if (opacity == 1).all() else torch.cat([image, rearrange(opacity, "1 1 h w -> h w 1")], -1)
     found = [Layer(image, back.name, extra=back.extra), *objects]
     if relight:
-        picture = drawn
         for number, (layer, colour, share, alpha) in enumerate(zip(objects, own, shares, shapes, strict=True), 1):
             pixels = torch.cat([torch.lerp(colour, drawn[0], share).clamp(0, 1), alpha])
             found[number] = Layer(rearrange(pixels, "c h w -> h w c"), layer.name, extra=layer.extra)
-    else:
-        behind, shares = visible_shares(feathered(shapes, feather))
-        picture = drawn * behind + sum(colour * share for colour, share in zip(own, shares, strict=True))
-    if (opacity < 1).any():  # nothing was asked for behind a transparent canvas
-        picture = torch.cat([picture, 1 - (1 - opacity) * free], 1)
-    return rearrange(picture, "b c h w -> b h w c").clamp(0, 1), stack.with_layers(found)
+    return stack.with_layers(found)
 
 
 def _blurred(image: Tensor, sigma: float, reach: float) -> Tensor:

@@ -38,7 +38,7 @@ def ode_step(
     return latent + (next_sigma - sigma) * (evaluated - denoised) / at
 
 
-def trajectory_at(latents: Tensor, sigmas: Tensor, sigma: float, flow: bool = False) -> Tensor:
+def trajectory_at(latents: Tensor, sigmas: Tensor, sigma: float) -> Tensor:
     """The latent [B,C,H,W] at noise level sigma, 0 or more, from a trajectory [N,B,C,H,W] at descending sigmas [N].
 
     Exact on the path of Euler steps, which is straight between two of them. Above the first noise level the noise that
@@ -47,7 +47,7 @@ def trajectory_at(latents: Tensor, sigmas: Tensor, sigma: float, flow: bool = Fa
     Source: ours, any schedule of the sampler can follow one inversion
     """
     if sigma > sigmas[0]:
-        return _noisier(latents[0], latents[-1], float(sigmas[0]), sigma, flow)
+        return _noisier(latents[0], latents[-1], float(sigmas[0]), sigma)
     if sigma == sigmas[0]:
         return latents[0]
     below = int((sigmas > sigma).sum())
@@ -57,14 +57,14 @@ def trajectory_at(latents: Tensor, sigmas: Tensor, sigma: float, flow: bool = Fa
     return latents[below] if share == 1 else torch.lerp(latents[below - 1], latents[below], float(share))
 
 
-def _noisier(latent: Tensor, clean: Tensor, at: float, sigma: float, flow: bool) -> Tensor:
+def _noisier(latent: Tensor, clean: Tensor, at: float, sigma: float) -> Tensor:
     """clean with the noise that `latent` has at noise level `at`, at level sigma; a latent without any noise stays as
     it is.
+
+    One line for both kinds of model: flow matching takes as much of `clean` away as it puts noise there, and both go
+    on straight.
     """
-    if at == 0:
-        return latent
-    noise = (latent - clean * (1 - at if flow else 1)) / at
-    return noised_trajectory(clean, noise, latent.new_tensor([sigma]), flow)[0]
+    return latent if at == 0 else clean + (latent - clean) / at * sigma
 
 
 def noised_trajectory(clean: Tensor, noise: Tensor, sigmas: Tensor, flow: bool = False) -> Tensor:

@@ -18,7 +18,7 @@ from strata.techniques import metrics
 from strata.techniques.compositing import flatten
 from strata.techniques.layers import read_layers
 from strata.training import loop, oracle
-from strata.training.transparency import checkerboard
+from strata.training.cutouts import checkerboard
 
 COUNT, SAMPLE = 32, 6
 SIDE, MOST = 128, 3

@@ -15,8 +15,8 @@ from strata.networks.transparency import OffsetEncoder, TransparentDecoder
 from strata.techniques.transparency import median_of_passes
 from strata.training import published, settings
 from strata.training.autoencoder import Joined
+from strata.training.cutouts import CutOuts, hidden
 from strata.training.rgba_autoencoder import Check
-from strata.training.transparency import CutOuts, hidden
 
 COUNT, SAMPLE = 64, 0  # tests/training/test_published.py checks the file
 CLAIMS = [("RGBA autoencoder", "transparency pair", figure) for figure in ("iou", "shadow", "composite")]

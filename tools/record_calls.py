@@ -31,7 +31,7 @@ sys.path.insert(0, str(TOOLS))
 
 import papers  # noqa: E402
 
-TESTS = ("tests/techniques", "tests/formats", "tests/patches", "tests/training", "tests/server")
+TESTS = ("tests/techniques", "tests/formats", "tests/patches", "tests/training", "tests/scenes", "tests/server")
 CALLED = ("", "execute", "forward")  # a function itself, or these methods of a class
 
 

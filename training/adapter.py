@@ -15,7 +15,7 @@ from ..networks.transparency import OffsetEncoder
 from ..scenes import renderer
 from ..techniques import diffusion as formulas
 from . import data, diffusion, latents, loop, text
-from .transparency import CutOuts, checkerboard, hidden, load_pair
+from .cutouts import CutOuts, checkerboard, hidden, load_pair
 
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 

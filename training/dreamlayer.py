@@ -25,7 +25,7 @@ from ..techniques import diffusion as formulas
 from ..techniques.shared_layers import map_distance, resize_maps, share_noise
 from ..techniques.transparency import extend_colours
 from . import data, diffusion, latents, loop, sampling, settings, text
-from .transparency import checkerboard, hidden, load_pair
+from .cutouts import checkerboard, hidden, load_pair
 
 MOST = 3  # objects of a scene
 CHECK = 63  # the last scenes of the pool are kept for validation

@@ -19,7 +19,7 @@ from ..techniques import losses as formulas
 from ..techniques import metrics
 from . import data, loop, published, settings
 from .autoencoder import Joined
-from .transparency import HELD_OUT, CutOuts, checkerboard
+from .cutouts import HELD_OUT, CutOuts, checkerboard
 
 SHADOW = 1 / 16  # alpha from which on a pixel counts as shadow
 BACKGROUNDS = 8  # over which held-out objects are laid

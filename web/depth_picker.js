@@ -8,7 +8,7 @@ const NODE = "Strata_SliceByDepth";
 const PROPERTY = "strata_slice"; // where the last run's pictures are: saved with the workflow, so that they are found after a reload
 const SEEN = ["near_is", "missing_depth"]; // widgets that change what the views show
 const RUN_FIRST = "Run the graph once to see the depth here.";
-const GONE = "The pictures of the last run are gone (ComfyUI clears them when it restarts).\nRun the graph again to see the depth here.";
+const GONE = "The images of the last run are gone (ComfyUI clears them when it restarts).\nRun the graph again to see the depth here.";
 
 // Undo goes back to a node from before its run; the pictures are still those of this node
 const lastRun = new Map();

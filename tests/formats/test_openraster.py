@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from strata.formats import files, openraster, psd
 from strata.formats.groups import GROUPS
-from strata.formats.raster import eight_bits, in_place, picture
+from strata.formats.raster import check_total, eight_bits, in_place, picture
 from strata.techniques.layers import BLEND_MODES, Layer, LayerStack
 
 from .stacks import eight_bit, example, layers, linear_srgb, pixels, srgb_of
@@ -151,6 +151,12 @@ def bomb(folder):
 REFUSED = {
     "zip bomb": (bomb, "layer 'one' would unpack to 67 MB for 4×3 pixels"),
     "xml bomb": (lambda f: archive(f, " " * 2**23), "stack.xml would unpack to 8 MB"),
+    "zip bomb by a byte": (
+        lambda f: archive(f, **{"data/one.png": png().ljust(4 * 3 * 8 + 64 * 1024**2 + 1, b"\0")}),
+        "layer 'one' would unpack to 67 MB",
+    ),
+    "xml bomb by a byte": (lambda f: archive(f, " " * (4 * 1024**2 + 1)), "stack.xml would unpack to 4 MB"),
+    "as much xml as may be": (lambda f: archive(f, " " * 4 * 1024**2), "stack.xml cannot be read"),
     "entities": (lambda f: archive(f, ENTITIES + STACK.format(LAYER.format('x="&c;"'))), "declares a DOCTYPE"),
     "entities in UTF-16": (
         lambda f: archive(f, ('<?xml version="1.0" encoding="UTF-16"?>' + ENTITIES + ONE).encode("utf-16")),
@@ -193,6 +199,16 @@ def test_bad_files_are_refused_with_one_sentence(tmp_path, case):
     with pytest.raises(ValueError, match=message) as caught:
         files.load(path)
     assert str(caught.value).startswith("made.ora") and "\n" not in str(caught.value)
+
+
+def test_what_is_as_large_as_may_be_is_loaded(tmp_path):
+    """8 bytes for each pixel and 64 MB; 8 GB of all layers together, at four floats a pixel."""
+    content = png().ljust(4 * 3 * 8 + 64 * 1024**2, b"\0")
+    assert files.load(archive(tmp_path, **{"data/one.png": content})).canvas == (4, 3)
+    most = 8 * 1024**3 // (4 * 4)
+    check_total("file", [(most // 4, 3), (most // 4, 1)])
+    with pytest.raises(ValueError, match="file has 537 million pixels in its layers and 537 million can be loaded"):
+        check_total("file", [(most, 1), (1, 1)])
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.99])
@@ -430,6 +446,22 @@ def by_areas(operator, source, below):
             result[..., :3] += area * (source if what == "s" else below)[..., :3]
             result[..., 3:] += area
     return result
+
+
+@pytest.mark.parametrize("axis", ["x", "y"])
+def test_layers_that_become_one_may_lie_far_out_but_not_far_apart(tmp_path, axis):
+    def load(far, low):
+        xml = (
+            f"<layer src='top.png' name='top' composite-op='svg:src-atop' {axis}='{far}'/>"
+            f"<layer src='low.png' name='low' {axis}='{low}'/>"
+        )
+        images = {name: flat((0, 90, 200, 120)) for name in ("top", "low")}
+        return files.load(ora(tmp_path / "far.ora", xml, **images)).layers
+
+    (one,) = load(12000, 12002)
+    assert getattr(one, axis) == 12000
+    with pytest.raises(ValueError, match="layer 'top' with the layers below it is .*; sides must be from 1 to 16384"):
+        load(18000, 0)
 
 
 @pytest.mark.parametrize("grouped_layer", [False, True])

@@ -89,6 +89,9 @@ def test_webp_side_limit(tmp_path):
     with pytest.raises(ValueError, match="WebP holds sides up to 16383 pixels and the canvas is 16384×1"):
         files.save(tmp_path, "x_", stack, picture(stack), "WebP layers", {})
     assert not list(tmp_path.iterdir())
+    stack = LayerStack((16383, 1), stack.layers)
+    files.save(tmp_path, "x_", stack, picture(stack), "WebP layers", {})
+    assert {Image.open(path).size for path in tmp_path.iterdir()} == {(16383, 1)}
 
 
 @pytest.mark.parametrize("format", files.FORMATS)

@@ -311,7 +311,7 @@ def test_what_does_not_go_together_is_said_in_one_sentence():
     _, given = sharing(model, 2, control=32)
     with pytest.raises(
         ValueError,
-        match="attention sharing of 3 pictures for SD1.5; this node needs one such as layer_sd15_transparent_attn",
+        match="attention sharing of 3 images for SD1.5; this node needs one such as layer_sd15_transparent_attn",
     ):
         transparency_model.apply(model, joint, 1.0)
     with pytest.raises(ValueError, match="this node needs one such as layer_sd15_joint"):

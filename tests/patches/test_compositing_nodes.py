@@ -197,7 +197,7 @@ def test_sides_that_no_latent_divides_are_cut_alike():
         ).args
         assert after.shape[1:3] == (128, 128) and torch.equal(centred(image, 128, 128), image[:, 3:131, 2:130])
         decibels = -10 * float((after - image[:, 3:131, 2:130]).square().mean().log10())
-        assert f"picture {decibels:.1f} dB" in report
+        assert f"image {decibels:.1f} dB" in report
         mask = torch.zeros(1, 134, 132)
         mask[:, 3:67, 2:66] = 1
         plane = GuidancePlane.execute(found, -1, 1.0, mask).args[0].planes[0]
@@ -255,7 +255,7 @@ def test_what_no_encoder_takes_and_what_null_text_cannot_hold_are_one_sentence()
             )
 
         with pytest.raises(
-            ValueError, match="^image: it is 40×7 and the VAE takes pictures of at least 8×8 pixels; scale it up.$"
+            ValueError, match="^image: it is 40×7 and the VAE takes images of at least 8×8 pixels; scale it up.$"
         ):
             invert(torch.rand(1, 7, 40, 3))
         for key, value in (("start_percent", 0.5), ("area", (8, 8, 0, 0)), ("mask", torch.ones(1, 8, 8))):

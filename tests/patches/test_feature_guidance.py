@@ -484,7 +484,7 @@ def test_what_does_not_fit_is_refused_in_words(case):
     with pytest.raises(ValueError, match="positive: .* or none is for this step"):
         case.sample(case.guider(positive=late))
     pair, front = (invert(case.model, picture(seed, batch=2), case.positive, None, case.sigmas) for seed in (3, 4))
-    with pytest.raises(ValueError, match="planes: an inversion of 2 pictures does not go with 3 latents"):
+    with pytest.raises(ValueError, match="planes: an inversion of 2 images does not go with 3 latents"):
         case.sample(case.guider(Planes((Plane(pair), Plane(front, half_mask())))), noise=picture(9, batch=3))
     flow = Planes((case.planes.planes[0], Plane(replace(case.inversions[1], flow=True), half_mask())))
     with pytest.raises(ValueError, match="planes: an inversion was made with a flow matching model"):

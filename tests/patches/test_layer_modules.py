@@ -140,6 +140,22 @@ def test_off_and_outside_of_its_percents_it_is_bit_equal_to_stock_and_leaves_the
         assert all(torch.equal(before[name], found[name]) for name in before)
 
 
+def test_a_network_that_runs_twice_in_a_call_takes_each_times_maps_alone(family):
+    """As other packs' wrappers do it: what the run before found in other latents is in no map of this one."""
+    plain, model, _ = family
+    modules = file_of(denoiser(plain))
+    positive, negative = with_layers(model), conditioning(model, 2, rows=1)
+    once, twice = both(model, modules), both(model, modules)
+
+    def run_twice(apply, args):
+        apply(args["input"].flip(-1, -2), args["timestep"], **args["c"])
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    twice.set_model_unet_function_wrapper(run_twice)
+    wanted, found = (estimates(one, positive, negative, noise(8), EARLY) for one in (once, twice))
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
 def test_together_or_apart_and_beside_a_longer_negative_it_is_the_same(family, monkeypatch):
     """ComfyUI repeats the shorter prompt when the two are one batch: the layer embedding then has to repeat with it."""
     plain, model, _ = family

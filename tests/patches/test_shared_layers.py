@@ -185,6 +185,30 @@ def test_a_background_alone_is_bit_equal_to_stock(models, kind):
     assert torch.equal(plain, found)
 
 
+@pytest.mark.parametrize(
+    ("make", "words", "sigma", "acts"),
+    [
+        (lambda model: share_layers(model, Sharing(1.0, 0.0, 0.2)), WORDS, LATE, False),
+        (lambda model: share_layers(model, Sharing(1.0, 0.0, 0.2)), WORDS, EARLY, True),
+        (lambda model: map_context(model, Maps(1.0)), WORDS, LATE, False),
+        (lambda model: map_context(model, Maps(1.0)), WORDS, EARLY, True),
+        (both, WORDS[:1], EARLY, False),
+    ],
+)
+def test_where_nothing_acts_the_network_is_told_of_nothing(models, make, words, sigma, acts):
+    """Nothing of the call is in the options that other packs see, and no patch of ours is in the network's way."""
+    model, seen = make(models("mini")), []
+
+    def watch(apply, args):
+        seen.append(shared_layers.METHOD.key in args["c"]["transformer_options"])
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    model.set_model_unet_function_wrapper(watch)
+    rows = shared_layers.layer_count(words)
+    estimates(model, with_layers(model, words=words), conditioning(model, 2, rows=1), noise(rows), sigma)
+    assert seen and set(seen) == {acts}
+
+
 def test_the_given_model_is_unchanged_and_the_order_of_the_nodes_does_not_matter(models):
     model = models("mini")
     positive, negative = with_layers(model), conditioning(model, 2, rows=1)

@@ -56,12 +56,35 @@ def test_difference_files_are_known_with_the_channels_they_add(extra):
     assert ("input channels" in found.describe()) == (extra > 0)
 
 
+@pytest.mark.parametrize(
+    ("key", "parts", "fit"),
+    [
+        ("any", {"diff::0": (6, 4, 3, 2)}, True),
+        ("any", {"diff::0": (6, 5, 3, 2)}, False),
+        (transparency.FIRST, {"diff::0": (6, 4, 3, 2)}, True),
+        (transparency.FIRST, {"diff::0": (6, 9, 3, 2)}, True),
+        (transparency.FIRST, {"diff::0": (7, 4, 3, 2)}, False),
+        (transparency.FIRST, {"diff::0": (6, 4, 1, 2)}, False),
+        (transparency.FIRST, {"diff::0": (6, 4, 3, 1)}, False),
+        ("any", {"lora::0": (6, 5), "lora::1": (5, 4, 3, 2)}, True),
+        ("any", {"lora::0": (6, 5), "lora::1": (5, 24)}, True),
+        ("any", {"lora::0": (7, 5), "lora::1": (5, 24)}, False),
+        ("any", {"lora::0": (6, 5), "lora::1": (5, 23)}, False),
+        ("any", {"lora::0": (6, 4), "lora::1": (5, 24)}, False),
+    ],
+)
+def test_parts_fit_a_weight_of_6_4_3_2_where_their_product_has_its_shape(key, parts, fit):
+    parts = {name: torch.zeros(shape) for name, shape in parts.items()}
+    assert transparency.fits(key, parts, (6, 4, 3, 2)) == fit
+
+
 @pytest.mark.parametrize(("frames", "control"), [(1, 0), (3, 0), (2, 32)])
 def test_attention_sharing_of_sd15_is_known(frames, control):
     widths = [(width, width if index % 2 == 0 else 768, width) for index, width in enumerate(SD15_WIDTHS)]
     weights = random_files.sharing(widths, frames, rank=2, control=control)
     found = transparency.recognise("anything.safetensors", weights)
     assert found.families == ("SD1.5",) and found.frames == frames
+    assert found.describe() == f"attention sharing{f' of {frames} images' if frames > 1 else ''} for SD1.5"
     network = found.part("sharing", "").model
     assert network.state_dict().keys() == weights.keys() and hasattr(network, "kwargs_encoder") == bool(control)
 
@@ -85,6 +108,7 @@ def test_decoders_are_built_from_their_shapes(widths, levels, channels, families
     assert {key: value.shape for key, value in network.state_dict().items()} == {
         key: value.shape for key, value in shapes.items()
     }
+    assert not network.training and not any(value.requires_grad for value in network.parameters())
 
 
 def test_the_mini_familys_encoder_is_known_though_it_has_the_published_widths(folder):
@@ -177,3 +201,15 @@ def test_a_file_of_another_kind_is_named():
     found = transparency.recognise("vae.safetensors", OffsetEncoder((16, 32, 64, 96)).state_dict())
     with pytest.raises(ValueError, match="vae.safetensors is an encoder for Strata mini; this node needs a decoder"):
         found.part("decoder", "a decoder")
+
+
+def test_weights_that_do_not_fit_are_refused_with_the_start_of_torchs_reason():
+    network, weights = torch.nn.Linear(2, 2), {f"not_there_{number}": torch.zeros(1) for number in range(20)}
+    with pytest.raises(RuntimeError) as reason:
+        network.load_state_dict(weights)
+    start = " ".join(str(reason.value).split())[:160]
+    with pytest.raises(ValueError) as error:
+        transparency.filled("x.safetensors", network, weights)
+    assert len(start) == 160 and str(error.value) == (
+        f"file: x.safetensors does not have the weights of Linear ({start} …); download it again."
+    )

@@ -10,7 +10,7 @@ from figures_layerfusion import FILES
 from safetensors.torch import load_file
 from strata.patches import layer_files, mini_family, transparency, transparent_latents
 from strata.techniques import metrics
-from strata.training.transparency import HELD_OUT, CutOuts
+from strata.training.cutouts import HELD_OUT, CutOuts
 
 ENCODER = FILES[2].with_name("strata_mini_transparent_encoder.safetensors")
 
@@ -35,7 +35,11 @@ def test_the_shipped_pair_finds_the_alpha_of_held_out_objects(tmp_path):
     overlap, sad = metrics.alpha_iou(found, alpha), metrics.alpha_sad(found, alpha).mean()
     error = metrics.mask_error(found_colour, colour, alpha).mean()
     print(f"alpha IoU {overlap.mean():.4f}, SAD {sad:.0f} of {128 * 128} pixels, colour {error:.4f}")
+    # These are the objects that the trainer's validation showed, so the bounds, close to what they come to (0.954, 168,
+    # 0.034), say that nothing has changed, and not how good the pair is: 256 that nobody had looked at (numbers from
+    # 2·10⁹ on) come to 0.9486 ± 0.0023, 188 ± 6 and 0.0353 ± 0.0008. Another 64 may well lie below 0.95, down to 0.930
+    # within four standard errors.
     assert overlap.mean() >= 0.95 and sad < 200 and error < 0.04
-    # All 64 take a minute; they come to 0.954 as well.
+    # With 8 passes all 64 take a minute; they come to 0.954 as well.
     _, found = transparent_latents.decode(decoder, picture[:16], latent[:16], 8)
     assert metrics.alpha_iou(found, alpha[:16]).mean() > overlap[:16].mean() - 0.005

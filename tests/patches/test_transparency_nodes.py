@@ -132,7 +132,7 @@ def test_a_picture_with_alpha_its_mask_and_its_layer(server):
     assert np.abs(pictures(server, prompt, ("flat", 0))[0][..., :3] - over).max() <= 1.5
     prompt["behind"]["inputs"]["width"] = 64
     assert (
-        "background: 1 background of 64×40 and 2 pictures of 72×40 do not go together; connect one background of that "
+        "background: 1 background of 64×40 and 2 images of 72×40 do not go together; connect one background of that "
         "size" in error(server, prompt)
     )
     prompt = {**graph(batch=2), "plain": node("VAEDecode", samples=["sample", 0], vae=["load", 2])}
@@ -197,7 +197,7 @@ def test_joint_layers_come_out_apart(server):
         **joint(foreground=["foreground", 0], background=["background", 0]),
         "adapter": node("Strata_LoadTransparency", file="given.safetensors"),
     }
-    assert "attention sharing of 2 pictures for Strata mini; this node needs one such as layer_sd15_joint" in error(
+    assert "attention sharing of 2 images for Strata mini; this node needs one such as layer_sd15_joint" in error(
         server, wrong, ("decode0", 0)
     )
 
@@ -271,7 +271,7 @@ def test_errors_are_one_sentence(server):
     assert "download it from https://huggingface.co/" in error(server, graph("layer_xl_transparent_attn"))
     missing = graph()
     del missing["decode"]["inputs"]["vae"]
-    assert "connect the decoded picture" in error(server, missing)
+    assert "connect the decoded image" in error(server, missing)
     other = graph()
     other["decode"]["inputs"] |= {"image": ["picture", 0]}
     other["picture"] = node("LoadImage", image="rgba.png")
@@ -284,12 +284,12 @@ def test_errors_are_one_sentence(server):
         "Strata_EncodeTransparency", transparency=["adapter", 0], image=["image", 0], vae=["load", 2], mask=["mask", 0]
     )
     masked["decode"]["inputs"]["samples"] = ["encode", 0]
-    assert "mask: 1 mask of 64×64 and 1 picture of 60×44 do not go together; make them the same size" in error(
+    assert "mask: 1 mask of 64×64 and 1 image of 60×44 do not go together; make them the same size" in error(
         server, masked
     )
     for file, words in (
         ("xl", "xl.safetensors is for SDXL and the model is Strata mini"),
-        ("joint", "joint.safetensors is attention sharing of 3 pictures"),
+        ("joint", "joint.safetensors is attention sharing of 3 images"),
         ("decoder", "decoder.safetensors is a decoder for Strata mini; this node needs an adapter"),
     ):
         layered = graph(file)

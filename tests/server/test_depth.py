@@ -260,7 +260,7 @@ def test_amodal_mask_is_the_box_without_what_is_nearer(comfy, inputs):
     assert mask.tolist() == expected.tolist()
     prompt["amodal"]["inputs"]["x"] = 500
     prompt["as_image"] = {"class_type": "MaskToImage", "inputs": {"mask": ["amodal", 0]}}
-    assert "outside of the picture of 64×48" in error(comfy, prompt, "as_image")
+    assert "outside of the image of 64×48" in error(comfy, prompt, "as_image")
 
 
 def test_the_top_view_is_a_picture_of_the_asked_height(comfy, inputs):

@@ -274,7 +274,7 @@ def test_mismatched_sizes(graph):
 @pytest.mark.parametrize(
     "inputs, sentence",
     [
-        ({}, "image: connect a picture for the new layer"),
+        ({}, "image: connect an image for the new layer"),
         ({"action": "change"}, "layers: connect the layers to change"),
     ],
 )

@@ -327,3 +327,6 @@ def test_preview_shows_the_picture_and_then_every_layer_on_a_checkerboard():
     torch.testing.assert_close(pictures[2][40, [50, 55, 60], 0], torch.tensor([0.6, 0.8, 0.6]))
     small = compositing.preview(LayerStack((20, 10), (Layer(torch.full((10, 20, 3), 0.9)),)), longest=100)
     assert small.shape == (2, 10, 20, 3), "never enlarged"
+    nothing = compositing.preview(LayerStack((1024, 32), (Layer(torch.zeros(32, 1024, 4)),)))
+    board = np.kron(np.indices((2, 64)).sum(0) % 2 * 0.2 + 0.6, np.ones((8, 8)))  # 512 pixels long, squares of 8
+    assert np.allclose(nothing, board[None, ..., None], rtol=0, atol=1e-6)

@@ -454,6 +454,29 @@ def test_threshold_behind_follows_its_written_steps(seed):
     assert deglad.threshold_behind(depth, x, y) == min(lowest + 1, 255) / 256
 
 
+@pytest.mark.parametrize("upright", [False, True])
+@pytest.mark.parametrize("side", [500, 560, 600])
+def test_threshold_behind_ends_a_smooth_object_where_its_weight_has_fallen_to_a_twentieth(side, upright):
+    """One pixel a bin, deeper with its distance r from the point: the histogram is the weight exp(−r²/2s²), which is
+    1/20 of its peak at r = s·√(2·ln 20). The sides are such that 1/19 and 1/21 end in other bins.
+    """
+    depth = ((torch.arange(side, dtype=torch.float64) + 0.5) / 256).clamp(max=1)[None]
+    edge = math.ceil(0.15 * side * math.sqrt(2 * math.log(20)))
+    assert deglad.threshold_behind(depth.T if upright else depth, 0, 0) == (edge + 1) / 256
+
+
+def test_threshold_behind_takes_the_nearer_of_two_depths_that_are_equally_rare():
+    """Eight pixels at one distance from the point make a flat floor of eight bins between the object and what begins
+    behind it; smoothing leaves two of them untouched.
+    """
+    depth = torch.full((21, 21), 109.5, dtype=torch.float64)
+    depth[9:12, 10] = depth[10, 9:12] = 100.5
+    around = [(row, column) for row in (-2, -1, 1, 2) for column in (-2, -1, 1, 2) if abs(row) != abs(column)]
+    for number, (row, column) in enumerate(around):
+        depth[10 + row, 10 + column] = 101.5 + number
+    assert deglad.threshold_behind(depth / 256, 0.5, 0.5) == 105 / 256
+
+
 def test_all_thresholds_adds_points_to_what_was_typed():
     depth = three_planes()[0]
     used = deglad.all_thresholds(depth, [0.1], [(0.7, 0.6), (0.35, 0.5), (0.36, 0.5)])

@@ -129,10 +129,10 @@ def test_wide_mask_is_around_the_level_that_parts_object_and_surroundings():
 
 
 def test_flat_priors_give_finite_masks():
-    soft, hard = fusion.blending_masks(torch.ones(1, 6), torch.full((1, 6), 0.2))
+    soft, hard = fusion.blending_masks(torch.ones(1, 6), torch.full((1, 6), 0.2), 10.0)
     assert torch.equal(soft, torch.zeros(1, 6)) and torch.isfinite(hard).all()
     for size in (1, 6):
-        assert fusion.wide_mask(torch.zeros(1, size)).max() < 0.01
+        assert fusion.wide_mask(torch.zeros(1, size), 10.0).max() < 0.01
     flat = fusion.structure_prior(torch.zeros(1, 6, HEADS * WIDTH), torch.zeros(1, 6, HEADS * WIDTH), HEADS)
     assert torch.equal(flat, torch.ones(1, 6))
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, minimum_filter
 from strata.techniques.compositing import flatten
+from strata.techniques.depth import push_pull
 from strata.techniques.feature_guidance import masks_at_level
 from strata.techniques.geometry import rasterise
 from strata.techniques.harmonization import (
@@ -16,6 +17,7 @@ from strata.techniques.harmonization import (
     feathered,
     fuse_latents,
     harmonised_layers,
+    harmonised_picture,
     keep_detail,
     light_behind,
     on_canvas,
@@ -116,6 +118,17 @@ def test_feathering_ends_inside_of_the_edge():
     assert (row.diff() >= 0).all() and row[0] < 0.2 and row[6:].allclose(torch.tensor(0.8), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("radius", [0.5, 3.0, 4.0])
+def test_feathering_is_scipys_gaussian_of_where_alpha_is(radius):
+    alpha = alphas(2, 20, 24)
+    alpha[:, :, :6, :9] = alpha[1, :, 12:] = 0
+    where = (alpha > 0).double().numpy()
+    for layer in (0, 1):
+        soft = gaussian_filter(where[layer, 0], radius / 2, mode="nearest", radius=max(1, round(1.5 * radius)))
+        expected = alpha[layer, 0].numpy() * (2 * soft - 1).clip(0, 1)
+        assert np.abs(feathered(alpha, radius)[layer, 0].numpy() - expected).max() < 1e-12
+
+
 @pytest.mark.parametrize("radius", [3.0, 6.0, 8.0])
 def test_a_rim_of_a_third_of_the_radius_around_objects_does_not_count(radius):
     """Against the least of each window, one pixel at a time, and SciPy's Gaussian."""
@@ -192,12 +205,28 @@ def test_an_even_change_of_light_goes_on_behind_an_object():
         assert torch.allclose(found, (before[0] + 0.25).movedim(0, -1), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_background_is_the_drawn_one_where_it_is_seen_and_else_keeps_its_own_in_the_light_around(soft):
+    """A pixel of the latent, 8, around the foregrounds is not looked at: their rim is drawn there."""
+    before, drawn = torch.rand(2, 1, 3, 64, 72, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    free = torch.ones(1, 64, 72, dtype=torch.float64)
+    free[:, 20:30, 30:44], free[:, 40, 20] = 0.25, 0
+    clear = minimum_filter(free[0].numpy(), 2 * 8 + 1, mode="constant", cval=1)
+    light = push_pull((drawn - before).movedim(1, -1)[:, None], torch.from_numpy(clear)[None, None])[0, 0]
+    seen = feathered(torch.from_numpy(clear)[None, None], 8)[0, 0] if soft else free[0]
+    seen = seen[..., None].numpy()
+    lit = before[0].movedim(0, -1).numpy() + light.numpy()
+    expected = ((1 - seen) * lit + seen * drawn[0].movedim(0, -1).numpy()).clip(0, 1)
+    assert np.abs(light_behind(before, drawn, free, soft).numpy() - expected).max() < 1e-9
+
+
 @pytest.mark.parametrize("relight", [False, True])
 def test_harmonised_layers_are_the_picture_where_nothing_fades(relight):
     stack = two_objects(56, 60)
     colours, opacity = colours_and_alphas(stack)
     drawn = torch.rand(1, 3, 56, 60, generator=torch.Generator().manual_seed(6))
-    picture, found = harmonised_layers(stack, colours, opacity, drawn, relight, 0.0)
+    picture = harmonised_picture(colours, opacity, drawn, relight, 0.0)
+    found = harmonised_layers(stack, colours, opacity, drawn, relight)
     assert picture.shape == (1, 56, 60, 3) and [layer.name for layer in found.layers] == ["place", "behind", "in front"]
     assert all(layer.extra == {"kept": 1} for layer in found.layers)
     ground = found.layers[0].image.movedim(-1, 0)
@@ -212,5 +241,6 @@ def test_harmonised_layers_are_the_picture_where_nothing_fades(relight):
         assert torch.allclose(picture[0].movedim(-1, 0), expected, rtol=0, atol=1e-6)
     assert torch.equal(ground[:, 48:], drawn[0, :, 48:])
     opacity[0, :, :5] = 0.5
-    picture, found = harmonised_layers(stack, colours, opacity, drawn, relight, 0.0)
+    picture = harmonised_picture(colours, opacity, drawn, relight, 0.0)
+    found = harmonised_layers(stack, colours, opacity, drawn, relight)
     assert picture.shape[-1] == 4 and torch.equal(picture[0, ..., 3], flatten(found)[1])

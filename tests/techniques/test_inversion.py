@@ -87,7 +87,7 @@ def test_the_trajectory_is_exact_at_its_levels_straight_between_and_ends_where_i
     )
     noisier = inversion.trajectory_at(latents, sigmas, 18.0)
     assert torch.allclose(noisier - latents[3], 2 * (latents[0] - latents[3]), rtol=0, atol=1e-6)
-    flow = inversion.trajectory_at(latents, sigmas / 18, 1.0, flow=True)  # from half noise to all of it
+    flow = inversion.trajectory_at(latents, sigmas / 18, 1.0)  # from half noise to all of it
     assert torch.allclose(latents[0], 0.5 * latents[3] + 0.5 * flow, rtol=0, atol=1e-6)
     assert torch.equal(inversion.trajectory_at(latents[3:], sigmas[3:], 5.0), latents[3])
     assert torch.equal(inversion.trajectory_at(latents[:3], sigmas[:3], 0.5), latents[2])

@@ -77,6 +77,14 @@ def test_an_absent_canvas_holds_every_layer():
     assert read_layers({"version": 1, "layers": entries}).canvas == (30, 7)
 
 
+def test_what_an_entry_does_not_say_is_that_of_a_plain_layer():
+    (layer,) = read_layers({"version": 1, "layers": [{"image": IMAGE}]}).layers
+    plain = {"name": "Layer 1", "mask": None, "x": 0, "y": 0, "w": 0, "h": 0, "rotation": 0, "opacity": 1, "extra": {}}
+    plain |= {"flip_h": False, "flip_v": False, "visible": True, "blend_mode": "normal"}
+    assert {key: getattr(layer, key) for key in plain} == plain
+    assert torch.equal(layer.image, IMAGE[0])
+
+
 def test_masks_are_written_and_read_back():
     masks = torch.rand(2, 4, 5)
     stack = read_layers(document(image=IMAGE.expand(2, -1, -1, -1), mask=masks))

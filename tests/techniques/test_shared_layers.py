@@ -121,6 +121,10 @@ def test_maps_at_other_sizes():
     )
     alphas = shared_layers.map_alphas(maps, (2, 4), low=1 / 7, high=3 / 7)
     assert torch.allclose(alphas.flatten(), torch.tensor([0, 0, 0.5, 1, 1, 1, 1, 1]), rtol=1e-6, atol=1e-8)
+    # A straight line between the two, where nothing else is asked for.
+    level = torch.tensor([0.2, 0.3, 0.35, 0.45, 0.6, 0.7])
+    alphas = shared_layers.map_alphas(level.view(1, 1, 2, 3), (2, 3)).flatten()
+    assert np.allclose(alphas, np.interp(level, [0.3, 0.6], [0, 1]), rtol=0, atol=1e-6)
 
 
 def test_the_layer_embedding_is_that_of_layers_embedded_before_they_are_joined():

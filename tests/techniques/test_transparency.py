@@ -1,10 +1,19 @@
 """Transparent latents' mathematics against what is published of it, and alphas cleaned of what no object has."""
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from skimage.transform import resize_local_mean
-from strata.techniques.transparency import FACTOR, clean_alpha, extend_colours, median_of_passes, over_gray, turned
+from strata.techniques.transparency import (
+    FACTOR,
+    PASSES,
+    clean_alpha,
+    extend_colours,
+    median_of_passes,
+    over_gray,
+    turned,
+)
 
 
 def disc(side: int = 48) -> torch.Tensor:
@@ -88,23 +97,46 @@ def test_pictures_of_a_batch_are_extended_each_by_itself():
         assert torch.allclose(found, extend_colours(colour[[one]], alpha[[one]])[0], rtol=0, atol=1e-6)
 
 
+def decode_by_place(image, latent):
+    """Depends on where things lie."""
+    rows = torch.linspace(0, 0.3, 16)[:, None]
+    return torch.cat([image, image[:, :1]], 1) * latent[..., :1, :1].mean(1, keepdim=True) + rows
+
+
+def view(image, latent, flip, turns):
+    """One pass by NumPy."""
+    parts = [part.numpy()[..., ::-1] if flip else part.numpy() for part in (image, latent)]
+    parts = [torch.from_numpy(np.rot90(part, turns, (2, 3)).copy()) for part in parts]
+    out = np.rot90(decode_by_place(*parts).clamp(0, 1).numpy(), -turns, (2, 3))
+    return out[..., ::-1] if flip else out
+
+
 def test_eight_passes_are_the_lower_middle_of_every_mirrored_and_turned_view():
     image, latent = torch.rand(1, 3, 16, 16), torch.rand(1, 4, 2, 2)
-    rows = torch.linspace(0, 0.3, 16)[:, None]
+    expected = np.sort(np.stack([view(image, latent, flip, turns) for flip in (False, True) for turns in range(4)]), 0)
+    for passes in ((), (8,)):
+        found = median_of_passes(decode_by_place, image, latent, *passes)
+        assert np.abs(found.numpy() - expected[3]).max() < 1e-6
 
-    def decode(image, latent):  # depends on where things lie
-        return torch.cat([image, image[:, :1]], 1) * latent[..., :1, :1].mean(1, keepdim=True) + rows
 
-    views = []
-    for flip in (False, True):
-        for turns in range(4):
-            parts = [part.numpy()[..., ::-1] if flip else part.numpy() for part in (image, latent)]
-            parts = [torch.from_numpy(np.rot90(part, turns, (2, 3)).copy()) for part in parts]
-            out = np.rot90(decode(*parts).clamp(0, 1).numpy(), -turns, (2, 3))
-            views.append(out[..., ::-1] if flip else out)
-    expected = np.sort(np.stack(views), 0)[3]
-    for found in (median_of_passes(decode, image, latent), median_of_passes(decode, image, latent, 8)):
-        assert np.abs(found.numpy() - expected).max() < 1e-6
+@pytest.mark.parametrize("passes", [1, 2, 4])
+def test_fewer_passes_are_the_median_of_their_views_for_each_picture_of_a_batch(passes):
+    generator = torch.Generator().manual_seed(3)
+    image, latent = torch.rand(3, 3, 16, 16, generator=generator), torch.rand(3, 4, 2, 2, generator=generator)
+    expected = np.median([view(image, latent, flip, turns) for flip, turns in PASSES[passes]], 0)
+    found = median_of_passes(decode_by_place, image, latent, passes)
+    assert found.shape == expected.shape and np.abs(found.numpy() - expected).max() < 1e-6
+
+
+def test_veil_and_specks_begin_at_ten_of_255_and_at_a_fiftieth_of_the_largest_part():
+    alpha = torch.zeros(1, 1, 60, 60)
+    alpha[0, 0, :10, :5] = 1  # the object, 50 in all
+    alpha[0, 0, 20, 20] = 1  # exactly a fiftieth of it
+    alpha[0, 0, 40:50, :40] = 10.5 / 255  # above the veil, and 16 in all
+    expected = alpha.clone()
+    alpha[0, 0, 20, 30] = 0.99  # less than a fiftieth
+    alpha[0, 0, :30, 40:] = 9.98 / 255  # a veil, and 23 in all
+    assert torch.equal(clean_alpha(alpha), expected)
 
 
 def test_veil_and_specks_go_and_the_object_with_its_edge_stays():

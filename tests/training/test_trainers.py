@@ -17,6 +17,7 @@ from strata.training import (
     adapter,
     autoencoder,
     command,
+    cutouts,
     diffusion,
     dreamlayer,
     family,
@@ -291,7 +292,7 @@ def test_layer_modules_learn_nine_scenes_and_nothing_else_changes(root, trained_
     pool = dreamlayer.SceneLayers(
         root / "scenes",
         latents.load_autoencoder(root),
-        transparency.load_pair(trained_pair)[0],
+        cutouts.load_pair(trained_pair)[0],
         config["scenes"],
         config["side"],
     )
@@ -354,7 +355,7 @@ def test_the_second_run_of_layer_modules_goes_on_from_the_first_with_noise_of_ea
     )
 
     pool = dreamlayer.SceneLayers(
-        root / "scenes", latents.load_autoencoder(root), transparency.load_pair(trained_pair)[0], 72, 64
+        root / "scenes", latents.load_autoencoder(root), cutouts.load_pair(trained_pair)[0], 72, 64
     )
     levels, batch, given = formulas.noise_levels(), pool.batch(np.array([1, 4]), 0), []
     model.register_forward_pre_hook(lambda _, inputs: given.append(inputs))
@@ -378,7 +379,7 @@ def test_the_second_run_of_layer_modules_goes_on_from_the_first_with_noise_of_ea
 
 
 def test_scenes_come_as_layers_with_their_alphas_and_words(root, trained_pair):
-    model, (encoder, _) = latents.load_autoencoder(root), transparency.load_pair(trained_pair)
+    model, (encoder, _) = latents.load_autoencoder(root), cutouts.load_pair(trained_pair)
     pool = dreamlayer.SceneLayers(root / "scenes", model, encoder, 72, 64)
     batch = pool.batch(np.array([4, 1]), 0)
     assert batch.latent.shape == (2, 4, 4, 8, 8) and batch.alphas.shape == (2, 2, 8, 8)
@@ -537,7 +538,7 @@ def test_a_missing_model_is_named_with_the_command_that_makes_it(tmp_path):
     with pytest.raises(settings.TrainingError, match="train the autoencoder first"):
         diffusion.train(config_of("diffusion"), tmp_path / "diffusion", None, 1e9)
     with pytest.raises(settings.TrainingError, match="python -m training transparency"):
-        transparency.load_pair(tmp_path)
+        cutouts.load_pair(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(settings.TrainingError, match="missing; train that model first"):
         loop.start_from(torch.nn.Linear(1, 1), tmp_path / "model.safetensors")
