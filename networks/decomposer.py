@@ -32,3 +32,15 @@ def condition(latent: Tensor, cells: Tensor, layer: str) -> Tensor:
     Differs: the foreground's network sees 1 - alpha, so that both start as the inpainting model.
     """
     return torch.cat([latent, cells if layer == "background" else 1 - cells], 1)
+
+
+def published_form(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What one layer's denoiser has learnt, of the weights of training/layeringdiff.py's Denoiser: the first
+    convolution, and low-rank terms by diffusers' names as PEFT calls them.
+    """
+    found = {}
+    for key, value in state.items():
+        name = key.removeprefix("unet.")
+        if name.startswith("conv_in.") or ".lora_" in name:
+            found[name.replace(".default.", ".")] = value
+    return found
