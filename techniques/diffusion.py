@@ -77,3 +77,20 @@ def euler_step(latent: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tens
     Source: bfs, Sec. 4 (Euler steps of flow matching)
     """
     return latent + (next_sigma - sigma) * velocity
+
+
+def v_target(clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+    """What a network with v prediction is to say, like the latents [B,...]; level: [B], the share of variance left.
+
+    Source: layeringdiff, Sec. 3.4 (v-prediction loss)
+    """
+    level = level.reshape(-1, *[1] * (clean.ndim - 1)).to(clean)
+    return level.sqrt() * noise - (1 - level).sqrt() * clean
+
+
+def noise_of_v(noisy: Tensor, v: Tensor, level: Tensor) -> Tensor:
+    """The noise that a predicted v means at one level, a scalar.
+
+    Source: layeringdiff, Sec. 3.4 (v-prediction)
+    """
+    return level.sqrt().to(v) * v + (1 - level).sqrt().to(v) * noisy

@@ -27,8 +27,10 @@ TRAINERS = {
     "inpaint": "The denoiser with nine input channels, which paints inside a mask; starts from the one before.",
     "rgba_autoencoder": "The autoencoder with a fourth channel: colour and alpha in the same latents; needs the "
     "published checkpoint.",
-    "flux_fill": "A model in Flux's structure that paints an object with its shadow into a box, or a whole image, from "
-    "words; needs the published checkpoint.",
+    "flux_fill": "A model in Flux's structure that paints an object with its shadow into a box, or a whole image, "
+    "from words; needs the published checkpoint.",
+    "layeringdiff": "What takes an image apart into foreground and background: two adapters of an inpainting model, and "
+    "networks that align details.",
 }
 # Trainers that are another one's code with another config.
 MODULES = {

@@ -5,6 +5,7 @@ import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import timestep_embedding as host_timestep_embedding
 from comfy.sd1_clip import SD1Tokenizer
+from strata.networks.alignment import Alignment
 from strata.networks.text_encoder import TextEncoder
 from strata.networks.transparency import OffsetEncoder, TransparentDecoder
 from strata.networks.unet import UNet, timestep_embedding
@@ -125,3 +126,20 @@ def test_a_fresh_offset_encoder_adds_nothing():
     assert (OffsetEncoder()(torch.rand(1, 4, 32, 48)) == 0).all() and OffsetEncoder()(
         torch.rand(1, 4, 32, 48)
     ).shape == (1, 4, 4, 6)
+
+
+def test_a_fresh_alignment_changes_nothing_and_reads_all_it_is_given():
+    torch.manual_seed(0)
+    network = Alignment((4, 8, 16))
+    image, alpha, layer = torch.rand(2, 3, 13, 18), torch.rand(2, 1, 13, 18), torch.rand(2, 3, 13, 18)
+    assert torch.equal(network(image, alpha, layer), layer)
+    with torch.no_grad():
+        network.last.weight.normal_(std=0.5)
+    before = network(image, alpha, layer)
+    for i, given in enumerate((image, alpha, layer)):
+        changed = [image, alpha, layer]
+        changed[i] = given.flip(-1)
+        assert (network(*changed) - before).abs().max() > 1e-3
+    # Sides that its levels do not divide are filled up and cut off again.
+    whole = [nn.functional.pad(part, (0, 2, 0, 3), mode="replicate") for part in (image, alpha, layer)]
+    assert torch.allclose(network(*whole)[..., :13, :18], before, rtol=0, atol=1e-6)

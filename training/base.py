@@ -1,0 +1,153 @@
+"""An inpainting model to fine-tune, read from its single file into diffusers' classes: Stable Diffusion 1.5 and 2, and
+the mini family's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from . import published, settings, text
+
+CONFIG = settings.PACK / "models_config" / "inpainting_bases.json"
+UNET = "model.diffusion_model."
+FIRST, CROSS = "input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+MINI = "Strata mini"
+INPAINT = "diffusion_models/strata_mini_inpaint.safetensors"
+LENGTH, BEGIN, END = 77, 49406, 49407  # CLIP's tokens
+
+
+@dataclass(frozen=True)
+class Base:
+    """unet: diffusers' UNet2DConditionModel with nine input channels. encode: [B,3,H,W] in 0..1 to latents as the UNet
+    sees them; decode: the way back. null: [1,77,D], the empty prompt's states.
+    """
+
+    family: str
+    unet: nn.Module
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    null: Tensor
+    licence: str
+
+
+def load(path: Path | None) -> Base:
+    """The mini family's inpainting model for None. Raises TrainingError with one sentence for a file that is not there,
+    damaged, or no inpainting checkpoint.
+    """
+    if path is None:
+        return _mini()
+    try:
+        state = {key: value.float() for key, value in load_file(path).items() if value.is_floating_point()}
+    except (OSError, SafetensorError) as error:
+        raise settings.TrainingError(
+            f"base: {path} cannot be read ({error}); give a .safetensors checkpoint."
+        ) from error
+    if f"{UNET}{FIRST}" not in state:
+        raise settings.TrainingError(
+            f"base: {path} holds no UNet under {UNET}*; give the whole checkpoint of an inpainting model, with its "
+            "autoencoder and text encoder."
+        )
+    family, entry = _family(path, state)
+    autoencoder = _autoencoder(path, state)
+    scale = autoencoder.config.scaling_factor
+
+    def encode(images: Tensor) -> Tensor:
+        return autoencoder.encode(images * 2 - 1).latent_dist.mean * scale
+
+    def decode(latents: Tensor) -> Tensor:
+        return autoencoder.decode(latents / scale).sample / 2 + 0.5
+
+    return Base(
+        family, _unet(state, entry["unet"]), encode, decode, _null(path, state, entry["text"]), entry["licence"]
+    )
+
+
+def _mini() -> Base:
+    encoder, autoencoder = published.checkpoint()
+    state, _ = published.read(settings.MODELS / INPAINT)
+    entry = json.loads(CONFIG.read_text())[MINI]
+    with torch.no_grad():
+        null = encoder.encode(text.rows([""]))
+    unet = _unet({f"{UNET}{key}": value for key, value in state.items()}, entry["unet"])
+    return Base(MINI, unet, autoencoder.encode, autoencoder.decode, null, entry["licence"])
+
+
+def _family(path: Path, state: dict[str, Tensor]) -> tuple[str, dict]:
+    """The entry of models_config whose width, channels and text the weights have."""
+    channels, width = state[f"{UNET}{FIRST}"].shape[1], state[f"{UNET}{FIRST}"].shape[0]
+    context = state[f"{UNET}{CROSS}"].shape[1] if f"{UNET}{CROSS}" in state else None
+    bases = json.loads(CONFIG.read_text())
+    for family, entry in bases.items():
+        shape = entry["unet"]
+        if (width, context) == (shape["block_out_channels"][0], shape["cross_attention_dim"]):
+            if channels != shape["in_channels"]:
+                raise settings.TrainingError(
+                    f"base: {path} has {channels} input channels and an inpainting model has {shape['in_channels']}; "
+                    f"give the inpainting checkpoint of {family}."
+                )
+            return family, entry
+    raise settings.TrainingError(
+        f"base: {path} is none of {', '.join(bases)}; give an inpainting model of one of them."
+    )
+
+
+def _unet(state: dict[str, Tensor], shape: dict) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    unet = UNet2DConditionModel(**shape)
+    unet.load_state_dict(convert_ldm_unet_checkpoint(dict(state), unet.config))
+    return unet.eval().requires_grad_(False)
+
+
+def _autoencoder(path: Path, state: dict[str, Tensor]) -> nn.Module:
+    from diffusers import AutoencoderKL
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    autoencoder = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+    )
+    _fill(autoencoder, convert_ldm_vae_checkpoint(state, autoencoder.config), path, "autoencoder")
+    return autoencoder.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _null(path: Path, state: dict[str, Tensor], shape: dict) -> Tensor:
+    """[1,77,D]: the empty prompt's states, from the checkpoint's own text encoder."""
+    from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_open_clip_checkpoint
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    shape = dict(shape)
+    padding = shape.pop("pad_token_id", END)  # Stable Diffusion 2 fills up with "!"
+    encoder = CLIPTextModel(CLIPTextConfig(**shape, bos_token_id=BEGIN, eos_token_id=END, pad_token_id=padding))
+    if any(key.startswith("cond_stage_model.model.") for key in state):
+        found = convert_open_clip_checkpoint(encoder, state)
+    else:
+        found = convert_ldm_clip_checkpoint(state)
+    known = encoder.state_dict()  # transformers 5 has dropped the prefix
+    found = {key if key in known else key.removeprefix("text_model."): value for key, value in found.items()}
+    _fill(encoder, {key: value for key, value in found.items() if key in known}, path, "text encoder")
+    tokens = torch.full((1, LENGTH), padding)
+    tokens[0, :2] = torch.tensor([BEGIN, END])
+    return encoder.eval()(tokens).last_hidden_state
+
+
+def _fill(network: nn.Module, state: dict[str, Tensor], path: Path, what: str) -> None:
+    missing, _ = network.load_state_dict(state, strict=False)
+    missing = [key for key in missing if not key.endswith("position_ids")]
+    if missing:
+        raise settings.TrainingError(
+            f"base: {path} lacks the {what}'s weights, such as {missing[0]}; give the whole checkpoint."
+        )

@@ -1,0 +1,322 @@
+"""Trains LayeringDiff on an inpainting model: FBDD's two denoisers as low-rank adapters with a new first convolution,
+then the networks that align high frequencies, on samples of the finished FBDD.
+
+Runs lie in the folders background, foreground and alignment below the given one, and are trained one after another.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..networks import decomposer
+from ..networks.alignment import Alignment
+from ..scenes import renderer
+from ..techniques import diffusion as formulas
+from ..techniques import layering
+from ..techniques.transparency import extend_colours
+from . import base as bases
+from . import data, loop, sampling, settings
+
+CHECK = 32  # the last pairs are kept for validation
+FIRST = 256  # pairs that the first step draws from
+FACTOR = 8
+AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Batch:
+    """image, foreground, background: latents [B,4,h,w]; alpha: [B,1,H,W]."""
+
+    image: Tensor
+    foreground: Tensor
+    background: Tensor
+    alpha: Tensor
+
+
+class Pairs(data.ScenePool):
+    """Pair i of a foreground without its shadow and everything behind it, with their composite: images [3,S,S,3] and
+    alpha [S,S] as bytes, and the images' latents, kept on disk when first asked for.
+    """
+
+    def __init__(self, folder: Path, base: bases.Base, count: int, side: int, kind: str):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.base, self.count, self.side = base, count, side
+        name = f"pairs-{data.RENDERER}-{kind}-{side}-{count}"
+        size = side // FACTOR
+        self.latents = self._open(folder / f"{name}.latents", (count, 3, 4, size, size), np.float16)
+        self.pixels = self._open(folder / f"{name}.pixels", (count, side, side, 10))
+        self.ready = self._open(folder / f"{name}.ready", (count,))
+
+    def images(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Foreground and background [S,S,3], and alpha [S,S]; colours run on where the foreground is transparent."""
+        scene = renderer.render(renderer.Request(train=True), self.side, self.side, index)
+        front, behind = scene.objects[-1], scene.background
+        for shown in scene.objects[:-1]:
+            behind = renderer.over(shown.rgba, renderer.over(shown.shadow, behind))
+        behind = renderer.over(front.shadow, behind)
+        return front.rgba[..., :3], behind, front.rgba[..., 3]
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        missing = [int(i) for i in np.unique(indices) if not self.ready[i]]
+        for start in range(0, len(missing), AT_ONCE):
+            self._make(missing[start : start + AT_ONCE])
+        latents = torch.from_numpy(self.latents[indices]).float().unbind(1)
+        return Batch(*latents, torch.from_numpy(self.pixels[indices][..., 9]).float()[:, None] / 255)
+
+    def pictures(self, indices: np.ndarray) -> tuple[Tensor, ...]:
+        """Composite, foreground and background [B,3,S,S] and alpha [B,1,S,S], in 0..1."""
+        self.batch(indices)
+        values = rearrange(torch.from_numpy(self.pixels[indices]), "b h w c -> b c h w").float() / 255
+        return tuple(values.split([3, 3, 3, 1], 1))
+
+    @torch.no_grad()
+    def _make(self, indices: list[int]) -> None:
+        front, behind, alpha = (
+            torch.from_numpy(np.stack(part)) for part in zip(*map(self.images, indices), strict=True)
+        )
+        front, behind = (rearrange(part, "b h w c -> b c h w") for part in (front, behind))
+        # Kept as bytes: what is encoded is the same, so that copies of visible pixels are exact.
+        alpha = (alpha[:, None] * 255).round() / 255
+        front = extend_colours(front, alpha)
+        parts = [layering.composite(front, behind, alpha), front, behind]
+        parts = [(part.clamp(0, 1) * 255).round() / 255 for part in parts]
+        for part, place in zip(parts, range(3), strict=True):
+            self.latents[indices, place] = self.base.encode(part).cpu().numpy()
+        pixels = torch.cat([*parts, alpha], 1) * 255
+        self.pixels[indices] = rearrange(pixels, "b c h w -> b h w c").round().byte().numpy()
+        self.ready[indices] = 1
+
+
+class FolderPairs(Pairs):
+    """Random pairs of a user's own files: RGBA images over images, short side to `side` and cut in the middle."""
+
+    def __init__(self, folder: Path, base: bases.Base, count: int, side: int, foregrounds: Path, backgrounds: Path):
+        self.files = [_images(one, name) for one, name in ((foregrounds, "foregrounds"), (backgrounds, "backgrounds"))]
+        super().__init__(folder, base, count, side, f"{foregrounds.name}-{backgrounds.name}-{base.family}")
+
+    def images(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(index)
+        front, behind = (self._read(files[rng.integers(len(files))]) for files in self.files)
+        return front[..., :3], behind[..., :3], front[..., 3]
+
+    def _read(self, path: Path) -> np.ndarray:
+        from PIL import Image, ImageOps
+
+        with Image.open(path) as file:
+            image = ImageOps.fit(
+                ImageOps.exif_transpose(file).convert("RGBA"), (self.side,) * 2, Image.Resampling.BICUBIC
+            )
+        return np.asarray(image, np.float32) / 255
+
+
+def _images(folder: Path, option: str) -> list[Path]:
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".png", ".webp", ".jpg", ".jpeg"))
+    if not found:
+        raise settings.TrainingError(f"--{option}: {folder} has no PNG, WebP or JPEG files; give another folder.")
+    return found
+
+
+class Denoiser(nn.Module):
+    """FBDD's network of one layer: the base, frozen, with low-rank terms and a first convolution of 72 channels."""
+
+    def __init__(self, base: bases.Base, layer: str, rank: int):
+        from peft import LoraConfig, inject_adapter_in_model
+
+        super().__init__()
+        self.layer = layer
+        unet = copy.deepcopy(base.unet).requires_grad_(False)
+        old = unet.conv_in
+        targets = [
+            name
+            for name, module in unet.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d) and module is not old
+        ]
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), unet)
+        unet.conv_in = nn.Conv2d(decomposer.CHANNELS, old.out_channels, 3, padding=1)
+        with torch.no_grad():
+            unet.conv_in.weight.copy_(decomposer.first_weight(old.weight))
+            unet.conv_in.bias.copy_(old.bias)
+        self.unet = unet
+        self.register_buffer("null", base.null, persistent=False)
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, image: Tensor, alpha: Tensor) -> Tensor:
+        """What the network says of noisy latents [B,4,h,w], given the image's [B,4,h,w] and alpha [B,1,H,W]."""
+        given = decomposer.condition(image, layering.alpha_cells(alpha), self.layer)
+        text = self.null.expand(len(noisy), -1, -1)
+        return self.unet(torch.cat([noisy, given], 1), timesteps, encoder_hidden_states=text).sample
+
+
+def loss_of(model: nn.Module, batch: Batch, layer: str, levels: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
+    """Squared error of the predicted v over all latents; a scalar.
+
+    levels: [timesteps], the share of variance left at each.
+    Source: layeringdiff, Sec. 3.4 (v-prediction loss)
+    """
+    device, clean = next(model.parameters()).device, getattr(batch, layer)
+    timesteps = torch.from_numpy(rng.integers(0, len(levels), len(clean)))
+    noise = torch.from_numpy(rng.standard_normal(clean.shape, np.float32))
+    noisy = formulas.add_noise(clean, noise, levels[timesteps])
+    predicted = model(*(part.to(device) for part in (noisy, timesteps, batch.image, batch.alpha)))
+    error = (predicted - formulas.v_target(clean, noise, levels[timesteps]).to(device)).square().mean()
+    return {"loss": error}
+
+
+@torch.no_grad()
+def sample(model: nn.Module, image: Tensor, alpha: Tensor, steps: int = 10, seed: int = 0) -> Tensor:
+    """A layer's latents [B,4,h,w] for images [B,4,h,w] and alphas [B,1,H,W]."""
+    levels = formulas.noise_levels()
+    device = next(model.parameters()).device
+    image, alpha = image.to(device), alpha.to(device)
+
+    def noise(latent: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
+        v = model(latent, torch.full((len(latent),), timestep, device=device), image, alpha)
+        found = formulas.noise_of_v(latent, v, levels[timestep])
+        return found, found
+
+    start = torch.randn(image.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    return sampling.ddim(noise, start, steps, guidance=1.0)
+
+
+class Aligned(nn.Module):
+    """FAN and BAN in one module, as one run trains them."""
+
+    def __init__(self, widths: list[int]):
+        super().__init__()
+        self.foreground, self.background = Alignment(widths), Alignment(widths)
+
+    def forward(self, image: Tensor, alpha: Tensor, foreground: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
+        return self.foreground(image, alpha, foreground), self.background(image, alpha, background)
+
+
+def losses(config: dict, found: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor], decoded: Tensor, alpha: Tensor):
+    """What trains both alignments, and its parts. found, truth: foreground and background [B,3,H,W]; decoded: what
+    FBDD made of the background; alpha: [B,1,H,W].
+
+    Source: layeringdiff, Eq. 2
+    Source: layeringdiff, Sec. 3.4 (L_FAN)
+    """
+    terms = {
+        "foreground": layering.foreground_loss(found[0], truth[0], alpha),
+        "background": layering.background_loss(found[1], truth[1], decoded, config["detail_weight"]),
+    }
+    return {"loss": sum(terms.values()), **terms}
+
+
+def train(config: dict, folder: Path, minutes: float | None, save_every: float) -> nn.Module:
+    base = bases.load(Path(config["base"]) if config["base"] else None)
+    root = folder.parent / "scenes"
+    if config["foregrounds"] or config["backgrounds"]:
+        if not (config["foregrounds"] and config["backgrounds"]):
+            raise settings.TrainingError("--foregrounds and --backgrounds belong together; give both.")
+        pairs: Pairs = FolderPairs(
+            root, base, config["pairs"], config["side"], Path(config["foregrounds"]), Path(config["backgrounds"])
+        )
+    else:
+        pairs = Pairs(root, base, config["pairs"], config["side"], base.family.replace(" ", "-"))
+    trained = {
+        layer: _denoiser(config, base, pairs, layer, folder / layer, minutes, save_every)
+        for layer in reversed(decomposer.LAYERS)
+    }
+    return _alignment(config, base, pairs, trained, folder / "alignment", minutes, save_every)
+
+
+def _denoiser(config, base, pairs, layer, folder, minutes, save_every) -> Denoiser:
+    levels, last = formulas.noise_levels(), np.arange(config["pairs"] - CHECK, config["pairs"])
+    run = {key: value for key, value in config.items() if not key.startswith("alignment")} | {"layer": layer}
+
+    def loss(model, step, rank):
+        rng = np.random.default_rng((config["seed"], step, rank))
+        # More and more pairs: encoding all of them first would take as long as a thousand steps.
+        known = min(config["pairs"] - CHECK, FIRST + int(config["pairs_per_step"] * step))
+        return loss_of(model, pairs.batch(rng.integers(0, known, config["batch"])), layer, levels, rng)
+
+    @torch.no_grad()
+    def validate(model, step):
+        batch = pairs.batch(last)
+        report = {"error": loss_of(model, batch, layer, levels, np.random.default_rng(0))["loss"].item()}
+        truth = dict(zip(("image", "foreground", "background", "alpha"), pairs.pictures(last), strict=True))
+        made = base.decode(sample(model, batch.image, batch.alpha, config["sampling_steps"]).cpu()).clamp(0, 1)
+        seen = truth["alpha"] if layer == "foreground" else 1 - truth["alpha"]
+        wrong = (made - truth[layer]).abs().mean(1, keepdim=True)
+        for name, part in (("seen", seen > 0.95), ("hidden", seen < 0.05)):
+            report[name] = (wrong * part).sum().item() / max(1, part.sum().item())
+        loop.save_grid(folder / "grid.png", torch.cat([truth["image"][:8], made[:8], truth[layer][:8]]), 8)
+        print(f"step {step}: " + "  ".join(f"{key} {value:.4g}" for key, value in report.items()), flush=True)
+        return report
+
+    torch.manual_seed(config["seed"])
+    return loop.fit(Denoiser(base, layer, config["rank"]), loss, validate, run, folder, minutes, save_every)
+
+
+class Samples:
+    """What the finished FBDD makes of each pair: decoded foreground and background as bytes, made once."""
+
+    def __init__(self, folder: Path, base: bases.Base, pairs: Pairs, trained: dict[str, Denoiser], steps: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.base, self.pairs, self.trained, self.steps = base, pairs, trained, steps
+        shape = (pairs.count, pairs.side, pairs.side, 6)
+        self.pixels = pairs._open(folder / "samples.pixels", shape)
+        self.ready = pairs._open(folder / "samples.ready", (pairs.count,))
+
+    def batch(self, indices: np.ndarray) -> Tensor:
+        """[B,6,S,S] in 0..1: foreground, then background."""
+        missing = np.array([int(i) for i in np.unique(indices) if not self.ready[i]])
+        for part in np.split(missing, range(AT_ONCE, len(missing), AT_ONCE)) if len(missing) else []:
+            batch = self.pairs.batch(part)
+            made = [
+                self.base.decode(sample(self.trained[layer], batch.image, batch.alpha, self.steps, int(part[0])).cpu())
+                for layer in decomposer.LAYERS
+            ]
+            values = rearrange(torch.cat(made, 1).clamp(0, 1) * 255, "b c h w -> b h w c")
+            self.pixels[part], self.ready[part] = values.round().byte().numpy(), 1
+        return data.to_tensor(self.pixels[indices])
+
+
+def _alignment(config, base, pairs, trained, folder, minutes, save_every) -> nn.Module:
+    samples = Samples(folder, base, pairs, trained, config["sampling_steps"])
+    count, crop = config["alignment_pairs"], config["alignment_crop"]
+    run = {key: value for key, value in config.items() if key.startswith("alignment")} | {
+        key: config[key]
+        for key in ("base", "side", "detail_weight", "sampling_steps", "seed", "ema", "optimizer", "warmup")
+    }
+    run |= {"steps": config["alignment_steps"], "learning_rate": config["alignment_learning_rate"]}
+    run |= {"final_learning_rate": config["final_learning_rate"]}
+    last = np.arange(config["pairs"] - CHECK, config["pairs"])
+
+    def given(indices: np.ndarray) -> list[Tensor]:
+        """Image, foreground, background and alpha, then the decoded foreground and background."""
+        return [*pairs.pictures(indices), *samples.batch(indices).chunk(2, 1)]
+
+    def loss(model, step, rank):
+        rng = np.random.default_rng((config["seed"], step, rank))
+        device = next(model.parameters()).device
+        parts = given(rng.integers(0, count, config["alignment_batch"]))
+        top, left = rng.integers(0, config["side"] - crop + 1, 2)
+        cut = [part[..., top : top + crop, left : left + crop].to(device) for part in parts]
+        image, *truth, alpha = cut[:4]
+        return losses(config, model(image, alpha, *cut[4:]), truth, cut[5], alpha)
+
+    @torch.no_grad()
+    def validate(model, step):
+        image, front, behind, alpha, *decoded = given(last)
+        device = next(model.parameters()).device
+        found = [part.cpu().clamp(0, 1) for part in model(*(one.to(device) for one in (image, alpha, *decoded)))]
+        report = {}
+        for name, made, raw, true, seen in zip(
+            decomposer.LAYERS, found, decoded, (front, behind), (alpha, 1 - alpha), strict=True
+        ):
+            for which, one in (("decoded", raw), ("aligned", made)):
+                report[f"{name} {which}"] = (((one - true).abs() * seen).mean() / seen.mean()).item()
+        loop.save_grid(folder / "grid.png", torch.cat([image[:8], *(part[:8] for part in found)]), 8)
+        print(f"step {step}: " + "  ".join(f"{key} {value:.4g}" for key, value in report.items()), flush=True)
+        return report
+
+    torch.manual_seed(config["seed"])
+    return loop.fit(Aligned(config["alignment_widths"]), loss, validate, run, folder, minutes, save_every)
