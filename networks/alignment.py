@@ -45,7 +45,7 @@ class Alignment(nn.Module):
         height, width = layer.shape[-2:]
         padding = (0, -width % self.multiple, 0, -height % self.multiple)
         x = F.pad(torch.cat([image, alpha, layer], 1), padding, mode="replicate")
-        kept = []
+        kept: list[Tensor] = []
         for stage in self.down:
             x = stage(x if not kept else F.avg_pool2d(x, 2))
             kept.append(x)

@@ -82,7 +82,7 @@ def high_frequency_loss(prediction: Tensor, reference: Tensor, scales: int = 3) 
     Differs: N_s counts the values of a scale, pixels times channels, as the mean squared error beside it does.
     """
     bands = zip(haar_bands(prediction, scales), haar_bands(reference, scales), strict=True)
-    return sum((one - other).square().mean((0, 1, 3, 4)).sum() for one, other in bands)
+    return torch.stack([(one - other).square().mean((0, 1, 3, 4)).sum() for one, other in bands]).sum()
 
 
 def background_loss(prediction: Tensor, truth: Tensor, decoded: Tensor, weight: float = 0.2) -> Tensor:

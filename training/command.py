@@ -29,8 +29,8 @@ TRAINERS = {
     "published checkpoint.",
     "flux_fill": "A model in Flux's structure that paints an object with its shadow into a box, or a whole image, "
     "from words; needs the published checkpoint.",
-    "layeringdiff": "What takes an image apart into foreground and background: two adapters of an inpainting model, and "
-    "networks that align details.",
+    "layeringdiff": "What takes an image apart into foreground and background: two adapters of an inpainting model, "
+    "and networks that align details.",
 }
 # Trainers that are another one's code with another config.
 MODULES = {

@@ -4,7 +4,6 @@ import comfy.sd
 import pytest
 import torch
 from mini_models import MODELS
-from safetensors.torch import save_file
 from strata.networks import decomposer as networks
 from strata.networks.alignment import Alignment
 from strata.patches import decomposer, mini_family
