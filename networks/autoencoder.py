@@ -61,7 +61,7 @@ def with_alpha(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of an autoencoder of colours with a fourth channel that it does not see, and that it decodes as
     opaque.
 
-    Source: bfs, Sec. 3.2 (the RGBA autoencoder's start is AlphaVAE's: new input 0, new output 0 with bias 1)
+    Source: alphavae, the start from an autoencoder of colours: new input 0, new output 0 with bias 1
     """
     first, last = "taesd_encoder.0.weight", f"taesd_decoder.{LAST}"
     state = dict(state)

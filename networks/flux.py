@@ -14,7 +14,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 PATCH = 2  # latent pixels that make a token, in each direction
-CELL = 8  # pixels of a mask that make a latent pixel, in each direction
 
 # The host's name of a layer, and diffusers' names of what it holds, one above the other where there are several.
 LAYERS = {
@@ -114,14 +113,6 @@ def pack(latent: Tensor) -> Tensor:
 def unpack(tokens: Tensor, rows: int) -> Tensor:
     """The way back from pack; rows: of tokens."""
     return rearrange(tokens, "b (h w) (c down across) -> b c (h down) (w across)", h=rows, down=PATCH, across=PATCH)
-
-
-def mask_cells(mask: Tensor) -> Tensor:
-    """[B,H,W], sides multiples of 8 -> [B,64,H/8,W/8]: the pixels under each latent pixel as channels.
-
-    Source: bfs, Sec. 3.1 (the mask's packing is Flux-Fill's)
-    """
-    return rearrange(mask, "b (h down) (w across) -> b (down across) h w", down=CELL, across=CELL)
 
 
 def host_form(state: dict[str, Tensor]) -> dict[str, Tensor]:

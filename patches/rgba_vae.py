@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..networks.autoencoder import LAST
 from ..techniques.transparency import extend_colours
 from . import layer_files
 
 KIND = "vae"
 SHIPPED = "strata_mini_rgba.safetensors"
 # The layer that an image enters by, and the one that it leaves by: TAESD's layout, and the KL autoencoder's.
-ENDS = (("taesd_encoder.0", "taesd_decoder.19"), ("encoder.conv_in", "decoder.conv_out"))
+ENDS = (("taesd_encoder.0", f"taesd_decoder.{LAST}"), ("encoder.conv_in", "decoder.conv_out"))
 
 
 class RGBAVAE(comfy.sd.VAE):

@@ -74,7 +74,7 @@ def shifted_sigmas(steps: int, mu: float) -> Tensor:
 def euler_step(latent: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
     """The latent at next_sigma from the velocity at sigma, scalars in 0..1.
 
-    Source: bfs, Sec. 4 (Euler steps of flow matching)
+    Source: bfs, inference (the flow-matching Euler sampler)
     """
     return latent + (next_sigma - sigma) * velocity
 

@@ -22,7 +22,8 @@ def composite(foreground: Tensor, background: Tensor, alpha: Tensor) -> Tensor:
 
 
 def alpha_cells(alpha: Tensor) -> Tensor:
-    """[B,1,H,W], sides multiples of 8 -> [B,64,H/8,W/8]: the pixels under each latent pixel as channels, row by row.
+    """[B,1,H,W], sides multiples of 8 -> [B,64,H/8,W/8]: the pixels under each latent pixel as channels, row by row,
+    as Flux-Fill packs its mask too.
 
     Source: layeringdiff, Sec. 3.3 (pixel unshuffle)
     """

@@ -9,16 +9,15 @@ import tempfile
 from pathlib import Path
 
 import torch
-from mini_models import LAYER_MODEL, MODELS
+from mini_models import LAYER_MODEL
 from strata.networks.autoencoder import Autoencoder
 from strata.networks.transparency import OffsetEncoder, TransparentDecoder
 from strata.techniques.transparency import median_of_passes
 from strata.training import published, settings
-from strata.training.autoencoder import Joined
 from strata.training.cutouts import CutOuts, hidden
-from strata.training.rgba_autoencoder import Check
+from strata.training.rgba_autoencoder import Check, build
 
-COUNT, SAMPLE = 64, 0  # tests/training/test_published.py checks the file
+COUNT, SAMPLE = 64, 0
 CLAIMS = [("RGBA autoencoder", "transparency pair", figure) for figure in ("iou", "shadow", "composite")]
 FIRST = 2 * 10**9  # behind the scenes of training and of its watching
 
@@ -55,9 +54,7 @@ class Pair:
 @torch.no_grad()
 def measure(seeds: range) -> dict[str, dict[str, list[float]]]:
     colours = published.checkpoint()[1]
-    state, _ = published.read(MODELS / "vae" / "strata_mini_rgba.safetensors")
-    model = Joined(image_channels=4)
-    model.load_state_dict({key: state[key] for key in model.state_dict()})
+    model = build("published")
     with tempfile.TemporaryDirectory() as folder:
         pools = [
             CutOuts(Path(folder), 1, 128, (0.45, 0.85)),

@@ -20,7 +20,6 @@ CONFIG = settings.PACK / "models_config" / "inpainting_bases.json"
 UNET = "model.diffusion_model."
 FIRST, CROSS = "input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 MINI = "Strata mini"
-INPAINT = "diffusion_models/strata_mini_inpaint.safetensors"
 LENGTH, BEGIN, END = 77, 49406, 49407  # CLIP's tokens
 
 
@@ -72,7 +71,7 @@ def load(path: Path | None) -> Base:
 
 def _mini() -> Base:
     encoder, autoencoder = published.checkpoint()
-    state, _ = published.read(settings.MODELS / INPAINT)
+    state, _ = published.read(settings.MODELS / published.INPAINT)
     entry = json.loads(CONFIG.read_text())[MINI]
     with torch.no_grad():
         null = encoder.encode(text.rows([""]))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..scenes import renderer
 
+FIRST = 256  # scenes that the first step of a run draws from, where their number grows
 RENDERER = 1  # raise when the renderer's pictures change: kept pictures of another number are not used
 
 
@@ -33,6 +34,13 @@ class Labels(NamedTuple):
 
     places: np.ndarray
     objects: np.ndarray
+
+
+def known_at(step: int, count: int, per_step: float) -> int:
+    """How many scenes of a pool a step draws from: more and more, since encoding all of them first would take as long
+    as a thousand steps.
+    """
+    return min(count, FIRST + int(per_step * step))
 
 
 class ScenePool:

@@ -64,15 +64,15 @@ def _latents_as_they_are(prefix: str) -> dict[str, Tensor]:
 
 # See export.save.
 FP8 = {
-    "checkpoints/strata_mini_sd.safetensors": UNET,
-    "diffusion_models/strata_mini_inpaint.safetensors": "",
-    "diffusion_models/strata_mini_flux_fill.safetensors": "",
+    published.CHECKPOINT: UNET,
+    published.INPAINT: "",
+    published.FLUX_FILL: "",
 }
 FILES = {  # trainer, file, weights
-    "checkpoints/strata_mini_sd.safetensors": ("diffusion", checkpoint),
-    "diffusion_models/strata_mini_inpaint.safetensors": ("inpaint", inpainting_unet),
-    "vae/strata_mini_rgba.safetensors": ("rgba_autoencoder", rgba_autoencoder),
-    "diffusion_models/strata_mini_flux_fill.safetensors": (
+    published.CHECKPOINT: ("diffusion", checkpoint),
+    published.INPAINT: ("inpaint", inpainting_unet),
+    published.RGBA: ("rgba_autoencoder", rgba_autoencoder),
+    published.FLUX_FILL: (
         "flux_fill",
         lambda root: flux.host_form(_trained(root / "flux_fill")),
     ),

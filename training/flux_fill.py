@@ -19,10 +19,10 @@ from ..networks.autoencoder import Autoencoder
 from ..networks.text_to_image import TextToImage
 from ..scenes import renderer
 from ..techniques import diffusion as formulas
+from ..techniques import layering
 from . import data, latents, loop, oracle, published, sampling, settings, text
 
 CHECK = 64  # the last scenes of the pool are kept for validation
-FIRST = 256  # scenes that the first step draws from
 EMPTY_EVERY = 12  # of so many scenes one has no object
 OBJECT, BOX, EVERYTHING = range(3)  # what a hole is
 SHARES = (0.7, 0.1, 0.2)  # of the holes in scenes with objects
@@ -56,22 +56,18 @@ class Hole:
 
 
 class Words:
-    """Prompts as the published text encoder's states, each encoded once."""
+    """Prompts as the published text encoder's states."""
 
     def __init__(self, encoder: TextToImage, tokens: int):
-        self.encoder, self.tokens, self.known = encoder, tokens, {}
+        self.encoder, self.tokens = encoder, tokens
 
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """[B,T,D] of the first T tokens, and [B,D] of the end token."""
-        missing = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self.known))
-        if missing:
-            rows = text.rows(missing)
-            states = self.encoder.encode(rows)
-            ends = (rows == len(text.token_ids()) - 1).int().argmax(1)  # the end token has the highest number
-            for prompt, state, end in zip(missing, states, ends, strict=True):
-                self.known[prompt] = state[: self.tokens], state[end]
-        return tuple(torch.stack(part) for part in zip(*(self.known[prompt] for prompt in prompts), strict=True))
+        rows = text.rows(prompts)
+        states = self.encoder.encode(rows)
+        ends = (rows == len(text.token_ids()) - 1).int().argmax(1)  # the end token has the highest number
+        return states[:, : self.tokens], states[torch.arange(len(rows)), ends]
 
 
 class FillPool(data.ScenePool):
@@ -118,7 +114,7 @@ class FillPool(data.ScenePool):
         # A graph without an image gives zeros in its place.
         bare = torch.tensor([self.boxes[i][4] == EVERYTHING and (i + draw) % 2 == 0 for i in indices])
         given[bare] = 0
-        cells = flux.mask_cells(mask)
+        cells = layering.alpha_cells(mask[:, None])
         prompts = [self.words(int(i), draw) for i in indices]
         return Batch(values[:, :4], torch.cat([given, cells], 1), cells.mean(1, keepdim=True), prompts)
 
@@ -251,8 +247,7 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
 
     def loss(model, step, rank):
         rng = np.random.default_rng((config["seed"], step, rank))
-        # More and more scenes: encoding all of them first would take as long as a thousand steps.
-        known = min(config["scenes"] - CHECK, FIRST + int(config["scenes_per_step"] * step))
+        known = data.known_at(step, config["scenes"] - CHECK, config["scenes_per_step"])
         chosen = rng.integers(0, known, config["batch"])
         return loss_of(model, pool.batch(chosen, step), words, config, rng)
 

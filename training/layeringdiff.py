@@ -25,7 +25,6 @@ from . import base as bases
 from . import data, loop, sampling, settings
 
 CHECK = 32  # the last pairs are kept for validation
-FIRST = 256  # pairs that the first step draws from
 FACTOR = 8
 AT_ONCE = 8
 
@@ -233,8 +232,7 @@ def _denoiser(config, base, pairs, layer, folder, minutes, save_every) -> Denois
 
     def loss(model, step, rank):
         rng = np.random.default_rng((config["seed"], step, rank))
-        # More and more pairs: encoding all of them first would take as long as a thousand steps.
-        known = min(config["pairs"] - CHECK, FIRST + int(config["pairs_per_step"] * step))
+        known = data.known_at(step, config["pairs"] - CHECK, config["pairs_per_step"])
         return loss_of(model, pairs.batch(rng.integers(0, known, config["batch"])), layer, levels, rng)
 
     @torch.no_grad()

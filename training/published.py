@@ -16,6 +16,7 @@ from ..networks.text_to_image import TextToImage
 from . import settings, text
 
 CHECKPOINT = "checkpoints/strata_mini_sd.safetensors"
+INPAINT = "diffusion_models/strata_mini_inpaint.safetensors"
 RGBA = "vae/strata_mini_rgba.safetensors"
 FLUX_FILL = "diffusion_models/strata_mini_flux_fill.safetensors"
 

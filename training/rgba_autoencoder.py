@@ -17,6 +17,7 @@ from ..networks.autoencoder import Autoencoder, with_alpha
 from ..scenes import renderer
 from ..techniques import losses as formulas
 from ..techniques import metrics
+from ..techniques.layering import composite
 from . import data, loop, published, settings
 from .autoencoder import Joined
 from .cutouts import HELD_OUT, CutOuts, checkerboard
@@ -40,7 +41,7 @@ def build(start: str | None = None) -> Joined:
 
 def over(rgba: Tensor, below: Tensor) -> Tensor:
     """[B,4,H,W] laid over [B,3,H,W] of opaque images."""
-    return rgba[:, :3] * rgba[:, 3:] + below * (1 - rgba[:, 3:])
+    return composite(rgba[:, :3], below, rgba[:, 3:])
 
 
 def losses(

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from strata.networks import flux
 from strata.patches import mini_family
+from strata.techniques import layering
 
 from .test_mini_family import FLUX, detect, keys
 
@@ -122,7 +123,7 @@ def test_diffusers_and_the_host_predict_the_same(loaded, trained, size):
         concat_mask=mask,
     )
     assert conds["c_crossattn"].cond.shape[1] == mini_family.CONFIG["flux_tokens"]
-    given = torch.cat([image, flux.mask_cells(mask[:, 0])], 1)
+    given = torch.cat([image, layering.alpha_cells(mask)], 1)
     assert torch.equal(given, concat)
     found = loaded.model.apply_model(noisy, sigma, c_concat=concat, c_crossattn=conds["c_crossattn"].cond, y=pooled)
     tokens = text[:, : mini_family.CONFIG["flux_tokens"]]

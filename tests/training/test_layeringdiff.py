@@ -39,7 +39,7 @@ def mini():
 
 @torch.no_grad()
 def test_the_mini_base_is_the_published_inpainting_model_in_diffusers_class(mini):
-    state, _ = published.read(settings.MODELS / bases.INPAINT)
+    state, _ = published.read(settings.MODELS / published.INPAINT)
     family = settings.family()["unet"]
     plain = UNet(
         9,
