@@ -10,7 +10,9 @@ from strata.techniques.diffusion import (
     flow_velocity,
     noise_levels,
     noise_loss_weight,
+    noise_of_v,
     shifted_sigmas,
+    v_target,
 )
 
 
@@ -57,6 +59,22 @@ def test_perfect_noise_leads_back_to_the_picture_in_one_step():
     )
     found = ddim_step(add_noise(clean, noise, level[None]), noise, level, torch.tensor(1.0))
     assert torch.allclose(found, clean, rtol=0, atol=1e-12)
+
+
+def test_v_targets_are_the_schedulers_and_mean_its_noise():
+    from diffusers import DDPMScheduler
+
+    torch.manual_seed(0)
+    scheduler = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction"
+    )
+    clean, noise, times = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 400, 999])
+    levels = noise_levels()[times]
+    v = v_target(clean, noise, levels)
+    assert torch.allclose(v, scheduler.get_velocity(clean, noise, times), rtol=0, atol=1e-5)
+    noisy = scheduler.add_noise(clean, noise, times)
+    for one, predicted, level, drawn in zip(noisy, v, levels, noise, strict=True):
+        assert torch.allclose(noise_of_v(one, predicted, level), drawn, rtol=0, atol=1e-5)
 
 
 def test_noise_loss_weight_is_one_where_noise_prevails_and_falls_with_the_signal():
