@@ -10,6 +10,7 @@ from torch import Tensor
 LATENT, CELLS = 4, 64
 CHANNELS = 2 * LATENT + CELLS
 LAYERS = ("foreground", "background")
+NULL, ALIGNMENT = "null_prompt", "alignment"  # keys of a published file beside the layers'
 
 
 def first_weight(weight: Tensor) -> Tensor:
@@ -36,11 +37,12 @@ def condition(latent: Tensor, cells: Tensor, layer: str) -> Tensor:
 
 def published_form(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """What one layer's denoiser has learnt, of the weights of training/layeringdiff.py's Denoiser: the first
-    convolution, and low-rank terms by diffusers' names as PEFT calls them.
+    convolution and low-rank terms by diffusers' names as PEFT calls them, or all of it where there are none.
     """
     found = {}
+    low_rank = any(".lora_" in key for key in state)
     for key, value in state.items():
         name = key.removeprefix("unet.")
-        if name.startswith("conv_in.") or ".lora_" in name:
+        if not low_rank or name.startswith("conv_in.") or ".lora_" in name:
             found[name.replace(".default.", ".")] = value
     return found

@@ -2,11 +2,33 @@
 
 from comfy_api.latest import ComfyExtension
 
-from ..patches import mini_family
-from . import compositing, depth, fusion, generate, harmonize, layers_edit, layers_io, shared_layers, transparency
+from ..patches import decomposer, mini_family
+from . import (
+    compositing,
+    decompose,
+    depth,
+    fusion,
+    generate,
+    harmonize,
+    layers_edit,
+    layers_io,
+    shared_layers,
+    transparency,
+)
 
-mini_family.register()
-MODULES = (layers_io, layers_edit, depth, transparency, fusion, shared_layers, compositing, harmonize, generate)
+mini_family.register(decomposer.UNETS)
+MODULES = (
+    layers_io,
+    layers_edit,
+    depth,
+    transparency,
+    fusion,
+    shared_layers,
+    compositing,
+    harmonize,
+    generate,
+    decompose,
+)
 
 
 class StrataExtension(ComfyExtension):

@@ -450,7 +450,7 @@ class EstimateDepth(Node):
                 io.Image.Input("image", tooltip="The image whose depth is wanted."),
                 io.Combo.Input(
                     "model",
-                    depth_model.choices(),
+                    depth_model.FOLDERS.choices(),
                     tooltip="A folder below models/depth_estimation with config.json and weights.",
                 ),
             ],

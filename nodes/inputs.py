@@ -278,6 +278,7 @@ CHECKS = {
     "CLIP": _of_kind(("tokenize", "encode_from_tokens_scheduled"), "a text encoder"),
     "VAE": _of_kind(("encode", "decode", "first_stage_model"), "a VAE"),
     "STRATA_TRANSPARENCY": _of_kind(("part", "families"), "a file of Load transparency"),
+    "STRATA_DECOMPOSER": _of_kind(("layers", "alignment"), "a file of Load decomposer"),
     "STRATA_LAYER_MODULES": _of_kind(("describe", "family"), "a file of Load layer modules"),
 }
 

@@ -13,6 +13,7 @@ from . import inputs
 
 Layers = io.Custom("LAYERS")  # ComfyUI's own layer document, see techniques/layers.py
 Transparency = io.Custom("STRATA_TRANSPARENCY")  # one weight file of LayerDiffuse, see patches/transparency.py
+Decomposer = io.Custom("STRATA_DECOMPOSER")  # LayeringDiff's networks, see patches/decomposer.py
 LayerModules = io.Custom("STRATA_LAYER_MODULES")  # DreamLayer's trained modules, see patches/layer_modules.py
 Inversion = io.Custom("INVERSION")  # a picture's path to noise, see patches/inversion.py
 Planes = io.Custom("STRATA_PLANES")  # inversions with masks, back to front, see patches/feature_guidance.py

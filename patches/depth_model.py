@@ -7,41 +7,16 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
-import folder_paths
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-CONFIG = json.loads(
-    (Path(__file__).parent.parent / "models_config" / "depth_estimation.json").read_text(encoding="utf-8")
-)
-KIND = CONFIG["folder"]
+from . import pretrained
+
+CONFIG = json.loads((pretrained.CONFIG / "depth_estimation.json").read_text(encoding="utf-8"))
+FOLDERS = pretrained.Folders([CONFIG["folder"]], None, CONFIG["models"], "model")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-folder_paths.add_model_folder_path(KIND, str(Path(folder_paths.models_dir) / KIND))
-
-
-def choices() -> list[str]:
-    """Folders that hold a model, and the names of those that can be had."""
-    found = [
-        path.parent.name
-        for root in folder_paths.get_folder_paths(KIND)
-        for path in sorted(Path(root).glob("*/config.json"))
-    ]
-    return list(dict.fromkeys([*found, *(model["name"] for model in CONFIG["models"])]))
-
-
-def find(name: str) -> Path:
-    for root in folder_paths.get_folder_paths(KIND):
-        folder = Path(root) / name
-        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
-            return folder
-    url = next((model["url"] for model in CONFIG["models"] if model["name"] == name), CONFIG["models"][0]["url"])
-    raise ValueError(
-        f"model: config.json and model.safetensors of {name} are not in "
-        f"{Path(folder_paths.get_folder_paths(KIND)[0]) / name}; download them from {url} into that folder."
-    )
 
 
 def estimate(image: Tensor, name: str) -> Tensor:
@@ -51,12 +26,10 @@ def estimate(image: Tensor, name: str) -> Tensor:
     """
     from transformers import AutoModelForDepthEstimation
 
-    folder = find(name)
+    folder = FOLDERS.find(name)
     device = comfy.model_management.get_torch_device()
-    model = (
+    model = pretrained.on_card(
         AutoModelForDepthEstimation.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        .eval()
-        .to(device)
     )
     size = input_size(folder, *image.shape[1:3])
     progress = comfy.utils.ProgressBar(len(image))

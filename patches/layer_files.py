@@ -10,22 +10,25 @@ import folder_paths
 from safetensors import safe_open
 from torch import Tensor
 
-from . import layer_modules, transparency
+from . import decomposer, layer_modules, transparency
+from .decomposer import Decomposer
 from .layer_modules import LayerModules
 from .transparency import Transparency
 
 KIND = transparency.CONFIG["folder"]
 PUBLISHED = {file["name"]: file["url"] for file in transparency.CONFIG["files"]}
 SHIPPED = "strata_mini_dreamlayer.safetensors"
+DECOMPOSER = "strata_mini_layeringdiff.safetensors"
 WANTED = {
     Transparency: "weights of LayerDiffuse; choose one of the files that the help page names",
     LayerModules: f"layer modules of DreamLayer; choose {SHIPPED} or a file that python -m training dreamlayer made",
+    Decomposer: f"LayeringDiff's weights; choose {DECOMPOSER} or a file that python -m training layeringdiff made",
 }
 
 
 def choices(kind: type) -> list[str]:
     """The files of the folder, and the names of those that can be had: published ones, or the shipped one."""
-    known = PUBLISHED if kind is Transparency else [SHIPPED]
+    known = PUBLISHED if kind is Transparency else [DECOMPOSER if kind is Decomposer else SHIPPED]
     return list(dict.fromkeys([*folder_paths.get_filename_list(KIND), *known]))
 
 
@@ -43,18 +46,27 @@ def missing(name: str, kind: str = KIND) -> str | None:
     return f"file: {name} is not there; {do} {folder_paths.get_folder_paths(kind)[0]}."
 
 
-def load(name: str, kind: type) -> Transparency | LayerModules:
-    """The file's content. Raises ValueError with one sentence for a missing, damaged, unknown or other kind of file."""
-    found = recognise(name, read(name), of_this_pack(Path(folder_paths.get_full_path(KIND, name))))
+def load(name: str, kind: type, layer: str = "foreground") -> Transparency | LayerModules | Decomposer:
+    """The file's content. layer: what a decomposer's file with one nameless UNet is taken for. Raises ValueError with
+    one sentence for a missing, damaged, unknown or other kind of file.
+    """
+    weights = read(name)
+    found = recognise(name, weights, metadata(Path(folder_paths.get_full_path(KIND, name))), layer)
     if not isinstance(found, kind):
         raise ValueError(f"file: {name} is {found.describe()}, and this node takes {WANTED[kind]}.")
     return found
 
 
-def recognise(name: str, weights: dict[str, Tensor], own: bool = False) -> Transparency | LayerModules:
-    """own: written by this pack's trainers. Raises ValueError for weights that are none of the pack's kinds."""
+def recognise(
+    name: str, weights: dict[str, Tensor], metadata: dict[str, str], layer: str = "foreground"
+) -> Transparency | LayerModules | Decomposer:
+    """Raises ValueError for weights that are none of the pack's kinds."""
     if layer_modules.EMBEDDING in weights:
         return layer_modules.recognise(name, weights)
+    if decomposer.is_decomposer(weights):
+        return decomposer.recognise(name, weights, metadata, layer)
+    # The pack's own trainers put their command into a file: a pair for the mini family can have the published widths.
+    own = metadata.get("command", "").startswith("python -m training ")
     return transparency.recognise(name, weights, own)
 
 
@@ -72,11 +84,9 @@ def read(name: str, kind: str = KIND) -> dict[str, Tensor]:
     return {key: value for key, value in weights.items() if isinstance(value, Tensor)}
 
 
-def of_this_pack(path: Path) -> bool:
-    """Whether the pack's own trainers wrote the file, which put their command into it: a pair for the mini family can
-    have the published widths.
-    """
+def metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself."""
     if path.suffix != ".safetensors":
-        return False
+        return {}
     with safe_open(path, "pt") as file:
-        return (file.metadata() or {}).get("command", "").startswith("python -m training ")
+        return file.metadata() or {}

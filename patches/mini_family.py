@@ -5,6 +5,7 @@ model files lie.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -121,11 +122,11 @@ def all_token_rows(rows: Tensor, ids: Tensor) -> Tensor:
     return table
 
 
-def register() -> None:
-    """Put the family before ComfyUI's own models, once, and this pack's models folder behind the user's own, where
-    nothing is downloaded to.
+def register(further: Sequence[type] = ()) -> None:
+    """Put the family, and further models of this pack, before ComfyUI's own, once, and this pack's models folder behind
+    the user's own, where nothing is downloaded to.
     """
-    ours = [StrataMini, StrataMiniInpaint, StrataMiniFlux]
+    ours = [StrataMini, StrataMiniInpaint, StrataMiniFlux, *further]
     names = [model.__name__ for model in ours]  # by name: another copy of the pack, or a reload, has classes of its own
     known = comfy.supported_models.models
     known[:] = [*ours, *(model for model in known if model.__name__ not in names)]

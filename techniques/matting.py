@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 KNOWN, PRIOR = 100.0, 0.05
+MARGIN = 32  # pixels of what a trimap knows that the system sees around what it does not
 FILL = 8  # times as many values as the system has, at most, in its factor
 # Less than this of a layer is noise of the solution, which would leave specks of made-up colour in the layer behind.
 FAINT = 0.03
@@ -65,20 +66,42 @@ def matte(image: Tensor, mask: Tensor, width: int) -> Tensor:
     itself.
     """
     reach = max(1, round(width / 2))
-    inside, outside = _erode(mask, reach), _erode(1 - mask, reach)
-    unknown = (inside + outside) == 0
+    return _solved(image, mask, trimap_of(mask, reach) == 0.5, 2 * reach, PRIOR)
+
+
+def trimap_of(mask: Tensor, reach: int) -> Tensor:
+    """[H,W] of a mask [H,W] of 0 or 1: 0 or 1 where all within `reach` pixels is, a half between them.
+
+    Source: layeringdiff, Sec. 3.2 (the trimap of MatteAnything)
+    """
+    return (1 + _erode(mask, reach) - _erode(1 - mask, reach)) / 2
+
+
+def matte_of_trimap(image: Tensor, trimap: Tensor) -> Tensor:
+    """Alpha [H,W] of an image [H,W,3] where the trimap [H,W] is neither 0 nor 1.
+
+    Source: ours, closed-form matting (Levin et al. 2008, A closed-form solution to natural image matting) of pymatting.
+    """
+    return _solved(image, (trimap >= 1).to(trimap), (trimap > 0) & (trimap < 1), MARGIN, 0.0)
+
+
+def _solved(image: Tensor, mask: Tensor, unknown: Tensor, margin: int, prior: float) -> Tensor:
+    """The mask [H,W] with what is unknown solved, from the image and what is known within `margin` pixels. prior: the
+    weight that the mask keeps where it is unknown.
+    """
     if not unknown.any():
         return mask
     rows, columns = unknown.any(1).nonzero(), unknown.any(0).nonzero()
-    box = tuple(
-        slice(max(0, int(places[0]) - 2 * reach), int(places[-1]) + 2 * reach + 1) for places in (rows, columns)
-    )
+    box = tuple(slice(max(0, int(places[0]) - margin), int(places[-1]) + margin + 1) for places in (rows, columns))
     height, wide = unknown[box].shape
     scale = min(1.0, (MAX_SOLVED / (height * wide)) ** 0.5)
     size = (max(1, round(height * scale)), max(1, round(wide * scale)))
     known = _resize((~unknown[box]).to(mask)[..., None], size, "nearest-exact")[..., 0] > 0.5
     solved = _closed_form(
-        _numpy(_resize(image[box], size)), _numpy(_resize(mask[box][..., None], size)[..., 0]), known.cpu().numpy()
+        _numpy(_resize(image[box], size)),
+        _numpy(_resize(mask[box][..., None], size)[..., 0]),
+        known.cpu().numpy(),
+        prior,
     )
     alpha = _resize(torch.from_numpy(solved).to(image)[..., None], (height, wide))[..., 0].clamp(0, 1)
     refined = mask.clone()
@@ -102,14 +125,14 @@ def _keeping_threads(call: Callable) -> Callable:
 
 
 @_keeping_threads
-def _closed_form(image: np.ndarray, mask: np.ndarray, known: np.ndarray) -> np.ndarray:
+def _closed_form(image: np.ndarray, mask: np.ndarray, known: np.ndarray, prior: float) -> np.ndarray:
     """argmin of aᵀLa + Σ c (a − mask)², L the matting Laplacian, c strong where the mask is known and weak
     elsewhere.
     """
     pymatting = _pymatting()
     import scipy.sparse
 
-    trust = np.where(known.ravel(), KNOWN, PRIOR)
+    trust = np.where(known.ravel(), KNOWN, prior)
     system = (pymatting.cf_laplacian(image, is_known=known.ravel()) + scipy.sparse.diags(trust)).tocsc()
     # sized by the picture: pymatting's own reserves 4 GB of addresses, which machines that do not overcommit refuse
     preconditioner = pymatting.ichol(system, max_nnz=min(FILL * system.nnz, int(4e9 / 16)))
@@ -169,7 +192,7 @@ def _pymatting():
         import pymatting
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "refine_edges: matting needs the Python package pymatting, which is not installed; run 'pip install "
-            "pymatting' in ComfyUI's Python, or set refine_edges to off."
+            "refine_edges or method: matting needs the Python package pymatting, which is not installed; run 'pip "
+            "install pymatting' in ComfyUI's Python, or choose another way."
         ) from error
     return pymatting

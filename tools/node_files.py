@@ -16,7 +16,18 @@ import run
 LOCALE = host.PACK / "locales" / "en" / "nodeDefs.json"
 GOLDEN = host.PACK / "tests" / "server" / "object_info.json"
 # Inputs whose choices are what lies in a folder, or what this ComfyUI has.
-FROM_DISK = {"file", "model", "sampler_name", "scheduler"}
+FROM_DISK = {
+    "file",
+    "background_file",
+    "alignment_file",
+    "model",
+    "detector",
+    "segmenter",
+    "matting_model",
+    "transparent_things",
+    "sampler_name",
+    "scheduler",
+}
 
 
 def ours(object_info: dict) -> dict:

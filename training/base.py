@@ -5,6 +5,7 @@ the mini family's own.
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ LENGTH, BEGIN, END = 77, 49406, 49407  # CLIP's tokens
 @dataclass(frozen=True)
 class Base:
     """unet: diffusers' UNet2DConditionModel with nine input channels. encode: [B,3,H,W] in 0..1 to latents as the UNet
-    sees them; decode: the way back. null: [1,77,D], the empty prompt's states.
+    sees them, on the card where there is one; decode: the way back. null: [1,77,D], the empty prompt's states.
     """
 
     family: str
@@ -44,10 +45,11 @@ def load(path: Path | None) -> Base:
     if path is None:
         return _mini()
     try:
-        state = {key: value.float() for key, value in load_file(path).items() if value.is_floating_point()}
-    except (OSError, SafetensorError) as error:
+        state = {key: value.float() for key, value in _stored(path).items() if value.is_floating_point()}
+    except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError) as error:
+        reason = str(error).split("\n")[0][:160]
         raise settings.TrainingError(
-            f"base: {path} cannot be read ({error}); give a .safetensors checkpoint."
+            f"base: {path} cannot be read ({reason}); give a .safetensors or .ckpt checkpoint."
         ) from error
     if f"{UNET}{FIRST}" not in state:
         raise settings.TrainingError(
@@ -55,18 +57,27 @@ def load(path: Path | None) -> Base:
             "autoencoder and text encoder."
         )
     family, entry = _family(path, state)
-    autoencoder = _autoencoder(path, state)
+    card = device()
+    autoencoder = _autoencoder(path, state).to(card)
     scale = autoencoder.config.scaling_factor
 
     def encode(images: Tensor) -> Tensor:
-        return autoencoder.encode(images * 2 - 1).latent_dist.mean * scale
+        return autoencoder.encode(images.to(card) * 2 - 1).latent_dist.mean * scale
 
     def decode(latents: Tensor) -> Tensor:
-        return autoencoder.decode(latents / scale).sample / 2 + 0.5
+        return autoencoder.decode(latents.to(card) / scale).sample / 2 + 0.5
 
     return Base(
         family, _unet(state, entry["unet"]), encode, decode, _null(path, state, entry["text"]), entry["licence"]
     )
+
+
+def _stored(path: Path) -> dict[str, Tensor]:
+    """Of a pickled checkpoint tensors alone; code in it is not run."""
+    if path.suffix not in (".ckpt", ".pt", ".pth"):
+        return load_file(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return {key: value for key, value in state.get("state_dict", state).items() if isinstance(value, Tensor)}
 
 
 def _mini() -> Base:
@@ -76,7 +87,23 @@ def _mini() -> Base:
     with torch.no_grad():
         null = encoder.encode(text.rows([""]))
     unet = _unet({f"{UNET}{key}": value for key, value in state.items()}, entry["unet"])
-    return Base(MINI, unet, autoencoder.encode, autoencoder.decode, null, entry["licence"])
+    card = device()
+    autoencoder = autoencoder.to(card)
+
+    def encode(images: Tensor) -> Tensor:
+        return autoencoder.encode(images.to(card))
+
+    def decode(latents: Tensor) -> Tensor:
+        return autoencoder.decode(latents.to(card))
+
+    return Base(MINI, unet, encode, decode, null, entry["licence"])
+
+
+def device() -> torch.device:
+    """This process' own card, where there are several."""
+    from accelerate import PartialState
+
+    return PartialState().device
 
 
 def _family(path: Path, state: dict[str, Tensor]) -> tuple[str, dict]:

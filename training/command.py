@@ -39,6 +39,16 @@ MODULES = {
     "transparent_decoder": "transparency",
     "dreamlayer_apart": "dreamlayer",
 }
+# What users give of their own, as values of the config.
+OPTIONS = {
+    "layeringdiff": {
+        "base": "inpainting checkpoint of Stable Diffusion 1.5 or 2, one .safetensors or .ckpt file; the mini family's "
+        "when there is none. Sizes and rates are then those of models_config/layeringdiff.json",
+        "foregrounds": "folder of images with alpha; rendered scenes when there is none",
+        "backgrounds": "folder of images to lay them over",
+    }
+}
+FOR_BASES = CONFIGS.parent / "layeringdiff.json"
 # With its default settings glibc gives memory back and takes it again on every step, which costs seconds at random.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}
 
@@ -55,6 +65,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         verb.add_argument("--config", type=Path, default=CONFIGS / f"{name}.json", help="sizes, rates and seeds")
+        for option, text in OPTIONS.get(name, {}).items():
+            verb.add_argument(f"--{option}", type=Path, help=text)
         verb.add_argument(
             "--set",
             action="append",
@@ -156,7 +168,10 @@ def run(arguments: list[str] | None) -> int:
         )
     if options.what in OTHERS:
         return OTHERS[options.what](options)
-    config = read_config(options.config, options.set)
+    given = {key: getattr(options, key) for key in OPTIONS.get(options.what, {}) if getattr(options, key)}
+    standard = options.config == CONFIGS / f"{options.what}.json"
+    config = read_config(FOR_BASES if standard and "base" in given else options.config, options.set)
+    config |= {key: str(path.resolve()) for key, path in given.items()}
     trainer = importlib.import_module(f".{MODULES.get(options.what, options.what)}", __package__)
     least = 2 * getattr(trainer, "CHECK", 0)  # scenes kept for validation
     if config.get("scenes", least) < least:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import settings
 
+SCENES = "scenes/: rendered scenes of 55 objects (the classifier: of 60) in 10 places, without the held-out pairs"
 LICENCE = "GPL-3.0, as the pack; trained on pictures of Microsoft's Fluent Emoji (MIT, scenes/objects/LICENSE)"
 
 

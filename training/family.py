@@ -18,9 +18,8 @@ from torch import Tensor
 from ..networks import flux, layered_denoiser
 from ..networks.transparency import published_adapter
 from ..scenes import renderer
-from . import data, diffusion, export, latents, loop, oracle, published, settings, text
+from . import base, data, diffusion, export, latents, layeringdiff, loop, oracle, published, settings, text
 
-SCENES = "scenes/: rendered scenes of 55 objects (the classifier: of 60) in 10 places, without the held-out pairs"
 UNET = "model.diffusion_model."
 TOKEN_IDS = "cond_stage_model.token_ids"
 
@@ -92,7 +91,19 @@ FILES = {  # trainer, file, weights
         "dreamlayer_apart",
         lambda root: layered_denoiser.published_form(_trained(root / "dreamlayer_apart")),
     ),
+    published.LAYERINGDIFF: (
+        "layeringdiff",
+        lambda root: layeringdiff.weights(root / "layeringdiff", base.load(None).null),
+    ),
     "strata/mini_classifier.safetensors": ("classifier", classifier),
+}
+# What loading needs to know beside the weights.
+FURTHER = {
+    published.LAYERINGDIFF: layeringdiff.metadata_of(base.MINI),
+    "strata/mini_classifier.safetensors": {
+        "places": json.dumps(renderer.KINDS),
+        "objects": json.dumps(list(renderer.catalogue())),
+    },
 }
 
 
@@ -105,14 +116,8 @@ def publish(root: Path, models: Path = settings.MODELS) -> None:
             print(f"{name}: not written, python -m training {what} has not run", flush=True)
             continue
         config = json.loads((root / what / "config.json").read_text())
-        names = (
-            {"places": json.dumps(renderer.KINDS), "objects": json.dumps(list(renderer.catalogue()))}
-            if what == "classifier"
-            else {}
-        )
-        export.save(
-            models / name, weights(root), export.describe(what, root / what, config, SCENES) | names, FP8.get(name)
-        )
+        metadata = export.describe(what, root / what, config, export.SCENES) | FURTHER.get(name, {})
+        export.save(models / name, weights(root), metadata, FP8.get(name))
         print(f"{name}: {(models / name).stat().st_size / 2**20:.1f} MiB", flush=True)
     if models.resolve() == settings.MODELS and (root / "autoencoder" / "model.safetensors").exists():
         _fit_preview(latents.load_autoencoder(root), settings.CONFIGS / "sd.json")

@@ -1,7 +1,8 @@
 """Trains LayeringDiff on an inpainting model: FBDD's two denoisers as low-rank adapters with a new first convolution,
 then the networks that align high frequencies, on samples of the finished FBDD.
 
-Runs lie in the folders background, foreground and alignment below the given one, and are trained one after another.
+Runs of FBDD lie in the folders background and foreground below the given one, the alignment's in itself. They are
+trained one after another, and written into one file.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..networks import decomposer
@@ -22,10 +24,11 @@ from ..techniques import diffusion as formulas
 from ..techniques import layering
 from ..techniques.transparency import extend_colours
 from . import base as bases
-from . import data, loop, sampling, settings
+from . import data, export, loop, sampling, settings
 
 CHECK = 32  # the last pairs are kept for validation
 FACTOR = 8
+FILE = "layeringdiff.safetensors"
 AT_ONCE = 8
 
 
@@ -40,8 +43,8 @@ class Batch:
 
 
 class Pairs(data.ScenePool):
-    """Pair i of a foreground without its shadow and everything behind it, with their composite: images [3,S,S,3] and
-    alpha [S,S] as bytes, and the images' latents, kept on disk when first asked for.
+    """Pair i of a foreground without its shadow and everything behind it, with their composite: latents of the three
+    and alpha [S,S] as bytes, kept on disk when first asked for.
     """
 
     def __init__(self, folder: Path, base: bases.Base, count: int, side: int, kind: str):
@@ -50,7 +53,7 @@ class Pairs(data.ScenePool):
         name = f"pairs-{data.RENDERER}-{kind}-{side}-{count}"
         size = side // FACTOR
         self.latents = self._open(folder / f"{name}.latents", (count, 3, 4, size, size), np.float16)
-        self.pixels = self._open(folder / f"{name}.pixels", (count, side, side, 10))
+        self.alphas = self._open(folder / f"{name}.alphas", (count, side, side))
         self.ready = self._open(folder / f"{name}.ready", (count,))
 
     def images(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -67,30 +70,30 @@ class Pairs(data.ScenePool):
         for start in range(0, len(missing), AT_ONCE):
             self._make(missing[start : start + AT_ONCE])
         latents = torch.from_numpy(self.latents[indices]).float().unbind(1)
-        return Batch(*latents, torch.from_numpy(self.pixels[indices][..., 9]).float()[:, None] / 255)
+        return Batch(*latents, data.to_tensor(self.alphas[indices][..., None]))
 
     def pictures(self, indices: np.ndarray) -> tuple[Tensor, ...]:
-        """Composite, foreground and background [B,3,S,S] and alpha [B,1,S,S], in 0..1."""
-        self.batch(indices)
-        values = rearrange(torch.from_numpy(self.pixels[indices]), "b h w c -> b c h w").float() / 255
-        return tuple(values.split([3, 3, 3, 1], 1))
+        """Composite, foreground and background [B,3,S,S] and alpha [B,1,S,S]: whole numbers of 255ths."""
+        front, behind, alpha = (
+            torch.from_numpy(np.stack(part)) for part in zip(*(self.images(int(i)) for i in indices), strict=True)
+        )
+        front, behind = (rearrange(part, "b h w c -> b c h w") for part in (front, behind))
+        alpha = _bytes(alpha[:, None])
+        front = extend_colours(front, alpha)
+        return (*map(_bytes, (layering.composite(front, behind, alpha), front, behind)), alpha)
 
     @torch.no_grad()
     def _make(self, indices: list[int]) -> None:
-        front, behind, alpha = (
-            torch.from_numpy(np.stack(part)) for part in zip(*map(self.images, indices), strict=True)
-        )
-        front, behind = (rearrange(part, "b h w c -> b c h w") for part in (front, behind))
-        # Kept as bytes: what is encoded is the same, so that copies of visible pixels are exact.
-        alpha = (alpha[:, None] * 255).round() / 255
-        front = extend_colours(front, alpha)
-        parts = [layering.composite(front, behind, alpha), front, behind]
-        parts = [(part.clamp(0, 1) * 255).round() / 255 for part in parts]
-        for part, place in zip(parts, range(3), strict=True):
+        *parts, alpha = self.pictures(np.array(indices))
+        for place, part in enumerate(parts):
             self.latents[indices, place] = self.base.encode(part).cpu().numpy()
-        pixels = torch.cat([*parts, alpha], 1) * 255
-        self.pixels[indices] = rearrange(pixels, "b c h w -> b h w c").round().byte().numpy()
+        self.alphas[indices] = (alpha[:, 0] * 255).round().byte().numpy()
         self.ready[indices] = 1
+
+
+def _bytes(values: Tensor) -> Tensor:
+    """As files hold them."""
+    return (values.clamp(0, 1) * 255).round() / 255
 
 
 class FolderPairs(Pairs):
@@ -123,21 +126,26 @@ def _images(folder: Path, option: str) -> list[Path]:
 
 
 class Denoiser(nn.Module):
-    """FBDD's network of one layer: the base, frozen, with low-rank terms and a first convolution of 72 channels."""
+    """FBDD's network of one layer: the base, frozen, with low-rank terms and a first convolution of 72 channels; all of
+    the base learns for rank 0.
+    """
 
-    def __init__(self, base: bases.Base, layer: str, rank: int):
+    def __init__(self, base: bases.Base, layer: str, rank: int, checkpointing: bool = False):
         from peft import LoraConfig, inject_adapter_in_model
 
         super().__init__()
         self.layer = layer
-        unet = copy.deepcopy(base.unet).requires_grad_(False)
+        unet = copy.deepcopy(base.unet, loop.shared(base.unet) if rank else None).requires_grad_(rank == 0)
         old = unet.conv_in
-        targets = [
-            name
-            for name, module in unet.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d) and module is not old
-        ]
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), unet)
+        if rank:
+            targets = [
+                name
+                for name, module in unet.named_modules()
+                if isinstance(module, nn.Linear | nn.Conv2d) and module is not old
+            ]
+            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), unet)
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
         unet.conv_in = nn.Conv2d(decomposer.CHANNELS, old.out_channels, 3, padding=1)
         with torch.no_grad():
             unet.conv_in.weight.copy_(decomposer.first_weight(old.weight))
@@ -223,7 +231,34 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
         layer: _denoiser(config, base, pairs, layer, folder / layer, minutes, save_every)
         for layer in reversed(decomposer.LAYERS)
     }
-    return _alignment(config, base, pairs, trained, folder / "alignment", minutes, save_every)
+    aligned = _alignment(config, base, pairs, trained, folder, minutes, save_every)
+    metadata = metadata_of(base.family) | {"licence": base.licence}
+    path = folder / FILE
+    export.save(
+        path, weights(folder, base.null), export.describe("layeringdiff", folder, config, data_of(config)) | metadata
+    )
+    print(f"{path}: put it into ComfyUI's models/layer_model.", flush=True)
+    return aligned
+
+
+def weights(folder: Path, null: Tensor) -> dict[str, Tensor]:
+    """What users load, of the runs in a folder: both denoisers, both alignments, and the empty prompt."""
+    found = {decomposer.NULL: null}
+    for layer in decomposer.LAYERS:
+        own = decomposer.published_form(load_file(folder / layer / "model.safetensors"))
+        found |= {f"{layer}.{key}": value for key, value in own.items()}
+    aligned = load_file(folder / "model.safetensors")
+    return found | {f"{decomposer.ALIGNMENT}.{key}": value for key, value in aligned.items()}
+
+
+def metadata_of(family: str) -> dict[str, str]:
+    return {"base": family, "prediction_type": "v_prediction"}
+
+
+def data_of(config: dict) -> str:
+    if config["foregrounds"]:
+        return f"pairs of {Path(config['foregrounds']).name} over {Path(config['backgrounds']).name}"
+    return export.SCENES
 
 
 def _denoiser(config, base, pairs, layer, folder, minutes, save_every) -> Denoiser:
@@ -240,7 +275,7 @@ def _denoiser(config, base, pairs, layer, folder, minutes, save_every) -> Denois
         batch = pairs.batch(last)
         report = {"error": loss_of(model, batch, layer, levels, np.random.default_rng(0))["loss"].item()}
         truth = dict(zip(("image", "foreground", "background", "alpha"), pairs.pictures(last), strict=True))
-        made = base.decode(sample(model, batch.image, batch.alpha, config["sampling_steps"]).cpu()).clamp(0, 1)
+        made = base.decode(sample(model, batch.image, batch.alpha, config["sampling_steps"])).cpu().clamp(0, 1)
         seen = truth["alpha"] if layer == "foreground" else 1 - truth["alpha"]
         wrong = (made - truth[layer]).abs().mean(1, keepdim=True)
         for name, part in (("seen", seen > 0.95), ("hidden", seen < 0.05)):
@@ -250,52 +285,49 @@ def _denoiser(config, base, pairs, layer, folder, minutes, save_every) -> Denois
         return report
 
     torch.manual_seed(config["seed"])
-    return loop.fit(Denoiser(base, layer, config["rank"]), loss, validate, run, folder, minutes, save_every)
+    model = Denoiser(base, layer, config["rank"], config["gradient_checkpointing"])
+    return loop.fit(model, loss, validate, run, folder, minutes, save_every)
 
 
 class Samples:
-    """What the finished FBDD makes of each pair: decoded foreground and background as bytes, made once."""
+    """Some pairs and what the finished FBDD makes of them, decoded, as bytes; made once. numbers: [N], of the pairs."""
 
-    def __init__(self, folder: Path, base: bases.Base, pairs: Pairs, trained: dict[str, Denoiser], steps: int):
+    def __init__(self, folder: Path, base: bases.Base, pairs: Pairs, numbers: np.ndarray, trained: dict, steps: int):
         folder.mkdir(parents=True, exist_ok=True)
-        self.base, self.pairs, self.trained, self.steps = base, pairs, trained, steps
-        shape = (pairs.count, pairs.side, pairs.side, 6)
-        self.pixels = pairs._open(folder / "samples.pixels", shape)
-        self.ready = pairs._open(folder / "samples.ready", (pairs.count,))
+        self.base, self.pairs, self.numbers, self.trained, self.steps = base, pairs, numbers, trained, steps
+        self.pixels = pairs._open(folder / "samples.pixels", (len(numbers), pairs.side, pairs.side, 16))
+        self.ready = pairs._open(folder / "samples.ready", (len(numbers),))
 
-    def batch(self, indices: np.ndarray) -> Tensor:
-        """[B,6,S,S] in 0..1: foreground, then background."""
-        missing = np.array([int(i) for i in np.unique(indices) if not self.ready[i]])
+    def batch(self, rows: np.ndarray) -> tuple[Tensor, ...]:
+        """Composite, foreground, background [B,3,S,S] and alpha [B,1,S,S], then what FBDD makes of foreground and
+        background, in 0..1. rows: [B], in 0..N - 1.
+        """
+        missing = np.array([int(i) for i in np.unique(rows) if not self.ready[i]])
         for part in np.split(missing, range(AT_ONCE, len(missing), AT_ONCE)) if len(missing) else []:
-            batch = self.pairs.batch(part)
+            numbers = self.numbers[part]
+            batch = self.pairs.batch(numbers)
             made = [
-                self.base.decode(sample(self.trained[layer], batch.image, batch.alpha, self.steps, int(part[0])).cpu())
-                for layer in decomposer.LAYERS
+                self.base.decode(sample(self.trained[name], batch.image, batch.alpha, self.steps, int(part[0]))).cpu()
+                for name in decomposer.LAYERS
             ]
-            values = rearrange(torch.cat(made, 1).clamp(0, 1) * 255, "b c h w -> b h w c")
-            self.pixels[part], self.ready[part] = values.round().byte().numpy(), 1
-        return data.to_tensor(self.pixels[indices])
+            values = torch.cat([*self.pairs.pictures(numbers), *made], 1).clamp(0, 1) * 255
+            self.pixels[part] = rearrange(values, "b c h w -> b h w c").round().byte().numpy()
+            self.ready[part] = 1
+        return data.to_tensor(self.pixels[rows]).split([3, 3, 3, 1, 3, 3], 1)
 
 
 def _alignment(config, base, pairs, trained, folder, minutes, save_every) -> nn.Module:
-    samples = Samples(folder, base, pairs, trained, config["sampling_steps"])
+    trained = {layer: model.to(bases.device()) for layer, model in trained.items()}
     count, crop = config["alignment_pairs"], config["alignment_crop"]
-    run = {key: value for key, value in config.items() if key.startswith("alignment")} | {
-        key: config[key]
-        for key in ("base", "side", "detail_weight", "sampling_steps", "seed", "ema", "optimizer", "warmup")
-    }
-    run |= {"steps": config["alignment_steps"], "learning_rate": config["alignment_learning_rate"]}
-    run |= {"final_learning_rate": config["final_learning_rate"]}
-    last = np.arange(config["pairs"] - CHECK, config["pairs"])
-
-    def given(indices: np.ndarray) -> list[Tensor]:
-        """Image, foreground, background and alpha, then the decoded foreground and background."""
-        return [*pairs.pictures(indices), *samples.batch(indices).chunk(2, 1)]
+    numbers = np.r_[:count, config["pairs"] - CHECK : config["pairs"]]
+    samples = Samples(folder, base, pairs, numbers, trained, config["sampling_steps"])
+    run = {**config, "steps": config["alignment_steps"], "learning_rate": config["alignment_learning_rate"]}
+    run["fbdd_steps"] = config["steps"]
 
     def loss(model, step, rank):
         rng = np.random.default_rng((config["seed"], step, rank))
         device = next(model.parameters()).device
-        parts = given(rng.integers(0, count, config["alignment_batch"]))
+        parts = samples.batch(rng.integers(0, count, config["alignment_batch"]))
         top, left = rng.integers(0, config["side"] - crop + 1, 2)
         cut = [part[..., top : top + crop, left : left + crop].to(device) for part in parts]
         image, *truth, alpha = cut[:4]
@@ -303,7 +335,7 @@ def _alignment(config, base, pairs, trained, folder, minutes, save_every) -> nn.
 
     @torch.no_grad()
     def validate(model, step):
-        image, front, behind, alpha, *decoded = given(last)
+        image, front, behind, alpha, *decoded = samples.batch(np.arange(count, len(numbers)))
         device = next(model.parameters()).device
         found = [part.cpu().clamp(0, 1) for part in model(*(one.to(device) for one in (image, alpha, *decoded)))]
         report = {}

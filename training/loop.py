@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -45,26 +46,34 @@ def learning_rate(step: int, config: dict) -> float:
 
 
 class Average:
-    """Exponential moving average of a model's floating-point state."""
+    """Exponential moving average of what a model learns, and of its buffers; what is frozen is not kept twice."""
 
     def __init__(self, model: nn.Module, decay: float):
-        self.decay, self.state = decay, {key: value.detach().clone() for key, value in model.state_dict().items()}
+        frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
+        state = model.state_dict().items()
+        self.decay, self.state = decay, {key: value.detach().clone() for key, value in state if key not in frozen}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        for key, value in model.state_dict().items():
+        own = model.state_dict()
+        for key, value in self.state.items():
             if value.is_floating_point():
-                self.state[key].lerp_(value, 1 - decay)
+                value.lerp_(own[key], 1 - decay)
             else:
-                self.state[key].copy_(value)
+                value.copy_(own[key])
 
     def state_dict(self) -> dict:
         return self.state
 
     def load_state_dict(self, state: dict) -> None:
-        for key, value in state.items():
-            self.state[key].copy_(value)
+        for key, value in self.state.items():
+            value.copy_(state[key])
+
+
+def shared(model: nn.Module) -> dict:
+    """For copy.deepcopy, which then does not copy the frozen weights of a model."""
+    return {id(value): value for value in model.parameters() if not value.requires_grad}
 
 
 class Progress:
@@ -100,6 +109,7 @@ def fit(
     """
     from accelerate import Accelerator
     from accelerate.utils import set_seed
+    from tqdm import tqdm
 
     accelerator = Accelerator(mixed_precision="bf16" if has_fast_bf16() else "no")
     set_seed(config["seed"])
@@ -117,19 +127,24 @@ def fit(
     saved, shown, sums = started, time.monotonic(), []
 
     def averaged_model() -> nn.Module:
-        """In float32 on every machine."""
-        twin = accelerator.unwrap_model(copy.deepcopy(plain), keep_fp32_wrapper=False).eval()
-        twin.load_state_dict(averaged.state)
+        """In float32 on every machine; what is frozen is the same tensor."""
+        twin = accelerator.unwrap_model(copy.deepcopy(plain, shared(plain)), keep_fp32_wrapper=False).eval()
+        twin.load_state_dict(averaged.state, strict=False)
         return twin
 
     def save() -> None:
         if not accelerator.is_main_process:
             return
         _save(accelerator, folder)
-        save_file({key: value.contiguous() for key, value in averaged.state.items()}, folder / "model.safetensors")
-        _append(folder / "metrics.csv", {"step": progress.step, **validate(averaged_model(), progress.step)})
+        twin = averaged_model()
+        save_file({key: value.contiguous() for key, value in twin.state_dict().items()}, folder / "model.safetensors")
+        _append(folder / "metrics.csv", {"step": progress.step, **validate(twin, progress.step)})
+        plot(folder / "loss.csv", folder / "loss.png")
 
-    with _stop_on_request() as asked:
+    bar = tqdm(
+        total=config["steps"], initial=progress.step, disable=not sys.stderr.isatty() or not accelerator.is_main_process
+    )
+    with _stop_on_request() as asked, bar:
         while progress.step < config["steps"]:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(progress.step, config)
@@ -146,13 +161,15 @@ def fit(
             optimizer.step()
             averaged.update(plain, progress.step)
             progress.step += 1
+            bar.update(1)
             sums.append({key: value.item() for key, value in terms.items()})
             now = time.monotonic()
             if progress.step % SHOW_EVERY == 0 and accelerator.is_main_process:
                 means = {key: float(np.mean([entry[key] for entry in sums])) for key in sums[0]}
                 row = {"step": progress.step, "seconds_per_step": (now - shown) / len(sums), **means}
                 _append(folder / "loss.csv", row)
-                print("  ".join(f"{key} {value:.5g}" for key, value in row.items()), flush=True)
+                with bar.external_write_mode():
+                    print("  ".join(f"{key} {value:.5g}" for key, value in row.items()), flush=True)
                 shown, sums = now, []
             if now - saved > save_every:
                 save()
@@ -237,6 +254,27 @@ def _append(path: Path, row: dict) -> None:
         if fresh:
             writer.writeheader()
         writer.writerow(row)
+
+
+def plot(table: Path, path: Path, size: tuple[int, int] = (640, 360), margin: int = 50) -> None:
+    """The loss by the step as a PNG, from the rows of loss.csv; nothing for fewer than two."""
+    if not table.exists():
+        return
+    with open(table, newline="") as file:
+        rows = [(float(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+    if len(rows) < 2:
+        return
+    low, high = np.min(rows, 0), np.max(rows, 0)
+    scaled = (np.array(rows) - low) / np.maximum(high - low, 1e-9)
+    width, height = (side - 2 * margin for side in size)
+    points = [(margin + x * width, margin + (1 - y) * height) for x, y in scaled]
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((margin, margin, margin + width, margin + height), outline="gray")
+    draw.line(points, fill="black", width=1)
+    draw.text((margin, 10), f"loss {low[1]:.5g} to {high[1]:.5g}", fill="black")
+    draw.text((margin, size[1] - margin + 10), f"step {low[0]:g} to {high[0]:g}", fill="black")
+    image.save(path)
 
 
 def save_grid(path: Path, pictures: Tensor, columns: int) -> None:

@@ -21,16 +21,22 @@ def family() -> dict:
 
 
 def cache() -> Path:
-    """The folder for checkpoints and rendered scenes."""
-    return _from_environment("STRATA_CACHE") / "training"
+    """The folder for checkpoints and rendered scenes: below STRATA_CACHE, or the user's cache folder."""
+    if os.environ.get("STRATA_CACHE"):
+        return Path(os.environ["STRATA_CACHE"]) / "training"
+    base = os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "comfyui-strata" / "training"
 
 
 def clip_tokenizer() -> Path:
-    """The folder with CLIP's vocabulary, which ComfyUI ships."""
-    return _from_environment("STRATA_HOST") / "comfy" / "sd1_tokenizer"
-
-
-def _from_environment(name: str) -> Path:
-    if name not in os.environ:
-        raise TrainingError(f"{name} is not set; start the trainers by: python tools/host.py exec -m training.")
-    return Path(os.environ[name])
+    """The folder with CLIP's vocabulary, which ComfyUI ships: of STRATA_HOST, or of the ComfyUI that the pack lies in.
+    Raises TrainingError.
+    """
+    host = Path(os.environ["STRATA_HOST"]) if os.environ.get("STRATA_HOST") else PACK.parent.parent
+    folder = host / "comfy" / "sd1_tokenizer"
+    if not folder.is_dir():
+        raise TrainingError(
+            f"there is no ComfyUI at {host}; put the pack into its custom_nodes folder, set STRATA_HOST to ComfyUI's, "
+            "or start the trainers by: python tools/host.py exec -m training."
+        )
+    return folder

@@ -12,7 +12,6 @@ const GONE = "The images of the last run are gone (ComfyUI clears them when it r
 
 // Undo goes back to a node from before its run; the pictures are still those of this node
 const lastRun = new Map();
-const keyOf = (node) => node.graph?.id && `${node.graph.id} ${node.id}`;
 
 /** What the views depend on, as one number: these widgets, and all nodes behind the picture and the depth. */
 function sourceOf(node) {
@@ -102,8 +101,15 @@ function attach(node) {
         picker.setThresholds(values, { fixed: linked ? [] : fixed, locked: linked, stale });
     };
 
+    // Frontends give a graph its id late or another one, so it is the same node when all that its pictures depend on is the same
+    const recall = () => {
+        const slice = lastRun.get(String(node.id));
+        if (node.properties[PROPERTY] || slice?.source !== sourceOf(node)) return;
+        node.properties[PROPERTY] = slice;
+        load();
+    };
+
     const load = async () => {
-        if (!node.properties[PROPERTY] && lastRun.has(keyOf(node))) node.properties[PROPERTY] = lastRun.get(keyOf(node));
         const slice = node.properties[PROPERTY];
         if (!slice?.front || !slice?.depth) {
             picker.say(RUN_FIRST);
@@ -133,10 +139,14 @@ function attach(node) {
         if (!output?.[PROPERTY]?.[0]) return;
         const slice = { ...output[PROPERTY][0], source: sourceOf(node) };
         node.properties[PROPERTY] = slice;
-        if (keyOf(node)) lastRun.set(keyOf(node), slice);
+        lastRun.set(String(node.id), slice);
         load();
     });
-    after(node, "onConfigure", () => { load(); follow(); });
+    after(node, "onConfigure", () => {
+        load();
+        follow();
+        setTimeout(recall); // when the nodes behind it are there too
+    });
     after(node, "onConnectionsChange", follow);
     after(node, "onAdded", () => takePlace(node, picker.element));
     api.addEventListener("graphChanged", follow);

@@ -1,5 +1,9 @@
 """LayeringDiff's files and denoisers in ComfyUI, against diffusers' own forward with the same file."""
 
+import copy
+import json
+
+import comfy.model_detection
 import comfy.sd
 import pytest
 import torch
@@ -12,6 +16,7 @@ from strata.training import base as bases
 from strata.training import layeringdiff
 
 INPAINT = MODELS / "diffusion_models" / "strata_mini_inpaint.safetensors"
+METADATA = {"base": bases.MINI, "prediction_type": "v_prediction"}
 pytestmark = pytest.mark.skipif(not INPAINT.exists(), reason="no trained weights: make mini")
 
 
@@ -46,12 +51,12 @@ def loaded(base, trained):
         torch.nn.init.normal_(network.last.weight, std=0.2)
         weights |= {f"{decomposer.ALIGNMENT}.{layer}.{key}": value for key, value in network.state_dict().items()}
     assert decomposer.is_decomposer(weights)
-    return decomposer.recognise("file.safetensors", weights, {"base": bases.MINI, "prediction_type": "v_prediction"})
+    return decomposer.recognise("file.safetensors", weights, METADATA)
 
 
 @pytest.fixture(scope="module")
 def model():
-    mini_family.register()
+    mini_family.register(decomposer.UNETS)
     return comfy.sd.load_diffusion_model(str(INPAINT))
 
 
@@ -60,8 +65,9 @@ def model():
 def test_the_clean_estimate_is_diffusers_own(base, trained, loaded, model, layer):
     torch.manual_seed(2)
     noisy, image, alpha = torch.randn(2, 4, 8, 16), torch.randn(2, 4, 8, 16), torch.rand(2, 1, 64, 128)
-    condition = networks.condition(image, layering.alpha_cells(alpha), layer)
-    clone = decomposer.denoiser(model, loaded, layer, condition)
+    cells = layering.alpha_cells(alpha)
+    clone = decomposer.denoiser(model, loaded, layer, image, cells)
+    condition = networks.condition(image, cells, layer)
     comfy.model_management.load_models_gpu([clone])
     sampling = clone.get_model_object("model_sampling")
     sigma = sampling.sigma(torch.tensor([700.0, 200.0]))
@@ -80,12 +86,17 @@ def test_an_image_is_taken_apart_at_any_size_and_adds_up(loaded, model):
     image, alpha = torch.rand(2, 3, 77, 129), torch.rand(2, 1, 77, 129)
     alpha[..., :40], alpha[..., 90:] = 0, 1
     run = decomposer.Run(1, 2, "ddim", "normal")
-    front, behind = decomposer.decompose(model, vae, loaded, image, alpha, run, align=True, exact=True)
+
+    def apart(align: bool, exact: bool):
+        (front,), behind = decomposer.take_apart(model, vae, loaded, image, alpha[None], run, align, exact)
+        return front, behind
+
+    front, behind = apart(align=True, exact=True)
     assert front.shape == behind.shape == image.shape
     assert (layering.composite(front, behind, alpha) - image).abs().max() < 1e-5
-    again = decomposer.decompose(model, vae, loaded, image, alpha, run, align=True, exact=True)
+    again = apart(align=True, exact=True)
     assert torch.equal(front, again[0]) and torch.equal(behind, again[1])
-    plain = decomposer.decompose(model, vae, loaded, image, alpha, run, align=False, exact=False)
+    plain = apart(align=False, exact=False)
     assert not torch.allclose(plain[1], behind, rtol=0, atol=1e-2)
     assert torch.equal(plain[0][..., 90:], image[..., 90:]) and torch.equal(plain[1][..., :40], image[..., :40])
 
@@ -93,4 +104,107 @@ def test_an_image_is_taken_apart_at_any_size_and_adds_up(loaded, model):
 def test_a_model_of_another_kind_is_refused(loaded):
     other = comfy.sd.load_checkpoint_guess_config(str(MODELS / "checkpoints" / "strata_mini_sd.safetensors"))[0]
     with pytest.raises(ValueError, match="^model: file.safetensors is a decomposer for Strata mini .* this is another"):
-        decomposer.denoiser(other, loaded, "background", torch.zeros(1, 68, 8, 8))
+        decomposer.denoiser(other, loaded, "background", torch.zeros(1, 4, 8, 8), torch.zeros(1, 64, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def whole(base, trained, loaded):
+    """The same as a whole UNet for each layer, by diffusers' names."""
+    merged = {}
+    for layer, model in trained.items():
+        unet = copy.deepcopy(model.unet)
+        for module in unet.modules():
+            if hasattr(module, "lora_A"):
+                module.merge()
+        state = {key.replace(".base_layer.", "."): value for key, value in unet.state_dict().items()}
+        merged[layer] = {key: value for key, value in state.items() if ".lora_" not in key}
+    return merged
+
+
+def prefixed(whole: dict, change=lambda state: state) -> dict:
+    return {f"{layer}.{key}": value for layer, state in whole.items() for key, value in change(state).items()}
+
+
+def hosts(state: dict) -> dict:
+    return {f"model.diffusion_model.{key}": value for key, value in decomposer.host_form(state).items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [lambda state: state, hosts], ids=["diffusers", "host"])
+def test_whole_unets_give_what_adapters_give(whole, loaded, model, change):
+    mini_family.register(decomposer.UNETS)
+    found = decomposer.recognise("whole.safetensors", prefixed(whole, change), {})
+    assert found.family == bases.MINI and not found.adapters and found.null is None
+    torch.manual_seed(4)
+    x, image, cells = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.rand(1, 64, 8, 8)
+    for layer in networks.LAYERS:
+        made = []
+        for given, one in ((None, found), (model, loaded)):
+            clone = decomposer.denoiser(given, one, layer, image, cells)
+            comfy.model_management.load_models_gpu([clone])
+            sigma = clone.get_model_object("model_sampling").sigma(torch.tensor([500.0]))
+            condition = networks.condition(image, cells, layer)
+            made.append(clone.model.apply_model(x, sigma, c_concat=condition, c_crossattn=loaded.null))
+        assert torch.allclose(*made, rtol=0, atol=1e-3) and made[0].std() > 0.1
+
+
+def test_files_of_one_layer_each_are_joined_and_a_missing_one_is_named(whole, loaded):
+    parts = [
+        decomposer.recognise(f"{layer}.safetensors", state, {"prediction_type": "epsilon"}, layer)
+        for layer, state in whole.items()
+    ]
+    joined = decomposer.join(parts)
+    assert list(joined.layers) == ["foreground", "background"] and joined.prediction == "epsilon"
+    assert not joined.alignment and list(decomposer.join([*parts, loaded]).alignment) == ["foreground", "background"]
+    with pytest.raises(ValueError, match="^background_file: there is no denoiser of the background in foreground.saf"):
+        decomposer.join(parts[:1])
+    with pytest.raises(ValueError, match="^file: x says that it predicts 'x0', and this pack knows v_prediction and"):
+        decomposer.recognise("x", whole["foreground"], {"prediction_type": "x0"})
+    with pytest.raises(ValueError, match="^file: x does not have all weights of the networks that align"):
+        decomposer.recognise("x", {"alignment.foreground.down.0.0.bias": torch.zeros(3)}, {})
+    with pytest.raises(ValueError, match="^file: x has no whole denoiser of the foreground"):
+        decomposer.recognise("x", {"conv_in.weight": torch.zeros(320, 72, 3, 3)}, {})
+
+
+@pytest.mark.parametrize("family", ["SD1.5", "SD2"])
+def test_names_of_the_large_unets_go_over_one_to_one(family):
+    from diffusers import UNet2DConditionModel
+
+    shape = json.loads(bases.CONFIG.read_text())[family]["unet"]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**{**shape, "in_channels": 72})
+    state = unet.state_dict()
+    found = decomposer.host_form(state)
+    assert len(found) == len(state)
+    config = comfy.model_detection.model_config_from_unet(found, "")
+    assert decomposer.FAMILIES[type(config).__name__] == family
+    for channels in (4, 9):
+        stock = dict(found)
+        stock["input_blocks.0.0.weight"] = torch.empty(320, channels, 3, 3, device="meta")
+        assert type(comfy.model_detection.model_config_from_unet(stock, "")).__name__ in ("SD15", "SD20")
+
+
+@torch.no_grad()
+def test_several_masks_give_several_layers_and_an_empty_one_nothing(loaded, model):
+    vae = comfy.sd.load_checkpoint_guess_config(str(MODELS / "checkpoints" / "strata_mini_sd.safetensors"))[2]
+    torch.manual_seed(5)
+    image, alphas = torch.rand(1, 3, 64, 64), torch.zeros(3, 1, 1, 64, 64)
+    alphas[0, ..., :20], alphas[2, ..., 10:40] = 1, 0.5
+    run = decomposer.Run(1, 2, "ddim", "normal")
+    fronts, behind = decomposer.take_apart(model, vae, loaded, image, alphas, run)
+    assert torch.equal(fronts[1], torch.zeros_like(image))
+    whole = behind
+    for front, alpha in zip(fronts.flip(0), alphas.flip(0), strict=True):
+        whole = layering.composite(front, whole, alpha)
+    assert (whole - image).abs().max() < 1e-5
+
+
+def test_what_is_missing_is_said_before_any_work(loaded, whole, model):
+    vae = comfy.sd.load_checkpoint_guess_config(str(MODELS / "checkpoints" / "strata_mini_sd.safetensors"))[2]
+    with pytest.raises(ValueError, match="^model: file.safetensors is added to a model; connect the inpainting model"):
+        decomposer.ready(loaded, vae, None, None)
+    alone = decomposer.recognise("whole.safetensors", prefixed(whole), {})
+    with pytest.raises(ValueError, match="^empty_prompt: whole.safetensors has no empty prompt in it"):
+        decomposer.ready(alone, vae, None, None)
+    null = torch.randn(1, 77, 128)
+    assert torch.equal(decomposer.ready(alone, vae, None, [[null, {}]]).null, null)

@@ -123,3 +123,14 @@ def test_a_perfect_v_leads_back_to_the_image():
     for i, level in enumerate(levels):
         back = level.sqrt() * noisy[i] - (1 - level).sqrt() * v[i]
         assert torch.allclose(back, clean[i], rtol=0, atol=1e-12)
+
+
+def test_shares_of_what_is_seen_become_alphas_and_whole_masks_stay():
+    own = torch.tensor([0.0, 0.5, 1.0, 0.25], dtype=torch.float64)
+    behind = torch.tensor([0.75, 1.0, 0.5, 0.8], dtype=torch.float64)
+    seen = (1 - own) * behind
+    assert torch.allclose(layering.visible_to_own(torch.stack([own, seen]))[0], own, rtol=0, atol=1e-12)
+    found = layering.visible_to_own(torch.stack([own, seen]))[1]
+    assert torch.allclose(found[[0, 1, 3]], behind[[0, 1, 3]], rtol=0, atol=1e-12) and found[2] == 0
+    whole = torch.tensor([[1.0, 0.6], [0.9, 0.9]], dtype=torch.float64)  # the second goes on behind the first
+    assert torch.equal(layering.visible_to_own(whole), whole)

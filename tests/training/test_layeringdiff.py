@@ -120,7 +120,7 @@ def test_all_three_parts_are_trained_and_nothing_of_the_base_is(trained, mini):
             if twin is not None:
                 assert torch.equal(twin, value), key
         assert all(value.abs().max() > 0 for key, value in state.items() if "lora_B" in key)
-    aligned = load_file(trained / "alignment" / "model.safetensors")
+    aligned = load_file(trained / "model.safetensors")
     assert aligned["foreground.last.weight"].abs().max() > 0 and aligned["background.last.weight"].abs().max() > 0
 
 
@@ -162,3 +162,9 @@ def test_a_base_of_another_kind_is_named(tmp_path, state, expected):
         bases.load(tmp_path / "base.safetensors")
     with pytest.raises(settings.TrainingError, match="cannot be read"):
         bases.load(tmp_path / "nowhere.safetensors")
+    torch.save({"state_dict": state, "step": 3}, tmp_path / "base.ckpt")
+    with pytest.raises(settings.TrainingError, match=expected):
+        bases.load(tmp_path / "base.ckpt")
+    (tmp_path / "pickle.ckpt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(settings.TrainingError, match="cannot be read .*; give a .safetensors or .ckpt"):
+        bases.load(tmp_path / "pickle.ckpt")

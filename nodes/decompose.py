@@ -1,0 +1,447 @@
+"""LayeringDiff: an image taken apart into what stands in front and what is behind it."""
+
+from __future__ import annotations
+
+import re
+
+import comfy.samplers
+import torch
+from comfy.utils import ProgressBar
+from comfy_api.latest import io
+
+from ..patches import decomposer as layeringdiff
+from ..patches import detection, layer_files
+from ..techniques import matting
+from ..techniques.layering import composite, visible_to_own
+from ..techniques.layers import Layer, LayerStack, write_layers
+from .sockets import Decomposer, LayerModelFile, Layers, Node, schema, told
+
+NAMES = ["LayeringDiff", "decompose", "layers from image", "foreground", "background"]
+IN_FILE = "in file"
+METHODS = ("closed form", "ViTMatte")
+MATCHES = ("best", "all")
+STARTS = ("noise", "image")
+
+
+class DetectForeground(Node):
+    """Things that words name, as masks.
+
+    Source: layeringdiff, Sec. 3.2
+    """
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Strata_DetectForeground",
+            display_name="Detect foreground",
+            category="Strata/Decompose",
+            search_aliases=[*NAMES, "Grounding DINO", "SAM", "segment by words", "text to mask"],
+            description="Finds what words name in an image and gives its mask. Any other mask does as well for the "
+            "nodes that follow.",
+            inputs=[
+                io.Image.Input("image", tooltip="The image, or a batch; each is searched."),
+                io.String.Input(
+                    "prompt",
+                    default="",
+                    tooltip="What to find, for example: a dog. Several things with commas between.",
+                ),
+                io.Combo.Input(
+                    "detector",
+                    options=detection.DETECTORS.choices(),
+                    tooltip="A folder of transformers' form below models/grounding-dino or models/sam3. SAM 3 makes "
+                    "masks by itself.",
+                ),
+                io.Combo.Input(
+                    "segmenter",
+                    options=detection.SEGMENTERS.choices(),
+                    tooltip="A folder of transformers' form below models/sam2 or models/sams, which makes masks from "
+                    "the boxes of the detector. Not used with SAM 3.",
+                ),
+                io.Combo.Input(
+                    "matches",
+                    options=list(MATCHES),
+                    default=MATCHES[0],
+                    tooltip="best: one mask for each image, of the surest match. all: one for each match, those that "
+                    "reach lowest in the image first, since they mostly stand in front.",
+                ),
+                io.Float.Input(
+                    "threshold",
+                    default=0.35,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="How sure the detector has to be of a box; lower finds more.",
+                ),
+                io.Float.Input(
+                    "text_threshold",
+                    default=0.25,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="How sure it has to be of the word, for Grounding DINO.",
+                ),
+            ],
+            outputs=[
+                io.Mask.Output("MASK", display_name="mask", tooltip="1 where the thing is."),
+                io.Mask.Output("box", display_name="box", tooltip="The box of each match as a mask."),
+                io.String.Output("found", display_name="found", tooltip="Words, sureness and box of each match."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image, prompt, detector, segmenter, matches, threshold, text_threshold):
+        words = [word.strip() for word in re.split(r"[,;\n]", prompt) if word.strip()]
+        if not words:
+            raise ValueError("prompt: there are no words in it; write what to find, for example: a dog.")
+        image, progress = image[..., :3], ProgressBar(2 * len(image))
+        found = []
+        for number, one in enumerate(detection.detect(image, words, detector, threshold, text_threshold), 1):
+            if not len(one.boxes):
+                raise ValueError(
+                    f"prompt: nothing of {', '.join(words)!r} was found in image {number}; use other words or lower "
+                    "the threshold."
+                )
+            found.append(one[_chosen(one, matches)])
+            progress.update(1)
+        masks = [one.masks for one in found]
+        if masks[0] is None:
+            masks = []
+            for own in detection.segment(image, [one.boxes for one in found], segmenter):
+                masks.append(own)
+                progress.update(1)
+        progress.update_absolute(2 * len(image))
+        boxes = torch.cat([_box_masks(one.boxes, image.shape[1:3]) for one in found])
+        lines = [
+            f"image {number}: {label} {score:.2f} ({', '.join(f'{value:.0f}' for value in box.tolist())})"
+            for number, one in enumerate(found, 1)
+            for label, score, box in zip(one.labels, one.scores, one.boxes, strict=True)
+        ]
+        return io.NodeOutput(torch.cat(masks), boxes, "\n".join(lines), ui=told(lines))
+
+
+def _chosen(found: detection.Found, matches: str) -> list[int]:
+    return [0] if matches == "best" else found.boxes[:, 3].argsort(descending=True).tolist()
+
+
+def _box_masks(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    masks = torch.zeros(len(boxes), *size)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.round().int().clamp(min=0).tolist(), strict=True):
+        mask[top:bottom, left:right] = 1
+    return masks
+
+
+class MatteForeground(Node):
+    """The alpha of what a mask marks roughly.
+
+    Source: layeringdiff, Sec. 3.2
+    Differs: the trimap's width is a share of the image's short side, 2.5 % by default; MatteAnything, which the paper
+    cites, takes about 25 pixels at any size.
+    """
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Strata_MatteForeground",
+            display_name="Matte foreground",
+            category="Strata/Decompose",
+            search_aliases=[*NAMES, "matting", "trimap", "ViTMatte", "alpha from mask", "hair"],
+            description="Finds the fine alpha of an object from its rough mask or a trimap: hair, glass, soft edges.",
+            inputs=[
+                io.Image.Input("image", tooltip="The image, or a batch."),
+                io.Mask.Input(
+                    "mask",
+                    tooltip="1 where the object is, one for each image or one for all. A trimap works too, see trimap.",
+                ),
+                io.Boolean.Input(
+                    "trimap",
+                    default=False,
+                    tooltip="on: the mask is a trimap. Where it is 0 or 1 it stays, and the values between are found. "
+                    "off: its edge is found within the width.",
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default=METHODS[0],
+                    tooltip="closed form: no model, needs pymatting. ViTMatte: a trained network, better for hair.",
+                ),
+                io.Combo.Input(
+                    "matting_model",
+                    options=detection.MATTING.choices(),
+                    tooltip="For ViTMatte: a folder of transformers' form below models/vitmatte.",
+                ),
+                io.Float.Input(
+                    "width_percent",
+                    default=2.5,
+                    min=0.0,
+                    max=50.0,
+                    step=0.1,
+                    tooltip="How far from the mask's edge alpha is found, to either side, in percent of the image's "
+                    "short side.",
+                ),
+                io.Int.Input(
+                    "width_pixels", default=0, min=0, max=1024, tooltip="The same in pixels; 0 uses the percentage."
+                ),
+                io.Combo.Input(
+                    "transparent_things",
+                    options=["off", *detection.DETECTORS.choices()],
+                    default="off",
+                    tooltip="A detector that looks for glass, lenses, bubbles and the like; inside their boxes all of "
+                    "the object's alpha is found anew.",
+                ),
+            ],
+            outputs=[
+                io.Mask.Output("alpha", display_name="alpha", tooltip="1 = opaque: for Decompose image."),
+                io.Mask.Output(
+                    "used_trimap", display_name="trimap", tooltip="What was known, and 0.5 where it was not."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image, mask, trimap, method, matting_model, width_percent, width_pixels, transparent_things):
+        image, mask = image[..., :3], _fitting(mask, image)
+        reach = width_pixels or max(1, round(width_percent / 100 * min(image.shape[1:3])))
+        trimaps = mask if trimap else torch.stack([matting.trimap_of((one > 0.5).float(), reach) for one in mask])
+        if transparent_things != "off":
+            words = detection.TRANSPARENT
+            found = detection.detect(
+                image, words["words"], transparent_things, words["box_threshold"], words["text_threshold"]
+            )
+            trimaps = torch.stack([_opened(*pair) for pair in zip(trimaps, found, strict=True)])
+        if method == METHODS[1]:
+            return io.NodeOutput(detection.vitmatte(image, trimaps, matting_model), trimaps)
+        progress, alphas = ProgressBar(len(image)), []
+        for one, own in zip(image, trimaps, strict=True):
+            alphas.append(matting.matte_of_trimap(one, own))
+            progress.update(1)
+        return io.NodeOutput(torch.stack(alphas), trimaps)
+
+
+def _fitting(mask: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """A mask [B,H,W] for each image. Raises ValueError."""
+    if mask.shape[1:] != image.shape[1:3] or len(mask) not in (1, len(image)):
+        raise ValueError(
+            f"mask: {len(mask)} of {mask.shape[2]}×{mask.shape[1]} do not go with {len(image)} images of "
+            f"{image.shape[2]}×{image.shape[1]}; connect one mask of that size, or one for each image."
+        )
+    return mask.expand(len(image), -1, -1)
+
+
+def _opened(trimap: torch.Tensor, found: detection.Found) -> torch.Tensor:
+    """Unknown where it was known to be the object inside the boxes of transparent things."""
+    inside = _box_masks(found.boxes, trimap.shape).amax(0) if len(found.boxes) else torch.zeros_like(trimap)
+    return torch.where((inside.to(trimap) > 0) & (trimap >= 1), 0.5, trimap)
+
+
+class LoadDecomposer(LayerModelFile):
+    @classmethod
+    def define_schema(cls):
+        files = layer_files.choices(layeringdiff.Decomposer)
+        return schema(
+            node_id="Strata_LoadDecomposer",
+            display_name="Load decomposer",
+            category="Strata/Decompose",
+            search_aliases=[*NAMES, "layer_model", "FBDD", "HFA"],
+            description="Loads LayeringDiff's networks, which python -m training layeringdiff makes, and finds out by "
+            "itself what they are for.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=files,
+                    tooltip="A file below models/layer_model, whatever its name: of both layers, or of the foreground.",
+                ),
+                io.Combo.Input(
+                    "background_file",
+                    options=[IN_FILE, *files],
+                    default=IN_FILE,
+                    optional=True,
+                    tooltip="The background's denoiser, where it is a file of its own.",
+                ),
+                io.Combo.Input(
+                    "alignment_file",
+                    options=[IN_FILE, *files],
+                    default=IN_FILE,
+                    optional=True,
+                    tooltip="The networks that align details (HFA), where they are a file of their own.",
+                ),
+            ],
+            outputs=[
+                Decomposer.Output("decomposer", display_name="decomposer", tooltip="For Decompose image."),
+                io.String.Output(
+                    "found", display_name="found", tooltip="What the files are and which family of models they are for."
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file, background_file=IN_FILE, alignment_file=IN_FILE):
+        chosen = [name for name in (file, background_file, alignment_file) if name != IN_FILE]
+        return next(filter(None, map(layer_files.missing, chosen)), None) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, file, background_file=IN_FILE, alignment_file=IN_FILE):
+        return "".join(map(layer_files.state, (file, background_file, alignment_file)))
+
+    @classmethod
+    def execute(cls, file, background_file=IN_FILE, alignment_file=IN_FILE):
+        chosen = ((file, "foreground"), (background_file, "background"), (alignment_file, "foreground"))
+        loaded = layeringdiff.join(
+            [layer_files.load(name, layeringdiff.Decomposer, layer) for name, layer in chosen if name != IN_FILE]
+        )
+        return io.NodeOutput(loaded, f"{loaded.name}: {loaded.describe()}, predicts {loaded.prediction}")
+
+
+class DecomposeImage(Node):
+    """An image as layers: objects with alpha, and all that is behind them.
+
+    Source: layeringdiff, Sec. 3.3
+    Differs: the layers are brought to add up to the image, unless exact is off.
+    Differs: DDIM in 20 steps by default; the paper does not say how it samples.
+    """
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Strata_DecomposeImage",
+            display_name="Decompose image",
+            category="Strata/Decompose",
+            search_aliases=[*NAMES, "image to layers", "remove object", "split layers"],
+            description="Takes an image apart: each object that a mask marks becomes a layer with alpha, and what it "
+            "hid is drawn behind it. The layers add up to the image.",
+            inputs=[
+                io.Image.Input("image", tooltip="A photograph or a generated image; a batch with one mask each."),
+                io.Mask.Input(
+                    "mask",
+                    tooltip="Alpha, 1 where the object is, from any source; Matte foreground makes fine edges. A batch "
+                    "of masks for one image gives one layer each, the first in front.",
+                ),
+                io.Vae.Input("vae", tooltip="The VAE of the decomposer's family."),
+                Decomposer.Input("decomposer", tooltip="From Load decomposer."),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The inpainting model that the decomposer is added to. Not used by files of whole UNets.",
+                ),
+                io.Conditioning.Input(
+                    "empty_prompt",
+                    optional=True,
+                    tooltip="An empty prompt, encoded. Only for files without one.",
+                ),
+                io.Boolean.Input(
+                    "align_details",
+                    default=True,
+                    tooltip="Brings the image's own fine details into the layers (HFA), if the file has the networks.",
+                ),
+                io.Boolean.Input(
+                    "exact",
+                    default=True,
+                    tooltip="on: the layers add up to the image in every pixel. off: as published, they nearly do.",
+                ),
+                io.Combo.Input(
+                    "start",
+                    options=list(STARTS),
+                    default=STARTS[0],
+                    tooltip="What sampling starts from: noise, as published, or the image under noise.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The same seed gives the same layers; another one fills what was hidden in another way.",
+                ),
+                io.Int.Input(
+                    "steps", default=20, min=1, max=10000, tooltip="Steps for each layer: two passes for each mask."
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=comfy.samplers.KSampler.SAMPLERS,
+                    default="ddim",
+                    tooltip="As in KSampler.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    default="ddim_uniform",
+                    tooltip="As in KSampler.",
+                ),
+            ],
+            outputs=[
+                Layers.Output(
+                    "LAYERS",
+                    display_name="layers",
+                    is_output_list=True,
+                    tooltip="A document for each image: the background, and the objects in front of it.",
+                ),
+                io.Image.Output(
+                    "foreground",
+                    display_name="foreground",
+                    tooltip="RGBA, one for each object, the first in front; of a batch one for each image.",
+                ),
+                io.Image.Output("background", display_name="background", tooltip="The image without the objects."),
+                io.Float.Output(
+                    "error",
+                    display_name="error",
+                    tooltip="Mean difference between the layers over each other and the image, 0 to 1.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        image,
+        mask,
+        vae,
+        decomposer,
+        align_details,
+        exact,
+        start,
+        seed,
+        steps,
+        sampler_name,
+        scheduler,
+        model=None,
+        empty_prompt=None,
+    ):
+        image, alphas = image[..., :3].clamp(0, 1), _alphas(mask, image)
+        run = layeringdiff.Run(seed, steps, sampler_name, scheduler, start == STARTS[1])
+        decomposer = layeringdiff.ready(decomposer, vae, model, empty_prompt)
+        fronts, behind = layeringdiff.take_apart(
+            model, vae, decomposer, image.movedim(-1, 1), alphas, run, align_details, exact
+        )
+        whole = behind
+        for front, alpha in zip(fronts.flip(0), alphas.flip(0), strict=True):
+            whole = composite(front, whole, alpha)
+        error = (whole.movedim(1, -1) - image).abs().mean().item()
+        foregrounds = torch.cat([fronts, alphas], 2).movedim(2, -1)
+        behind = behind.movedim(1, -1)
+        stacks = [write_layers(_stack(*pair)) for pair in zip(behind, foregrounds.unbind(1), strict=True)]
+        notes = [f"Mask {number} is empty, and so is its layer." for number in _empty(alphas)]
+        return io.NodeOutput(stacks, foregrounds.flatten(0, 1), behind, error, ui=told(notes))
+
+
+def _alphas(mask: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """[K,B,1,H,W]: of one image an object for each mask, of several an object with one mask, or with one each. Raises
+    ValueError.
+    """
+    if len(image) > 1:
+        return _fitting(mask, image)[None, :, None]
+    if mask.shape[1:] != image.shape[1:3]:
+        _fitting(mask[:1], image)
+    return visible_to_own(mask[:, None, None])
+
+
+def _empty(alphas: torch.Tensor) -> list[int]:
+    return [number for number, alpha in enumerate(alphas, 1) if not alpha.any()]
+
+
+def _stack(background: torch.Tensor, foregrounds: torch.Tensor) -> LayerStack:
+    """background: [H,W,3]. foregrounds: [K,H,W,4], front to back."""
+    names = ["foreground"] if len(foregrounds) == 1 else [f"foreground {i + 1}" for i in range(len(foregrounds))]
+    objects = [Layer(front, name) for front, name in zip(foregrounds, names, strict=True)]
+    return LayerStack((background.shape[1], background.shape[0]), (Layer(background, "background"), *objects[::-1]))
+
+
+NODES = [DetectForeground, MatteForeground, LoadDecomposer, DecomposeImage]
