@@ -284,7 +284,8 @@ def take_apart(
         if not alpha.any():
             foregrounds.append(torch.zeros_like(image))
             continue
-        front, behind = decompose(model, vae, decomposer, behind, alpha, run, align, exact, progress)
+        drawn = draw(model, vae, decomposer, behind, alpha, run, progress)
+        front, behind = finish(decomposer, behind, alpha, drawn, align, exact)
         foregrounds.append(front)
     return torch.stack(foregrounds), behind
 
@@ -307,38 +308,52 @@ class Progress:
         return callback
 
 
-def decompose(
-    model: ModelPatcher | None,
-    vae,
-    decomposer: Decomposer,
-    image: Tensor,
-    alpha: Tensor,
-    run: Run,
-    align: bool,
-    exact: bool,
-    progress: Progress,
-) -> tuple[Tensor, Tensor]:
-    """Foreground and background [B,3,H,W] of images [B,3,H,W] with alphas [B,1,H,W], both in 0..1.
+def draw(
+    model: ModelPatcher | None, vae, decomposer: Decomposer, image: Tensor, alpha: Tensor, run: Run, progress: Progress
+) -> list[Tensor]:
+    """What FBDD draws of foreground and background of images [B,3,H,W] with alphas [B,1,H,W], decoded [B,3,H,W].
 
-    Source: layeringdiff, Sec. 3.3 (layering stage)
-    Differs: the layers are brought to add up to the image, unless exact is off.
+    Source: layeringdiff, Sec. 3.3 (FBDD)
     """
     height, width = image.shape[-2:]
-    padding = (0, -width % MULTIPLE, 0, -height % MULTIPLE)
-    # An image that is smaller than what is added cannot be mirrored so far.
-    mode = "reflect" if padding[1] < width and padding[3] < height else "replicate"
-    whole, behind = F.pad(image, padding, mode=mode), F.pad(alpha, padding)
+    whole, behind = _padded(image), F.pad(alpha, _padding(alpha))
     latent, cells = vae.encode(whole.movedim(1, -1)), layering.alpha_cells(behind)
     layers = []
     for layer in networks.LAYERS:
         clone = denoiser(model, decomposer, layer, latent, cells)
         found = _sample(clone, decomposer.null, latent, run, progress)
         made = vae.decode(found)[..., :3].movedim(-1, 1)
-        if align and layer in decomposer.alignment:
-            made = _aligned(decomposer.alignment[layer], whole, behind, made).clamp(0, 1)
         layers.append(made[..., :height, :width].to(image))
-    layers = layering.copy_visible(image, alpha, *layers)
+    return layers
+
+
+def finish(
+    decomposer: Decomposer, image: Tensor, alpha: Tensor, drawn: list[Tensor], align: bool, exact: bool
+) -> tuple[Tensor, Tensor]:
+    """Foreground and background [B,3,H,W] in 0..1 of what was drawn of them, with the details and the visible pixels of
+    the image [B,3,H,W].
+
+    Source: layeringdiff, Sec. 3.3 (HFA, copying)
+    Differs: the layers are brought to add up to the image, unless exact is off.
+    """
+    if align:
+        drawn = [
+            _aligned(decomposer.alignment[layer], image, alpha, made) if layer in decomposer.alignment else made
+            for layer, made in zip(networks.LAYERS, drawn, strict=True)
+        ]
+    layers = layering.copy_visible(image, alpha, *(made.clamp(0, 1) for made in drawn))
     return layering.exact_layers(image, alpha, *layers) if exact else layers
+
+
+def _padding(image: Tensor) -> tuple[int, ...]:
+    return (0, -image.shape[-1] % MULTIPLE, 0, -image.shape[-2] % MULTIPLE)
+
+
+def _padded(image: Tensor) -> Tensor:
+    padding = _padding(image)
+    # An image that is smaller than what is added cannot be mirrored so far.
+    mode = "reflect" if padding[1] < image.shape[-1] and padding[3] < image.shape[-2] else "replicate"
+    return F.pad(image, padding, mode=mode)
 
 
 def _sample(model: ModelPatcher, null: Tensor, latent: Tensor, run: Run, progress: Progress) -> Tensor:

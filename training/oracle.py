@@ -64,6 +64,23 @@ class Oracle:
             share.append(len(found.intersection(names)) / len(names) if names else float(row.max() < 0))
         return torch.tensor(place), torch.tensor(share)
 
+    @torch.no_grad()
+    def distance(self, first: Tensor, second: Tensor) -> Tensor:
+        """How differently two batches of equal size look to the classifier, [B], 0 = the same: squared differences of
+        its layers' activations, each pixel's brought to length one, their means over layers and pixels.
+
+        Source: ours, a perceptual distance as LPIPS is one, by a network that knows the scenes and without its weights
+        """
+        total = torch.zeros(len(first))
+        one, other = (image.float() * 4 - 2 for image in (first, second))
+        layers = 0
+        for layer in self.model.body:
+            one, other = layer(one), layer(other)
+            if isinstance(layer, torch.nn.ReLU):
+                total += (F.normalize(one, dim=1) - F.normalize(other, dim=1)).square().sum(1).mean((1, 2))
+                layers += 1
+        return total / layers
+
     def similarity(self, first: Tensor, second: Tensor) -> Tensor:
         """Cosine of the features of two batches of cut_out pictures, [B] in 0..1; 1 = the same to the classifier."""
         return F.cosine_similarity(self.features(first), self.features(second))
