@@ -46,6 +46,8 @@ bench:  ## time and memory against plain ways of doing the same
 mini:  ## train the mini family from nothing and write its files; goes on where it was stopped
 	for what in autoencoder decoder classifier diffusion inpaint transparency transparent_decoder adapter dreamlayer dreamlayer_apart; do $(EXEC) -m training $$what || exit 1; done
 	$(EXEC) -m training publish
+	for what in rgba_autoencoder flux_fill flux_fill_large layeringdiff; do $(EXEC) -m training $$what || exit 1; done
+	$(EXEC) -m training publish
 	$(EXEC) -m training judge
 
 .PHONY: demo test quick test-full check types serve run figures mutants bench mini

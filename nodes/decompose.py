@@ -93,41 +93,13 @@ class DetectForeground(Node):
         words = [word.strip() for word in re.split(r"[,;\n]", prompt) if word.strip()]
         if not words:
             raise ValueError("prompt: there are no words in it; write what to find, for example: a dog.")
-        image, progress = image[..., :3], ProgressBar(2 * len(image))
-        found = []
-        for number, one in enumerate(detection.detect(image, words, detector, threshold, text_threshold), 1):
-            if not len(one.boxes):
-                raise ValueError(
-                    f"prompt: nothing of {', '.join(words)!r} was found in image {number}; use other words or lower "
-                    "the threshold."
-                )
-            found.append(one[_chosen(one, matches)])
-            progress.update(1)
-        masks = [one.masks for one in found]
-        if masks[0] is None:
-            masks = []
-            for own in detection.segment(image, [one.boxes for one in found], segmenter):
-                masks.append(own)
-                progress.update(1)
-        progress.update_absolute(2 * len(image))
-        boxes = torch.cat([_box_masks(one.boxes, image.shape[1:3]) for one in found])
-        lines = [
-            f"image {number}: {label} {score:.2f} ({', '.join(f'{value:.0f}' for value in box.tolist())})"
-            for number, one in enumerate(found, 1)
-            for label, score, box in zip(one.labels, one.scores, one.boxes, strict=True)
-        ]
-        return io.NodeOutput(torch.cat(masks), boxes, "\n".join(lines), ui=told(lines))
-
-
-def _chosen(found: detection.Found, matches: str) -> list[int]:
-    return [0] if matches == "best" else found.boxes[:, 3].argsort(descending=True).tolist()
-
-
-def _box_masks(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    masks = torch.zeros(len(boxes), *size)
-    for mask, (left, top, right, bottom) in zip(masks, boxes.round().int().clamp(min=0).tolist(), strict=True):
-        mask[top:bottom, left:right] = 1
-    return masks
+        progress = ProgressBar(2 * len(image))
+        found = detection.find(
+            image[..., :3], words, detector, segmenter, matches == "all", threshold, text_threshold, progress.update
+        )
+        boxes = torch.cat([detection.box_masks(one.boxes, image.shape[1:3]) for one in found])
+        lines = [f"image {number}: {line}" for number, one in enumerate(found, 1) for line in one.lines()]
+        return io.NodeOutput(torch.cat([one.masks for one in found]), boxes, "\n".join(lines), ui=told(lines))
 
 
 class MatteForeground(Node):
@@ -203,16 +175,13 @@ class MatteForeground(Node):
         reach = width_pixels or max(1, round(width_percent / 100 * min(image.shape[1:3])))
         trimaps = mask if trimap else torch.stack([matting.trimap_of((one > 0.5).float(), reach) for one in mask])
         if transparent_things != "off":
-            words = detection.TRANSPARENT
-            found = detection.detect(
-                image, words["words"], transparent_things, words["box_threshold"], words["text_threshold"]
-            )
-            trimaps = torch.stack([_opened(*pair) for pair in zip(trimaps, found, strict=True)])
+            trimaps = detection.opened(image, trimaps, transparent_things)
+        progress = ProgressBar(len(image))
         if method == METHODS[1]:
-            return io.NodeOutput(detection.vitmatte(image, trimaps, matting_model), trimaps)
-        progress, alphas = ProgressBar(len(image)), []
-        for one, own in zip(image, trimaps, strict=True):
-            alphas.append(matting.matte_of_trimap(one, own))
+            return io.NodeOutput(detection.vitmatte(image, trimaps, matting_model, progress.update), trimaps)
+        alphas = []
+        for pair in zip(image, trimaps, strict=True):
+            alphas.append(matting.matte_of_trimap(*pair))
             progress.update(1)
         return io.NodeOutput(torch.stack(alphas), trimaps)
 
@@ -225,12 +194,6 @@ def _fitting(mask: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
             f"{image.shape[2]}×{image.shape[1]}; connect one mask of that size, or one for each image."
         )
     return mask.expand(len(image), -1, -1)
-
-
-def _opened(trimap: torch.Tensor, found: detection.Found) -> torch.Tensor:
-    """Unknown where it was known to be the object inside the boxes of transparent things."""
-    inside = _box_masks(found.boxes, trimap.shape).amax(0) if len(found.boxes) else torch.zeros_like(trimap)
-    return torch.where((inside.to(trimap) > 0) & (trimap >= 1), 0.5, trimap)
 
 
 class LoadDecomposer(LayerModelFile):
@@ -411,15 +374,19 @@ class DecomposeImage(Node):
         fronts, behind = layeringdiff.take_apart(
             model, vae, decomposer, image.movedim(-1, 1), alphas, run, align_details, exact
         )
-        whole = behind
-        for front, alpha in zip(fronts.flip(0), alphas.flip(0), strict=True):
-            whole = composite(front, whole, alpha)
-        error = (whole.movedim(1, -1) - image).abs().mean().item()
-        foregrounds = torch.cat([fronts, alphas], 2).movedim(2, -1)
-        behind = behind.movedim(1, -1)
+        foregrounds, behind = torch.cat([fronts, alphas], 2).movedim(2, -1), behind.movedim(1, -1)
+        error = (_recomposed(foregrounds, behind) - image).abs().mean().item()
         stacks = [write_layers(_stack(*pair)) for pair in zip(behind, foregrounds.unbind(1), strict=True)]
-        notes = [f"Mask {number} is empty, and so is its layer." for number in _empty(alphas)]
+        empty = [number for number, alpha in enumerate(alphas, 1) if not alpha.any()]
+        notes = [f"Mask {number} is empty, and so is its layer." for number in empty]
         return io.NodeOutput(stacks, foregrounds.flatten(0, 1), behind, error, ui=told(notes))
+
+
+def _recomposed(foregrounds: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
+    """[B,H,W,3] of objects [K,B,H,W,4], front to back, and a background [B,H,W,3]."""
+    for front in foregrounds.flip(0):
+        background = composite(front[..., :3], background, front[..., 3:])
+    return background
 
 
 def _alphas(mask: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
@@ -431,10 +398,6 @@ def _alphas(mask: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
     if mask.shape[1:] != image.shape[1:3]:
         _fitting(mask[:1], image)
     return visible_to_own(mask[:, None, None])
-
-
-def _empty(alphas: torch.Tensor) -> list[int]:
-    return [number for number, alpha in enumerate(alphas, 1) if not alpha.any()]
 
 
 def _stack(background: torch.Tensor, foregrounds: torch.Tensor) -> LayerStack:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
-import comfy.model_management
-import comfy.utils
 import numpy as np
 import torch
 from torch import Tensor
@@ -43,9 +41,67 @@ class Found:
     labels: list[str]
     masks: Tensor | None = None
 
+    def lines(self) -> list[str]:
+        """Words, score and box of each."""
+        parts = zip(self.labels, self.scores, self.boxes, strict=True)
+        return [
+            f"{label} {score:.2f} ({', '.join(f'{side:.0f}' for side in box.tolist())})" for label, score, box in parts
+        ]
+
     def __getitem__(self, rows: list[int]) -> Found:
         masks = None if self.masks is None else self.masks[rows]
         return Found(self.boxes[rows], self.scores[rows], [self.labels[i] for i in rows], masks)
+
+
+def find(
+    images: Tensor,
+    words: list[str],
+    detector: str,
+    segmenter: str,
+    every: bool,
+    threshold: float,
+    text_threshold: float,
+    step: Callable[[int], None] = lambda count: None,
+) -> list[Found]:
+    """What the words name in images [B,H,W,3], with masks: of each image the surest match, or every one, those that
+    reach lowest in the image first. step is called twice for each image. Raises ValueError where nothing is found.
+    """
+    found = []
+    for number, one in enumerate(detect(images, words, detector, threshold, text_threshold), 1):
+        if not len(one.boxes):
+            raise ValueError(
+                f"prompt: nothing of {', '.join(words)!r} was found in image {number}; use other words or lower the "
+                "threshold."
+            )
+        found.append(one[one.boxes[:, 3].argsort(descending=True).tolist() if every else [0]])
+        step(1)
+    if found[0].masks is not None:
+        step(len(found))
+        return found
+    masked = []
+    for one, masks in zip(found, segment(images, [one.boxes for one in found], segmenter), strict=True):
+        masked.append(replace(one, masks=masks))
+        step(1)
+    return masked
+
+
+def box_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """[N,H,W] of 0 and 1 from boxes [N,4]."""
+    masks = torch.zeros(len(boxes), *size)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.round().int().clamp(min=0).tolist(), strict=True):
+        mask[top:bottom, left:right] = 1
+    return masks
+
+
+def opened(images: Tensor, trimaps: Tensor, detector: str) -> Tensor:
+    """Trimaps [B,H,W], with a half where they were 1 inside the boxes of transparent things in images [B,H,W,3].
+
+    Source: layeringdiff, Sec. 3.2 (transparent objects)
+    """
+    thresholds = TRANSPARENT["box_threshold"], TRANSPARENT["text_threshold"]
+    found = detect(images, TRANSPARENT["words"], detector, *thresholds)
+    inside = torch.stack([box_masks(one.boxes, trimaps.shape[1:]).sum(0) > 0 for one in found])
+    return torch.where(inside.to(trimaps.device) & (trimaps >= 1), 0.5, trimaps)
 
 
 def detect(images: Tensor, words: list[str], name: str, threshold: float, text_threshold: float) -> Iterator[Found]:
@@ -79,7 +135,7 @@ def _by_boxes(network, processor, image, words, threshold, text_threshold) -> Fo
     (found,) = processor.post_process_grounded_object_detection(
         outputs, threshold=threshold, target_sizes=size, text_labels=[words], **further
     )
-    labels = found.get("text_labels") or found["labels"]
+    labels = found["text_labels"] if "text_labels" in found else found["labels"]
     return Found(found["boxes"].cpu().float(), found["scores"].cpu().float(), [str(one) for one in labels])
 
 
@@ -141,8 +197,9 @@ def segment(images: Tensor, boxes: list[Tensor], name: str) -> Iterator[Tensor]:
         yield masks.reshape(-1, *image.shape[:2]).float()
 
 
-def vitmatte(images: Tensor, trimaps: Tensor, name: str) -> Tensor:
-    """Alpha [B,H,W] of images [B,H,W,3] for trimaps [B,H,W]: 0, 1, and between them where it is to be found.
+def vitmatte(images: Tensor, trimaps: Tensor, name: str, step: Callable[[int], None] = lambda count: None) -> Tensor:
+    """Alpha [B,H,W] of images [B,H,W,3] for trimaps [B,H,W]: 0, 1, and between them where it is to be found. step is
+    called once for each.
 
     Source: layeringdiff, Sec. 3.2 (ViTMatte)
     Differs: pixels that the trimap knows are set after it, as the released code does and transformers does not.
@@ -152,13 +209,13 @@ def vitmatte(images: Tensor, trimaps: Tensor, name: str) -> Tensor:
     folder = MATTING.find(name)
     network = _loaded(VitMatteForImageMatting, folder)
     processor = VitMatteImageProcessor.from_pretrained(folder, local_files_only=True)
-    progress, alphas = comfy.utils.ProgressBar(len(images)), []
+    alphas = []
     for image, trimap in zip(images, trimaps, strict=True):
         levels = torch.where(trimap <= 0, 0, torch.where(trimap >= 1, 255, 128)).to(torch.uint8)
         given = processor(images=_pixels(image), trimaps=levels.cpu().numpy(), return_tensors="pt").to(network.device)
         alpha = network(**given).alphas[0, 0, : image.shape[0], : image.shape[1]].to(trimap)
         alphas.append(torch.where((trimap > 0) & (trimap < 1), alpha.clamp(0, 1), trimap))
-        progress.update(1)
+        step(1)
     return torch.stack(alphas)
 
 

@@ -29,6 +29,7 @@ TRAINERS = {
     "published checkpoint.",
     "flux_fill": "A model in Flux's structure that paints an object with its shadow into a box, or a whole image, "
     "from words; needs the published checkpoint.",
+    "flux_fill_large": "The same, longer, at 256 pixels and at 128 in turns.",
     "layeringdiff": "What takes an image apart into foreground and background: two adapters of an inpainting model, "
     "and networks that align details.",
 }
@@ -38,6 +39,7 @@ MODULES = {
     "inpaint": "diffusion",
     "transparent_decoder": "transparency",
     "dreamlayer_apart": "dreamlayer",
+    "flux_fill_large": "flux_fill",
 }
 # What users give of their own, as values of the config.
 OPTIONS = {

@@ -72,8 +72,8 @@ FILES = {  # trainer, file, weights
     published.INPAINT: ("inpaint", inpainting_unet),
     published.RGBA: ("rgba_autoencoder", rgba_autoencoder),
     published.FLUX_FILL: (
-        "flux_fill",
-        lambda root: flux.host_form(_trained(root / "flux_fill")),
+        "flux_fill_large",
+        lambda root: flux.host_form(_trained(root / "flux_fill_large")),
     ),
     "layer_model/strata_mini_transparent_attn.safetensors": (
         "adapter",

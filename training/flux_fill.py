@@ -243,13 +243,17 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
     encoder, autoencoder = published.checkpoint()
     words = Words(encoder, settings.family()["flux_tokens"])
     pool = FillPool(folder.parent / "scenes", autoencoder, config["scenes"], config["side"])
+    pools = [(pool, config["batch"])]
+    if smaller := config.get("smaller_side"):  # takes turns, so that it is not forgotten, with as many tokens
+        many = config["batch"] * config["side"] ** 2 // smaller**2
+        pools.append((FillPool(folder.parent / "scenes", autoencoder, config["smaller_scenes"], smaller), many))
     last = np.arange(config["scenes"] - CHECK, config["scenes"])
 
     def loss(model, step, rank):
         rng = np.random.default_rng((config["seed"], step, rank))
-        known = data.known_at(step, config["scenes"] - CHECK, config["scenes_per_step"])
-        chosen = rng.integers(0, known, config["batch"])
-        return loss_of(model, pool.batch(chosen, step), words, config, rng)
+        own, batch = pools[step % len(pools)]
+        known = data.known_at(step, own.count - CHECK, config["scenes_per_step"])
+        return loss_of(model, own.batch(rng.integers(0, known, batch), step), words, config, rng)
 
     @torch.no_grad()
     def validate(model, step):
