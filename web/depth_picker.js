@@ -101,15 +101,17 @@ function attach(node) {
         picker.setThresholds(values, { fixed: linked ? [] : fixed, locked: linked, stale });
     };
 
-    // Frontends give a graph its id late or another one, so it is the same node when all that its pictures depend on is the same
+    // The node of the last run is known by its graph, or, where the frontend gave that its id late, by what its pictures depend on
     const recall = () => {
-        const slice = lastRun.get(String(node.id));
-        if (node.properties[PROPERTY] || slice?.source !== sourceOf(node)) return;
-        node.properties[PROPERTY] = slice;
-        load();
+        const kept = lastRun.get(String(node.id));
+        if (!kept || node.properties[PROPERTY]) return false;
+        if (!(kept.graph && kept.graph === node.graph?.id) && kept.slice.source !== sourceOf(node)) return false;
+        node.properties[PROPERTY] = kept.slice;
+        return true;
     };
 
     const load = async () => {
+        recall();
         const slice = node.properties[PROPERTY];
         if (!slice?.front || !slice?.depth) {
             picker.say(RUN_FIRST);
@@ -139,18 +141,18 @@ function attach(node) {
         if (!output?.[PROPERTY]?.[0]) return;
         const slice = { ...output[PROPERTY][0], source: sourceOf(node) };
         node.properties[PROPERTY] = slice;
-        lastRun.set(String(node.id), slice);
+        lastRun.set(String(node.id), { slice, graph: node.graph?.id });
         load();
     });
     after(node, "onConfigure", () => {
         load();
         follow();
-        setTimeout(recall); // when the nodes behind it are there too
     });
     after(node, "onConnectionsChange", follow);
     after(node, "onAdded", () => takePlace(node, picker.element));
-    api.addEventListener("graphChanged", follow);
-    after(node, "onRemoved", () => { newest++; picker.dispose(); api.removeEventListener("graphChanged", follow); });
+    const changed = () => { if (recall()) load(); else follow(); }; // now the nodes behind it are there too
+    api.addEventListener("graphChanged", changed);
+    after(node, "onRemoved", () => { newest++; picker.dispose(); api.removeEventListener("graphChanged", changed); });
     const least = node.computeSize(); // the frontend widens a loaded node to it: undo would find another graph
     node.setSize([Math.max(node.size[0], least[0], 400), Math.max(node.size[1], least[1] + 120)]);
     load();

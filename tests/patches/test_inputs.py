@@ -70,6 +70,7 @@ WRONG = {  # values that no input of the type can take
     "VAE": [None, 3],
     "STRATA_TRANSPARENCY": [None, 3],
     "STRATA_LAYER_MODULES": [None, 3],
+    "STRATA_DECOMPOSER": [None, 3],
 }
 
 
