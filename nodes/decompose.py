@@ -211,6 +211,7 @@ class LoadDecomposer(LayerModelFile):
                 io.Combo.Input(
                     "file",
                     options=files,
+                    default=layer_files.DECOMPOSER,
                     tooltip="A file below models/layer_model, whatever its name: of both layers, or of the foreground.",
                 ),
                 io.Combo.Input(

@@ -23,8 +23,7 @@ def test_the_shipped_pair_finds_the_alpha_of_held_out_objects(tmp_path):
     mini_family.register()
     vae = comfy.sd.load_checkpoint_guess_config(str(FILES[0]), output_clip=False, output_model=False)[2]
     encoder, decoder = (
-        layer_files.recognise(path.name, load_file(path), layer_files.metadata(path))
-        for path in (ENCODER, FILES[2])
+        layer_files.recognise(path.name, load_file(path), layer_files.metadata(path)) for path in (ENCODER, FILES[2])
     )
     pool = CutOuts(tmp_path, 1, 128, (0.45, 0.85))
     truth = torch.from_numpy(np.stack([pool.render(number) for number in HELD_OUT])).permute(0, 3, 1, 2)

@@ -18,6 +18,13 @@ from strata.training import layeringdiff
 
 pytestmark = pytest.mark.slow
 PACK = Path(__file__).resolve().parents[2]
+SHAPE = {  # ComfyUI's words for both UNets
+    "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": [1, 2, 4, 4],
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    "transformer_depth_middle": 1,
+}
 KEPT = ("__init__.py", "training", "networks", "techniques", "scenes", "models_config", "formats", "nodes", "patches")
 
 
@@ -25,15 +32,15 @@ def checkpoint(path: Path, family: str) -> None:
     """Every weight of UNet, autoencoder and text encoder by the names of the released files, by ComfyUI's own
     conversions.
     """
+    sys.path.insert(0, os.environ["STRATA_HOST"])
     import comfy.diffusers_convert as convert
     import comfy.utils
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from strata.patches.decomposer import STABLE_DIFFUSION
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
     entry = json.loads(bases.CONFIG.read_text())[family]
-    names = comfy.utils.unet_to_diffusers(STABLE_DIFFUSION)
+    names = comfy.utils.unet_to_diffusers(SHAPE)
     unet = UNet2DConditionModel(**entry["unet"]).state_dict()
     state = {f"model.diffusion_model.{names[key]}": value.half() for key, value in unet.items()}
     del unet
@@ -52,11 +59,16 @@ def checkpoint(path: Path, family: str) -> None:
     shape["num_hidden_layers"] = 24 if family == "SD2" else 12
     text = CLIPTextModel(CLIPTextConfig(**shape)).state_dict()
     text = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in text.items()}
-    if family == "SD2":
-        state |= {
-            f"cond_stage_model.model.{key}": value
-            for key, value in convert.convert_text_enc_state_dict_v20(text).items()
-        }
+    if family == "SD2":  # OpenCLIP's names
+        text = convert.convert_text_enc_state_dict_v20(text)
+        for old, new in (
+            ("resblocks.", "transformer.resblocks."),
+            ("text_model.embeddings.token_embedding.weight", "token_embedding.weight"),
+            ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+            ("text_model.final_layer_norm.", "ln_final."),
+        ):
+            text = {key.replace(old, new): value for key, value in text.items()}
+        state |= {f"cond_stage_model.model.{key}": value for key, value in text.items()}
     else:
         state |= {f"cond_stage_model.transformer.{key}": value for key, value in text.items()}
     save_file({key: value.half().contiguous() for key, value in state.items()}, path)
