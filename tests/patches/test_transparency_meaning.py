@@ -8,7 +8,7 @@ import pytest
 import torch
 from figures_layerfusion import FILES
 from safetensors.torch import load_file
-from strata.patches import layer_files, mini_family, transparency, transparent_latents
+from strata.patches import layer_files, mini_family, transparent_latents
 from strata.techniques import metrics
 from strata.training.cutouts import HELD_OUT, CutOuts
 
