@@ -82,9 +82,10 @@ class Good:
     """A value for each type of socket with which every node runs."""
 
     def __init__(self):
+        import comfy.sd
         import folder_paths
         from mini_models import MODELS, Family
-        from strata.nodes import compositing, fusion, shared_layers, transparency
+        from strata.nodes import compositing, decompose, fusion, shared_layers, transparency
 
         for kind in ("checkpoints", "diffusion_models", "layer_model"):
             folder_paths.add_model_folder_path(kind, str(MODELS / kind))
@@ -116,6 +117,7 @@ class Good:
             "STRATA_LAYER_MODULES": shared_layers.LoadLayerModules.execute("strata_mini_dreamlayer.safetensors").args[
                 0
             ],
+            "STRATA_DECOMPOSER": decompose.LoadDecomposer.execute("strata_mini_layeringdiff.safetensors").args[0],
             "LAYERS": {
                 "version": 1,
                 "canvas": (SIDE, SIDE),
@@ -138,6 +140,13 @@ class Good:
             "Strata_ImageToLayers": {"decoder": files["decoder"]},
             "Strata_LoadTransparency": {"file": "strata_mini_transparent_attn.safetensors"},
             "Strata_LoadLayerModules": {"file": "strata_mini_dreamlayer.safetensors"},
+            "Strata_LoadDecomposer": {"file": "strata_mini_layeringdiff.safetensors"},
+            "Strata_DecomposeImage": {
+                "model": comfy.sd.load_diffusion_model(
+                    str(MODELS / "diffusion_models" / "strata_mini_inpaint.safetensors")
+                ),
+            },
+            "Strata_DetectForeground": None,
             "Strata_SetLayer": {"action": "append"},
             "Strata_EstimateDepth": None,
             "Strata_SampleJointLayers": None,

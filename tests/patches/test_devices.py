@@ -18,10 +18,10 @@ from mini_models import CHECKPOINT
 from PIL import Image
 from strata import nodes
 from strata.nodes import layers_io, shared_layers
-from strata.patches import depth_model
+from strata.patches import depth_model, detection
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import card
+from . import card, tiny_detectors
 from .sampling_helpers import conditioning
 from .small_models import sharing, small
 
@@ -33,6 +33,7 @@ CASES = {  # further ways through a node: inputs by their type, or as they are
     "Strata_AmodalMask": [{"region": "MASK"}],
     "Strata_ComposeByDepth": [{"soft_edge": 0.0}],
     "Strata_DecodeTransparency": [{"background": "IMAGE", "passes": "4", "clean": "off"}, {"tile_size": 32}],
+    "Strata_DecomposeImage": [{"exact": False, "align_details": False, "start": "image"}],
     "Strata_EncodeTransparency": [{"mask": "MASK"}],
     "Strata_FlattenLayers": [{"blending": "linear light", "background": "#ff000080"}],
     "Strata_GuidancePlane": [{"mask": "MASK", "behind": "STRATA_PLANES"}],
@@ -46,6 +47,7 @@ CASES = {  # further ways through a node: inputs by their type, or as they are
     "Strata_LayersFromImages": [{"masks": "MASK", "layers": "LAYERS"}],
     "Strata_LayersSampler": [{"harmonize": False}, {"decoder": None, "model": "maps"}],
     "Strata_LayersToBatch": [{"at_canvas_size": False}],
+    "Strata_MatteForeground": [{"method": "ViTMatte", "matting_model": "vitmatte", "transparent_things": "dino"}],
     "Strata_OrderLayers": [{"action": "merge"}],
     "Strata_SaveLayers": [{"format": "OpenRaster"}, {"format": "PNG layers"}],
     "Strata_SetLayer": [{"action": "change", "layer": "1", "mask": "MASK", "image": "IMAGE"}],
@@ -79,6 +81,13 @@ class Values(Good):
             "Strata_LoadLayers": {"file": "layers.psd"},
             "Strata_SaveLayers": {"filename_prefix": "layers", "format": "PSD"},
             "Strata_EstimateDepth": {"model": "tiny"},
+            "Strata_DetectForeground": {
+                "prompt": "a dog",
+                "detector": "dino",
+                "segmenter": "sam",
+                "threshold": 0.0,
+                "text_threshold": 0.0,
+            },
             "Strata_RenderScene": {"kind": "beach", "objects": "apple", "width": 64, "height": 64},
         }
 
@@ -112,7 +121,7 @@ def tiny_depth_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("depth")
     DepthAnythingForDepthEstimation(config).save_pretrained(folder / "tiny")
     (folder / "tiny" / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 70}}))
-    folder_paths.add_model_folder_path(depth_model.KIND, str(folder))
+    folder_paths.add_model_folder_path(depth_model.CONFIG["folder"], str(folder))
     load = AutoModelForDepthEstimation.from_pretrained
 
     def without_card(*args, **kwargs):
@@ -122,6 +131,25 @@ def tiny_depth_model(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AutoModelForDepthEstimation, "from_pretrained", without_card)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_detectors_there(tmp_path_factory):
+    root = tmp_path_factory.mktemp("detectors")
+    tiny_detectors.grounding_dino(root / "grounding-dino" / "dino")
+    tiny_detectors.sam(root / "sams" / "sam")
+    tiny_detectors.vitmatte(root / "vitmatte" / "vitmatte")
+    for kind in ("grounding-dino", "sams", "vitmatte"):
+        folder_paths.add_model_folder_path(kind, str(root / kind))
+    load = detection._loaded
+
+    def without_card(*args):
+        with _disable_current_modes():
+            return load(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detection, "_loaded", without_card)
         yield
 
 
