@@ -174,6 +174,11 @@ class MatteForeground(Node):
         image, mask = image[..., :3], _fitting(mask, image)
         reach = width_pixels or max(1, round(width_percent / 100 * min(image.shape[1:3])))
         trimaps = mask if trimap else torch.stack([matting.trimap_of((one > 0.5).float(), reach) for one in mask])
+        if unclear := [number for number, one in enumerate(trimaps, 1) if ((one > 0) & (one < 1)).all()]:
+            raise ValueError(
+                f"mask: nothing in mask {unclear[0]} is certain, neither of the object nor of what is around it; make "
+                "the width smaller, or connect another mask."
+            )
         if transparent_things != "off":
             trimaps = detection.opened(image, trimaps, transparent_things)
         progress = ProgressBar(len(image))

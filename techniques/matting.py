@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 KNOWN, PRIOR = 100.0, 0.05
+GUESS = 1e-3  # trust in the value of a trimap where it is not known
 MARGIN = 32  # pixels of what a trimap knows that the system sees around what it does not
 FILL = 8  # times as many values as the system has, at most, in its factor
 # Less than this of a layer is noise of the solution, which would leave specks of made-up colour in the layer behind.
@@ -81,8 +82,9 @@ def matte_of_trimap(image: Tensor, trimap: Tensor) -> Tensor:
     """Alpha [H,W] of an image [H,W,3] where the trimap [H,W] is neither 0 nor 1.
 
     Source: ours, closed-form matting (Levin et al. 2008, A closed-form solution to natural image matting) of pymatting.
+    Differs: where nothing that is known decides, the trimap's own value does, so that there always is a solution.
     """
-    return _solved(image, (trimap >= 1).to(trimap), (trimap > 0) & (trimap < 1), MARGIN, 0.0)
+    return _solved(image, trimap, (trimap > 0) & (trimap < 1), MARGIN, GUESS)
 
 
 def _solved(image: Tensor, mask: Tensor, unknown: Tensor, margin: int, prior: float) -> Tensor:

@@ -147,6 +147,7 @@ class Good:
                 ),
             },
             "Strata_DetectForeground": None,
+            "Strata_MatteForeground": {"mask": (torch.arange(SIDE) < SIDE // 2).float().expand(1, SIDE, SIDE)},
             "Strata_SetLayer": {"action": "append"},
             "Strata_EstimateDepth": None,
             "Strata_SampleJointLayers": None,

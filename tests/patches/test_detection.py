@@ -118,6 +118,12 @@ def test_a_rough_mask_becomes_the_object_s_alpha(folders, scene):
     assert (alpha[0] - truth)[edge].abs().mean() < 0.15  # 0.5 everywhere there would be about 0.4
 
 
+def test_a_mask_that_says_nothing_for_certain_is_refused(folders):
+    noise = (images(1)[..., 0] > 0.5).float()
+    with pytest.raises(ValueError, match="^mask: nothing in mask 1 is certain"):
+        MatteForeground.execute(images(1), noise, False, "closed form", "vitmatte", 2.5, 0, "off")
+
+
 def test_a_trimap_is_what_eroding_and_dilating_give():
     mask = torch.from_numpy(np.random.default_rng(0).random((30, 40)) > 0.03).float()
     mask[10:20, 10:30] = 0

@@ -48,7 +48,7 @@ def grounding_dino(folder: Path) -> Path:
     config = t.GroundingDinoConfig(
         backbone_config=backbone,
         text_config=text,
-        d_model=32,
+        d_model=64,
         encoder_layers=1,
         decoder_layers=2,
         encoder_ffn_dim=16,

@@ -16,6 +16,9 @@ PACK = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not (PACK / "models" / "layer_model" / FILE).exists(), reason="not trained: make mini")
 
 
+FLAT = {"blending": "sRGB", "background": "transparent"}
+
+
 def graph(**changes) -> dict:
     """A scene's object taken out of it. changes: inputs of Decompose image."""
     return {
@@ -50,7 +53,7 @@ def graph(**changes) -> dict:
                 **changes,
             },
         },
-        "layers": {"class_type": "Strata_FlattenLayers", "inputs": {"layers": ["apart", 0]}},
+        "layers": {"class_type": "Strata_FlattenLayers", "inputs": {"layers": ["apart", 0], **FLAT}},
         "flat": {"class_type": "SaveImage", "inputs": {"images": ["layers", 0], "filename_prefix": "flat"}},
         "front": {"class_type": "SaveImage", "inputs": {"images": ["apart", 1], "filename_prefix": "front"}},
         "behind": {"class_type": "SaveImage", "inputs": {"images": ["apart", 2], "filename_prefix": "behind"}},
