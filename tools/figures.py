@@ -105,7 +105,7 @@ def page(table: dict) -> str:
         ]
         for figure in entry["figures"][columns[0]]:
             lines.append(
-                f"| {figure} | " + " | ".join(shown(entry["figures"][column][figure]) for column in columns) + " |"
+                f"| {figure} | " + " | ".join(shown(entry["figures"][column].get(figure)) for column in columns) + " |"
             )
         if entry["differences"]:
             lines += ["", "| difference, seed by seed | figure | mean ± standard error | pairs |", "|---|---|---|---|"]
@@ -116,8 +116,9 @@ def page(table: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def shown(found: dict[str, float]) -> str:
-    return f"{found['mean']:.3f} ± {error(found):.3f}"
+def shown(found: dict[str, float] | None) -> str:
+    """A dash for a figure that a column does not have."""
+    return "–" if found is None else f"{found['mean']:.3f} ± {error(found):.3f}"
 
 
 def main() -> int:

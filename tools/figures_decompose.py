@@ -14,11 +14,12 @@ from mini_models import MODELS, OUTPUT, Family, picture
 from strata.patches import decomposer, layer_files, mini_family
 from strata.scenes import renderer
 from strata.techniques import layering, matting, metrics
+from strata.techniques.transparency import extend_colours
 from strata.training import loop, oracle
 
 import nodes as comfyui_nodes
 
-COUNT, SAMPLE = 96, 12
+COUNT, SAMPLE = 96, 4
 OURS, SMOOTH = "FBDD + HFA + exact", "smooth fill"
 PAINTED = ("smooth fill + inpainting", "inpainting")
 CLAIMS = [
@@ -94,10 +95,17 @@ def layers_of(family, model, loaded, scene, image, front, behind, alpha, seed) -
     outside = (alpha > GROWN).float()
     painted = inpainted(family, model, words, image, outside, seed)
     layers[PAINTED[1]] = (None, torch.where(outside > 0, painted, image))
-    ceiling = [family.vae.decode(family.vae.encode(part.movedim(1, -1))).movedim(-1, 1) for part in (front, behind)]
-    layers["truth through the autoencoder"] = layering.copy_visible(image, alpha, *ceiling)
-    layers["truth"] = (front, behind)
-    return layers
+    return layers | known_of(family, image, front, behind, alpha)
+
+
+def known_of(family, image, front, behind, alpha) -> dict[str, tuple]:
+    """The truth, and what the autoencoder leaves of it."""
+    parts = (extend_colours(front, alpha), behind)
+    ceiling = [family.vae.decode(family.vae.encode(part.movedim(1, -1))).movedim(-1, 1) for part in parts]
+    return {
+        "truth through the autoencoder": layering.copy_visible(image, alpha, *ceiling),
+        "truth": (front, behind),
+    }
 
 
 def inpainted(family, model, words, image, mask, seed) -> torch.Tensor:
@@ -111,26 +119,24 @@ def inpainted(family, model, words, image, mask, seed) -> torch.Tensor:
 
 def figures_of(judge, scene, image, front, behind, alpha, made_front, made_behind) -> dict[str, float]:
     hidden, partly = (alpha > 0.95).float(), ((alpha > 0.02) & (alpha <= 0.95)).float()
-    nan = float("nan")
     error = (made_behind - behind) * hidden
     name = scene.objects[-1].name
     _, objects = judge.logits(made_behind)
     place, _ = judge.text_agreement(made_behind, [scene.kind], [[]])
-    return {
+    found = {
         "hidden background": 1000 * metrics.mask_error(made_behind, behind, hidden).item(),
         "hidden background, squared": 1000 * (error.square().sum() / (3 * hidden.sum())).item(),
         "hidden background, sum in thousands": error.abs().mean(1).sum().item() / 1000,
         "background partly covered": 1000 * metrics.mask_error(made_behind, behind, partly * (1 - alpha)).item(),
-        "foreground partly covered": nan
-        if made_front is None
-        else 1000 * metrics.mask_error(made_front, front, partly * alpha).item(),
         "perceptual distance": 1000 * judge.distance(made_behind, behind).item(),
         "object still seen": float(objects[0, judge.objects.index(name)] > 0),
         "place kept": place.item(),
-        "recomposition": nan
-        if made_front is None
-        else 1000 * (layering.composite(made_front, made_behind, alpha) - image).abs().mean().item(),
-        "recomposition, largest": nan
-        if made_front is None
-        else 255 * (layering.composite(made_front, made_behind, alpha) - image).abs().max().item(),
     }
+    if made_front is not None:
+        missing = (layering.composite(made_front, made_behind, alpha) - image).abs()
+        found |= {
+            "foreground partly covered": 1000 * metrics.mask_error(made_front, front, partly * alpha).item(),
+            "recomposition": 1000 * missing.mean().item(),
+            "recomposition, largest, of 255": 255 * missing.max().item(),
+        }
+    return found
