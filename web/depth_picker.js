@@ -12,6 +12,7 @@ const GONE = "The images of the last run are gone (ComfyUI clears them when it r
 
 // Undo goes back to a node from before its run; the pictures are still those of this node
 const lastRun = new Map();
+const keyOf = (node) => node.graph?.id && `${node.graph.id} ${node.id}`;
 
 /** What the views depend on, as one number: these widgets, and all nodes behind the picture and the depth. */
 function sourceOf(node) {
@@ -101,17 +102,8 @@ function attach(node) {
         picker.setThresholds(values, { fixed: linked ? [] : fixed, locked: linked, stale });
     };
 
-    // The node of the last run is known by its graph, or, where the frontend gave that its id late, by what its pictures depend on
-    const recall = () => {
-        const kept = lastRun.get(String(node.id));
-        if (!kept || node.properties[PROPERTY]) return false;
-        if (!(kept.graph && kept.graph === node.graph?.id) && kept.slice.source !== sourceOf(node)) return false;
-        node.properties[PROPERTY] = kept.slice;
-        return true;
-    };
-
     const load = async () => {
-        recall();
+        if (!node.properties[PROPERTY] && lastRun.has(keyOf(node))) node.properties[PROPERTY] = lastRun.get(keyOf(node));
         const slice = node.properties[PROPERTY];
         if (!slice?.front || !slice?.depth) {
             picker.say(RUN_FIRST);
@@ -141,18 +133,14 @@ function attach(node) {
         if (!output?.[PROPERTY]?.[0]) return;
         const slice = { ...output[PROPERTY][0], source: sourceOf(node) };
         node.properties[PROPERTY] = slice;
-        lastRun.set(String(node.id), { slice, graph: node.graph?.id });
+        if (keyOf(node)) lastRun.set(keyOf(node), slice);
         load();
     });
-    after(node, "onConfigure", () => {
-        load();
-        follow();
-    });
+    after(node, "onConfigure", () => { load(); follow(); });
     after(node, "onConnectionsChange", follow);
     after(node, "onAdded", () => takePlace(node, picker.element));
-    const changed = () => { if (recall()) load(); else follow(); }; // now the nodes behind it are there too
-    api.addEventListener("graphChanged", changed);
-    after(node, "onRemoved", () => { newest++; picker.dispose(); api.removeEventListener("graphChanged", changed); });
+    api.addEventListener("graphChanged", follow);
+    after(node, "onRemoved", () => { newest++; picker.dispose(); api.removeEventListener("graphChanged", follow); });
     const least = node.computeSize(); // the frontend widens a loaded node to it: undo would find another graph
     node.setSize([Math.max(node.size[0], least[0], 400), Math.max(node.size[1], least[1] + 120)]);
     load();
