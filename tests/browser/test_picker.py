@@ -177,7 +177,9 @@ def test_drag_changes_widget_and_tint_without_a_run(picker, no_run):
     assert picker.editor.errors == []
 
 
-@pytest.mark.xfail(strict=False, reason="on a busy processor undo can leave the picker empty until the next run: README")
+@pytest.mark.xfail(
+    strict=False, reason="on a busy processor undo can leave the picker empty until the next run: README"
+)
 def test_each_drag_is_one_step_of_undo(picker, no_run):
     from playwright.sync_api import TimeoutError  # where it is not installed, the fixture has skipped the test
 
