@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import comfy.samplers
 import numpy as np
 import torch
 from comfy_api.latest import io
@@ -20,6 +19,7 @@ from ..techniques.losses import psnr
 from . import sockets
 from .depth_inputs import MISSING, NEAR, THRESHOLD, box_or_region, depth_input, range_inputs, read_depth
 from .inputs import centred, crop_to_latent, encodable, save_temporary
+from .sampling import scheduler_input
 from .sockets import Node, schema
 
 SOURCES = ("recompute", "cache")
@@ -70,12 +70,9 @@ class InvertImage(Node):
                     max=1000,
                     tooltip="Steps of the path, 50 in the paper. Sample with the sigmas of this node.",
                 ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    default="ddim_uniform",
-                    tooltip="The noise levels of the steps; "
-                    "ddim_uniform as in the paper, simple for flow matching models.",
+                scheduler_input(
+                    "ddim_uniform",
+                    "The noise levels of the steps; ddim_uniform as in the paper, simple for flow matching models.",
                 ),
                 io.Float.Input(
                     "cfg",

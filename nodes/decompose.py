@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import comfy.samplers
 import torch
 from comfy.utils import ProgressBar
 from comfy_api.latest import io
@@ -14,6 +13,7 @@ from ..patches import detection, layer_files
 from ..techniques import matting
 from ..techniques.layering import composite, visible_to_own
 from ..techniques.layers import Layer, LayerStack, write_layers
+from .sampling import sampler_input, scheduler_input, seed_input
 from .sockets import Decomposer, LayerModelFile, Layers, Node, schema, told
 
 NAMES = ["LayeringDiff", "decompose", "layers from image", "foreground", "background"]
@@ -48,14 +48,14 @@ class DetectForeground(Node):
                 io.Combo.Input(
                     "detector",
                     options=detection.DETECTORS.choices(),
-                    tooltip="A folder of transformers' form below models/grounding-dino or models/sam3. SAM 3 makes "
-                    "masks by itself.",
+                    tooltip="A model folder of the transformers library below models/grounding-dino or models/sam3. "
+                    "SAM 3 makes masks by itself.",
                 ),
                 io.Combo.Input(
                     "segmenter",
                     options=detection.SEGMENTERS.choices(),
-                    tooltip="A folder of transformers' form below models/sam2 or models/sams, which makes masks from "
-                    "the boxes of the detector. Not used with SAM 3.",
+                    tooltip="A model folder of the transformers library below models/sam2 or models/sams, which makes "
+                    "masks from the boxes of the detector. Not used with SAM 3.",
                 ),
                 io.Combo.Input(
                     "matches",
@@ -139,7 +139,7 @@ class MatteForeground(Node):
                 io.Combo.Input(
                     "matting_model",
                     options=detection.MATTING.choices(),
-                    tooltip="For ViTMatte: a folder of transformers' form below models/vitmatte.",
+                    tooltip="For ViTMatte: a model folder of the transformers library below models/vitmatte.",
                 ),
                 io.Float.Input(
                     "width_percent",
@@ -312,29 +312,12 @@ class DecomposeImage(Node):
                     default=STARTS[0],
                     tooltip="What sampling starts from: noise, as published, or the image under noise.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="The same seed gives the same layers; another one fills what was hidden in another way.",
-                ),
+                seed_input("The same seed gives the same layers; another one fills what was hidden in another way."),
                 io.Int.Input(
                     "steps", default=20, min=1, max=10000, tooltip="Steps for each layer: two passes for each mask."
                 ),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=comfy.samplers.KSampler.SAMPLERS,
-                    default="ddim",
-                    tooltip="As in KSampler.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    default="ddim_uniform",
-                    tooltip="As in KSampler.",
-                ),
+                sampler_input("ddim", "As in KSampler."),
+                scheduler_input("ddim_uniform", "As in KSampler."),
             ],
             outputs=[
                 Layers.Output(

@@ -5,6 +5,7 @@ from comfy_api.latest import io
 
 from ..scenes.renderer import KINDS, MOST_OBJECTS, Request, Scene, SceneObject, catalogue, render
 from ..techniques.layers import Layer, LayerStack, write_layers
+from .sampling import seed_input
 from .sockets import Layers, Node, schema
 
 
@@ -40,14 +41,7 @@ class RenderScene(Node):
                 ),
                 io.Int.Input("width", default=512, min=64, max=2048, tooltip="Width in pixels."),
                 io.Int.Input("height", default=512, min=64, max=2048, tooltip="Height in pixels."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="The same seed gives the same image.",
-                ),
+                seed_input("The same seed gives the same image."),
                 io.Boolean.Input(
                     "shadows",
                     default=True,

@@ -1,11 +1,11 @@
 """DreamLayer's harmonisation: layers that were only stacked become one picture."""
 
-import comfy.samplers
 from comfy_api.latest import io
 
 from ..patches.harmonize import harmonize_layers
 from ..techniques.layers import read_layers, write_layers
 from . import sockets
+from .sampling import sampler_input, scheduler_input, seed_input
 from .sockets import Layers, Node, schema
 
 FOREGROUNDS = ("keep", "relight")
@@ -44,14 +44,7 @@ class HarmonizeLayers(Node):
                     tooltip="Background first, things in front of it. Move, turn, flip or resize a layer and run "
                     "again: nothing else has to change.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="The same seed gives the same image.",
-                ),
+                seed_input("The same seed gives the same image."),
                 io.Int.Input(
                     "steps",
                     default=30,
@@ -68,15 +61,8 @@ class HarmonizeLayers(Node):
                     round=0.01,
                     tooltip="How closely to follow the words.",
                 ),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=comfy.samplers.KSampler.SAMPLERS,
-                    default="euler",
-                    tooltip="For the steps after end_percent; those before are Euler's.",
-                ),
-                io.Combo.Input(
-                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="normal", tooltip="As in KSampler."
-                ),
+                sampler_input("euler", "For the steps after end_percent; those before are Euler's."),
+                scheduler_input("normal", "As in KSampler."),
                 io.Float.Input(
                     "start_percent",
                     default=0.4,

@@ -1,7 +1,19 @@
-"""The inputs that every node with a sampler of its own has, as KSampler has them."""
+"""The inputs that nodes with a sampler of their own have, as KSampler has them."""
 
 import comfy.samplers
 from comfy_api.latest import io
+
+
+def seed_input(tooltip: str):
+    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=tooltip)
+
+
+def sampler_input(default: str, tooltip: str):
+    return io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default=default, tooltip=tooltip)
+
+
+def scheduler_input(default: str, tooltip: str):
+    return io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default=default, tooltip=tooltip)
 
 
 def sampling_inputs() -> list:
@@ -13,14 +25,7 @@ def sampling_inputs() -> list:
             tooltip="Size and number of the results, from Empty Latent Image, or with denoise below 1 an "
             "image to start all of them from. Each takes memory for every output.",
         ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=0xFFFFFFFFFFFFFFFF,
-            control_after_generate=True,
-            tooltip="The same seed gives the same images.",
-        ),
+        seed_input("The same seed gives the same images."),
         io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Number of steps."),
         io.Float.Input(
             "cfg",
@@ -31,18 +36,8 @@ def sampling_inputs() -> list:
             round=0.01,
             tooltip="How closely the prompts are followed.",
         ),
-        io.Combo.Input(
-            "sampler_name",
-            options=comfy.samplers.KSampler.SAMPLERS,
-            default="euler",
-            tooltip="The sampler, as in KSampler.",
-        ),
-        io.Combo.Input(
-            "scheduler",
-            options=comfy.samplers.KSampler.SCHEDULERS,
-            default="normal",
-            tooltip="Noise levels, as in KSampler.",
-        ),
+        sampler_input("euler", "The sampler, as in KSampler."),
+        scheduler_input("normal", "Noise levels, as in KSampler."),
         io.Float.Input(
             "denoise",
             default=1.0,

@@ -2,7 +2,6 @@
 trained modules.
 """
 
-import comfy.samplers
 import latent_preview
 import torch
 from comfy_api.latest import io
@@ -29,7 +28,7 @@ from ..techniques.fusion import map_strips
 from ..techniques.layers import LayerStack, read_layers, write_layers
 from . import sockets
 from .inputs import centred, check_inversion, encodable, named
-from .sampling import sampling_inputs
+from .sampling import sampling_inputs, scheduler_input
 from .sockets import LayerModelFile, LayerModules, Layers, Node, Transparency, schema, told
 
 ALIASES = ["dreamlayer", "multi-layer generation", "layered generation"]
@@ -391,12 +390,9 @@ class ImageToLayers(Node):
                     round=0.01,
                     tooltip="How closely the layers follow their prompts.",
                 ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    default="ddim_uniform",
-                    tooltip="The noise levels of the steps; "
-                    "ddim_uniform as in the paper. Both ways are taken with DDIM.",
+                scheduler_input(
+                    "ddim_uniform",
+                    "The noise levels of the steps; ddim_uniform as in the paper. Both ways are taken with DDIM.",
                 ),
                 *transparency_inputs(),
             ],

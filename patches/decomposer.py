@@ -59,8 +59,8 @@ class LayerUNet:
         return ModelType.V_PREDICTION
 
 
-def _layer_unet(family: type, **shape) -> type:
-    config = {**family.unet_config, "in_channels": networks.CHANNELS, **shape}
+def _layer_unet(family: type) -> type:
+    config = {**family.unet_config, "in_channels": networks.CHANNELS}
     return type(f"{family.__name__}Layer", (LayerUNet, family), {"unet_config": config})
 
 
@@ -193,18 +193,11 @@ def denoiser(
     model: ModelPatcher | None, decomposer: Decomposer, layer: str, latent: Tensor, cells: Tensor
 ) -> ModelPatcher:
     """A clone of the layer's own model, or of the inpainting model with what is added to it, that draws the layer of an
-    image's latent [B,4,h,w], with cells [B,64,h,w] of its alpha. Raises ValueError for a model that is missing or of
-    another family.
+    image's latent [B,4,h,w], with cells [B,64,h,w] of its alpha. Raises ValueError for a model of another family.
     """
     own = decomposer.layers[layer]
-    if not isinstance(own, dict):
-        clone = own.clone()
-    elif model is None:
-        raise ValueError(
-            f"model: {decomposer.name} is added to a model; connect the inpainting model of {decomposer.family}."
-        )
-    else:
-        clone = model.clone()
+    clone = (model if isinstance(own, dict) else own).clone()
+    if isinstance(own, dict):
         clone.add_patches(_patches(model, decomposer, own))
     given = clone.model.process_latent_in(latent)
     condition = networks.condition(given, cells.to(given), layer)

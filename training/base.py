@@ -21,6 +21,13 @@ CONFIG = settings.PACK / "models_config" / "inpainting_bases.json"
 UNET = "model.diffusion_model."
 FIRST, CROSS = "input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 MINI = "Strata mini"
+AUTOENCODER = {  # Stable Diffusion's, for diffusers
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
 LENGTH, BEGIN, END = 77, 49406, 49407  # CLIP's tokens
 
 
@@ -138,13 +145,7 @@ def _autoencoder(path: Path, state: dict[str, Tensor]) -> nn.Module:
     from diffusers import AutoencoderKL
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    autoencoder = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=4,
-    )
+    autoencoder = AutoencoderKL(**AUTOENCODER)
     _fill(autoencoder, convert_ldm_vae_checkpoint(state, autoencoder.config), path, "autoencoder")
     return autoencoder.eval().requires_grad_(False)
 

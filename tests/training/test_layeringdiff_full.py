@@ -44,13 +44,7 @@ def checkpoint(path: Path, family: str) -> None:
     unet = UNet2DConditionModel(**entry["unet"]).state_dict()
     state = {f"model.diffusion_model.{names[key]}": value.half() for key, value in unet.items()}
     del unet
-    autoencoder = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=4,
-    )
+    autoencoder = AutoencoderKL(**bases.AUTOENCODER)
     state |= {
         f"first_stage_model.{key}": value
         for key, value in convert.convert_vae_state_dict(autoencoder.state_dict()).items()
