@@ -264,7 +264,8 @@ class DecomposeImage(Node):
     """An image as layers: objects with alpha, and all that is behind them.
 
     Source: layeringdiff, Sec. 3.3
-    Differs: the layers are brought to add up to the image, unless exact is off.
+    Differs: colours follow what is seen of each layer, and the layers are brought to add up to the image, unless exact
+    is off; HFA is off by default.
     Differs: DDIM in 20 steps by default; the paper does not say how it samples.
     """
 
@@ -298,13 +299,15 @@ class DecomposeImage(Node):
                 ),
                 io.Boolean.Input(
                     "align_details",
-                    default=True,
-                    tooltip="Brings the image's own fine details into the layers (HFA), if the file has the networks.",
+                    default=False,
+                    tooltip="Brings the image's own fine details into the layers by networks (HFA, as published), if "
+                    "the file has them. With exact on, the mini family's layers are better without.",
                 ),
                 io.Boolean.Input(
                     "exact",
                     default=True,
-                    tooltip="on: the layers add up to the image in every pixel. off: as published, they nearly do.",
+                    tooltip="on: colours follow what is seen of each layer, and the layers add up to the image in "
+                    "every pixel. off: as published, they nearly do.",
                 ),
                 io.Combo.Input(
                     "start",

@@ -327,14 +327,18 @@ def finish(
     the image [B,3,H,W].
 
     Source: layeringdiff, Sec. 3.3 (HFA, copying)
-    Differs: the layers are brought to add up to the image, unless exact is off.
+    Differs: what is seen of the layers corrects the rest, and they are brought to add up to the image, unless exact is
+    off.
     """
     if align:
         drawn = [
             _aligned(decomposer.alignment[layer], image, alpha, made) if layer in decomposer.alignment else made
             for layer, made in zip(networks.LAYERS, drawn, strict=True)
         ]
-    layers = layering.copy_visible(image, alpha, *(made.clamp(0, 1) for made in drawn))
+    layers = [made.clamp(0, 1) for made in drawn]
+    if exact:
+        layers = [made.clamp(0, 1) for made in layering.spread_residual(image, alpha, *layers)]
+    layers = layering.copy_visible(image, alpha, *layers)
     return layering.exact_layers(image, alpha, *layers) if exact else layers
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from .depth import push_pull
 from .geometry import rasterise
 from .layers import Layer, LayerStack
+from .smoothing import gaussian_blur
 from .transparency import clean_colours
 
 RIM = 8  # pixels, one of the latent
@@ -71,7 +72,7 @@ def feathered(alpha: Tensor, radius: float) -> Tensor:
     """
     if radius <= 0:
         return alpha
-    return alpha * (2 * _blurred((alpha > 0).to(alpha), radius / 2, 1.5 * radius) - 1).clamp(0, 1)
+    return alpha * (2 * gaussian_blur((alpha > 0).to(alpha), radius / 2, 1.5 * radius) - 1).clamp(0, 1)
 
 
 def keep_detail(before: Tensor, drawn: Tensor, same: Tensor, visible: Tensor, radius: float) -> Tensor:
@@ -85,8 +86,8 @@ def keep_detail(before: Tensor, drawn: Tensor, same: Tensor, visible: Tensor, ra
     """
     rim = round(radius / 3)
     visible = 1 - F.max_pool2d(1 - visible, 2 * rim + 1, 1, rim)
-    weight = _blurred(visible, radius / 2, 1.5 * radius)
-    return before + _blurred((drawn - same) * visible, radius / 2, 1.5 * radius) / weight.clamp_min(1e-4)
+    weight = gaussian_blur(visible, radius / 2, 1.5 * radius)
+    return before + gaussian_blur((drawn - same) * visible, radius / 2, 1.5 * radius) / weight.clamp_min(1e-4)
 
 
 def colours_and_alphas(stack: LayerStack) -> tuple[Tensor, Tensor]:
@@ -151,14 +152,3 @@ def harmonised_layers(stack: LayerStack, colours: Tensor, alphas: Tensor, drawn:
             pixels = torch.cat([torch.lerp(colour, drawn[0], share).clamp(0, 1), alpha])
             found[number] = Layer(rearrange(pixels, "c h w -> h w c"), layer.name, extra=layer.extra)
     return stack.with_layers(found)
-
-
-def _blurred(image: Tensor, sigma: float, reach: float) -> Tensor:
-    """[N,C,H,W] after a Gaussian; edges repeated."""
-    reach = max(1, round(reach))
-    distance = torch.arange(-reach, reach + 1, device=image.device, dtype=image.dtype)
-    weights = torch.exp(-0.5 * (distance / sigma) ** 2)
-    weights = weights / weights.sum()
-    padded = rearrange(F.pad(image, [reach] * 4, mode="replicate"), "b c h w -> (b c) 1 h w")
-    blurred = F.conv2d(F.conv2d(padded, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1))
-    return rearrange(blurred, "(b c) 1 h w -> b c h w", c=image.shape[1])

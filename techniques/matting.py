@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from . import layering
+
 KNOWN, PRIOR = 100.0, 0.05
 GUESS = 1e-3  # trust in the value of a trimap where it is not known
 MARGIN = 32  # pixels of what a trimap knows that the system sees around what it does not
@@ -152,15 +154,10 @@ def separate_colours(image: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     """
     front, back = _pymatting().estimate_foreground_ml(_numpy(image), _numpy(alpha), return_background=True)
     front, back = (torch.from_numpy(value).to(image).clamp(0, 1) for value in (front, back))
-    share, mostly_front = torch.maximum(alpha, 1 - alpha)[..., None], (alpha >= 0.5)[..., None]
-    more, less = torch.where(mostly_front, front, back), torch.where(mostly_front, back, front)
-    more = more + share * (image - share * more - (1 - share) * less) / (share**2 + (1 - share) ** 2)
-    # the other colour is within 0..1 exactly when this one is between these two
-    more = torch.minimum(
-        torch.maximum(more, ((image - (1 - share)) / share).clamp_min(0)), (image / share).clamp_max(1)
-    )
-    less = torch.where(1 - share > 1e-6, (image - share * more) / (1 - share).clamp_min(1e-6), less).clamp(0, 1)
-    return torch.where(mostly_front, more, less), torch.where(mostly_front, less, more)
+    rows = [rearrange(value, "h w c -> 1 c h w") for value in (image, front, back)]
+    found = layering.exact_layers(rows[0], rearrange(alpha, "h w -> 1 1 h w"), *rows[1:])
+    front, back = (rearrange(value, "1 c h w -> h w c") for value in found)
+    return front, back
 
 
 def _without_slivers(mask: Tensor, nearer: Tensor) -> Tensor:

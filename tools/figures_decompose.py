@@ -1,5 +1,5 @@
 """The shipped LayeringDiff through the node's own pipeline on scenes with exact alpha: layers beside the truth, beside
-smooth fills, and beside inpainting, and how the switches of the node change them.
+smooth fills, and beside inpainting, and how the switches of the node and the spreading of residuals change them.
 
 Errors are absolute differences times 1000, of a background where it is hidden (alpha above 0.95) and where it is partly
 covered, and of a foreground where it is partly covered, each weighted by its own opacity there.
@@ -19,12 +19,12 @@ from strata.training import loop, oracle
 
 import nodes as comfyui_nodes
 
-COUNT, SAMPLE = 96, 4
-OURS, SMOOTH = "FBDD + HFA + exact", "smooth fill"
+COUNT, SAMPLE = 96, 3
+OURS, SMOOTH = "FBDD + exact", "smooth fill"
 PAINTED = ("smooth fill + inpainting", "inpainting")
 CLAIMS = [
     (OURS, other, figure)
-    for other in (SMOOTH, *PAINTED, "FBDD + exact")
+    for other in (SMOOTH, *PAINTED, "FBDD + HFA + exact", "FBDD + projection")
     for figure in ("hidden background", "perceptual distance")
 ]
 FILE = "strata_mini_layeringdiff.safetensors"
@@ -77,12 +77,13 @@ def layers_of(family, model, loaded, scene, image, front, behind, alpha, seed) -
     layers = {
         name: decomposer.finish(loaded, image, alpha, drawn, align, exact)
         for name, align, exact in (
-            (OURS, True, True),
-            ("FBDD + exact", False, True),
+            (OURS, False, True),
+            ("FBDD + HFA + exact", True, True),
             ("FBDD + HFA", True, False),
             ("FBDD", False, False),
         )
     }
+    layers["FBDD + projection"] = layering.exact_layers(image, alpha, *layers["FBDD"])  # without the spreading
     smooth = [
         part.movedim(-1, 0)[None]
         for part in matting.separate_colours(image[0].movedim(0, -1).contiguous(), alpha[0, 0])

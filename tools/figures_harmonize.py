@@ -13,7 +13,7 @@ from strata.techniques import metrics
 from strata.techniques.layers import Layer, LayerStack, write_layers
 from strata.training import loop
 
-COUNT, SAMPLE = 48, 12
+COUNT, SAMPLE = 48, 6
 FIRST = 5 * 10**9  # numbers of scenes that nothing was trained on
 SETTINGS = {
     "steps": 30,

@@ -10,9 +10,11 @@ const SEEN = ["near_is", "missing_depth"]; // widgets that change what the views
 const RUN_FIRST = "Run the graph once to see the depth here.";
 const GONE = "The images of the last run are gone (ComfyUI clears them when it restarts).\nRun the graph again to see the depth here.";
 
-// Undo goes back to a node from before its run; the pictures are still those of this node
+// Undo goes back to a node from before its run, which has not the property: it is known by all that its pictures depend on,
+// not by its graph's id, which undo may change. Writing the property again would be a step of undo itself.
 const lastRun = new Map();
-const keyOf = (node) => node.graph?.id && `${node.graph.id} ${node.id}`;
+const keyOf = (node) => `${node.id} ${sourceOf(node)}`;
+const runOf = (node) => node.properties[PROPERTY] ?? (node.graph ? lastRun.get(keyOf(node)) : undefined); // new nodes are in no graph yet
 
 /** What the views depend on, as one number: these widgets, and all nodes behind the picture and the depth. */
 function sourceOf(node) {
@@ -80,6 +82,7 @@ function takePlace(node, element, frames = 120) {
 function attach(node) {
     const widget = (name) => node.widgets?.find((candidate) => candidate.name === name);
     let newest = 0; // a slow answer must not replace a newer one
+    let shown; // the run whose pictures the views have
 
     const picker = new DepthPicker((values, finished) => {
         const text = formatThresholds(values);
@@ -94,7 +97,8 @@ function attach(node) {
     });
 
     const follow = () => {
-        const slice = node.properties[PROPERTY];
+        const slice = runOf(node);
+        if (slice !== shown) load();
         const linked = node.inputs?.some((input) => input.name === "thresholds" && input.link != null);
         const fixed = picker.scene ? pointThresholds(picker.scene, widget("points")?.value ?? "") : [];
         const values = linked ? slice?.thresholds ?? [] : parseThresholds(widget("thresholds")?.value ?? "");
@@ -103,13 +107,12 @@ function attach(node) {
     };
 
     const load = async () => {
-        if (!node.properties[PROPERTY] && lastRun.has(keyOf(node))) node.properties[PROPERTY] = lastRun.get(keyOf(node));
-        const slice = node.properties[PROPERTY];
+        const slice = shown = runOf(node);
+        const turn = ++newest;
         if (!slice?.front || !slice?.depth) {
             picker.say(RUN_FIRST);
             return;
         }
-        const turn = ++newest;
         const [front, depth] = await Promise.all([fetchPixels(slice.front), fetchPixels(slice.depth)]).catch(() => [null, null]);
         if (turn !== newest) return;
         if (!front || front.width !== depth?.width || front.height !== depth.height) {
@@ -133,10 +136,11 @@ function attach(node) {
         if (!output?.[PROPERTY]?.[0]) return;
         const slice = { ...output[PROPERTY][0], source: sourceOf(node) };
         node.properties[PROPERTY] = slice;
-        if (keyOf(node)) lastRun.set(keyOf(node), slice);
+        lastRun.set(keyOf(node), slice);
         load();
     });
     after(node, "onConfigure", () => { load(); follow(); });
+    after(node, "onAfterGraphConfigured", follow); // the nodes behind it have their values now
     after(node, "onConnectionsChange", follow);
     after(node, "onAdded", () => takePlace(node, picker.element));
     api.addEventListener("graphChanged", follow);

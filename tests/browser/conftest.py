@@ -72,6 +72,8 @@ class Editor:
             self.errors.append(text)
 
     def open(self) -> Editor:
+        setting = f"{self.url}/settings/Comfy.VueNodes.Enabled"
+        requests.post(setting, json=self.mode == "nodes2", timeout=10).raise_for_status()
         self.page.goto(self.url, wait_until="domcontentloaded")
         self.page.wait_for_function(READY, timeout=60_000)
         assert not [error for error in self.errors if "Strata" in error]
@@ -142,23 +144,26 @@ def site(comfy) -> str:
     return comfy.url
 
 
-@pytest.fixture(scope="module", params=["canvas", "nodes2"])
-def opened(request, browser, site):
-    """The page, once with the classic canvas and once with Nodes 2.0."""
-    requests.post(
-        site + "/settings/Comfy.VueNodes.Enabled", json=request.param == "nodes2", timeout=10
-    ).raise_for_status()
-    context = browser.new_context(viewport={"width": 1600, "height": 1400})
-    page = context.new_page()
-    page.set_default_timeout(20_000)
-    editor = Editor(page, site, request.param)
-    yield editor.open()
-    context.close()
+@pytest.fixture(scope="module")
+def pages():
+    """The pages that a module's tests have opened, by their mode."""
+    opened = {}
+    yield opened
+    for editor in opened.values():
+        editor.page.context.close()
 
 
-@pytest.fixture
-def editor(opened):
-    """The page with an empty graph and no errors yet."""
-    opened.page.evaluate("() => app.graph.clear()")
-    opened.errors.clear()
-    return opened
+@pytest.fixture(params=["canvas", "nodes2"])
+def editor(request, browser, site, pages) -> Editor:
+    """The page with an empty graph and no errors yet, once with the classic canvas and once with Nodes 2.0.
+
+    Both modes of a test come one after the other: of a run's nodes ComfyUI still has the results when the second asks.
+    """
+    if request.param not in pages:
+        page = browser.new_context(viewport={"width": 1600, "height": 1400}).new_page()
+        page.set_default_timeout(20_000)
+        pages[request.param] = Editor(page, site, request.param).open()
+    found = pages[request.param]
+    found.page.evaluate("() => app.graph.clear()")
+    found.errors.clear()
+    return found

@@ -78,18 +78,18 @@ def without_file(prompt: dict, comfy) -> set[str]:
     }
 
 
-@pytest.fixture(params=WORKFLOWS, ids=lambda path: path.stem)
-def workflow(request, editor) -> Path:
-    editor.load(json.loads(request.param.read_text()), request.param.stem)
-    return request.param
-
-
 def plain(prompt: dict) -> dict:
     return {node_id: (node["class_type"], node["inputs"]) for node_id, node in prompt.items()}
 
 
-def test_opens_and_runs(editor, workflow, comfy):
+@pytest.fixture(params=WORKFLOWS, ids=lambda path: path.stem)
+def workflow(request) -> Path:
+    return request.param
+
+
+def test_opens_and_runs(workflow, editor, comfy):
     page, saved = editor.page, json.loads(workflow.read_text())
+    editor.load(saved, workflow.stem)
     prompt = comfy.to_api(saved)
     lacking = without_file(prompt, comfy)
     unknown = "() => app.graph.nodes.filter((n) => !LiteGraph.registered_node_types[n.type]).map((n) => n.type)"

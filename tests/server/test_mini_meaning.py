@@ -33,7 +33,7 @@ def pictures(comfy, folder, workflow, settings):
 
 
 def test_pictures_show_the_place_and_the_object_of_the_prompt(comfy, judge, tmp_path):
-    asked = [(KNOWN[(7 * i) % len(KNOWN)], renderer.KINDS[i % len(renderer.KINDS)]) for i in range(40)]
+    asked = [(KNOWN[(7 * i) % len(KNOWN)], renderer.KINDS[i % len(renderer.KINDS)]) for i in range(24)]
     shown = torch.cat(
         [
             pictures(

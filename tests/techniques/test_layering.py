@@ -67,6 +67,45 @@ def test_the_change_is_the_smallest_where_nothing_is_clamped():
             assert part[place] == pytest.approx(other[place].item() + own, abs=1e-6)
 
 
+def test_one_step_of_the_spreading_is_a_weighted_mean_of_the_least_changes(scene, monkeypatch):
+    """Against sums over all pixels, in float64; the borders are repeated as far as the Gaussian reaches."""
+    sigma, reach = 1.5, 4
+    monkeypatch.setattr(layering, "SPREAD", (sigma,))
+    image, alpha, *layers = scene
+    found = layering.spread_residual(image, alpha, *layers)
+    padding = [(0, 0), (0, 0), (reach, reach), (reach, reach)]
+    distance = np.arange(-reach, reach + 1)
+    gauss = np.exp(-0.5 * (distance[:, None] ** 2 + distance**2) / sigma**2)
+    gauss = gauss / gauss.sum()
+    image, alpha, front, behind = (np.pad(part.numpy(), padding, "edge") for part in (image, alpha, *layers))
+    missing = image - alpha * front - (1 - alpha) * behind
+    for layer, share, result in ((front, alpha, found[0]), (behind, 1 - alpha, found[1])):
+        change = share * missing / (alpha**2 + (1 - alpha) ** 2)
+        for place in np.ndindex(result.shape):
+            n, channel, y, x = place
+            area = (slice(y, y + 2 * reach + 1), slice(x, x + 2 * reach + 1))
+            weight = gauss * share[n, 0][area] ** 4
+            expected = layer[n, channel, y + reach, x + reach] + (weight * change[n, channel][area]).sum() / (
+                weight.sum() + 0.01
+            )
+            assert result[place].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_an_error_that_changes_slowly_is_found_where_little_is_seen():
+    """A tint of each layer, known where it is all that is seen; a few pixels on it is gone too."""
+    alpha = torch.linspace(-1, 2, 64, dtype=torch.float64).clamp(0, 1).expand(1, 1, 8, 64)
+    colours = [torch.full((1, 3, 8, 64), value, dtype=torch.float64) for value in (0.7, 0.3)]
+    image = layering.composite(*colours, alpha)
+    off = colours[0] + 0.1, colours[1] - 0.05
+    found = layering.spread_residual(image, alpha, *off)
+    for given, true, made, share in zip(off, colours, found, (alpha, 1 - alpha), strict=True):
+        seen = (share > 0.5).expand_as(true)
+        assert (made - true)[seen].abs().max() < 0.4 * (given - true)[seen].abs().max()
+        assert (made - true).abs().max() <= 1.1 * (given - true).abs().max()
+    again = layering.spread_residual(image, alpha, *colours)
+    assert all(torch.allclose(one, other, rtol=0, atol=1e-12) for one, other in zip(again, colours, strict=True))
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e-4, 1 - 1e-4])
 def test_exact_layers_are_finite_at_the_ends_of_alpha(value):
     image, layers = draw(1, 3, 5, 4), [draw(1, 3, 5, 4, seed=seed) for seed in (1, 2)]

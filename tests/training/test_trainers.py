@@ -1,6 +1,7 @@
 """Every trainer of the family on eight scenes: it learns them to a stated loss, and goes on where it stopped."""
 
 import csv
+import functools
 import shutil
 
 import numpy as np
@@ -32,13 +33,13 @@ from strata.training import (
 )
 
 EIGHT = {
-    "autoencoder": {"scenes": 8, "batch": 8, "side": 32, "crop": 32, "steps": 100, "warmup": 5},
-    "diffusion": {"scenes": 72, "batch": 8, "side": 64, "steps": 100, "warmup": 5},
-    "inpaint": {"scenes": 72, "batch": 8, "side": 64, "steps": 8, "warmup": 2},
+    "autoencoder": {"scenes": 8, "batch": 4, "side": 32, "crop": 32, "steps": 100, "warmup": 5},
+    "diffusion": {"scenes": 16, "batch": 8, "side": 64, "steps": 50, "warmup": 5},
+    "inpaint": {"scenes": 16, "batch": 8, "side": 64, "steps": 8, "warmup": 2},
     "transparent_decoder": {"cutouts": 8, "batch": 8, "side": 32, "crop": 32, "steps": 4, "warmup": 2},
     "transparency": {
         "cutouts": 8,
-        "batch": 8,
+        "batch": 4,
         "side": 32,
         "crop": 32,
         "steps": 120,
@@ -54,19 +55,33 @@ EIGHT = {
         "warmup": 5,
         "learning_rate": 3e-3,
     },
-    "flux_fill": {"scenes": 72, "batch": 4, "side": 32, "steps": 40, "warmup": 5, "learning_rate": 3e-3},
+    "flux_fill": {"scenes": 16, "batch": 4, "side": 32, "steps": 40, "warmup": 5, "learning_rate": 3e-3},
     "adapter": {"cutouts": 64, "batch": 8, "side": 64, "steps": 8, "warmup": 2},
     "dreamlayer": {
         "adapter": None,
-        "scenes": 72,
+        "scenes": 12,
         "rows": 8,
         "side": 64,
-        "steps": 60,
+        "steps": 50,
         "warmup": 5,
         "learning_rate": 3e-3,
         "shares": [[1, 1, 1]] * 2,
     },
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_validation():
+    """What the trainers keep back for validation and draw for it, as small as their pools here."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (diffusion, flux_fill):
+            patch.setattr(module, "CHECK", 8)
+        patch.setattr(dreamlayer, "CHECK", 3)
+        patch.setattr(dreamlayer, "SAMPLING_STEPS", 2)
+        for module in (transparency, rgba_autoencoder):
+            patch.setattr(module, "HELD_OUT", range(10**9, 10**9 + 8))
+        patch.setattr(diffusion, "sample", functools.partial(diffusion.sample, steps=2))
+        yield
 
 
 def config_of(name: str, **changes) -> dict:
@@ -91,7 +106,7 @@ def trained_autoencoder(root):
 
 @pytest.fixture(scope="module")
 def trained_diffusion(root, trained_autoencoder):
-    """The last 64 scenes of its pool are for validation, so that it learns eight."""
+    """The last eight scenes of its pool are for validation, so that it learns eight."""
     diffusion.train(config_of("diffusion"), root / "diffusion", None, 1e9)
     return root / "diffusion"
 
@@ -173,8 +188,7 @@ def test_the_transparent_decoder_goes_on_alone(trained_decoder, trained_pair):
     assert not {key for key in same if key.startswith("decoder") and key.endswith(".weight")}
 
 
-def test_the_rgba_autoencoder_learns_alpha_and_keeps_the_latents_of_opaque_images(root, monkeypatch):
-    monkeypatch.setattr(rgba_autoencoder, "HELD_OUT", range(10**9, 10**9 + 8))
+def test_the_rgba_autoencoder_learns_alpha_and_keeps_the_latents_of_opaque_images(root):
     rgba_autoencoder.train(config_of("rgba_autoencoder"), root / "rgba_autoencoder", None, 1e9)
     found, latent = losses(root / "rgba_autoencoder", "alpha"), losses(root / "rgba_autoencoder", "latent")
     print(found, latent)
@@ -283,10 +297,9 @@ def test_the_adapter_trains_nothing_but_its_own_terms_and_publishes_them(root, t
 
 
 def test_layer_modules_learn_nine_scenes_and_nothing_else_changes(root, trained_diffusion, trained_pair, monkeypatch):
-    """The last 63 scenes of the pool are for validation, so that it learns nine: three of one object, three of two,
+    """The last three scenes of the pool are for validation, so that it learns nine: three of one object, three of two,
     three of three.
     """
-    monkeypatch.setattr(dreamlayer, "SAMPLING_STEPS", 2)
     config = config_of("dreamlayer")
     trained = dreamlayer.train(config, root / "dreamlayer", None, 1e9)
     pool = dreamlayer.SceneLayers(
@@ -407,7 +420,7 @@ def test_scenes_come_as_layers_with_their_alphas_and_words(root, trained_pair):
 def test_a_stopped_run_goes_on_to_the_same_losses(name, root, trained_autoencoder, request, monkeypatch):
     if name == "dreamlayer":
         request.getfixturevalue("trained_diffusion"), request.getfixturevalue("trained_pair")
-        monkeypatch.setattr(dreamlayer, "SAMPLING_STEPS", 2)
+    config = config_of(name, steps=4, **({"rows": 4} if name == "dreamlayer" else {"batch": 2}))
     modules = {
         "diffusion": (diffusion, "loss_of"),
         "transparency": (transparency, "losses"),
@@ -423,11 +436,11 @@ def test_a_stopped_run_goes_on_to_the_same_losses(name, root, trained_autoencode
         return terms
 
     monkeypatch.setattr(module, function, watched)
-    module.train(config_of(name, steps=4), root / f"{name}_whole", None, 1e9)
+    module.train(config, root / f"{name}_whole", None, 1e9)
     uninterrupted = recorded.copy()
     recorded.clear()
     for minutes in (0, 0, None):  # no time: one step, then a checkpoint
-        module.train(config_of(name, steps=4), root / f"{name}_parts", minutes, 1e9)
+        module.train(config, root / f"{name}_parts", minutes, 1e9)
     assert len(recorded) == 4 and recorded == pytest.approx(uninterrupted, rel=1e-4)
 
 
@@ -440,7 +453,7 @@ def fresh_accelerator():
 
 def test_bf16_is_used_in_what_learns_and_nowhere_else(trained_autoencoder, tmp_path, monkeypatch, fresh_accelerator):
     """As on a GPU; a processor without bf16 instructions emulates it."""
-    config, recorded, kept = config_of("diffusion", steps=2), [], []
+    config, recorded, kept = config_of("diffusion", steps=2, batch=2), [], []
     monkeypatch.setattr(
         diffusion,
         "loss_of",
