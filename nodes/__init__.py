@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension
 
 from ..patches import decomposer, mini_family
 from . import (
+    back_to_front,
     compositing,
     decompose,
     depth,
@@ -28,6 +29,7 @@ MODULES = (
     harmonize,
     generate,
     decompose,
+    back_to_front,
 )
 
 

@@ -7,6 +7,7 @@ from ..patches import layer_files as files
 from ..patches import rgba_vae, transparency_model, transparent_latents
 from ..patches.attention_sharing import together
 from ..patches.layer_rows import sample_rows
+from ..techniques.compositing import flatten
 from ..techniques.layers import Layer, LayerStack, write_layers
 from ..techniques.transparency import over_gray
 from .sampling import sampling_inputs
@@ -15,8 +16,8 @@ from .sockets import LayerModelFile, Layers, Node, Transparency, schema
 NAMES = ["LayerDiffuse", "layerdiffusion", "transparent", "RGBA", "alpha"]
 
 
-def weights_input(tooltip: str):
-    return Transparency.Input("transparency", tooltip=tooltip)
+def weights_input(tooltip: str, optional: bool = False):
+    return Transparency.Input("transparency", optional=optional, tooltip=tooltip)
 
 
 class LoadTransparency(LayerModelFile):
@@ -147,7 +148,7 @@ class DecodeTransparency(Node):
             search_aliases=[*NAMES, "layer diffuse decode", "latent to RGBA"],
             description="Finds the transparency that is hidden in a latent: an image with alpha. Any size and batch.",
             inputs=[
-                weights_input("A decoder, from Load transparency."),
+                weights_input("A decoder, from Load transparency. A VAE with alpha needs none.", optional=True),
                 io.Latent.Input("samples", tooltip="The latent, as it comes from the sampler."),
                 io.Image.Input(
                     "image",
@@ -157,7 +158,8 @@ class DecodeTransparency(Node):
                 io.Vae.Input(
                     "vae",
                     optional=True,
-                    tooltip="The model's VAE, which decodes the latent here. Not used when image is connected.",
+                    tooltip="The model's VAE, which decodes the latent here. Not used when image is connected. One "
+                    "from Load RGBA VAE finds the alpha by itself.",
                 ),
                 io.Combo.Input(
                     "passes",
@@ -212,31 +214,38 @@ class DecodeTransparency(Node):
                     is_output_list=True,
                     tooltip="One document per image: the background, where one is connected, and the image.",
                 ),
+                io.Image.Output(
+                    "composite",
+                    display_name="composite",
+                    tooltip="The image over its background; without one the image as it is.",
+                ),
             ],
         )
 
     @classmethod
     def execute(
         cls,
-        transparency,
         samples,
         passes,
         tile_size,
+        transparency=None,
         image=None,
         vae=None,
         background=None,
         clean=transparent_latents.CLEAN[0],
     ):
-        latent = transparent_latents.check_latent(samples, transparency)
-        image = _picture_of(latent, image, vae)
-        background = None if background is None else _behind(background, image)
-        colour, alpha = transparent_latents.decode(
-            transparency, image.movedim(-1, 1), latent, int(passes), tile_size, clean
-        )
-        rgba = torch.cat([colour, alpha], 1).movedim(1, -1)
+        if transparency is None:
+            rgba = rgba_vae.decode(vae, samples["samples"], tile_size, background)
+        else:
+            latent = transparent_latents.check_latent(samples, transparency)
+            image = _picture_of(latent, image, vae).movedim(-1, 1)
+            found = transparent_latents.decode(transparency, image, latent, int(passes), tile_size, clean)
+            rgba = torch.cat(found, 1).movedim(1, -1)
+        background = None if background is None else _behind(background, rgba)
         behind = [None] * len(rgba) if background is None else background
-        stacks = [write_layers(_cut_out(*pair)) for pair in zip(rgba, behind, strict=True)]
-        return io.NodeOutput(rgba, 1 - alpha[:, 0], stacks)
+        stacks = [_cut_out(*pair) for pair in zip(rgba, behind, strict=True)]
+        composite = rgba if background is None else torch.stack([flatten(stack)[0] for stack in stacks])
+        return io.NodeOutput(rgba, 1 - rgba[..., 3], [write_layers(stack) for stack in stacks], composite)
 
 
 def _picture_of(latent: torch.Tensor, image: torch.Tensor | None, vae) -> torch.Tensor:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import comfy.ops
 import comfy.utils
 import folder_paths
 from safetensors import safe_open
 from torch import Tensor
 
+from ..networks import back_to_front
+from ..networks.back_to_front import BackToFront
 from . import decomposer, layer_modules, transparency
 from .decomposer import Decomposer
 from .layer_modules import LayerModules
@@ -22,13 +25,14 @@ DECOMPOSER = "strata_mini_layeringdiff.safetensors"
 WANTED = {
     Transparency: "weights of LayerDiffuse; choose one of the files that the help page names",
     LayerModules: f"layer modules of DreamLayer; choose {SHIPPED} or a file that python -m training dreamlayer made",
+    BackToFront: "BFS's weights, trained_weights.pt of the released form or the same as safetensors",
     Decomposer: f"LayeringDiff's weights; choose {DECOMPOSER} or a file that python -m training layeringdiff made",
 }
 
 
 def choices(kind: type) -> list[str]:
     """The files of the folder, and the names of those that can be had: published ones, or the shipped one."""
-    known = PUBLISHED if kind is Transparency else [DECOMPOSER if kind is Decomposer else SHIPPED]
+    known = {Transparency: PUBLISHED, Decomposer: [DECOMPOSER], LayerModules: [SHIPPED], BackToFront: []}[kind]
     return list(dict.fromkeys([*folder_paths.get_filename_list(KIND), *known]))
 
 
@@ -46,7 +50,7 @@ def missing(name: str, kind: str = KIND) -> str | None:
     return f"file: {name} is not there; {do} {folder_paths.get_folder_paths(kind)[0]}."
 
 
-def load(name: str, kind: type, layer: str = "foreground") -> Transparency | LayerModules | Decomposer:
+def load(name: str, kind: type, layer: str = "foreground") -> Transparency | LayerModules | Decomposer | BackToFront:
     """The file's content. layer: what a decomposer's file with one nameless UNet is taken for. Raises ValueError with
     one sentence for a missing, damaged, unknown or other kind of file.
     """
@@ -59,12 +63,14 @@ def load(name: str, kind: type, layer: str = "foreground") -> Transparency | Lay
 
 def recognise(
     name: str, weights: dict[str, Tensor], metadata: dict[str, str], layer: str = "foreground"
-) -> Transparency | LayerModules | Decomposer:
+) -> Transparency | LayerModules | Decomposer | BackToFront:
     """Raises ValueError for weights that are none of the pack's kinds."""
     if layer_modules.EMBEDDING in weights:
         return layer_modules.recognise(name, weights)
     if decomposer.is_decomposer(weights):
         return decomposer.recognise(name, weights, metadata, layer)
+    if back_to_front.is_back_to_front(weights):
+        return back_to_front.recognise(name, weights, metadata, comfy.ops.manual_cast)
     # The pack's own trainers put their command into a file: a pair for the mini family can have the published widths.
     own = metadata.get("command", "").startswith("python -m training ")
     return transparency.recognise(name, weights, own)

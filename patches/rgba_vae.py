@@ -17,6 +17,7 @@ from ..techniques.transparency import extend_colours
 from . import layer_files
 
 KIND = "vae"
+FILLED_UP = 16  # pixels: fewer than this were added to a side, see nodes/back_to_front.py
 SHIPPED = "strata_mini_rgba.safetensors"
 # The layer that an image enters by, and the one that it leaves by: TAESD's layout, and the KL autoencoder's.
 ENDS = (("taesd_encoder.0", f"taesd_decoder.{LAST}"), ("encoder.conv_in", "decoder.conv_out"))
@@ -104,6 +105,23 @@ def encode(vae: comfy.sd.VAE, colour: Tensor, alpha: Tensor) -> Tensor:
     colour, alpha = F.pad(colour, padding), F.pad(alpha, padding)
     whole = torch.cat([extend_colours(colour, alpha), alpha], 1)
     return vae.encode(whole.movedim(1, -1))
+
+
+def decode(vae: comfy.sd.VAE | None, latent: Tensor, tile_size: int = 0, like: Tensor | None = None) -> Tensor:
+    """[B,H,W,4] of latents [B,C,h,w]. like: an image [B,H,W,C] whose size they were filled up from, at the right and
+    below, and are cut to again. Raises ValueError for a VAE without alpha.
+    """
+    if vae is None or vae.output_channels != 4:
+        lacking = "there is no VAE" if vae is None else "the VAE has no alpha"
+        raise ValueError(
+            f"transparency: nothing is connected and {lacking}; connect a decoder from Load transparency, or a VAE "
+            "from Load RGBA VAE."
+        )
+    tile = tile_size // vae.spacial_compression_decode()
+    image = vae.decode_tiled(latent, tile_x=tile, tile_y=tile) if tile else vae.decode(latent)
+    if like is not None and all(0 <= image.shape[axis] - like.shape[axis] < FILLED_UP for axis in (1, 2)):
+        image = image[:, : like.shape[1], : like.shape[2]]
+    return image
 
 
 def _of_colours(weights: dict[str, Tensor], ends: tuple[str, str]) -> dict[str, Tensor]:

@@ -146,6 +146,8 @@ class Good:
                     str(MODELS / "diffusion_models" / "strata_mini_inpaint.safetensors")
                 ),
             },
+            "Strata_BackToFront": None,
+            "Strata_SampleForeground": None,
             "Strata_DetectForeground": None,
             "Strata_MatteForeground": {"mask": (torch.arange(SIDE) < SIDE // 2).float().expand(1, SIDE, SIDE)},
             "Strata_SetLayer": {"action": "append"},
@@ -154,7 +156,7 @@ class Good:
             "Strata_SampleAroundLayer": None,
             "Strata_LoadDepth": None,
             "Strata_LoadLayers": None,
-            "Strata_SaveLayers": None,  # files and SD1.5: tests/server and tests/patches have them
+            "Strata_SaveLayers": None,  # files, SD1.5 and Flux-Fill: tests/server and tests/patches have them
         }
         layered = shared_layers.LayerPrompts.execute(mini.clip, "a beach", "an apple").args[0]
         for name in ("Strata_LayersSampler", "Strata_ImageToLayers"):

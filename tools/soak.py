@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import random
 import sys
 import threading
@@ -58,12 +59,17 @@ def broken(prompt: dict, chance: random.Random) -> dict:
     return prompt
 
 
+def prompt_of(client: run.Client, name: str) -> dict:
+    """A bundled workflow in API format."""
+    return client.to_api(json.loads((host.PACK / "workflows" / f"{name}.json").read_text(encoding="utf-8")))
+
+
 def shown(client: run.Client, name: str) -> str:
     """The probe's pictures as one hash. ComfyUI is told to free its models and results before; what ran last it may
     still take from there.
     """
     requests.post(client.url + "/free", json={"unload_models": True, "free_memory": True}, timeout=60)
-    entry = client.run(old_graphs.read_prompt(name))
+    entry = client.run(prompt_of(client, name))
     found = [
         old_graphs.digest(picture) for pictures in old_graphs.pictures(client, entry).values() for picture in pictures
     ]
@@ -96,7 +102,7 @@ def main() -> int:
                     if shown(client, name) != first[name]:
                         faults.append(f"prompt {number}: {name} gives another picture than at the start")
                     continue
-                prompt = changed(old_graphs.read_prompt(name), chance)
+                prompt = changed(prompt_of(client, name), chance)
                 timer = threading.Timer(chance.uniform(0, 3), requests.post, (client.url + "/interrupt",))
                 if kind == "interrupted":
                     timer.start()

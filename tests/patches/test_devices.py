@@ -8,6 +8,7 @@ import json
 
 import comfy.model_management
 import comfy.samplers
+import comfy.sd
 import comfy.utils
 import folder_paths
 import numpy as np
@@ -16,12 +17,16 @@ import torch
 from bad_values import Good
 from mini_models import CHECKPOINT
 from PIL import Image
+from safetensors.torch import save_file
 from strata import nodes
+from strata.networks import flux
 from strata.nodes import layers_io, shared_layers
+from strata.nodes.back_to_front import BackToFront, FillBackground
 from strata.patches import depth_model, detection
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import card, tiny_detectors
+from .random_flux import random_file, randomised_flux
 from .sampling_helpers import conditioning
 from .small_models import sharing, small
 
@@ -70,6 +75,10 @@ class Values(Good):
         self.values["maps"] = shared_layers.ContextMaps.execute(
             self.own["Strata_LayersSampler"]["model"], 1.0, 1.0
         ).args[0]
+        torch.manual_seed(0)
+        fill = comfy.sd.load_diffusion_model_state_dict(flux.host_form(randomised_flux().state_dict()))
+        text, mask = self.values["CONDITIONING"], self.values["MASK"]
+        filled = FillBackground.execute(text, text, self.values["VAE"], image, mask, True).args
         model = small()
         words = {"positive": 1, "negative": 2, "foreground": 3, "background": 4, "blended": 5, "layer": 6}
         joint = {name: conditioning(model, seed, rows=1) for name, seed in words.items()} | SAMPLING
@@ -87,6 +96,13 @@ class Values(Good):
                 "segmenter": "sam",
                 "threshold": 0.0,
                 "text_threshold": 0.0,
+            },
+            "Strata_BackToFront": {"model": fill, "file": "bfs.safetensors"},
+            "Strata_SampleForeground": {
+                "model": BackToFront.execute(fill, "bfs.safetensors", "as in the file", 1.0).args[0],
+                "positive": filled[0],
+                "negative": filled[1],
+                "latent_image": filled[2],
             },
             "Strata_RenderScene": {"kind": "beach", "objects": "apple", "width": 64, "height": 64},
         }
@@ -151,6 +167,13 @@ def tiny_detectors_there(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(detection, "_loaded", without_card)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def back_to_front_there(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layer_model")
+    save_file(random_file("released", own=True), folder / "bfs.safetensors")
+    folder_paths.add_model_folder_path("layer_model", str(folder))
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,8 @@ from strata.networks import flux
 from strata.patches import mini_family
 from strata.techniques import layering
 
+from .random_flux import SHAPE, randomised_flux
 from .test_mini_family import FLUX, detect, keys
-
-SHAPE = mini_family.CONFIG["flux"]
 
 
 @pytest.fixture
@@ -24,14 +23,8 @@ def registered(monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained():
-    """Random everywhere, also where a fresh model starts at zero."""
     torch.manual_seed(0)
-    model = flux.build(SHAPE).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1 or not weight.any():
-                weight.normal_(std=0.06)
-    return model
+    return randomised_flux()
 
 
 @pytest.fixture

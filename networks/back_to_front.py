@@ -1,0 +1,243 @@
+"""BFS's information sharing: what couples the composite's and the foreground's branch of a Flux-Fill, and the files
+that hold it, under the released key names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from . import flux
+
+PROJECTIONS, OUT = ("to_q", "to_k", "to_v"), "to_out.0"
+SOURCES = ("xy_lora", "yx_lora")  # from the composite to the foreground, and back
+CONTENT = ("x_lora", "y_lora")  # what the composite's and the foreground's branch learnt for itself
+BLOCKS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
+PAIRINGS = ("paper", "released")
+
+SHARED = re.compile(
+    r"(?P<kind>single_transformer_blocks|transformer_blocks)\.(?P<number>\d+)\."
+    r"(?:attn1n\.(?P<layer>to_q|to_k|to_v|to_out\.0)\.lora_(?P<part>[AB])\.(?P<source>xy_lora|yx_lora)\.weight"
+    r"|attn1n\.(?P<norm>norm_[qk])\.weight|attn1n\.(?P<copy>to_q|to_k|to_v|to_out\.0)\.base_layer\.(?P<end>weight|bias)"
+    r"|(?P<mix>conv1n)\.weight)"
+)
+OWN = re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])\.(?P<branch>x_lora|y_lora)\.weight")
+
+Place = tuple[str, int]  # "double" or "single", and the block's number
+
+
+class LowRank(nn.Module):
+    """up(down(x)), which starts at zero."""
+
+    def __init__(self, width: int, rank: int, operations: Any = nn):
+        super().__init__()
+        self.down = operations.Linear(width, rank, bias=False)
+        self.up = operations.Linear(rank, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+
+class Sharing(nn.Module):
+    """One block's: low-rank terms for each direction on the block's own projections, and the layer that turns what was
+    read into what is added. Rows come in pairs, composite and foreground one after the other.
+
+    fused: the last layer sees both branches' messages at once (Eq. 3), not each alone. out: a projection of the
+    messages goes before it, with terms of its own, as in the released double blocks.
+    Source: bfs, Eq. 2-4
+    """
+
+    def __init__(self, width: int, rank: int, fused: bool, out: bool, operations: Any = nn):
+        super().__init__()
+        names = [*PROJECTIONS, *([OUT] if out else [])]
+        self.terms = nn.ModuleDict(
+            {
+                name.partition(".")[0]: nn.ModuleDict({source: LowRank(width, rank, operations) for source in SOURCES})
+                for name in names
+            }
+        )
+        self.mix = operations.Linear(width * (1 + fused), width * (1 + fused), bias=False)
+        self.fused = fused
+        self.norm_q: Tensor | None = None  # [width of a head], where a file has others than the block
+        self.norm_k: Tensor | None = None
+
+    def forward(self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, pairing: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of each row, and keys and values that the row reads: those of its partner. hidden, q, k, v: [2N,T,D],
+        the input of the block's projections and what they make of it.
+
+        pairing: whose terms the queries get. "paper": those of the direction that they read along. "released": those of
+        the row's own direction, as keys and values do.
+        """
+        reading = SOURCES[::-1] if pairing == "paper" else SOURCES
+        q = q + self._term("to_q", hidden, reading)
+        k, v = (rows + self._term(name, hidden, SOURCES) for name, rows in (("to_k", k), ("to_v", v)))
+        return q, swapped(k), swapped(v)
+
+    def added(self, messages: Tensor, out: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """What goes to the attention's output [2N,T,D]. out: the block's own projection of it, where there is one."""
+        if out is not None:
+            messages = out(messages) + self._term("to_out", messages, SOURCES)
+        if not self.fused:
+            return self.mix(messages)
+        both = rearrange(messages, "(n pair) t c -> n t (pair c)", pair=2)
+        return rearrange(self.mix(both), "n t (pair c) -> (n pair) t c", pair=2)
+
+    def term(self, name: str, source: str) -> LowRank:
+        pairs: Any = self.terms[name.partition(".")[0]]
+        return pairs[source]
+
+    def _term(self, name: str, rows: Tensor, sources: tuple[str, ...]) -> Tensor:
+        parts = [self.term(name, source)(rows[branch::2]) for branch, source in enumerate(sources)]
+        return rearrange(torch.stack(parts), "pair n t c -> (n pair) t c")
+
+
+def swapped(rows: Tensor) -> Tensor:
+    """Each row's partner in its place."""
+    return rearrange(rearrange(rows, "(n pair) t c -> n pair t c", pair=2).flip(1), "n pair t c -> (n pair) t c")
+
+
+@dataclass(frozen=True)
+class BackToFront:
+    """One file. sharing: by block. content: {branch: {the host's name of a layer: (up, down)}}. copies: weights of the
+    base that the file repeats, by the host's names, to be compared. unknown: keys that nothing here reads.
+    """
+
+    name: str
+    width: int
+    sharing: dict[Place, Sharing]
+    content: dict[str, dict[str, tuple[Tensor, Tensor]]]
+    pairing: str
+    copies: dict[str, Tensor] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        counts = [f"{sum(place[0] == kind for place in self.sharing)} {kind}" for kind in BLOCKS]
+        one = next(iter(self.sharing.values()))
+        ranks = sorted({len(one.term(name, source).down.weight) for name in PROJECTIONS for source in SOURCES})
+        own = [f"{len(self.content[branch])} layers" if self.content[branch] else "nothing" for branch in CONTENT]
+        return (
+            f"BFS for a Flux-Fill of width {self.width}: information is shared in {' and '.join(counts)} blocks (rank "
+            f"{', '.join(map(str, ranks))}, {'both messages mixed' if one.fused else 'each message apart'}, queries "
+            f"paired as {'in the paper' if self.pairing == 'paper' else 'released'}); the composite's branch has "
+            f"{own[0]} of its own, the foreground's {own[1]}"
+        )
+
+
+def is_back_to_front(weights: Mapping[str, Tensor]) -> bool:
+    return any(SHARED.fullmatch(_plain(key)) for key in weights)
+
+
+def recognise(
+    name: str, weights: Mapping[str, Tensor], metadata: Mapping[str, str], operations: Any = nn
+) -> BackToFront:
+    """Raises ValueError for a file that lacks a part of what it has.
+
+    Source: bfs, the released code's key names
+    """
+    shared: dict[Place, dict[str, Tensor]] = {}
+    content: dict[str, dict[str, dict[str, Tensor]]] = {branch: {} for branch in CONTENT}
+    copies, unknown = {}, []
+    for key, value in weights.items():
+        plain = _plain(key)
+        if match := SHARED.fullmatch(plain):
+            kind = "single" if match["kind"].startswith("single") else "double"
+            if match["copy"]:
+                copies[f"{match['kind']}.{match['number']}.attn.{match['copy']}.{match['end']}"] = value
+            else:
+                end = plain.partition(f"{match['number']}.")[2]
+                shared.setdefault((kind, int(match["number"])), {})[end] = value
+        elif match := OWN.fullmatch(plain):
+            content[match["branch"]].setdefault(match["layer"], {})[match["part"]] = value
+        else:
+            unknown.append(key)
+    sharing = {place: _filled(name, place, parts, operations) for place, parts in sorted(shared.items())}
+    first = next(iter(sharing.values()))
+    alone = all(kind == "single" for kind, _ in sharing) and first.fused
+    return BackToFront(
+        name,
+        first.mix.weight.shape[0] // (1 + first.fused),
+        sharing,
+        {branch: _hosts(name, layers) for branch, layers in content.items()},
+        metadata.get("pairing", PAIRINGS[0] if alone else PAIRINGS[1]),
+        copies,
+        tuple(unknown),
+    )
+
+
+def _plain(key: str) -> str:
+    return key.removeprefix("transformer.")
+
+
+def _filled(name: str, place: Place, parts: dict[str, Tensor], operations: Any) -> Sharing:
+    """Raises ValueError."""
+    kind, number = place
+    block = f"{kind} block {number}"
+    layers = [*PROJECTIONS, *([OUT] if any(OUT in end for end in parts) else [])]
+    wanted = [f"attn1n.{layer}.lora_{part}.{source}.weight" for layer in layers for part in "AB" for source in SOURCES]
+    if missing := [end for end in ["conv1n.weight", *wanted] if end not in parts]:
+        raise ValueError(
+            f"file: {name} has no {missing[0]} in its {block}; it is damaged or was saved in part, so get it again."
+        )
+    mix, down = parts["conv1n.weight"], parts["attn1n.to_q.lora_A.xy_lora.weight"]
+    width = down.shape[1]
+    found = Sharing(width, len(down), len(mix) == 2 * width, len(layers) > len(PROJECTIONS), operations)
+    found.mix.weight = nn.Parameter(mix, requires_grad=False)
+    for layer in layers:
+        for source in SOURCES:
+            term = found.term(layer, source)
+            for linear, part in ((term.down, "A"), (term.up, "B")):
+                linear.weight = nn.Parameter(parts[f"attn1n.{layer}.lora_{part}.{source}.weight"], requires_grad=False)
+    found.norm_q, found.norm_k = (parts.get(f"attn1n.{norm}.weight") for norm in ("norm_q", "norm_k"))
+    return found
+
+
+def _hosts(name: str, layers: dict[str, dict[str, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """{the host's layer: (up, down)} of {diffusers' layer: {"A": down, "B": up}}. Raises ValueError.
+
+    What the host has as one layer gets the terms of its parts one above the other, each on its own rows.
+    """
+    found: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
+    widths: dict[str, list[int]] = {}
+    for layer, parts in layers.items():
+        if set(parts) != {"A", "B"}:
+            raise ValueError(
+                f"file: {name} has one half of {layer}'s low-rank terms; it is damaged or was saved in part, so get it "
+                "again."
+            )
+        host, place, count = _host_layer(layer)
+        found.setdefault(host, []).append((place, parts["B"], parts["A"]))
+        widths.setdefault(host, [0] * count)[place] = len(parts["B"])
+    return {host: _stacked(terms, widths[host]) for host, terms in found.items()}
+
+
+def _host_layer(layer: str) -> tuple[str, int, int]:
+    """The host's layer that holds diffusers' one, which of its parts that is, and how many it has."""
+    for host, (theirs, table) in flux.BLOCKS.items():
+        if match := re.fullmatch(rf"{theirs}\.(\d+)\.(.+)", layer):
+            for name, parts in table.items():
+                if match[2] in parts:
+                    return f"{host}.{match[1]}.{name}", parts.index(match[2]), len(parts)
+    for host, parts in flux.LAYERS.items():
+        if layer in parts:
+            return host, parts.index(layer), len(parts)
+    return layer, 0, 1
+
+
+def _stacked(terms: list[tuple[int, Tensor, Tensor]], widths: list[int]) -> tuple[Tensor, Tensor]:
+    """(up, down) of a layer whose rows are its parts' one above the other. A part without terms is as wide as the first
+    one with some, which holds for queries, keys and values.
+    """
+    known = next(width for width in widths if width)
+    rows = [width or known for width in widths]
+    up = terms[0][1].new_zeros(sum(rows), sum(part.shape[1] for _, part, _ in terms))
+    column = 0
+    for place, part, _ in terms:
+        up[sum(rows[:place]) : sum(rows[:place]) + len(part), column : column + part.shape[1]] = part
+        column += part.shape[1]
+    return up, torch.cat([down for _, _, down in terms])

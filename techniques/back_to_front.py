@@ -1,0 +1,22 @@
+"""BFS's formulas: where a foreground is to stand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def box_of(mask: Tensor) -> Tensor:
+    """Masks [B,H,W] -> 1 in the smallest upright box around what is above 1/2, 0 elsewhere. An empty one stays empty.
+
+    Source: bfs, Sec. 3 (bounding box mask)
+    """
+    inside = mask > 0.5
+    rows, columns = (_spanned(inside.any(axis)) for axis in (2, 1))
+    return (rows[:, :, None] & columns[:, None, :]).to(mask)
+
+
+def _spanned(there: Tensor) -> Tensor:
+    """[B,N]: true from the first to the last place that is."""
+    counted = there.int()
+    return (counted.cumsum(1) > 0) & (torch.flip(torch.flip(counted, [1]).cumsum(1), [1]) > 0)
