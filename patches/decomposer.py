@@ -28,11 +28,14 @@ from ..networks import decomposer as networks
 from ..networks.alignment import Alignment
 from ..networks.decomposer import ALIGNMENT, NULL
 from ..techniques import layering
+from . import foreground
+from .layer_rows import Rows
 from .mini_family import UNET, StrataMini
 from .transparency_model import further_channels, unpatched
 
 KEY = "strata_decomposer"
 FIRST, LORA = "conv_in.weight", ".lora_A.weight"
+ALL = Rows(1, 0, 1)  # every row of a batch
 HOSTS_FIRST = "input_blocks.0.0.weight"
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 MULTIPLE = 64  # sides of what the networks see: three halvings of an eighth
@@ -196,9 +199,12 @@ def denoiser(
     image's latent [B,4,h,w], with cells [B,64,h,w] of its alpha. Raises ValueError for a model of another family.
     """
     own = decomposer.layers[layer]
-    clone = (model if isinstance(own, dict) else own).clone()
-    if isinstance(own, dict):
-        clone.add_patches(_patches(model, decomposer, own))
+    if not isinstance(own, dict):
+        clone = own.clone()
+    else:
+        _check(model, decomposer, own)
+        terms = _terms(model, decomposer, own)
+        clone = _beside(model, own, terms) if _is_coarse(model, terms) else _merged(model, own, terms)
     given = clone.model.process_latent_in(latent)
     condition = networks.condition(given, cells.to(given), layer)
     clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, further_channels([condition]))
@@ -206,21 +212,22 @@ def denoiser(
     return clone
 
 
-def _patches(model: ModelPatcher, decomposer: Decomposer, own: dict[str, Tensor]) -> dict:
-    names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
-    state, first, target = unpatched(model), own[FIRST].float(), f"diffusion_model.{HOSTS_FIRST}"
-    if target not in state or state[target].shape[:2] != (first.shape[0], 9):
+def _check(model: ModelPatcher, decomposer: Decomposer, own: dict[str, Tensor]) -> None:
+    """Raises ValueError for a model of another family."""
+    state, target = unpatched(model), f"diffusion_model.{HOSTS_FIRST}"
+    if target not in state or state[target].shape[:2] != (own[FIRST].shape[0], 9):
         raise ValueError(
             f"model: {decomposer.name} is {decomposer.describe()}, and this is another model; connect the inpainting "
             f"model of {decomposer.family}."
         )
-    difference = first.clone()
-    difference[:, :9] -= state[target].to(first)
-    bias = target.replace("weight", "bias")
-    patches: dict = {
-        target: ("diff", (difference, {"pad_weight": True})),
-        bias: ("diff", (own["conv_in.bias"].float() - state[bias].to(first),)),
-    }
+
+
+def _terms(
+    model: ModelPatcher, decomposer: Decomposer, own: dict[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor] | Tensor]:
+    """(up, down) by the host's key of the weight. Raises ValueError for a model of another family."""
+    names, state = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config), unpatched(model)
+    terms: dict[str, tuple[Tensor, Tensor] | Tensor] = {}
     for key, down in own.items():
         if not key.endswith(LORA):
             continue
@@ -231,8 +238,41 @@ def _patches(model: ModelPatcher, decomposer: Decomposer, own: dict[str, Tensor]
                 f"model: {decomposer.name} changes {module}, which this model lacks or has in another size; connect "
                 f"the inpainting model of {decomposer.family}."
             )
-        patches[target] = LoRAAdapter(set(), (up, down, None, None, None, None))
-    return patches
+        terms[target] = up, down
+    return terms
+
+
+def _is_coarse(model: ModelPatcher, terms: dict) -> bool:
+    """Whether the weights would lose what is merged into them: those of a byte or less."""
+    state = unpatched(model)
+    return any(not state[key].is_floating_point() or state[key].dtype.itemsize < 2 for key in terms)
+
+
+def _merged(model: ModelPatcher, own: dict[str, Tensor], terms: dict) -> ModelPatcher:
+    """As ComfyUI's LoRAs are: other patches on these weights go with them."""
+    state, first, target = unpatched(model), own[FIRST].float(), f"diffusion_model.{HOSTS_FIRST}"
+    difference, bias = first.clone(), target.replace("weight", "bias")
+    difference[:, :9] -= state[target].to(first)
+    patches: dict = {
+        target: ("diff", (difference, {"pad_weight": True})),
+        bias: ("diff", (own["conv_in.bias"].float() - state[bias].to(first),)),
+    }
+    for key, (up, down) in terms.items():
+        patches[key] = LoRAAdapter(set(), (up, down, None, None, None, None))
+    clone = model.clone()
+    clone.add_patches(patches)
+    return clone
+
+
+def _beside(model: ModelPatcher, own: dict[str, Tensor], terms: dict) -> ModelPatcher:
+    """The terms beside the model's own layers, whose weights stay as they are."""
+    clone = foreground.apply_to_foreground(model, terms, rows=ALL).clone()
+    first = own[FIRST]
+    layer = comfy.ops.manual_cast.Conv2d(first.shape[1], len(first), first.shape[2:], padding=first.shape[-1] // 2)
+    for end in ("weight", "bias"):
+        setattr(layer, end, torch.nn.Parameter(own[f"conv_in.{end}"], requires_grad=False))
+    clone.add_object_patch(f"diffusion_model.{HOSTS_FIRST.removesuffix('.weight')}", layer)
+    return clone
 
 
 def _sampling(model: ModelPatcher, prediction: str):

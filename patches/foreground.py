@@ -31,8 +31,8 @@ def apply_to_foreground(
     """A clone of the model whose foreground rows see `weight + strength * difference` in the named weights, and whose
     other rows do not.
 
-    terms: {weight key such as "diffusion_model.….to_q.weight": (up [out,rank], down [rank,in]), or a full difference of
-    the weight's or bias's shape}.
+    terms: {weight key such as "diffusion_model.….to_q.weight": (up [out,rank], down [rank,in], of a convolution
+    [out,rank,1,1] and [rank,in,k,k]), or a full difference of the weight's or bias's shape}.
     """
     added = differences(model, terms)
     if strength == 0:
@@ -51,8 +51,11 @@ def differences(model: ModelPatcher, terms: dict[str, tuple[Tensor, Tensor] | Te
     for key, term in terms.items():
         name, _, kind = key.removeprefix("diffusion_model.").rpartition(".")
         module = _submodule(unet, name)
-        shape = (term[0].shape[0], term[1].shape[1]) if isinstance(term, tuple) else tuple(term.shape)
-        if not isinstance(module, SUPPORTED) or getattr(getattr(module, kind, None), "shape", None) != shape:
+        shape = (len(term[0]), *term[1].shape[1:]) if isinstance(term, tuple) else tuple(term.shape)
+        there = tuple(getattr(getattr(module, kind, None), "shape", ()))
+        if isinstance(term, tuple) and len(shape) == 2 and there[2:] == (1, 1):  # a convolution pixel by pixel
+            there = there[:2]
+        if not isinstance(module, SUPPORTED) or there != shape:
             raise ValueError(
                 f"model: the difference of {key} ({'×'.join(map(str, shape))}) does not fit this model; load the file "
                 "of the model's family."
@@ -84,10 +87,12 @@ def _difference(
     """
     if isinstance(weight, tuple):
         up, down = weight
-        return nn.Sequential(
-            _filled(LAYERS.Linear(down.shape[1], down.shape[0]), down),
-            _filled(LAYERS.Linear(up.shape[1], up.shape[0]), up, bias),
-        )
+        rank, width = down.shape[:2]
+        if isinstance(module, nn.Conv2d):
+            down, up = (part if part.ndim == 4 else part[..., None, None] for part in (down, up))
+            first = LAYERS.Conv2d(width, rank, module.kernel_size, module.stride, module.padding)
+            return nn.Sequential(_filled(first, down), _filled(LAYERS.Conv2d(rank, len(up), 1), up, bias))
+        return nn.Sequential(_filled(LAYERS.Linear(width, rank), down), _filled(LAYERS.Linear(rank, len(up)), up, bias))
     weight = torch.zeros_like(module.weight) if weight is None else weight
     if isinstance(module, nn.Linear):
         layer = LAYERS.Linear(module.in_features, module.out_features)

@@ -79,6 +79,30 @@ def test_the_clean_estimate_is_diffusers_own(base, trained, loaded, model, layer
     assert torch.allclose(found, expected, rtol=0, atol=1e-3) and expected.std() > 0.1
 
 
+@pytest.mark.parametrize("layer", networks.LAYERS)
+@torch.no_grad()
+def test_a_base_in_fp8_gives_what_its_widened_weights_give(loaded, model, layer):
+    """ComfyUI rounds what it merges to the weights' own type, which would be half of what the adapters say."""
+    coarse = comfy.sd.load_diffusion_model(str(INPAINT), model_options={"dtype": torch.float8_e4m3fn})
+    weights = {key: value.clone() for key, value in coarse.model.diffusion_model.state_dict().items()}
+    assert {value.dtype for value in weights.values()} == {torch.float8_e4m3fn}
+    wide = comfy.sd.load_diffusion_model_state_dict({key: value.float() for key, value in weights.items()})
+    torch.manual_seed(2)
+    x, image, cells = torch.randn(2, 4, 8, 16), torch.randn(2, 4, 8, 16), torch.rand(2, 64, 8, 16)
+    given = {"c_concat": networks.condition(image, cells, layer), "c_crossattn": loaded.null.expand(2, -1, -1)}
+
+    def found(base):
+        clone = decomposer.denoiser(base, loaded, layer, image, cells)
+        comfy.model_management.load_models_gpu([clone])
+        options = {"wrappers": clone.wrappers}
+        return clone.model.apply_model(x, torch.tensor([5.0, 0.5]), **given, transformer_options=options)
+
+    exact, merged = found(coarse), found(wide)
+    assert torch.allclose(exact, merged, rtol=0, atol=1e-3) and merged.std() > 0.1
+    after = coarse.model.diffusion_model.state_dict()
+    assert all(torch.equal(after[key].float(), value.float()) for key, value in weights.items())
+
+
 @torch.no_grad()
 def test_an_image_is_taken_apart_at_any_size_and_adds_up(loaded, model):
     vae = comfy.sd.load_checkpoint_guess_config(str(MODELS / "checkpoints" / "strata_mini_sd.safetensors"))[2]
