@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -102,16 +102,24 @@ def swapped(rows: Tensor) -> Tensor:
     return rearrange(rearrange(rows, "(n pair) t c -> n pair t c", pair=2).flip(1), "n pair t c -> (n pair) t c")
 
 
+class Term(NamedTuple):
+    """Low-rank terms of a layer's rows from `row` on: up [rows,rank], down [rank,width]."""
+
+    row: int
+    up: Tensor
+    down: Tensor
+
+
 @dataclass(frozen=True)
 class BackToFront:
-    """One file. sharing: by block. content: {branch: {the host's name of a layer: (up, down)}}. copies: weights of the
-    base that the file repeats, by the host's names, to be compared. unknown: keys that nothing here reads.
+    """One file. sharing: by block. content: by branch, then by the host's name of a layer. copies: weights of the base
+    that the file repeats, by diffusers' names, to be compared. unknown: keys that nothing here reads.
     """
 
     name: str
     width: int
     sharing: dict[Place, Sharing]
-    content: dict[str, dict[str, tuple[Tensor, Tensor]]]
+    content: dict[str, dict[str, list[Term]]]
     pairing: str
     copies: dict[str, Tensor] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
@@ -130,7 +138,7 @@ class BackToFront:
 
 
 def is_back_to_front(weights: Mapping[str, Tensor]) -> bool:
-    return any(SHARED.fullmatch(_plain(key)) for key in weights)
+    return any(key.endswith("conv1n.weight") and SHARED.fullmatch(_plain(key)) for key in weights)
 
 
 def recognise(
@@ -158,12 +166,13 @@ def recognise(
             unknown.append(key)
     sharing = {place: _filled(name, place, parts, operations) for place, parts in sorted(shared.items())}
     first = next(iter(sharing.values()))
+    width = first.mix.weight.shape[0] // (1 + first.fused)
     alone = all(kind == "single" for kind, _ in sharing) and first.fused
     return BackToFront(
         name,
-        first.mix.weight.shape[0] // (1 + first.fused),
+        width,
         sharing,
-        {branch: _hosts(name, layers) for branch, layers in content.items()},
+        {branch: _hosts(name, layers, width) for branch, layers in content.items()},
         metadata.get("pairing", PAIRINGS[0] if alone else PAIRINGS[1]),
         copies,
         tuple(unknown),
@@ -197,47 +206,40 @@ def _filled(name: str, place: Place, parts: dict[str, Tensor], operations: Any) 
     return found
 
 
-def _hosts(name: str, layers: dict[str, dict[str, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-    """{the host's layer: (up, down)} of {diffusers' layer: {"A": down, "B": up}}. Raises ValueError.
-
-    What the host has as one layer gets the terms of its parts one above the other, each on its own rows.
-    """
-    found: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
-    widths: dict[str, list[int]] = {}
+def _hosts(name: str, layers: dict[str, dict[str, Tensor]], width: int) -> dict[str, list[Term]]:
+    """Of {diffusers' layer: {"A": down, "B": up}}. Raises ValueError."""
+    found: dict[str, list[Term]] = {}
     for layer, parts in layers.items():
         if set(parts) != {"A", "B"}:
             raise ValueError(
                 f"file: {name} has one half of {layer}'s low-rank terms; it is damaged or was saved in part, so get it "
                 "again."
             )
-        host, place, count = _host_layer(layer)
-        found.setdefault(host, []).append((place, parts["B"], parts["A"]))
-        widths.setdefault(host, [0] * count)[place] = len(parts["B"])
-    return {host: _stacked(terms, widths[host]) for host, terms in found.items()}
+        host, place = _host_layer(layer)
+        found.setdefault(host, []).append(Term(place * width, parts["B"], parts["A"]))
+    return found
 
 
-def _host_layer(layer: str) -> tuple[str, int, int]:
-    """The host's layer that holds diffusers' one, which of its parts that is, and how many it has."""
+def _host_layer(layer: str) -> tuple[str, int]:
+    """The host's layer that holds diffusers' one, and which of its parts that is; all but the last are as wide as the
+    model.
+    """
     for host, (theirs, table) in flux.BLOCKS.items():
         if match := re.fullmatch(rf"{theirs}\.(\d+)\.(.+)", layer):
             for name, parts in table.items():
                 if match[2] in parts:
-                    return f"{host}.{match[1]}.{name}", parts.index(match[2]), len(parts)
+                    return f"{host}.{match[1]}.{name}", parts.index(match[2])
     for host, parts in flux.LAYERS.items():
         if layer in parts:
-            return host, parts.index(layer), len(parts)
-    return layer, 0, 1
+            return host, parts.index(layer)
+    return layer, 0
 
 
-def _stacked(terms: list[tuple[int, Tensor, Tensor]], widths: list[int]) -> tuple[Tensor, Tensor]:
-    """(up, down) of a layer whose rows are its parts' one above the other. A part without terms is as wide as the first
-    one with some, which holds for queries, keys and values.
-    """
-    known = next(width for width in widths if width)
-    rows = [width or known for width in widths]
-    up = terms[0][1].new_zeros(sum(rows), sum(part.shape[1] for _, part, _ in terms))
-    column = 0
-    for place, part, _ in terms:
-        up[sum(rows[:place]) : sum(rows[:place]) + len(part), column : column + part.shape[1]] = part
-        column += part.shape[1]
-    return up, torch.cat([down for _, _, down in terms])
+def joined(terms: list[Term], rows: int) -> tuple[Tensor, Tensor]:
+    """(up, down) of a layer of so many rows, of the terms on some of them."""
+    up, column = terms[0].up.new_zeros(rows, sum(term.up.shape[1] for term in terms)), 0
+    for term in terms:
+        rank = term.up.shape[1]
+        up[term.row : term.row + len(term.up), column : column + rank] = term.up
+        column += rank
+    return up, torch.cat([term.down for term in terms])

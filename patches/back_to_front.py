@@ -53,16 +53,27 @@ def apply(model: ModelPatcher, file: BackToFront, strength: float = 1.0, layout:
     check(model, file)
     if strength == 0:
         return model
-    branches = (file.content[branch] for branch in networks.CONTENT)
-    content = [
-        foreground.differences(model, {f"diffusion_model.{name}.weight": term for name, term in own.items()})
-        for own in branches
-    ]
+    content = [_own(model, file, branch) for branch in networks.CONTENT]
     terms = Terms(file.sharing, content, file.pairing if layout == LAYOUTS[0] else layout)
     clone = model.clone()
     foreground.load_with(clone, [*file.sharing.values(), *(layer for own in content for layer in own.values())])
     clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, partial(_denoise, terms, strength))
     return clone
+
+
+def _own(model: ModelPatcher, file: BackToFront, branch: str) -> dict[str, nn.Module]:
+    """What a branch learnt for itself, as layers beside the model's. Raises ValueError."""
+    weights = transparency_model.unpatched(model)
+    found = {}
+    for name, terms in file.content[branch].items():
+        key = f"diffusion_model.{name}.weight"
+        rows = len(weights[key]) if key in weights else 0
+        if any(term.row + len(term.up) > rows for term in terms):
+            raise ValueError(
+                f"model: {file.name} changes {name}, which this model lacks or has in another size; load its base."
+            )
+        found[key] = networks.joined(terms, rows)
+    return foreground.differences(model, found)
 
 
 def is_on(model: ModelPatcher) -> bool:

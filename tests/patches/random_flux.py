@@ -36,6 +36,8 @@ def random_file(layout: str, own: bool = False, mixed: bool = True) -> dict[str,
             ("transformer_blocks.1.ff.net.2", WIDTH, 4 * WIDTH),
             ("single_transformer_blocks.2.attn.to_v", WIDTH, WIDTH),
             ("single_transformer_blocks.2.proj_mlp", 4 * WIDTH, WIDTH),
+            ("single_transformer_blocks.3.attn.to_q", WIDTH, WIDTH),
+            ("single_transformer_blocks.4.proj_mlp", 4 * WIDTH, WIDTH),
             ("single_transformer_blocks.5.proj_out", WIDTH, 5 * WIDTH),
         ):
             weights[f"{layer}.lora_A.{branch}.weight"] = 0.2 * torch.randn(RANK, columns, generator=draw)
