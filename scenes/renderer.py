@@ -171,7 +171,7 @@ def render(request: Request, height: int, width: int, seed: int, light: Light | 
         mask = (alpha > 0.5) & ~covered
         visible = float((alpha * clear).sum() / max(alpha.sum(), 1e-6))
         covered, clear = covered | mask, clear * (1 - alpha)
-        both = _stack(rgba, shadow)
+        both = stack(rgba, shadow)
         objects.insert(
             0, SceneObject(entry.name, words, rgba, shadow, both, mask.astype(np.float32), float(1 - t), box, visible)
         )
@@ -398,7 +398,7 @@ def _sample(image: np.ndarray, across: np.ndarray, down: np.ndarray) -> np.ndarr
     ) * fy
 
 
-def _stack(rgba: np.ndarray, shadow: np.ndarray) -> np.ndarray:
+def stack(rgba: np.ndarray, shadow: np.ndarray) -> np.ndarray:
     """The object over its shadow as one straight-alpha layer."""
     below = shadow[..., 3:] * (1 - rgba[..., 3:])
     alpha = rgba[..., 3:] + below

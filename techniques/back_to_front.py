@@ -20,3 +20,19 @@ def _spanned(there: Tensor) -> Tensor:
     """[B,N]: true from the first to the last place that is."""
     counted = there.int()
     return (counted.cumsum(1) > 0) & (torch.flip(torch.flip(counted, [1]).cumsum(1), [1]) > 0)
+
+
+def clean_estimate(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
+    """The clean latents [B,C,h,w] that a velocity noise - latent at sigma [B] says.
+
+    Source: bfs, Eq. 6 (one-step denoised estimates)
+    """
+    return noisy - sigma.view(-1, 1, 1, 1) * velocity
+
+
+def composition_loss(composed: Tensor, composite: Tensor) -> Tensor:
+    """Mean absolute difference of what foreground and background make together and the composite, latents [B,C,h,w].
+
+    Source: bfs, Eq. 6
+    """
+    return (composed - composite).abs().mean()

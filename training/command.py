@@ -30,6 +30,10 @@ TRAINERS = {
     "flux_fill": "A model in Flux's structure that paints an object with its shadow into a box, or a whole image, "
     "from words; needs the published checkpoint.",
     "flux_fill_large": "The same, longer, at 256 pixels and at 128 in turns.",
+    "latent_composition": "Lays a foreground's latent over a background's; BFS's loss asks it.",
+    "back_to_front": "BFS, stage 1: a composite and its foreground with its shadow, drawn together by the Flux-Fill; "
+    "needs latent_composition and the published Flux-Fill.",
+    "back_to_front_real": "BFS, stage 2: composites with true shadows, foregrounds that follow them.",
     "layeringdiff": "What takes an image apart into foreground and background: two adapters of an inpainting model, "
     "and networks that align details.",
 }
@@ -40,6 +44,7 @@ MODULES = {
     "transparent_decoder": "transparency",
     "dreamlayer_apart": "dreamlayer",
     "flux_fill_large": "flux_fill",
+    "back_to_front_real": "back_to_front",
 }
 # What users give of their own, as values of the config.
 OPTIONS = {

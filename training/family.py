@@ -18,7 +18,20 @@ from torch import Tensor
 from ..networks import flux, layered_denoiser
 from ..networks.transparency import published_adapter
 from ..scenes import renderer
-from . import base, data, diffusion, export, latents, layeringdiff, loop, oracle, published, settings, text
+from . import (
+    back_to_front,
+    base,
+    data,
+    diffusion,
+    export,
+    latents,
+    layeringdiff,
+    loop,
+    oracle,
+    published,
+    settings,
+    text,
+)
 
 UNET = "model.diffusion_model."
 TOKEN_IDS = "cond_stage_model.token_ids"
@@ -91,6 +104,10 @@ FILES = {  # trainer, file, weights
         "dreamlayer_apart",
         lambda root: layered_denoiser.published_form(_trained(root / "dreamlayer_apart")),
     ),
+    published.BACK_TO_FRONT: (
+        "back_to_front_real",
+        lambda root: back_to_front.published_form(_trained(root / "back_to_front_real")),
+    ),
     published.LAYERINGDIFF: (
         "layeringdiff",
         lambda root: layeringdiff.weights(root / "layeringdiff", base.load(None).null),
@@ -99,6 +116,7 @@ FILES = {  # trainer, file, weights
 }
 # What loading needs to know beside the weights.
 FURTHER = {
+    published.BACK_TO_FRONT: {"pairing": "paper"},
     published.LAYERINGDIFF: layeringdiff.metadata_of(base.MINI),
     "strata/mini_classifier.safetensors": {
         "places": json.dumps(renderer.KINDS),

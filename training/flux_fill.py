@@ -141,12 +141,14 @@ class FillPool(data.ScenePool):
         self.boxes[indices] = [[*hole.box, hole.kind, names.index(hole.name) if hole.name else -1] for hole in holes]
 
 
-def object_box(shown: renderer.SceneObject, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Around the object and, in three of four, its shadow, each side grown by 5 to 35 % of the object's size."""
+def object_box(
+    shown: renderer.SceneObject, rng: np.random.Generator, shadowed: float = 0.75
+) -> tuple[int, int, int, int]:
+    """Around the object and, in this share, its shadow, each side grown by 5 to 35 % of the object's size."""
     side = np.array(shown.rgba.shape[1::-1] * 2)
     left, top, right, bottom = shown.box
     grow = rng.uniform(0.05, 0.35, 4) * (right - left + bottom - top) / 2
-    if rng.random() < 0.75:
+    if rng.random() < shadowed:
         rows, columns = np.nonzero(shown.shadow[..., 3] > SHADOW)
         if len(rows):
             left, right = min(left, columns.min()), max(right, columns.max() + 1)

@@ -19,6 +19,7 @@ CHECKPOINT = "checkpoints/strata_mini_sd.safetensors"
 INPAINT = "diffusion_models/strata_mini_inpaint.safetensors"
 RGBA = "vae/strata_mini_rgba.safetensors"
 FLUX_FILL = "diffusion_models/strata_mini_flux_fill.safetensors"
+BACK_TO_FRONT = "layer_model/strata_mini_back_to_front.safetensors"
 LAYERINGDIFF = "layer_model/strata_mini_layeringdiff.safetensors"
 
 

@@ -14,7 +14,7 @@ from strata.patches import back_to_front, mini_family
 from strata.techniques import layering
 
 from . import test_mini_flux
-from .random_flux import HEADS, LAYOUTS, SHAPE, WIDTH, random_file
+from .random_flux import HEADS, LAYOUTS, RANK, SHAPE, WIDTH, random_file
 
 registered, trained = test_mini_flux.registered, test_mini_flux.trained
 
@@ -170,6 +170,25 @@ def test_what_a_branch_learnt_acts_on_its_own_rows_alone(model, trained, call):
         with torch.no_grad():
             wanted = flux.predict(merged, *(part[row::2] for part in given))
         assert torch.allclose(found[row::2][:1], wanted[:1], rtol=1e-3, atol=1e-4), branch
+
+
+def test_the_node_predicts_what_the_trainers_class_does(model, trained, call):
+    """Random weights in the trainer's class, written as it writes them, read as the node reads them."""
+    from strata.training import back_to_front as trainer
+
+    branches = trainer.Branches(trained, RANK, 2)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for value in branches.parameters():
+            if value.requires_grad:
+                value.add_(0.1 * torch.randn_like(value))
+        expected = branches(*(call[key] for key in ("latent", "condition", "sigma", "text", "pooled")))
+    file = read(trainer.published_form(branches.state_dict()))
+    found = velocity(back_to_front.apply(model, file), call)
+    moving = call["sigma"] > 0
+    plain = velocity(model, call)
+    assert (expected - plain)[moving].std() > 0.1 * plain[moving].std()
+    assert torch.allclose(found[moving], expected[moving], rtol=1e-3, atol=1e-4)
 
 
 def test_swapped_branches_swap_their_outputs(model, call):

@@ -1,0 +1,214 @@
+"""Trains BFS on the mini Flux-Fill: composite and foreground learn together what their latents are (stage 1), then the
+composites become real ones while the foregrounds stay what they are (stage 2).
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..networks import back_to_front as networks
+from ..networks import flux
+from ..networks.back_to_front import CONTENT, OUT, Sharing
+from ..techniques import back_to_front as formulas
+from ..techniques import diffusion
+from . import latent_composition, layered_scenes, loop, published, rgba_autoencoder, settings
+from .flux_fill import Words
+from .layered_scenes import Batch, LayeredScenes
+
+CHECK = 32  # the last scenes of the pool are kept for validation
+
+
+class Branches(nn.Module):
+    """A Flux-Fill, frozen, with low-rank terms of peft for each branch, and the information sharing in its single
+    blocks. Rows come in pairs, composite and foreground one after the other.
+
+    Source: bfs, Sec. 3
+    Differs: what was read is added to the attention's output, as the released code does, not to its input (Eq. 3).
+    """
+
+    def __init__(self, base: nn.Module, rank: int, shared_rank: int, fused: bool = True):
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+
+        super().__init__()
+        transformer = copy.deepcopy(base).requires_grad_(False)
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=_targets(transformer))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # there are two, on purpose
+            for branch in CONTENT:
+                inject_adapter_in_model(config, transformer, adapter_name=branch)
+        width = transformer.inner_dim
+        self.sharing = nn.ModuleDict()
+        for number, block in enumerate(transformer.single_transformer_blocks):
+            own = self.sharing[f"single_{number}"] = Sharing(width, shared_rank, fused, out=False)
+            for terms in own.terms.values():
+                for term in terms.values():
+                    nn.init.zeros_(term.up.weight)
+            nn.init.zeros_(own.mix.weight)
+            block.attn.set_processor(Reading(own, block.attn.processor))
+        self.transformer = transformer
+        for module in transformer.modules():
+            if isinstance(module, LoraLayer):
+                module.register_forward_pre_hook(_own_adapter, with_kwargs=True)
+
+    def forward(self, noisy: Tensor, condition: Tensor, sigma: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
+        """The velocity of pairs: noisy [2N,4,h,w], condition [2N,68,h,w], sigma [2N], text [2N,T,D], pooled [2N,D]."""
+        return flux.predict(self.transformer, noisy, condition, sigma, text, pooled)
+
+
+def _own_adapter(module: nn.Module, args: tuple, given: dict) -> tuple:
+    return args, {**given, "adapter_names": list(CONTENT) * (len(args[0]) // 2)}
+
+
+def _targets(transformer: nn.Module) -> list[str]:
+    """Every linear layer of the blocks but those that modulate."""
+    return [
+        name
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and "transformer_blocks." in name and ".norm" not in name
+    ]
+
+
+class Reading:
+    """Attention of a single block of diffusers' class, and what each row reads of its partner."""
+
+    def __init__(self, sharing: Sharing, plain):
+        self.sharing, self.plain = sharing, plain
+
+    def __call__(
+        self, attention, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
+    ):
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        found = self.plain(attention, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        projections = (getattr(attention, name) for name in networks.PROJECTIONS)
+        # the base's own projections, without what a branch has learnt for itself
+        base = [getattr(layer, "base_layer", layer)(hidden_states) for layer in projections]
+        q, k, v = (
+            rearrange(rows, "b t (h c) -> b t h c", h=attention.heads)
+            for rows in self.sharing(hidden_states, *base, networks.PAIRINGS[0])
+        )
+        q, k = (
+            apply_rotary_emb(norm(rows), image_rotary_emb, sequence_dim=1)
+            for norm, rows in ((attention.norm_q, q), (attention.norm_k, k))
+        )
+        q, k, v = (rearrange(rows, "b t h c -> b h t c") for rows in (q, k, v))
+        messages = nn.functional.scaled_dot_product_attention(q, k, v)
+        return found + self.sharing.added(rearrange(messages, "b h t c -> b t (h c)"))
+
+
+def published_form(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of Branches under the released key names."""
+    found = {}
+    for key, value in state.items():
+        if key.startswith("transformer.") and ".lora_" in key:
+            found[key.removeprefix("transformer.")] = value
+        elif key.startswith("sharing."):
+            place, end = key.removeprefix("sharing.").split(".", 1)
+            kind, number = place.split("_")
+            block = f"{networks.BLOCKS[kind]}.{number}"
+            if end == "mix.weight":
+                found[f"{block}.conv1n.weight"] = value
+            else:
+                _, layer, source, part, _ = end.split(".")
+                layer = OUT if layer == "to_out" else layer
+                found[f"{block}.attn1n.{layer}.lora_{'A' if part == 'down' else 'B'}.{source}.weight"] = value
+    return found
+
+
+def pairs(*rows: Tensor) -> Tensor:
+    """[2N,...] of composites and foregrounds [N,...] each, one after the other."""
+    return rearrange(torch.stack(rows, 1), "n pair ... -> (n pair) ...")
+
+
+def losses(
+    model: nn.Module, compose: nn.Module, batch: Batch, words: Words, config: dict, rng: np.random.Generator, kind: str
+) -> dict[str, Tensor]:
+    """What is minimised, and its parts. kind: "flow" (stage 1: both branches), "real" (stage 2: the composite beside a
+    cut of itself) or "regular" (stage 2: the foreground beside the clean composite).
+
+    Source: bfs, Eq. 5-9
+    """
+    device, size = next(model.parameters()).device, len(batch.prompts)
+    sigma = torch.from_numpy(rng.normal(config["sigma_mean"], config["sigma_deviation"], size)).float().sigmoid()
+    noise = torch.from_numpy(rng.standard_normal(batch.composite.shape, np.float32))
+    other = noise if config["same_noise"] else torch.from_numpy(rng.standard_normal(noise.shape, np.float32))
+    kept = rng.random(size) >= config["empty_prompt"]
+    states, pooled = words([prompt if keep else "" for prompt, keep in zip(batch.prompts, kept, strict=True)])
+    foreground = batch.cut if kind == "real" else batch.foreground
+    noisy = pairs(diffusion.flow_noise(batch.composite, noise, sigma), diffusion.flow_noise(foreground, other, sigma))
+    levels = pairs(sigma, sigma)
+    if kind == "regular":
+        noisy[0::2], levels[0::2] = batch.composite, 0
+    condition = torch.cat([batch.background, batch.cells], 1)
+    given = noisy, pairs(condition, condition), levels, pairs(states, states), pairs(pooled, pooled)
+    predicted = model(*(part.to(device) for part in given))
+    targets = diffusion.flow_velocity(batch.composite, noise), diffusion.flow_velocity(foreground, other)
+    errors = [(predicted[row::2] - target.to(device)).square().mean() for row, target in enumerate(targets)]
+    if kind == "real":
+        return {"loss": errors[0], "composite": errors[0]}
+    clean = formulas.clean_estimate(noisy.to(device), predicted, levels.to(device))
+    composite = batch.composite.to(device) if kind == "regular" else clean[0::2]
+    composition = formulas.composition_loss(compose(clean[1::2], batch.background.to(device)), composite)
+    wanted = {"foreground": errors[1]} | ({} if kind == "regular" else {"composite": errors[0]})
+    loss = sum(wanted.values()) + config["composition_weight"] * composition
+    return {"loss": loss, **wanted, "composition": composition}
+
+
+def learning(model: nn.Module, kind: str) -> None:
+    """Which parameters a step moves: the composite's own for "real", the others for "regular", all for "flow"."""
+    for name, value in model.named_parameters():
+        if ".lora_" not in name and not name.startswith("sharing."):
+            continue
+        composite = f".{CONTENT[0]}." in name
+        value.requires_grad_(kind == "flow" or composite == (kind == "real"))
+
+
+def build(config: dict, root: Path) -> Branches:
+    torch.manual_seed(config["seed"])
+    base = flux.build(settings.family()["flux"])
+    base.load_state_dict(flux.diffusers_form(published.read(settings.MODELS / published.FLUX_FILL)[0]))
+    return Branches(base, config["rank"], config["shared_rank"])
+
+
+def train(config: dict, folder: Path, minutes: float | None, save_every: float) -> nn.Module:
+    encoder, autoencoder = published.checkpoint()
+    rgba = rgba_autoencoder.build("published").eval().requires_grad_(False)
+    words = Words(encoder, settings.family()["flux_tokens"])
+    pool = LayeredScenes(folder.parent / "scenes", autoencoder, rgba, config["scenes"], config["side"])
+    compose = latent_composition.load(folder.parent / "latent_composition")
+    last = np.arange(config["scenes"] - CHECK, config["scenes"])
+    kinds = ("flow",) if config["stage"] == 1 else ("real", "regular")
+
+    def loss(model, step, rank):
+        rng, kind = np.random.default_rng((config["seed"], step, rank)), kinds[step % len(kinds)]
+        learning(model, kind)
+        indices = rng.integers(0, config["scenes"] - CHECK, config["batch"])
+        shadow = layered_scenes.TRUE if kind == "real" else layered_scenes.POOR
+        found = losses(model, compose, pool.batch(indices, step, shadow), words, config, rng, kind)
+        return {"loss": found["loss"]} if len(kinds) > 1 else found
+
+    @torch.no_grad()
+    def validate(model, step):
+        report = {}
+        for name, shadow in (("poor", layered_scenes.POOR), ("true", layered_scenes.TRUE)):
+            batch = pool.batch(last, 0, shadow)
+            terms = losses(
+                model, compose, batch, words, {**config, "empty_prompt": 0}, np.random.default_rng(0), "flow"
+            )
+            report |= {f"{key}, {name}": value.item() for key, value in terms.items() if key != "loss"}
+        print(f"step {step}: " + "  ".join(f"{key} {value:.4g}" for key, value in report.items()), flush=True)
+        return report
+
+    model = build(config, folder.parent)
+    if config["start"] and not (folder / "last").exists():
+        model.load_state_dict(load_file(folder.parent / config["start"] / "model.safetensors"), strict=False)
+    return loop.fit(model, loss, validate, config, folder, minutes, save_every)
