@@ -19,7 +19,7 @@ from ..networks import flux
 from ..networks.back_to_front import CONTENT, OUT, Sharing
 from ..techniques import back_to_front as formulas
 from ..techniques import diffusion
-from . import latent_composition, layered_scenes, loop, published, rgba_autoencoder, settings
+from . import data, latent_composition, layered_scenes, loop, published, rgba_autoencoder, settings
 from .flux_fill import Words
 from .layered_scenes import Batch, LayeredScenes
 
@@ -191,7 +191,8 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
     def loss(model, step, rank):
         rng, kind = np.random.default_rng((config["seed"], step, rank)), kinds[step % len(kinds)]
         learning(model, kind)
-        indices = rng.integers(0, config["scenes"] - CHECK, config["batch"])
+        known = data.known_at(step, config["scenes"] - CHECK, config["scenes_per_step"])
+        indices = rng.integers(0, known, config["batch"])
         shadow = layered_scenes.TRUE if kind == "real" else layered_scenes.POOR
         found = losses(model, compose, pool.batch(indices, step, shadow), words, config, rng, kind)
         return {"loss": found["loss"]} if len(kinds) > 1 else found

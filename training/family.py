@@ -86,7 +86,7 @@ FILES = {  # trainer, file, weights
     published.RGBA: ("rgba_autoencoder", rgba_autoencoder),
     published.FLUX_FILL: (
         "flux_fill_large",
-        lambda root: flux.host_form(_trained(root / "flux_fill_large")),
+        lambda root: flux.host_form(_trained(_finished(root, "flux_fill_large", published.FLUX_FILL))),
     ),
     "layer_model/strata_mini_transparent_attn.safetensors": (
         "adapter",
@@ -114,6 +114,7 @@ FILES = {  # trainer, file, weights
     ),
     "strata/mini_classifier.safetensors": ("classifier", classifier),
 }
+EARLIER = {published.FLUX_FILL: "flux_fill"}  # whose weights are written while the trainer has not run
 # What loading needs to know beside the weights.
 FURTHER = {
     published.BACK_TO_FRONT: {"pairing": "paper"},
@@ -130,15 +131,22 @@ def publish(root: Path, models: Path = settings.MODELS) -> None:
     models_config are fitted to them.
     """
     for name, (what, weights) in FILES.items():
-        if not (root / what / "metrics.csv").exists():  # what a trainer writes last
+        folder = _finished(root, what, name)
+        if folder is None:
             print(f"{name}: not written, python -m training {what} has not run", flush=True)
             continue
-        config = json.loads((root / what / "config.json").read_text())
-        metadata = export.describe(what, root / what, config, export.SCENES) | FURTHER.get(name, {})
+        config = json.loads((folder / "config.json").read_text())
+        metadata = export.describe(folder.name, folder, config, export.SCENES) | FURTHER.get(name, {})
         export.save(models / name, weights(root), metadata, FP8.get(name))
         print(f"{name}: {(models / name).stat().st_size / 2**20:.1f} MiB", flush=True)
     if models.resolve() == settings.MODELS and (root / "autoencoder" / "model.safetensors").exists():
         _fit_preview(latents.load_autoencoder(root), settings.CONFIGS / "sd.json")
+
+
+def _finished(root: Path, what: str, name: str) -> Path | None:
+    """The folder of the trainer, or of an earlier one that can stand in."""
+    folders = [root / one for one in (what, EARLIER.get(name)) if one]
+    return next((folder for folder in folders if (folder / "metrics.csv").exists()), None)  # what is written last
 
 
 @torch.no_grad()

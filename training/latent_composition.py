@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..techniques.back_to_front import composition_loss
-from . import layered_scenes, loop, published, rgba_autoencoder, settings
+from . import data, layered_scenes, loop, published, rgba_autoencoder, settings
 from .layered_scenes import LayeredScenes
 
 CHECK = 32  # the last scenes of the pool are kept for validation
@@ -68,7 +68,8 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
 
     def loss(model, step, rank):
         rng = np.random.default_rng((config["seed"], step, rank))
-        indices = rng.integers(0, config["scenes"] - CHECK, config["batch"])
+        known = data.known_at(step, config["scenes"] - CHECK, config["scenes_per_step"])
+        indices = rng.integers(0, known, config["batch"])
         return loss_of(model, pool.batch(indices, 0, step % 2))
 
     @torch.no_grad()
