@@ -46,10 +46,12 @@ def test_from_the_model_to_the_layers(kind, tokens):
     with torch.inference_mode():
         front, back, both, priors = sampled(file_for(kind, model))
         background = vae.decode(back["samples"])
-        rgba, mask, documents = DecodeTransparency.execute(
-            decoder, front, "8", 0, vae=vae, background=background
+        rgba, mask, documents, composite = DecodeTransparency.execute(
+            front, "8", 0, decoder, vae=vae, background=background
         ).result
         plain = sampled(None)[0]
+    over = rgba[..., 3:] * rgba[..., :3] + (1 - rgba[..., 3:]) * background
+    assert torch.allclose(composite, over, rtol=0, atol=1e-4)
     assert priors.shape == (2 * 2, 4 * tokens[0], 4 * 4 * tokens[1], 3) and priors.std() > 0.1
     assert all(
         one["samples"].shape == (2, 4, HEIGHT // 8, WIDTH // 8) and one["samples"].isfinite().all()
