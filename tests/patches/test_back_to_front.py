@@ -313,11 +313,11 @@ def test_norms_of_the_file_are_used_where_it_has_them(model, call):
     """A file with the block's own norms gives the same; with others, something else."""
     weights = random_file("paper")
     plain = velocity(back_to_front.apply(model, read(weights)), call)
-    own = model.model.state_dict()
+    blocks = model.model.diffusion_model.single_blocks
     for factor in (1.0, 2.0):
         for number in LAYOUTS["paper"][0]["single"]:
             for norm, host in (("norm_q", "query_norm"), ("norm_k", "key_norm")):
-                scale = own[f"diffusion_model.single_blocks.{number}.norm.{host}.scale"]
+                (scale,) = getattr(blocks[number].norm, host).parameters()
                 weights[f"single_transformer_blocks.{number}.attn1n.{norm}.weight"] = factor * scale
         found = velocity(back_to_front.apply(model, read(weights)), call)
         assert torch.allclose(found, plain, rtol=1e-4, atol=1e-5) == (factor == 1.0)
