@@ -33,7 +33,7 @@ Place = tuple[str, int]  # "double" or "single", and the block's number
 
 
 class LowRank(nn.Module):
-    """up(down(x)), which starts at zero."""
+    """up(down(x))."""
 
     def __init__(self, width: int, rank: int, operations: Any = nn):
         super().__init__()

@@ -7,14 +7,15 @@ from comfy_api.latest import io
 
 from ..patches import back_to_front as method
 from ..patches import layer_files
+from ..patches.rgba_vae import FILLED_UP
 from ..techniques.back_to_front import box_of
+from ..techniques.geometry import filled_up
 from .inputs import encodable
-from .sampling import sampler_input, scheduler_input, seed_input
+from .sampling import cfg_input, sampler_input, scheduler_input, seed_input, steps_input
 from .sockets import LayerModelFile, Node, schema
 
 NAMES = ["BFS", "back to front", "add object", "foreground", "flux fill"]
 NO_FILE = "no file in models/layer_model"
-MULTIPLE = 16  # pixels: Flux sees two by two latent pixels at once
 
 
 class FillBackground(Node):
@@ -57,8 +58,8 @@ class FillBackground(Node):
     def execute(cls, positive, negative, vae, background, mask, box):
         mask = _checked(encodable(background, vae, "background"), mask)
         mask = box_of(mask) if box else mask
-        latent = vae.encode(_padded(background[..., :3].movedim(-1, 1), "reflect").movedim(1, -1))
-        values = {"concat_latent_image": latent, "concat_mask": _padded(mask[:, None], "constant")}
+        latent = vae.encode(filled_up(background[..., :3].movedim(-1, 1), FILLED_UP).movedim(1, -1))
+        values = {"concat_latent_image": latent, "concat_mask": _with_border(mask[:, None])}
         told = [node_helpers.conditioning_set_values(one, values) for one in (positive, negative)]
         return io.NodeOutput(*told, {"samples": torch.zeros_like(latent)})
 
@@ -76,13 +77,10 @@ def _checked(background: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return mask.expand(len(background), -1, -1)
 
 
-def _padded(image: torch.Tensor, mode: str) -> torch.Tensor:
-    """[B,C,H,W] with sides that are multiples of 16, filled up at the right and below."""
-    height, width = image.shape[-2:]
-    down, across = -height % MULTIPLE, -width % MULTIPLE
-    if mode == "reflect" and (down >= height or across >= width):
-        mode = "replicate"  # what is smaller than what is added cannot be mirrored so far
-    return F.pad(image, (0, across, 0, down), mode=mode)
+def _with_border(mask: torch.Tensor) -> torch.Tensor:
+    """[B,1,H,W] as large as the background that is filled up; nothing is painted there."""
+    height, width = mask.shape[-2:]
+    return F.pad(mask, (0, -width % FILLED_UP, 0, -height % FILLED_UP))
 
 
 class BackToFront(LayerModelFile):
@@ -164,16 +162,8 @@ class SampleForeground(Node):
                 io.Conditioning.Input("negative", tooltip="From Fill background."),
                 io.Latent.Input("latent_image", tooltip="From Fill background: one pair for each latent."),
                 seed_input("The same seed gives the same images."),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Number of steps; 50 as published."),
-                io.Float.Input(
-                    "cfg",
-                    default=1.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="1 for Flux, which has its guidance from FluxGuidance; 3 for the mini family.",
-                ),
+                steps_input("Number of steps; 50 as published."),
+                cfg_input(1.0, "1 for Flux, which has its guidance from FluxGuidance; 3 for the mini family."),
                 sampler_input("euler", "The sampler, as in KSampler."),
                 scheduler_input("simple", "Noise levels, as in KSampler."),
                 io.Combo.Input(

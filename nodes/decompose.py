@@ -13,7 +13,7 @@ from ..patches import detection, layer_files
 from ..techniques import matting
 from ..techniques.layering import composite, visible_to_own
 from ..techniques.layers import Layer, LayerStack, write_layers
-from .sampling import sampler_input, scheduler_input, seed_input
+from .sampling import sampler_input, scheduler_input, seed_input, steps_input
 from .sockets import Decomposer, LayerModelFile, Layers, Node, schema, told
 
 NAMES = ["LayeringDiff", "decompose", "layers from image", "foreground", "background"]
@@ -316,9 +316,7 @@ class DecomposeImage(Node):
                     tooltip="What sampling starts from: noise, as published, or the image under noise.",
                 ),
                 seed_input("The same seed gives the same layers; another one fills what was hidden in another way."),
-                io.Int.Input(
-                    "steps", default=20, min=1, max=10000, tooltip="Steps for each layer: two passes for each mask."
-                ),
+                steps_input("Steps for each layer: two passes for each mask."),
                 sampler_input("ddim", "As in KSampler."),
                 scheduler_input("ddim_uniform", "As in KSampler."),
             ],

@@ -16,6 +16,14 @@ def scheduler_input(default: str, tooltip: str):
     return io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default=default, tooltip=tooltip)
 
 
+def steps_input(tooltip: str):
+    return io.Int.Input("steps", default=20, min=1, max=10000, tooltip=tooltip)
+
+
+def cfg_input(default: float, tooltip: str):
+    return io.Float.Input("cfg", default=default, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=tooltip)
+
+
 def sampling_inputs() -> list:
     """negative to denoise, in KSampler's order."""
     return [
@@ -26,16 +34,8 @@ def sampling_inputs() -> list:
             "image to start all of them from. Each takes memory for every output.",
         ),
         seed_input("The same seed gives the same images."),
-        io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Number of steps."),
-        io.Float.Input(
-            "cfg",
-            default=7.0,
-            min=0.0,
-            max=100.0,
-            step=0.1,
-            round=0.01,
-            tooltip="How closely the prompts are followed.",
-        ),
+        steps_input("Number of steps."),
+        cfg_input(7.0, "How closely the prompts are followed."),
         sampler_input("euler", "The sampler, as in KSampler."),
         scheduler_input("normal", "Noise levels, as in KSampler."),
         io.Float.Input(

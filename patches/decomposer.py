@@ -28,6 +28,7 @@ from ..networks import decomposer as networks
 from ..networks.alignment import Alignment
 from ..networks.decomposer import ALIGNMENT, NULL
 from ..techniques import layering
+from ..techniques.geometry import filled_up
 from . import foreground
 from .layer_rows import Rows
 from .mini_family import UNET, StrataMini
@@ -349,7 +350,7 @@ def draw(
     Source: layeringdiff, Sec. 3.3 (FBDD)
     """
     height, width = image.shape[-2:]
-    whole, behind = _padded(image), F.pad(alpha, _padding(alpha))
+    whole, behind = filled_up(image, MULTIPLE), F.pad(alpha, _padding(alpha))
     latent, cells = vae.encode(whole.movedim(1, -1)), layering.alpha_cells(behind)
     layers = []
     for layer in networks.LAYERS:
@@ -384,13 +385,6 @@ def finish(
 
 def _padding(image: Tensor) -> tuple[int, ...]:
     return (0, -image.shape[-1] % MULTIPLE, 0, -image.shape[-2] % MULTIPLE)
-
-
-def _padded(image: Tensor) -> Tensor:
-    padding = _padding(image)
-    # An image that is smaller than what is added cannot be mirrored so far.
-    mode = "reflect" if padding[1] < image.shape[-1] and padding[3] < image.shape[-2] else "replicate"
-    return F.pad(image, padding, mode=mode)
 
 
 def _sample(model: ModelPatcher, null: Tensor, latent: Tensor, run: Run, progress: Progress) -> Tensor:

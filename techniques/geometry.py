@@ -277,3 +277,15 @@ def _resampling(layer: Layer, box: tuple[int, int, int, int]) -> Placement:
 def _coverage(position: Tensor, length: int) -> Tensor:
     """How much of the unit interval around each position lies in [0, length], length being at least 1."""
     return (torch.minimum(position, length - position) + 0.5).clamp(0, 1)
+
+
+def filled_up(image: Tensor, multiple: int) -> Tensor:
+    """[B,C,H,W] with sides that are multiples, mirrored on at the right and below.
+
+    Source: ours, what networks see of images of any size
+    """
+    height, width = image.shape[-2:]
+    down, across = -height % multiple, -width % multiple
+    # An image that is smaller than what is added cannot be mirrored so far.
+    mode = "reflect" if down < height and across < width else "replicate"
+    return F.pad(image, (0, across, 0, down), mode=mode)

@@ -58,7 +58,7 @@ def spread_residual(image: Tensor, alpha: Tensor, foreground: Tensor, background
         step = missing / (shares[0].square() + shares[1].square())  # times a layer's share: the least change of both
         foreground, background = (
             layer
-            + gaussian_blur(share**5 * step, sigma, 3 * sigma) / (gaussian_blur(share**4, sigma, 3 * sigma) + 0.01)
+            + gaussian_blur(share**5 * step, sigma, 3 * sigma) / (gaussian_blur(share**4, sigma, 3 * sigma) + FADE)
             for layer, share in zip((foreground, background), shares, strict=True)
         )
     return foreground, background
