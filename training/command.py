@@ -10,7 +10,6 @@ import os
 import sys
 from pathlib import Path
 
-from . import family
 from .settings import CONFIGS, MODELS, TrainingError, cache
 
 TRAINERS = {
@@ -113,6 +112,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def publish(options: argparse.Namespace) -> int:
     """Write the trained weights as the files in models/ that ComfyUI loads."""
+    from . import family  # torch, which takes seconds
+
     family.publish(options.folder, options.models)
     return 0
 
@@ -121,6 +122,8 @@ def judge(options: argparse.Namespace) -> int:
     """Generate one picture of every object in every place and print in how many the classifier sees what the prompt
     says.
     """
+    from . import family
+
     found = family.agreement(
         options.models, options.cfg, options.steps, options.side, options.folder / "judge.png", options.seed
     )

@@ -121,4 +121,5 @@ def poorer(shadow: np.ndarray) -> np.ndarray:
 
 
 def _tensor(images: list[np.ndarray]) -> Tensor:
-    return rearrange(torch.from_numpy(np.stack(images)), "b h w c -> b c h w").float()
+    images = rearrange(torch.from_numpy(np.stack(images)), "b h w c -> b c h w").float()
+    return images.contiguous(memory_format=torch.channels_last)  # convolutions of few channels are faster with it

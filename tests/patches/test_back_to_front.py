@@ -2,6 +2,8 @@
 merged weights, row by row; and what a branch has of its own against merged models.
 """
 
+from contextlib import ExitStack
+
 import comfy.ops
 import comfy.sample
 import comfy.sd
@@ -355,3 +357,60 @@ def test_the_released_key_list_is_read_whole_at_fluxs_size():
     count = sum(value.numel() for sharing in file.sharing.values() for value in sharing.parameters())
     assert count == sum(value.numel() for value in weights.values())
     assert count == 57 * width**2 + (19 * 8 + 38 * 6) * 2 * rank * width
+
+
+@pytest.mark.parametrize(
+    ("kinds", "fused", "most"),
+    [(("single",), True, 1.16), (("single",), False, 1.12), (("double", "single"), False, 1.17)],
+    ids=["paper", "paper, messages apart", "released"],
+)
+def test_reading_costs_little_at_fluxs_widths(kinds, fused, most):
+    """Operations counted on the meta device, at 512 pixels and 512 text tokens, over those of two plain branches; one
+    double block and two single ones, which are to each other as Flux's 19 and 38.
+    """
+    from comfy.ldm.flux.model import Flux
+    from comfy.ldm.modules.attention import attention_pytorch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counts = {"double": 1, "single": 2}
+    with torch.device("meta"):
+        unet = Flux(
+            in_channels=96,
+            out_channels=16,
+            patch_size=2,
+            hidden_size=3072,
+            num_heads=24,
+            depth=counts["double"],
+            depth_single_blocks=counts["single"],
+            mlp_ratio=4.0,
+            context_in_dim=4096,
+            vec_in_dim=768,
+            axes_dim=[16, 56, 56],
+            theta=10_000,
+            qkv_bias=True,
+            guidance_embed=True,
+            operations=comfy.ops.manual_cast,
+        )
+        terms = {
+            (kind, number): networks.Sharing(3072, 4, fused, out=kind == "double")
+            for kind in kinds
+            for number in range(counts[kind])
+        }
+        given = torch.empty(2, 96, 64, 64), torch.empty(2), torch.empty(2, 512, 4096), torch.empty(2, 768)
+        guidance = torch.empty(2)
+    # others ask how much memory is free, which this device cannot say
+    options = {"optimized_attention_override": lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)}
+
+    def counted(pairs) -> int:
+        with torch.no_grad(), ExitStack() as stack, FlopCounterMode(display=False) as counter:
+            calls = [
+                stack.enter_context(back_to_front._coupled(unet, place, sharing, networks.PAIRINGS[0], 1.0))
+                for place, sharing in pairs
+            ]
+            unet(*given, guidance, transformer_options=options)
+            assert all(call.done for call in calls)
+        return counter.get_total_flops()
+
+    ratio = counted(terms.items()) / counted(())
+    print(f"{ratio:.4f}")
+    assert 1.05 < ratio <= most
