@@ -19,7 +19,7 @@ from .layer_rows import LAYERFUSION, Rows
 
 KEY = "strata_foreground"
 LAYERS = comfy.ops.manual_cast  # cast and moved by ComfyUI like the model's own
-SUPPORTED = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
+SUPPORTED = (nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
 
 
 def apply_to_foreground(
@@ -55,7 +55,7 @@ def differences(model: ModelPatcher, terms: dict[str, tuple[Tensor, Tensor] | Te
         there = tuple(getattr(getattr(module, kind, None), "shape", ()))
         if isinstance(term, tuple) and len(shape) == 2 and there[2:] == (1, 1):  # a convolution pixel by pixel
             there = there[:2]
-        if not isinstance(module, SUPPORTED) or there != shape:
+        if not (_is_linear(module) or isinstance(module, SUPPORTED)) or there != shape:
             raise ValueError(
                 f"model: the difference of {key} ({'×'.join(map(str, shape))}) does not fit this model; load the file "
                 "of the model's family."
@@ -79,6 +79,11 @@ def _submodule(module: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
+def _is_linear(module: nn.Module | None) -> bool:
+    """ComfyUI's linear layers of quantised models are no nn.Linear."""
+    return isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+
+
 def _difference(
     module: nn.Module, weight: tuple[Tensor, Tensor] | Tensor | None = None, bias: Tensor | None = None
 ) -> nn.Module:
@@ -94,7 +99,7 @@ def _difference(
             return nn.Sequential(_filled(first, down), _filled(LAYERS.Conv2d(rank, len(up), 1), up, bias))
         return nn.Sequential(_filled(LAYERS.Linear(width, rank), down), _filled(LAYERS.Linear(rank, len(up)), up, bias))
     weight = torch.zeros_like(module.weight) if weight is None else weight
-    if isinstance(module, nn.Linear):
+    if _is_linear(module):
         layer = LAYERS.Linear(module.in_features, module.out_features)
     elif isinstance(module, nn.Conv2d):
         layer = LAYERS.Conv2d(

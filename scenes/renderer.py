@@ -114,6 +114,14 @@ class Scene:
         objects = np.array([o.mask for o in self.objects], np.float32).reshape(-1, *self.depth.shape)
         return np.concatenate([1 - objects.sum(0, keepdims=True), objects])
 
+    @property
+    def behind_nearest(self) -> np.ndarray:
+        """[H,W,3]: everything but the nearest object and its shadow."""
+        image = self.background
+        for shown in self.objects[:-1]:
+            image = over(shown.rgba, over(shown.shadow, image))
+        return image
+
 
 @lru_cache(maxsize=1)
 def catalogue() -> dict[str, ObjectKind]:

@@ -61,7 +61,8 @@ def check(name: str, measured: dict[str, dict[str, list[float]]]) -> None:
 
 def run(name: str, count: int | None) -> None:
     module = importlib.import_module(f"figures_{name}")
-    seeds = range(REPORTED, REPORTED + (count or module.COUNT))
+    first = getattr(module, "FROM", REPORTED)
+    seeds = range(first, first + (count or module.COUNT))
     measured = module.measure(seeds)
     entry = {
         "seeds": [seeds.start, seeds.stop - 1],

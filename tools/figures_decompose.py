@@ -8,7 +8,6 @@ covered, and of a foreground where it is partly covered, each weighted by its ow
 from __future__ import annotations
 
 import comfy.sd
-import numpy as np
 import torch
 from mini_models import MODELS, OUTPUT, Family, picture
 from strata.patches import decomposer, layer_files, mini_family
@@ -39,11 +38,8 @@ def scene_of(seed: int) -> renderer.Scene:
 
 def truth_of(scene: renderer.Scene) -> tuple[torch.Tensor, ...]:
     """Image, foreground, background [1,3,H,W] and alpha [1,1,H,W]. The shadow belongs to the background."""
-    behind = scene.background
-    for shown in scene.objects[:-1]:
-        behind = renderer.over(shown.rgba, renderer.over(shown.shadow, behind))
     front = scene.objects[-1]
-    behind = picture(renderer.over(front.shadow, behind).astype(np.float32))
+    behind = picture(renderer.over(front.shadow, scene.behind_nearest))
     colour, alpha = picture(front.rgba).split([3, 1], 1)
     return layering.composite(colour, behind, alpha), colour, behind, alpha
 

@@ -67,9 +67,7 @@ class LayeredScenes(data.ScenePool):
 
     def layers(self, index: int, shadow: int) -> Layers:
         scene = renderer.render(self.request(index), self.side, self.side, index)
-        front, behind = scene.objects[-1], scene.background
-        for shown in scene.objects[:-1]:
-            behind = renderer.over(shown.rgba, renderer.over(shown.shadow, behind))
+        front, behind = scene.objects[-1], scene.behind_nearest
         cast = front.shadow if shadow == TRUE else poorer(front.shadow)
         box = object_box(front, np.random.default_rng((index, 5)), shadowed=1.0)
         composite = renderer.over(front.rgba, renderer.over(cast, behind))

@@ -59,11 +59,8 @@ class Pairs(data.ScenePool):
     def images(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Foreground and background [S,S,3], and alpha [S,S]; colours run on where the foreground is transparent."""
         scene = renderer.render(renderer.Request(train=True), self.side, self.side, index)
-        front, behind = scene.objects[-1], scene.background
-        for shown in scene.objects[:-1]:
-            behind = renderer.over(shown.rgba, renderer.over(shown.shadow, behind))
-        behind = renderer.over(front.shadow, behind)
-        return front.rgba[..., :3], behind, front.rgba[..., 3]
+        front = scene.objects[-1]
+        return front.rgba[..., :3], renderer.over(front.shadow, scene.behind_nearest), front.rgba[..., 3]
 
     def batch(self, indices: np.ndarray) -> Batch:
         missing = [int(i) for i in np.unique(indices) if not self.ready[i]]

@@ -34,6 +34,15 @@ def test_layers_over_the_background_give_the_composite():
         assert np.abs(apart - scene.composite).max() < 1e-4
 
 
+def test_everything_behind_the_nearest_object_is_the_layers_below_it():
+    for scene in many():
+        *others, front = scene.objects
+        below = over64([layer for o in others for layer in (o.shadow, o.rgba)], scene.background)
+        assert np.abs(below - scene.behind_nearest).max() < 1e-4
+        whole = renderer.over(front.rgba, renderer.over(front.shadow, scene.behind_nearest))
+        assert np.array_equal(whole.astype(np.float32), scene.composite)
+
+
 def test_masks_are_disjoint_and_the_nearest_wins():
     for scene in many():
         assert np.array_equal(scene.masks.sum(0), np.ones_like(scene.depth))
