@@ -39,7 +39,8 @@ def host_weights(double: int, single: int) -> dict[str, torch.Tensor]:
     model = Flux(**shape, device="meta", dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init)
     norm = ("query_norm.weight", "key_norm.weight")  # in newer hosts
     return {
-        key.replace("weight", "scale") if key.endswith(norm) else key: value for key, value in model.state_dict().items()
+        key.replace("weight", "scale") if key.endswith(norm) else key: value
+        for key, value in model.state_dict().items()
     }
 
 
@@ -116,7 +117,7 @@ def train(pack: Path, what: str, *words) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("STRATA_")}
     command = [sys.executable, "-m", "training", what, *map(str, words)]
     done = subprocess.run(command, cwd=pack, env=environment, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +193,7 @@ def test_the_file_gives_in_the_node_what_it_gives_in_diffusers(trained, tmp_path
     torch.save(given, tmp_path / "given.pt")
     command = ["-c", LOAD, PACK / "tests", PACK / "tools", config["base"], trained, tmp_path]
     done = subprocess.run([sys.executable, *map(str, command)], text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
     assert "BFS for a Flux-Fill of width 3072: information is shared in 0 double and 1 single blocks" in done.stdout
     found, plain = torch.load(tmp_path / "found.pt")
     model = back_to_front.build(config | {"guidance": 30.0}, fill_base.load(config)).eval()
