@@ -58,7 +58,7 @@ def kept(model, call, blocks: tuple[str, ...], most: int = 2) -> tuple[int, int]
 
 
 def steps_kept(make, call, checkpointing: bool, blocks: tuple[str, ...]) -> int:
-    """Bytes that a step's forward pass leaves, with the largest block run again. make: a model, checkpointing or not."""
+    """Bytes that a forward pass leaves, with the largest block run again. make: a model, checkpointing or not."""
     whole, block = kept(make(False), call, blocks)
     return kept(make(True), call, blocks)[0] + block if checkpointing else whole
 

@@ -120,10 +120,12 @@ def fit(
     one batch.
     """
     from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    from accelerate.utils import DistributedDataParallelKwargs, set_seed
     from tqdm import tqdm
 
-    accelerator = Accelerator(mixed_precision="bf16" if has_fast_bf16() else "no")
+    # a step of BFS's second stage moves a part of its parameters
+    partly = DistributedDataParallelKwargs(find_unused_parameters=config.get("stage") == 2)
+    accelerator = Accelerator(mixed_precision="bf16" if has_fast_bf16() else "no", kwargs_handlers=[partly])
     set_seed(config["seed"])
     folder.mkdir(parents=True, exist_ok=True)
     _same_config(config, folder)

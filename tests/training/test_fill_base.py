@@ -243,10 +243,13 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_both_stages_write_the_nodes_file_and_go_on_where_they_were_stopped(files, tmp_path):
+def test_both_stages_write_the_nodes_file_and_go_on_where_they_were_stopped(files, tmp_path, monkeypatch):
     root = tmp_path / "runs"
-    compose = config_of("latent_composition", files, **SMALL, steps=2, pairs=6, widths=[32, 32])
-    latent_composition.train(compose, root / "latent_composition", None, 1e9)
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")  # or the command starts anew with it
+    words = [f"--{name.replace('_', '-')}={files[name]}" for name in command.FILL]
+    changes = [f"--set={key}={json.dumps(value)}" for key, value in SMALL.items()]
+    changes += ["--set=steps=2", "--set=pairs=6", "--set=widths=[32,32]"]
+    command.main(["latent_composition", *words, f"--folder={root / 'latent_composition'}", *changes])
     first = config_of("back_to_front", files, **OWN, steps=3, fused=False)
     back_to_front.train(first, root / "back_to_front", None, 1e9)
     second = config_of("back_to_front_real", files, **OWN, steps=4, fused=False)
