@@ -33,12 +33,13 @@ Place = tuple[str, int]  # "double" or "single", and the block's number
 
 
 class LowRank(nn.Module):
-    """up(down(x))."""
+    """up(down(x)); zero at first."""
 
     def __init__(self, width: int, rank: int, operations: Any = nn):
         super().__init__()
         self.down = operations.Linear(width, rank, bias=False)
         self.up = operations.Linear(rank, width, bias=False)
+        nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))
@@ -63,6 +64,7 @@ class Sharing(nn.Module):
             }
         )
         self.mix = operations.Linear(width * (1 + fused), width * (1 + fused), bias=False)
+        nn.init.zeros_(self.mix.weight)  # at first nothing is added
         self.fused = fused
         self.norm_q: Tensor | None = None  # [width of a head], where a file has others than the block
         self.norm_k: Tensor | None = None
@@ -195,7 +197,8 @@ def _filled(name: str, place: Place, parts: dict[str, Tensor], operations: Any) 
         )
     mix, down = parts["conv1n.weight"], parts["attn1n.to_q.lora_A.xy_lora.weight"]
     width = down.shape[1]
-    found = Sharing(width, len(down), len(mix) == 2 * width, len(layers) > len(PROJECTIONS), operations)
+    with torch.device("meta"):  # the file's weights take the place of all
+        found = Sharing(width, len(down), len(mix) == 2 * width, len(layers) > len(PROJECTIONS), operations)
     found.mix.weight = nn.Parameter(mix, requires_grad=False)
     for layer in layers:
         for source in SOURCES:

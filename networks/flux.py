@@ -71,7 +71,7 @@ def build(shape: dict) -> nn.Module:
         num_attention_heads=heads,
         joint_attention_dim=shape["context_in_dim"],
         pooled_projection_dim=shape["vec_in_dim"],
-        guidance_embeds=False,
+        guidance_embeds=shape.get("guidance_embed", False),
         axes_dims_rope=tuple(shape["axes_dim"]),
     )
     with torch.no_grad():
@@ -83,11 +83,19 @@ def build(shape: dict) -> nn.Module:
     return model
 
 
-def predict(model: nn.Module, latent: Tensor, condition: Tensor, sigma: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
+def predict(
+    model: nn.Module,
+    latent: Tensor,
+    condition: Tensor,
+    sigma: Tensor,
+    text: Tensor,
+    pooled: Tensor,
+    guidance: float | None = None,
+) -> Tensor:
     """The velocity noise - image, [B,C,h,w] like the latent; sides are even.
 
     condition: [B,C+64,h,w], the latent of the image that is filled, then the mask's cells. sigma: [B], 1 = noise.
-    text: [B,T,D] states of the prompt's tokens; pooled: [B,D].
+    text: [B,T,D] states of the prompt's tokens; pooled: [B,D]. guidance: for a model that embeds it.
     """
     height, width = latent.shape[-2] // PATCH, latent.shape[-1] // PATCH
     places = torch.zeros(height, width, 3, device=latent.device)
@@ -98,6 +106,7 @@ def predict(model: nn.Module, latent: Tensor, condition: Tensor, sigma: Tensor, 
         encoder_hidden_states=text,
         pooled_projections=pooled,
         timestep=sigma,
+        guidance=None if guidance is None else torch.full_like(sigma, guidance),
         img_ids=rearrange(places, "h w place -> (h w) place"),
         txt_ids=torch.zeros(text.shape[1], 3, device=latent.device),
         return_dict=False,

@@ -1,4 +1,5 @@
-"""What training LayeringDiff on a large base keeps in memory, computed on the meta device: nothing is loaded or run.
+"""What training LayeringDiff and BFS on a large base keeps in memory, computed on the meta device: nothing is loaded or
+run.
 
     python tools/host.py exec tools/training_memory.py        # docs/training.md has its table
 
@@ -12,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 PACK = Path(__file__).resolve().parent.parent
@@ -32,11 +34,11 @@ def denoiser(family: str, rank: int, checkpointing: bool):
         return layeringdiff.Denoiser(base.Base(family, unet, None, None, null, ""), "background", rank, checkpointing)
 
 
-def kept(model, batch: int, side: int) -> tuple[int, int]:
-    """Bytes in bf16 that the forward pass leaves for the backward pass, weights not counted, and those of the largest
-    of the blocks that checkpointing runs again.
+def kept(model, call, blocks: tuple[str, ...], most: int = 2) -> tuple[int, int]:
+    """Bytes that a forward pass leaves for the backward pass, weights not counted, and those of the largest of the
+    blocks that checkpointing runs again. most: bytes of a number, 2 in bf16.
     """
-    saved, blocks = {}, []
+    saved, sizes = {}, [0]
 
     def pack(value):
         if not isinstance(value, torch.nn.Parameter):
@@ -44,20 +46,81 @@ def kept(model, batch: int, side: int) -> tuple[int, int]:
         return value
 
     def size() -> int:
-        return sum(value.numel() * min(2, value.element_size()) for value in saved.values())
+        return sum(value.numel() * min(most, value.element_size()) for value in saved.values())
 
     for module in model.modules():
-        if type(module).__name__ in ("ResnetBlock2D", "BasicTransformerBlock"):
-            module.register_forward_pre_hook(lambda module, _: blocks.append(-size()))
-            module.register_forward_hook(lambda module, *_: blocks.append(blocks.pop() + size()))
-    latent = torch.empty(batch, 4, side // 8, side // 8, device="meta")
-    alpha, times = torch.empty(batch, 1, side, side, device="meta"), torch.zeros(batch, device="meta")
+        if type(module).__name__ in blocks:
+            module.register_forward_pre_hook(lambda module, _: sizes.append(-size()))
+            module.register_forward_hook(lambda module, *_: sizes.append(sizes.pop() + size()))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        model.train()(latent, times, latent, alpha)
-    return size(), max(blocks)
+        call(model.train())
+    return size(), max(sizes)
 
 
-def main() -> None:
+def steps_kept(make, call, checkpointing: bool, blocks: tuple[str, ...]) -> int:
+    """Bytes that a forward pass leaves, with the largest block run again. make: a model, checkpointing or not."""
+    whole, block = kept(make(False), call, blocks)
+    return kept(make(True), call, blocks)[0] + block if checkpointing else whole
+
+
+def flux_branches(rank: int, fused: bool, checkpointing: bool, double: int, single: int):
+    from strata.networks import flux
+    from strata.training import back_to_front, fill_base
+
+    shape = json.loads(fill_base.CONFIG.read_text())[fill_base.FLUX]["transformer"]
+    with torch.device("meta"):
+        base = flux.build(shape | {"depth": double, "depth_single_blocks": single}).requires_grad_(False)
+        return back_to_front.Branches(base, rank, rank, fused, 1.0, checkpointing)
+
+
+def flux_sizes(rank: int, fused: bool, fp8: bool, batch: int, double: int, single: int) -> np.ndarray:
+    """Bytes of the base, numbers that learn, and bytes of activations, with so many blocks."""
+    pairs = 2 * batch
+    shapes = (pairs, 16, 64, 64), (pairs, 80, 64, 64), (pairs,), (pairs, 256, 4096), (pairs, 768)
+    given = [torch.zeros(shape, device="meta") for shape in shapes]
+    base = learnt = 0
+    for name, value in flux_branches(rank, fused, True, double, single).named_parameters():
+        learnt += value.numel() * value.requires_grad
+        small = fp8 and "transformer_blocks." in name and value.ndim > 1
+        base += value.numel() * (not value.requires_grad) * (1 if small else 2)
+    activations = steps_kept(
+        lambda checkpointing: flux_branches(rank, fused, checkpointing, double, single),
+        lambda model: model(*given),
+        True,
+        ("FluxTransformerBlock", "FluxSingleTransformerBlock"),
+    )
+    return np.array([base, learnt, activations])
+
+
+def flux_rows() -> None:
+    """Of BFS on Flux.1-Fill, with what a card of that size can be given: what one block of a kind more takes is the
+    same for all.
+    """
+    from strata.training import latent_composition
+
+    print("| card | what learns | base | batch | base | learnt, gradients, average | Adam | activations | sum |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for card, rank, fused, fp8, batch in (
+        (24, 16, False, True, 1),
+        (48, 64, False, False, 4),
+        (80, 64, True, False, 8),
+    ):
+        one, double, single = (flux_sizes(rank, fused, fp8, batch, *depths) for depths in ((1, 1), (2, 1), (1, 2)))
+        base, learnt, activations = one + 18 * (double - one) + 37 * (single - one)
+        with torch.device("meta"):
+            compose = latent_composition.Composition([320, 640], 16).requires_grad_(False)
+        latent = torch.zeros(batch, 16, 64, 64, device="meta", requires_grad=True)
+        activations += kept(compose, lambda compose: compose(latent, latent), (), most=4)[0]  # noqa: B023
+        base += 4 * sum(value.numel() for value in compose.parameters())
+        sizes = base, 3 * 4 * learnt, 2 * learnt, activations
+        row = (f"{card} GB", f"rank {rank}", "fp8" if fp8 else "bf16", batch, *sizes, sum(sizes))
+        print(
+            "| " + " | ".join(str(one) if i < 4 else f"{one / GIB:.1f}" for i, one in enumerate(row)) + " |", flush=True
+        )
+
+
+def inpainting_rows() -> None:
+    """Of LayeringDiff on Stable Diffusion's inpainting models."""
     print("| base | what learns | checkpointing | batch | weights | gradients, Adam, average | activations | sum |")
     print("|---|---|---|---|---|---|---|---|")
     for family in ("SD1.5", "SD2"):
@@ -65,12 +128,23 @@ def main() -> None:
             model = denoiser(family, rank, checkpointing)
             weights = sum(value.numel() for value in model.parameters()) * 4
             learnt = sum(value.numel() for value in model.parameters() if value.requires_grad) * 4 * 4
-            whole, block = kept(denoiser(family, rank, False), batch, 512)
-            activations = kept(model, batch, 512)[0] + block if checkpointing else whole
+            latent, alpha = torch.empty(batch, 4, 64, 64, device="meta"), torch.empty(batch, 1, 512, 512, device="meta")
+            times = torch.zeros(batch, device="meta")
+            activations = steps_kept(
+                lambda checkpointing: denoiser(family, rank, checkpointing),  # noqa: B023
+                lambda model: model(latent, times, latent, alpha),  # noqa: B023
+                checkpointing,
+                ("ResnetBlock2D", "BasicTransformerBlock"),
+            )
             what = f"rank {rank}" if rank else "all"
             row = (family, what, "on" if checkpointing else "off", batch)
             sizes = (weights, learnt, activations, weights + learnt + activations)
             print("| " + " | ".join([*map(str, row), *(f"{size / GIB:.1f}" for size in sizes)]) + " |", flush=True)
+
+
+def main() -> None:
+    inpainting_rows()
+    flux_rows()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trains BFS on the mini Flux-Fill: composite and foreground learn together what their latents are (stage 1), then the
+"""Trains BFS on a Flux-Fill: composite and foreground learn together what their latents are (stage 1), then the
 composites become real ones while the foregrounds stay what they are (stage 2).
 """
 
@@ -19,27 +19,40 @@ from ..networks import flux
 from ..networks.back_to_front import CONTENT, OUT, Sharing
 from ..techniques import back_to_front as formulas
 from ..techniques import diffusion
-from . import data, latent_composition, layered_scenes, loop, published, rgba_autoencoder, settings
-from .flux_fill import Words
-from .layered_scenes import Batch, LayeredScenes
+from . import base as bases
+from . import export, fill_base, latent_composition, layered_images, loop, settings
+from .fill_base import Words
+from .layered_scenes import Batch
 
 CHECK = 32  # the last scenes of the pool are kept for validation
+FILE = "back_to_front.safetensors"
 
 
 class Branches(nn.Module):
     """A Flux-Fill, frozen, with low-rank terms of peft for each branch, and the information sharing in its single
     blocks. Rows come in pairs, composite and foreground one after the other.
 
+    What is frozen in the base already is shared with it, and no part of the state that is saved. guidance: what a base
+    is told that embeds it.
     Source: bfs, Sec. 3
     Differs: what was read is added to the attention's output, as the released code does, not to its input (Eq. 3).
     """
 
-    def __init__(self, base: nn.Module, rank: int, shared_rank: int, fused: bool = True):
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int,
+        shared_rank: int,
+        fused: bool = True,
+        guidance: float | None = None,
+        checkpointing: bool = False,
+    ):
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
         super().__init__()
-        transformer = copy.deepcopy(base).requires_grad_(False)
+        self.guidance, kept = guidance, loop.shared(base)
+        transformer = copy.deepcopy(base, dict(kept)).requires_grad_(False)
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=_targets(transformer))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # there are two, on purpose
@@ -49,19 +62,34 @@ class Branches(nn.Module):
         self.sharing = nn.ModuleDict()
         for number, block in enumerate(transformer.single_transformer_blocks):
             own = self.sharing[f"single_{number}"] = Sharing(width, shared_rank, fused, out=False)
-            for terms in own.terms.values():
-                for term in terms.values():
-                    nn.init.zeros_(term.up.weight)
-            nn.init.zeros_(own.mix.weight)
             block.attn.set_processor(Reading(own, block.attn.processor))
         self.transformer = transformer
         for module in transformer.modules():
             if isinstance(module, LoraLayer):
                 module.register_forward_pre_hook(_own_adapter, with_kwargs=True)
+        if checkpointing:
+            transformer.enable_gradient_checkpointing()
+        if kept:
+            self.register_state_dict_post_hook(_drop_base)
+            self.register_load_state_dict_post_hook(_miss_no_base)
 
     def forward(self, noisy: Tensor, condition: Tensor, sigma: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
-        """The velocity of pairs: noisy [2N,4,h,w], condition [2N,68,h,w], sigma [2N], text [2N,T,D], pooled [2N,D]."""
-        return flux.predict(self.transformer, noisy, condition, sigma, text, pooled)
+        """Velocities: noisy [2N,C,h,w], condition [2N,C+64,h,w], sigma [2N], text [2N,T,D], pooled [2N,P]."""
+        return flux.predict(self.transformer, noisy, condition, sigma, text, pooled, self.guidance)
+
+
+def learns(name: str) -> bool:
+    """Whether a parameter of Branches is trained, or belongs to the base."""
+    return ".lora_" in name or "sharing." in name
+
+
+def _drop_base(model: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+    for key in [key for key in state if key.startswith(prefix) and not learns(key)]:
+        del state[key]
+
+
+def _miss_no_base(model: nn.Module, keys) -> None:
+    keys.missing_keys[:] = filter(learns, keys.missing_keys)
 
 
 def _own_adapter(module: nn.Module, args: tuple, given: dict) -> tuple:
@@ -166,50 +194,77 @@ def losses(
 def learning(model: nn.Module, kind: str) -> None:
     """Which parameters a step moves: the composite's own for "real", the others for "regular", all for "flow"."""
     for name, value in model.named_parameters():
-        if ".lora_" not in name and not name.startswith("sharing."):
+        if not learns(name):
             continue
         composite = f".{CONTENT[0]}." in name
         value.requires_grad_(kind == "flow" or composite == (kind == "real"))
 
 
-def build(config: dict, root: Path) -> Branches:
+def build(config: dict, base: fill_base.Base) -> Branches:
     torch.manual_seed(config["seed"])
-    base = flux.build(settings.family()["flux"])
-    base.load_state_dict(flux.diffusers_form(published.read(settings.MODELS / published.FLUX_FILL)[0]))
-    return Branches(base, config["rank"], config["shared_rank"])
+    return Branches(
+        base.transformer(),
+        config["rank"],
+        config["shared_rank"],
+        config.get("fused", True),
+        config.get("guidance"),
+        config.get("gradient_checkpointing", False),
+    )
 
 
 def train(config: dict, folder: Path, minutes: float | None, save_every: float) -> nn.Module:
-    encoder, autoencoder = published.checkpoint()
-    rgba = rgba_autoencoder.build("published").eval().requires_grad_(False)
-    words = Words(encoder, settings.family()["flux_tokens"])
-    pool = LayeredScenes(folder.parent / "scenes", autoencoder, rgba, config["scenes"], config["side"])
-    compose = latent_composition.load(folder.parent / "latent_composition")
-    last = np.arange(config["scenes"] - CHECK, config["scenes"])
+    from accelerate import PartialState
+
+    base, scenes = fill_base.load(config), folder.parent / "scenes"
+    start = folder.parent / config["start"] / "model.safetensors" if config["start"] else None
+    fresh = start and not (folder / "last").exists()
+    if fresh and not start.exists():
+        raise settings.TrainingError(
+            f"{start} is missing; train stage 1 there first: python -m training back_to_front."
+        )
+    compose = latent_composition.load(folder.parent / "latent_composition", base.family).to(bases.device())
+    sets = layered_images.samples(config, scenes, base, CHECK)
+    words = base.words([caption for samples in sets.values() for caption in samples.captions], scenes)
     kinds = ("flow",) if config["stage"] == 1 else ("real", "regular")
 
     def loss(model, step, rank):
         rng, kind = np.random.default_rng((config["seed"], step, rank)), kinds[step % len(kinds)]
         learning(model, kind)
-        known = data.known_at(step, config["scenes"] - CHECK, config["scenes_per_step"])
-        indices = rng.integers(0, known, config["batch"])
-        shadow = layered_scenes.TRUE if kind == "real" else layered_scenes.POOR
-        found = losses(model, compose, pool.batch(indices, step, shadow), words, config, rng, kind)
+        samples = sets[layered_images.REAL if kind == "real" else layered_images.LAYERED]
+        batch = samples.batch(rng.integers(0, samples.known(step), config["batch"]), step)
+        found = losses(model, compose, batch, words, config, rng, kind)
         return {"loss": found["loss"]} if len(kinds) > 1 else found
 
     @torch.no_grad()
     def validate(model, step):
         report = {}
-        for name, shadow in (("poor", layered_scenes.POOR), ("true", layered_scenes.TRUE)):
-            batch = pool.batch(last, 0, shadow)
-            terms = losses(
-                model, compose, batch, words, {**config, "empty_prompt": 0}, np.random.default_rng(0), "flow"
-            )
+        for name in sorted(sets):
+            batch, kind = sets[name].batch(sets[name].held_out, 0), "flow" if sets[name].foregrounds else "real"
+            terms = losses(model, compose, batch, words, {**config, "empty_prompt": 0}, np.random.default_rng(0), kind)
             report |= {f"{key}, {name}": value.item() for key, value in terms.items() if key != "loss"}
         print(f"step {step}: " + "  ".join(f"{key} {value:.4g}" for key, value in report.items()), flush=True)
         return report
 
-    model = build(config, folder.parent)
-    if config["start"] and not (folder / "last").exists():
-        model.load_state_dict(load_file(folder.parent / config["start"] / "model.safetensors"), strict=False)
-    return loop.fit(model, loss, validate, config, folder, minutes, save_every)
+    model = build(config, base)
+    if fresh:
+        model.load_state_dict(load_file(start), strict=False)
+    trained = loop.fit(model, loss, validate, config, folder, minutes, save_every)
+    if base.family != fill_base.MINI and PartialState().is_main_process:  # `publish` writes the mini family's
+        write(folder, trained, config, base)
+    return trained
+
+
+def write(folder: Path, model: nn.Module, config: dict, base: fill_base.Base) -> None:
+    """The file that users load."""
+    path = folder / FILE
+    config = {key: Path(value).name if isinstance(value, str) else value for key, value in config.items()}
+    learnt = " and ".join(config[key] for key in ("foregrounds", "composites") if config.get(key))
+    about = export.describe(
+        "back_to_front" if config["stage"] == 1 else "back_to_front_real",
+        folder,
+        config,
+        f"{learnt} with {config['backgrounds']}",
+    )
+    own = {"pairing": networks.PAIRINGS[0], "base": base.family, "licence": base.licence}
+    export.save(path, published_form(model.state_dict()), about | own)
+    print(f"{path}: put it into ComfyUI's models/layer_model.", flush=True)

@@ -46,15 +46,34 @@ MODULES = {
     "back_to_front_real": "back_to_front",
 }
 # What users give of their own, as values of the config.
+FILL = {
+    "base": "flux1-fill-dev as one .safetensors file; the mini family's Flux-Fill when there is none. Sizes and rates "
+    "are then those of models_config, not of models_config/mini, and the next options are needed",
+    "vae": "Flux's autoencoder, ae.safetensors",
+    "rgba_vae": "an autoencoder with alpha in its latents: AlphaVAE's diffusion_pytorch_model.safetensors",
+    "foregrounds": "folder of RGBA images; for BFS each in its place, over the background of the same name",
+    "backgrounds": "folder of images without the objects",
+}
+TEXT = {
+    "text_encoders": "folder of FLUX.1-Fill-dev in diffusers' form, for its text_encoder, text_encoder_2, tokenizer "
+    "and tokenizer_2; captions lie beside the images, in .txt files of the same name"
+}
+REAL = {
+    "composites": "folder of images with the objects, each with a background of the same name",
+    "masks": "folder of masks of the same names, white where the object is; found by comparison when there is none",
+}
 OPTIONS = {
+    "latent_composition": FILL,
+    "back_to_front": FILL | TEXT,
+    "back_to_front_real": FILL | TEXT | REAL,
     "layeringdiff": {
         "base": "inpainting checkpoint of Stable Diffusion 1.5 or 2, one .safetensors or .ckpt file; the mini family's "
         "when there is none. Sizes and rates are then those of models_config/layeringdiff.json",
         "foregrounds": "folder of images with alpha; rendered scenes when there is none",
         "backgrounds": "folder of images to lay them over",
-    }
+    },
 }
-FOR_BASES = CONFIGS.parent / "layeringdiff.json"
+FOR_BASES = CONFIGS.parent
 # With its default settings glibc gives memory back and takes it again on every step, which costs seconds at random.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}
 
@@ -72,7 +91,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         )
         verb.add_argument("--config", type=Path, default=CONFIGS / f"{name}.json", help="sizes, rates and seeds")
         for option, text in OPTIONS.get(name, {}).items():
-            verb.add_argument(f"--{option}", type=Path, help=text)
+            verb.add_argument(f"--{option.replace('_', '-')}", type=Path, help=text)
         verb.add_argument(
             "--set",
             action="append",
@@ -180,7 +199,9 @@ def run(arguments: list[str] | None) -> int:
         return OTHERS[options.what](options)
     given = {key: getattr(options, key) for key in OPTIONS.get(options.what, {}) if getattr(options, key)}
     standard = options.config == CONFIGS / f"{options.what}.json"
-    config = read_config(FOR_BASES if standard and "base" in given else options.config, options.set)
+    config = read_config(
+        FOR_BASES / f"{options.what}.json" if standard and "base" in given else options.config, options.set
+    )
     config |= {key: str(path.resolve()) for key, path in given.items()}
     trainer = importlib.import_module(f".{MODULES.get(options.what, options.what)}", __package__)
     least = 2 * getattr(trainer, "CHECK", 0)  # scenes kept for validation

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,23 +12,22 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..techniques.back_to_front import composition_loss
-from . import data, layered_scenes, loop, published, rgba_autoencoder, settings
-from .layered_scenes import LayeredScenes
+from . import fill_base, layered_images, layered_scenes, loop, settings
 
 CHECK = 32  # the last scenes of the pool are kept for validation
-CHANNELS = 4
+SHOWN = 16  # of them at most, in the grid
 
 
 class Composition(nn.Module):
     """Source: bfs, Eq. 16 (the network)"""
 
-    def __init__(self, widths: list[int]):
+    def __init__(self, widths: list[int], channels: int = 4):
         from diffusers import UNet2DModel
 
         super().__init__()
         self.unet = UNet2DModel(
-            in_channels=2 * CHANNELS,
-            out_channels=CHANNELS,
+            in_channels=2 * channels,
+            out_channels=channels,
             layers_per_block=2,
             block_out_channels=tuple(widths),
             down_block_types=("DownBlock2D",) * len(widths),
@@ -34,18 +35,26 @@ class Composition(nn.Module):
         )
 
     def forward(self, foreground: Tensor, background: Tensor) -> Tensor:
-        """The composite's latent, [B,4,h,w] each."""
+        """The composite's latent, [B,C,h,w] each."""
         steps = torch.zeros(len(foreground), device=foreground.device)
         return self.unet(torch.cat([foreground, background], 1), steps).sample
 
 
-def load(folder: Path) -> Composition:
-    """The trained one, frozen. Raises TrainingError when there is none."""
-    import json
+def build(config: dict) -> Composition:
+    return Composition(config["widths"], config.get("channels", 4))
 
+
+def load(folder: Path, base: str) -> Composition:
+    """The trained one, frozen. base: the family whose latents it is for. Raises TrainingError when there is none."""
     if not (folder / "model.safetensors").exists():
         raise settings.TrainingError(f"{folder} has no model; train it first: python -m training latent_composition.")
-    found = Composition(json.loads((folder / "config.json").read_text())["widths"])
+    config = json.loads((folder / "config.json").read_text())
+    if (base == fill_base.MINI) != (not config.get("base")):
+        raise settings.TrainingError(
+            f"{folder} was trained on another base's latents; train latent_composition on {base} and give it a "
+            "--folder beside this one's."
+        )
+    found = build(config)
     found.load_state_dict(load_file(folder / "model.safetensors"))
     return found.eval().requires_grad_(False)
 
@@ -61,24 +70,21 @@ def loss_of(model: nn.Module, batch: layered_scenes.Batch) -> dict[str, Tensor]:
 
 
 def train(config: dict, folder: Path, minutes: float | None, save_every: float) -> nn.Module:
-    autoencoder = published.checkpoint()[1]
-    rgba = rgba_autoencoder.build("published").eval().requires_grad_(False)
-    pool = LayeredScenes(folder.parent / "scenes", autoencoder, rgba, config["scenes"], config["side"])
-    last = np.arange(config["scenes"] - CHECK, config["scenes"])
+    base = fill_base.load(config)
+    sets = list(layered_images.samples(config, folder.parent / "scenes", base, CHECK).values())
 
     def loss(model, step, rank):
-        rng = np.random.default_rng((config["seed"], step, rank))
-        known = data.known_at(step, config["scenes"] - CHECK, config["scenes_per_step"])
-        indices = rng.integers(0, known, config["batch"])
-        return loss_of(model, pool.batch(indices, 0, step % 2))
+        rng, samples = np.random.default_rng((config["seed"], step, rank)), sets[step % len(sets)]
+        return loss_of(model, samples.batch(rng.integers(0, samples.known(step), config["batch"]), 0))
 
     @torch.no_grad()
     def validate(model, step):
-        batch = pool.batch(last, 0)
+        batch = sets[0].batch(sets[0].held_out, 0)
         device = next(model.parameters()).device
         made = model(batch.foreground.to(device), batch.background.to(device)).cpu()
-        decoded, true = (autoencoder.decode(part).clamp(0, 1) for part in (made, batch.composite))
-        loop.save_grid(folder / "grid.png", torch.cat([decoded[:16], true[:16]]), 8)
+        decoded, true = (base.autoencoder.decode(part).clamp(0, 1) for part in (made, batch.composite))
+        shown = min(SHOWN, len(decoded))
+        loop.save_grid(folder / "grid.png", torch.cat([decoded[:shown], true[:shown]]), math.gcd(shown, 8))
         report = {
             "square": loss_of(model, batch)["loss"].item(),
             "absolute": composition_loss(made, batch.composite).item(),
@@ -88,4 +94,4 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
         return report
 
     torch.manual_seed(config["seed"])
-    return loop.fit(Composition(config["widths"]), loss, validate, config, folder, minutes, save_every)
+    return loop.fit(build(config), loss, validate, config, folder, minutes, save_every)

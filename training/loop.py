@@ -30,7 +30,19 @@ from . import settings
 from .muon import Muon
 
 SHOW_EVERY = 20
+
+
+def adam_8bit(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW, whose moments take a quarter of the memory; PyTorch's own where that is not installed."""
+    kind = torch.optim.AdamW
+    if torch.cuda.is_available():
+        with contextlib.suppress(ImportError):
+            from bitsandbytes.optim import AdamW8bit as kind
+    return kind([value for value in model.parameters() if value.requires_grad], lr=rate, weight_decay=1e-2)
+
+
 OPTIMIZERS = {
+    "adam_8bit": adam_8bit,
     "muon": Muon,
     "adam": lambda model, rate: torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, betas=(0.9, 0.99)),
 }
@@ -108,10 +120,12 @@ def fit(
     one batch.
     """
     from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    from accelerate.utils import DistributedDataParallelKwargs, set_seed
     from tqdm import tqdm
 
-    accelerator = Accelerator(mixed_precision="bf16" if has_fast_bf16() else "no")
+    # a step of BFS's second stage moves a part of its parameters
+    partly = DistributedDataParallelKwargs(find_unused_parameters=config.get("stage") == 2)
+    accelerator = Accelerator(mixed_precision="bf16" if has_fast_bf16() else "no", kwargs_handlers=[partly])
     set_seed(config["seed"])
     folder.mkdir(parents=True, exist_ok=True)
     _same_config(config, folder)
@@ -127,8 +141,9 @@ def fit(
     saved, shown, sums = started, time.monotonic(), []
 
     def averaged_model() -> nn.Module:
-        """In float32 on every machine; what is frozen is the same tensor."""
-        twin = accelerator.unwrap_model(copy.deepcopy(plain, shared(plain)), keep_fp32_wrapper=False).eval()
+        """In float32 on every machine; what never learns is the same tensor."""
+        kept = {id(value): value for name, value in plain.named_parameters() if name not in averaged.state}
+        twin = accelerator.unwrap_model(copy.deepcopy(plain, kept), keep_fp32_wrapper=False).eval()
         twin.load_state_dict(averaged.state, strict=False)
         return twin
 

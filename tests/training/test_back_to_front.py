@@ -188,7 +188,7 @@ def test_both_stages_learn_eight_scenes(base, tmp_path, monkeypatch):
     compose = config_of("latent_composition", steps=40, widths=[32, 32])
     latent_composition.train(compose, tmp_path / "latent_composition", None, 1e9)
     with pytest.raises(settings.TrainingError, match="train it first: python -m training latent_composition"):
-        latent_composition.load(tmp_path / "nothing")
+        latent_composition.load(tmp_path / "nothing", "Strata mini")
     first = config_of("back_to_front", steps=40, learning_rate=3e-3)
     model = back_to_front.train(first, tmp_path / "back_to_front", None, 1e9)
     rows = (tmp_path / "back_to_front" / "loss.csv").read_text().splitlines()
