@@ -26,7 +26,7 @@ from . import data, latents, loop, published, sampling, settings
 from .flux_fill import Words
 
 CHECK = 32  # the last objects of the pool are kept for validation
-SHOWN = 16  # of them are drawn
+SHOWN = 8  # of them are drawn
 CAPTION = ""
 
 

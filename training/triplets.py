@@ -73,7 +73,7 @@ class Folders:
             )
         self.names = sorted(common)
         for name in self.names:
-            sizes = {str(paths[name]): Image.open(paths[name]).size for paths in self.paths.values()}
+            sizes = {str(paths[name]): _open(paths[name]).size for paths in self.paths.values()}
             if len(set(sizes.values())) > 1:
                 words = ", ".join(f"{path} has {width}×{height}" for path, (width, height) in sizes.items())
                 raise settings.TrainingError(
@@ -81,26 +81,26 @@ class Folders:
                 )
 
     def __getitem__(self, name: str) -> Scene:
-        composite, background, mask = (
-            ImageOps.exif_transpose(Image.open(self.paths[kind][name])).convert(mode)
-            for kind, mode in zip(FOLDERS, ("RGB", "RGB", "L"), strict=True)
-        )
-        mask = mask.point(lambda value: 255 * (value > 127))
+        composite, background, mask = (ImageOps.exif_transpose(_open(self.paths[kind][name])) for kind in FOLDERS)
+        mask = mask.convert("L").point(lambda value: 255 * (value > 127))
         left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
         middle = (left + right) / 2 / mask.width, (top + bottom) / 2 / mask.height
-        composite, background, mask = (
-            _tensor(ImageOps.fit(image, (self.side,) * 2, way, centering=middle))
-            for image, way in zip(
-                (composite, background, mask),
-                (Image.Resampling.BICUBIC,) * 2 + (Image.Resampling.NEAREST,),
-                strict=True,
-            )
-        )
+
+        def cut(image: Image.Image, way: Image.Resampling) -> Tensor:
+            pixels = np.asarray(ImageOps.fit(image, (self.side,) * 2, way, centering=middle), np.float32) / 255
+            return rearrange(torch.from_numpy(np.atleast_3d(pixels)), "h w c -> c h w")
+
+        images = [cut(image.convert("RGB"), Image.Resampling.BICUBIC) for image in (composite, background)]
         caption = self.paths["composites"][name].with_suffix(".txt")
-        return Scene(composite, background, mask, caption.read_text("utf-8").strip() if caption.exists() else None)
+        return Scene(
+            *images,
+            cut(mask, Image.Resampling.NEAREST),
+            caption.read_text(encoding="utf-8").strip() if caption.exists() else None,
+        )
 
 
 def _images(config: dict, option: str) -> dict[str, Path]:
+    """By their names without the ending. Raises TrainingError."""
     if not config[option]:
         raise settings.TrainingError(f"--{option} is missing; --composites, --backgrounds and --masks belong together.")
     folder = Path(config[option])
@@ -110,9 +110,12 @@ def _images(config: dict, option: str) -> dict[str, Path]:
     return found
 
 
-def _tensor(image: Image.Image) -> Tensor:
-    pixels = np.asarray(image, np.float32) / 255
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
+def _open(path: Path) -> Image.Image:
+    """Its pixels are read when they are asked for. Raises TrainingError."""
+    try:
+        return Image.open(path)
+    except OSError as error:
+        raise settings.TrainingError(f"{path} cannot be read ({error}); take it away or save it again.") from error
 
 
 def segmenter(folder: Path | None) -> Segmenter:
@@ -139,8 +142,7 @@ def segmenter(folder: Path | None) -> Segmenter:
     def find(image: Tensor, mask: Tensor) -> Tensor:
         rows, columns = mask[0].nonzero().T
         box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-        pixels = np.asarray(_image(image))
-        given = processor(images=pixels, input_boxes=[[[int(side) for side in box]]], return_tensors="pt")
+        given = processor(images=_image(image), input_boxes=[[[int(side) for side in box]]], return_tensors="pt")
         given = given.to(network.device)
         outputs = network(**given, multimask_output=False)
         sizes = [given[key].cpu() for key in ("original_sizes", "reshaped_input_sizes") if key in given]
@@ -191,7 +193,8 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
 
     Source: bfs, A.3
     """
-    source = Folders(config) if config["composites"] else Rendered(config["first"], config["count"], config["side"])
+    given = any(config[name] for name in FOLDERS)
+    source = Folders(config) if given else Rendered(config["first"], config["count"], config["side"])
     find = segmenter(Path(config["segmenter"]) if config["segmenter"] else None)
     model = shadow.load(Path(config["shadow"] or folder.parent / "shadow")).to(bases.device())
     autoencoder = published.checkpoint()[1].to(bases.device())

@@ -17,6 +17,7 @@ from strata.training.flux_fill import Words
 from ..patches import tiny_detectors
 
 SMALL = {"scenes": 12, "batch": 4, "side": 64, "warmup": 2, "rank": 4}
+QUICK = ["--set", "side=64", "--set", "sampling_steps=2"]
 
 
 def config_of(name: str, **changes) -> dict:
@@ -28,6 +29,7 @@ def little_validation():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shadow, "CHECK", 4)
         patch.setattr(shadow, "SHOWN", 2)
+        patch.setenv("MALLOC_MMAP_MAX_", "0")  # else the command starts itself anew with it
         yield
 
 
@@ -55,8 +57,8 @@ def test_it_starts_as_the_flux_fill_that_it_is_made_of():
         "transformer.x_embedder.weight",
         "transformer.x_embedder.bias",
     }
-    assert len(learns) == 2 + 2 * (2 * 12 + 6 * 6)
-    model.transformer.x_embedder.weight[:, 72 * 4 :] += 0.1
+    assert len(learns) == 2 + 2 * (2 * 12 + 6 * 5)
+    model.transformer.x_embedder.weight[:, 72 * 4 :].normal_()
     assert not torch.allclose(model(noisy, shadow.condition_of(image, plain, alpha), sigma), expected, atol=1e-2)
 
 
@@ -92,11 +94,17 @@ def test_samples_of_a_perfect_model_are_the_shadowed_image_whatever_the_batch():
     assert torch.allclose(both[1:], shadow.sample(model, plain[1:], alpha[1:], 2, [6]), rtol=0, atol=1e-4)
 
 
+@torch.no_grad()
 def test_it_learns_eight_objects(root):
-    rows = list(csv.DictReader((root / "shadow" / "loss.csv").open()))
-    loss = [float(row["loss"]) for row in rows]
-    print(loss)
-    assert loss[-1] < 0.6 * loss[0]
+    config = config_of("shadow", **SMALL)
+    batch = shadow.Objects(root / "scenes", published.checkpoint()[1], SMALL["scenes"], SMALL["side"]).batch(
+        np.arange(8)
+    )
+    before, after = (
+        shadow.loss_of(model, batch, config, np.random.default_rng(3))["loss"].item()
+        for model in (shadow.build(config), shadow.load(root / "shadow"))
+    )
+    assert after < 0.7 * before, (before, after)
     assert (root / "shadow" / "grid.png").exists()
 
 
@@ -120,22 +128,13 @@ def layers(folder, name):
 
 def test_triplets_of_rendered_scenes_add_up_and_are_measured(root, capsys):
     folder = root / "triplets"
-    arguments = [
-        "triplets",
-        "--folder",
-        str(folder),
-        "--set",
-        "side=64",
-        "--set",
-        "count=4",
-        "--set",
-        "sampling_steps=2",
-    ]
+    arguments = ["triplets", "--folder", str(folder), *QUICK, "--set", "count=4"]
     assert command.main([*arguments, "--minutes", "0"]) == 0  # nothing yet
     assert command.main(arguments) == 0
     assert "4 triplets, 0 dropped" in capsys.readouterr().out
     rows = list(csv.DictReader((folder / "triplets.csv").open()))
     assert command.main(arguments) == 0 and rows == list(csv.DictReader((folder / "triplets.csv").open()))
+    differences = []
     for row in rows:
         front, behind, composite, caption = layers(folder, row["name"])
         alpha = front[..., 3:]
@@ -146,16 +145,17 @@ def test_triplets_of_rendered_scenes_add_up_and_are_measured(root, capsys):
         error = np.abs(alpha - scene.objects[0].rgba_with_shadow[..., 3:]).mean()
         assert float(row["with shadow"]) == pytest.approx(error, abs=1e-3)
         solid = (scene.objects[0].rgba[..., 3] == 1) & (alpha[..., 0] == 1)
-        assert solid.sum() > 20 and np.abs(front[solid][:, :3] - scene.composite[solid]).mean() < 0.02
+        differences += [*np.abs(front[solid][:, :3] - scene.composite[solid]).max(-1)]
+    assert len(differences) > 100 and np.mean(differences) < 0.02, "the object keeps its own pixels"
 
 
 @pytest.fixture
 def own(tmp_path):
-    """A user's folders with two images of other sizes than 64 pixels, and one without a mask."""
-    for number in range(3):
+    """A user's folders with images of other sizes than 64 pixels; the third's mask is empty, the last has none."""
+    for number in range(4):
         scene = renderer.render(renderer.Request(train=True, count=1), 96, 120, number)
-        images = scene.composite, scene.background, scene.objects[0].mask
-        for kind, image in list(zip(triplets.FOLDERS, images, strict=True))[: 3 - number // 2]:
+        images = scene.composite, scene.background, scene.objects[0].mask * (number < 2)
+        for kind, image in list(zip(triplets.FOLDERS, images, strict=True))[: 3 - number // 3]:
             (tmp_path / kind).mkdir(exist_ok=True)
             Image.fromarray((image * 255).round().astype(np.uint8)).save(tmp_path / kind / f"image_{number}.png")
     (tmp_path / "composites" / "image_0.txt").write_text("a thing\n")
@@ -167,20 +167,19 @@ def given(folder, **others):
     return [word for name, path in options.items() for word in (f"--{name}", str(path))]
 
 
-def test_triplets_of_a_user_s_folders(root, own):
-    arguments = ["triplets", "--folder", str(own / "made"), "--set", "side=64", "--set", "sampling_steps=2"]
+def test_triplets_of_a_user_s_folders(root, own, capsys):
+    arguments = ["triplets", "--folder", str(own / "made"), *QUICK]
     assert command.main([*arguments, *given(own, shadow=root / "shadow")]) == 0
     rows = list(csv.DictReader((own / "made" / "triplets.csv").open()))
     assert [(row["name"], row["kept"], row["with shadow"]) for row in rows] == [
-        ("image_0", "1", ""),
-        ("image_1", "1", ""),
+        (f"image_{number}", str(int(number < 2)), "") for number in range(3)
     ]
+    assert "2 triplets, 1 dropped" in capsys.readouterr().out
     front, behind, composite, caption = layers(own / "made", "image_0")
     assert front.shape == (64, 64, 4) and behind.shape == composite.shape == (64, 64, 3) and caption == "a thing"
     assert layers(own / "made", "image_1")[-1] is None
-    scene = triplets.Folders(config_of("triplets", side=64, **{kind: own / kind for kind in triplets.FOLDERS}))[
-        "image_0"
-    ]
+    paths = {kind: own / kind for kind in triplets.FOLDERS}
+    scene = triplets.Folders(config_of("triplets", side=64, **paths))["image_0"]
     assert scene.mask.unique().tolist() == [0, 1]
     inside = scene.mask[0].bool().numpy()
     assert front[..., 3][inside].mean() > 0.9, "the object lies where its mask is"
@@ -189,9 +188,9 @@ def test_triplets_of_a_user_s_folders(root, own):
 def test_a_segmenter_s_mask_counts_and_one_that_lies_elsewhere_is_dropped(root, own, capsys):
     """Of random weights: its masks are nothing like the object."""
     model = tiny_detectors.sam2(own / "sam2")
-    arguments = ["triplets", "--folder", str(own / "made"), "--set", "side=64", "--set", "sampling_steps=2"]
+    arguments = ["triplets", "--folder", str(own / "made"), *QUICK]
     assert command.main([*arguments, *given(own, shadow=root / "shadow", segmenter=model)]) == 0
-    assert "0 triplets, 2 dropped" in capsys.readouterr().out
+    assert "0 triplets, 3 dropped" in capsys.readouterr().out
     assert not list((own / "made" / "foregrounds").iterdir())
     find, mask = triplets.segmenter(model), torch.zeros(1, 48, 64)
     mask[:, 10:20, 30:50] = 1
@@ -212,18 +211,13 @@ def test_what_is_wrong_is_said_in_one_sentence(own, root, tmp_path):
     assert f"--masks: {nowhere} has no PNG, WebP or JPEG files" in refused([*arguments, *given(own, masks=nowhere)])
     assert "--masks is missing" in refused([*arguments, *given(own)[:4]])
     assert f"--segmenter: {nowhere} cannot be loaded" in refused([*arguments, *given(own, segmenter=nowhere)])
+    (own / "masks" / "image_1.png").write_bytes(b"no image")
+    assert "image_1.png cannot be read" in refused([*arguments, *given(own)])
     Image.new("L", (5, 5)).save(own / "masks" / "image_1.png")
     assert "images of one name need one size" in refused([*arguments, *given(own)])
     nowhere.mkdir()
     Image.new("L", (5, 5)).save(nowhere / "other.png")
     assert "of the same name; name the files alike" in refused([*arguments, *given(own, masks=nowhere)])
-
-
-def test_an_empty_mask_is_dropped(root, own, capsys):
-    Image.new("L", (120, 96)).save(own / "masks" / "image_1.png")
-    arguments = ["triplets", "--folder", str(own / "made"), "--set", "side=64", "--set", "sampling_steps=2"]
-    command.main([*arguments, *given(own, shadow=root / "shadow")])
-    assert "1 triplets, 1 dropped" in capsys.readouterr().out
 
 
 def test_a_layer_of_the_true_shadow_gives_the_true_opacity(monkeypatch):
