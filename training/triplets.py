@@ -174,17 +174,16 @@ def with_shadow(
     """Straight colours [3,S,S] and opacity [1,S,S] of an object, its colours and its alpha, with a drawn shadow.
 
     Source: bfs, A.3 (the shadow network's place in the pipeline)
-    Differs: of what is drawn the opacity alone is taken, without its faint veils and specks; the object keeps its own
-    pixels (by Eq. 11), which a small autoencoder would blur.
+    Differs: of what is drawn the opacity alone is taken, and the object keeps its own pixels (by Eq. 11); what the
+    autoencoder makes of the object without a shadow is no part of the shadow, and neither are faint veils and specks.
     """
     colour, alpha = colour[None], alpha[None]
     white = layering.composite(colour, torch.ones_like(colour), alpha)
-    plain = autoencoder.encode(white.to(bases.device())).cpu()
-    drawn = shadow.sample(model, plain, alpha, steps, [seed])
-    drawn = autoencoder.decode(drawn.to(bases.device())).cpu().clamp(0, 1)
-    opacity = clean_alpha(formulas.opacity_with_shadow(alpha * colour, drawn, alpha))
-    shadowed = white - (opacity - alpha)
-    return formulas.colour_with_shadow(shadowed, opacity)[0], opacity[0]
+    plain = autoencoder.encode(white.to(bases.device()))
+    drawn = shadow.sample(model, plain.cpu(), alpha, steps, [seed])
+    without, shadowed = autoencoder.decode(torch.cat([plain, drawn.to(plain)])).cpu().clamp(0, 1).chunk(2)
+    opacity = clean_alpha(formulas.opacity_with_shadow(alpha * colour, white + shadowed - without, alpha))
+    return formulas.colour_with_shadow(white - (opacity - alpha), opacity)[0], opacity[0]
 
 
 def train(config: dict, folder: Path, minutes: float | None, save_every: float) -> dict[str, float]:

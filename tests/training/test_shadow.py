@@ -221,7 +221,7 @@ def test_what_is_wrong_is_said_in_one_sentence(own, root, tmp_path):
 
 
 def test_a_layer_of_the_true_shadow_gives_the_true_opacity(monkeypatch):
-    """With a shadow network and an autoencoder that lose nothing, all but the matte comes back."""
+    """With a perfect shadow network, and an autoencoder that darkens everything a little."""
     source = triplets.Rendered(7, 3, 64)
     for name in source.names:
         scene = source[name]
@@ -232,10 +232,10 @@ def test_a_layer_of_the_true_shadow_gives_the_true_opacity(monkeypatch):
         )
         monkeypatch.setattr(shadow, "sample", lambda *given, drawn=shadowed: drawn[None])
 
-        class Same:
-            encode = decode = staticmethod(lambda image: image)
+        class Darker:
+            encode, decode = staticmethod(lambda image: image), staticmethod(lambda latent: latent - 0.03)
 
-        found, opacity = triplets.with_shadow(colour, alpha, None, Same(), 1, 0)
+        found, opacity = triplets.with_shadow(colour, alpha, None, Darker(), 1, 0)
         faint = (both <= 10 / 255) & (opacity == 0)
         assert torch.allclose(torch.where(faint, 0, opacity), torch.where(faint, 0, both), rtol=0, atol=1e-5)
         composite = layering.composite(found, scene.background, opacity)
