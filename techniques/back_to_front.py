@@ -1,9 +1,11 @@
-"""BFS's formulas: where a foreground is to stand."""
+"""BFS's formulas: where a foreground is to stand, its losses, and the layers that it learns from."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+EPSILON = 1e-6
 
 
 def box_of(mask: Tensor) -> Tensor:
@@ -36,3 +38,25 @@ def composition_loss(composed: Tensor, composite: Tensor) -> Tensor:
     Source: bfs, Eq. 6
     """
     return (composed - composite).abs().mean()
+
+
+def opacity_with_shadow(black: Tensor, shadowed: Tensor, alpha: Tensor) -> Tensor:
+    """Opacity [B,1,H,W] of an object and its shadow together.
+
+    black: [B,3,H,W], the object on black. shadowed: [B,3,H,W], the object with its shadow on white. alpha: [B,1,H,W]
+    of the object alone.
+    Source: bfs, Eq. 10-12
+    Differs: the mean over the colours, which the text leaves open, and never less than the object's own alpha.
+    """
+    found = (black + 1 - shadowed).mean(1, keepdim=True)
+    return torch.maximum(found.clamp(max=1), alpha)
+
+
+def colour_with_shadow(shadowed: Tensor, alpha: Tensor) -> Tensor:
+    """Straight colours [B,3,H,W] of an object and its shadow, from both on white [B,3,H,W] and their opacity
+    [B,1,H,W].
+
+    Source: bfs, Eq. 14
+    Differs: kept within 0..1, and black where there is neither.
+    """
+    return ((shadowed - (1 - alpha)) / (alpha + EPSILON)).clamp(0, 1)

@@ -33,6 +33,9 @@ TRAINERS = {
     "back_to_front": "BFS, stage 1: a composite and its foreground with its shadow, drawn together by the Flux-Fill; "
     "needs latent_composition and the published Flux-Fill.",
     "back_to_front_real": "BFS, stage 2: composites with true shadows, foregrounds that follow them.",
+    "shadow": "BFS's shadow network: draws the shadow of an object on white; needs the published Flux-Fill.",
+    "triplets": "Makes data for BFS's stage 1, foregrounds with a drawn shadow, out of composites, clean "
+    "backgrounds and masks; needs shadow.",
     "layeringdiff": "What takes an image apart into foreground and background: two adapters of an inpainting model, "
     "and networks that align details.",
 }
@@ -71,6 +74,15 @@ OPTIONS = {
         "when there is none. Sizes and rates are then those of models_config/layeringdiff.json",
         "foregrounds": "folder of images with alpha; rendered scenes when there is none",
         "backgrounds": "folder of images to lay them over",
+    },
+    "triplets": {
+        "composites": "folder of images with an object, captions in .txt files beside them; rendered scenes when there "
+        "is none",
+        "backgrounds": "folder of the same images without the object and its shadow",
+        "masks": "folder of masks of the same names, white where the object roughly is",
+        "segmenter": "SAM 2 as a model folder of transformers, which finds the object in the mask's box; without it "
+        "the masks are taken as they are",
+        "shadow": "folder of the trained shadow network; the one beside --folder when there is none",
     },
 }
 FOR_BASES = CONFIGS.parent
