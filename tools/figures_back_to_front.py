@@ -63,10 +63,8 @@ class Case:
 def case_of(seed: int) -> Case:
     """An object in a place that is empty or has one other."""
     scene = renderer.render(renderer.Request(train=True, count=1 + seed % 2), SIDE, SIDE, FIRST + seed)
-    front, behind = scene.objects[-1], scene.background
-    for shown in scene.objects[:-1]:
-        behind = renderer.over(shown.rgba_with_shadow, behind)
-    foreground, background = picture(front.rgba_with_shadow), picture(behind.astype(np.float32))
+    front = scene.objects[-1]
+    foreground, background = picture(front.rgba_with_shadow), picture(scene.behind_nearest)
     left, top, right, bottom = object_box(front, np.random.default_rng((seed, 5)), shadowed=1.0)
     box = torch.zeros(1, 1, SIDE, SIDE)
     box[..., top:bottom, left:right] = 1
@@ -222,7 +220,8 @@ def figures_of(models: Models, case: Case, composite: torch.Tensor, layer: torch
     if layer is None:
         return names
     alpha, outside = layer[:, 3:], (1 - case.box) * (case.foreground[:, 3:] == 0)
-    changed = (metrics.beyond_shadow(composite, case.background) > DIFFERS).float()
+    through = models.family.vae.decode(models.family.vae.encode(case.background.movedim(1, -1))).movedim(-1, 1)
+    changed = (metrics.beyond_shadow(composite, through) > DIFFERS).float()
     return names | {
         "alpha and what changed, IoU": metrics.alpha_iou((alpha > 0.5).float(), changed).item(),
         "alpha outside": ((alpha * outside).sum() / outside.sum().clamp_min(1)).item(),

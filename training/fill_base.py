@@ -81,7 +81,7 @@ def _mini() -> Base:
     def transformer() -> nn.Module:
         model = flux.build(settings.family()["flux"])
         model.load_state_dict(flux.diffusers_form(published.read(settings.MODELS / published.FLUX_FILL)[0]))
-        return model
+        return model.requires_grad_(False)  # so it is no part of a checkpoint, and a later base goes on with that
 
     rgba = rgba_autoencoder.build("published").eval().requires_grad_(False)
     words = flux_fill.Words(encoder, settings.family()["flux_tokens"])
