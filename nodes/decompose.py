@@ -13,6 +13,7 @@ from ..patches import detection, layer_files
 from ..techniques import matting
 from ..techniques.layering import composite, visible_to_own
 from ..techniques.layers import Layer, LayerStack, write_layers
+from .inputs import named
 from .sampling import sampler_input, scheduler_input, seed_input, steps_input
 from .sockets import Decomposer, LayerModelFile, Layers, Node, schema, told
 
@@ -175,28 +176,41 @@ class MatteForeground(Node):
         reach = width_pixels or max(1, round(width_percent / 100 * min(image.shape[1:3])))
         trimaps = mask if trimap else torch.stack([matting.trimap_of((one > 0.5).float(), reach) for one in mask])
         if unclear := [number for number, one in enumerate(trimaps, 1) if ((one > 0) & (one < 1)).all()]:
+            do = "paint 1 where the object surely is and 0 where it is not" if trimap else "make the width smaller"
             raise ValueError(
-                f"mask: nothing in mask {unclear[0]} is certain, neither of the object nor of what is around it; make "
-                "the width smaller, or connect another mask."
+                f"mask: nothing in mask {unclear[0]} is certain, neither of the object nor of what is around it; "
+                f"{do}, or connect another mask."
             )
         if transparent_things != "off":
-            trimaps = detection.opened(image, trimaps, transparent_things)
+            with named("transparent_things", "detector"):
+                trimaps = detection.opened(image, trimaps, transparent_things)
+        notes = [
+            f"Mask {number} has nothing between 0 and 1 and stays as it is; turn trimap off for a rough mask."
+            for number, one in enumerate(trimaps, 1)
+            if trimap and not ((one > 0) & (one < 1)).any()
+        ]
         progress = ProgressBar(len(image))
         if method == METHODS[1]:
-            return io.NodeOutput(detection.vitmatte(image, trimaps, matting_model, progress.update), trimaps)
+            alphas = detection.vitmatte(image, trimaps, matting_model, progress.update)
+            return io.NodeOutput(alphas, trimaps, ui=told(notes))
         alphas = []
         for pair in zip(image, trimaps, strict=True):
             alphas.append(matting.matte_of_trimap(*pair))
             progress.update(1)
-        return io.NodeOutput(torch.stack(alphas), trimaps)
+        return io.NodeOutput(torch.stack(alphas), trimaps, ui=told(notes))
 
 
 def _fitting(mask: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
     """A mask [B,H,W] for each image. Raises ValueError."""
-    if mask.shape[1:] != image.shape[1:3] or len(mask) not in (1, len(image)):
+    if mask.shape[1:] != image.shape[1:3]:
         raise ValueError(
-            f"mask: {len(mask)} of {mask.shape[2]}×{mask.shape[1]} do not go with {len(image)} images of "
-            f"{image.shape[2]}×{image.shape[1]}; connect one mask of that size, or one for each image."
+            f"mask: it has {mask.shape[2]}×{mask.shape[1]} pixels and the image {image.shape[2]}×{image.shape[1]}; "
+            "connect a mask of the image's size."
+        )
+    if len(mask) not in (1, len(image)):
+        raise ValueError(
+            f"mask: there are {len(mask)} masks and {len(image)} image{'s' * (len(image) > 1)}; connect one mask, or "
+            "one for each image."
         )
     return mask.expand(len(image), -1, -1)
 
@@ -244,8 +258,10 @@ class LoadDecomposer(LayerModelFile):
 
     @classmethod
     def validate_inputs(cls, file, background_file=IN_FILE, alignment_file=IN_FILE):
-        chosen = [name for name in (file, background_file, alignment_file) if name != IN_FILE]
-        return next(filter(None, map(layer_files.missing, chosen)), None) or True
+        for name, socket, _ in _parts(file, background_file, alignment_file):
+            if sentence := layer_files.missing(name):
+                return socket + sentence.removeprefix("file")
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, file, background_file=IN_FILE, alignment_file=IN_FILE):
@@ -253,11 +269,22 @@ class LoadDecomposer(LayerModelFile):
 
     @classmethod
     def execute(cls, file, background_file=IN_FILE, alignment_file=IN_FILE):
-        chosen = ((file, "foreground"), (background_file, "background"), (alignment_file, "foreground"))
-        loaded = layeringdiff.join(
-            [layer_files.load(name, layeringdiff.Decomposer, layer) for name, layer in chosen if name != IN_FILE]
-        )
+        loaded = []
+        for name, socket, layer in _parts(file, background_file, alignment_file):
+            with named(socket, "file"):
+                loaded.append(layer_files.load(name, layeringdiff.Decomposer, layer))
+        loaded = layeringdiff.join(loaded)
         return io.NodeOutput(loaded, f"{loaded.name}: {loaded.describe()}, predicts {loaded.prediction}")
+
+
+def _parts(file: str, background_file: str, alignment_file: str) -> list[tuple[str, str, str]]:
+    """(name, socket, the layer that a nameless UNet in it is taken for) of each file that was chosen."""
+    chosen = (
+        (file, "file", "foreground"),
+        (background_file, "background_file", "background"),
+        (alignment_file, "alignment_file", "foreground"),
+    )
+    return [part for part in chosen if part[0] != IN_FILE]
 
 
 class DecomposeImage(Node):

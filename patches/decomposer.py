@@ -432,4 +432,10 @@ def ready(decomposer: Decomposer, vae, model: ModelPatcher | None, empty: list |
             f"empty_prompt: {decomposer.name} has no empty prompt in it; connect a text encoding of no words, from the "
             f"text encoder of {decomposer.family}."
         )
-    return replace(decomposer, null=empty[0][0])
+    null, unets = empty[0][0], [own.model for own in decomposer.layers.values() if not isinstance(own, dict)]
+    for width in {unet.model_config.unet_config["context_dim"] for unet in unets} - {null.shape[-1]}:
+        raise ValueError(
+            f"empty_prompt: its embeddings have {null.shape[-1]} numbers a token and {decomposer.name} takes {width}; "
+            f"encode it with the text encoder of {decomposer.family}."
+        )
+    return replace(decomposer, null=null)

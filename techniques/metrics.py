@@ -61,6 +61,24 @@ def alpha_iou(prediction: Tensor, target: Tensor) -> Tensor:
     return torch.where(either > 0, both / either.clamp_min(1e-12), 1.0)
 
 
+def placement(alpha: Tensor) -> Tensor:
+    """[B,4] of an object's alpha: the share of the picture that it covers, the longer side of the box around it, and
+    the box's centre from the top and from the left, each in 0..1 of the picture's side; nan where there is nothing.
+
+    Source: layeringdiff, Tab. 2 (occupancy, longest span, vertical and horizontal centre)
+    Differs: the paper does not define them; here a pixel counts where alpha is above 1/2.
+    """
+    inside = alpha[:, 0] > 0.5
+    spans, centres = [], []
+    for axis in (1, 2):
+        lines, size = inside.any(3 - axis), inside.shape[axis]
+        first, end = lines.int().argmax(1), size - lines.flip(1).int().argmax(1)
+        spans.append((end - first) / size)
+        centres.append((first + end) / 2 / size)
+    found = torch.stack([inside.double().mean((1, 2)), torch.maximum(*spans), *centres], 1)
+    return torch.where(inside.flatten(1).any(1)[:, None], found, torch.nan)
+
+
 def layer_rgb_l1(prediction: Tensor, target: Tensor) -> Tensor:
     """Absolute colour difference, mean over RGB, weighted by the true alpha; straight-alpha RGBA [B,4,H,W], 0..1.
 

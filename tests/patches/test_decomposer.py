@@ -4,6 +4,8 @@ import copy
 import json
 
 import comfy.model_detection
+import comfy.model_sampling
+import comfy.sample
 import comfy.sd
 import comfy.utils
 import pytest
@@ -11,6 +13,7 @@ import torch
 from mini_models import MODELS
 from strata.networks import decomposer as networks
 from strata.networks.alignment import Alignment
+from strata.nodes.decompose import DecomposeImage
 from strata.patches import decomposer, mini_family
 from strata.techniques import layering
 from strata.training import base as bases
@@ -28,6 +31,10 @@ def base():
 
 @pytest.fixture(scope="module")
 def trained(base):
+    return denoisers(base)
+
+
+def denoisers(base):
     """Both layers' denoisers, random where they have learnt."""
     torch.manual_seed(0)
     models = {layer: layeringdiff.Denoiser(base, layer, 4).eval() for layer in networks.LAYERS}
@@ -41,12 +48,19 @@ def trained(base):
     return models
 
 
-@pytest.fixture(scope="module")
-def loaded(base, trained):
+def published(base, models) -> dict:
+    """As the trainer writes them into a file."""
     weights = {decomposer.NULL: base.null}
-    for layer, model in trained.items():
+    for layer, model in models.items():
         own = networks.published_form(model.state_dict())
         weights |= {f"{layer}.{key}": value for key, value in own.items()}
+    return weights
+
+
+@pytest.fixture(scope="module")
+def loaded(base, trained):
+    weights = published(base, trained)
+    for layer in trained:
         torch.manual_seed(1)
         network = Alignment((4, 8, 16))
         torch.nn.init.normal_(network.last.weight, std=0.2)
@@ -265,5 +279,51 @@ def test_what_is_missing_is_said_before_any_work(loaded, whole, model):
     alone = decomposer.recognise("whole.safetensors", prefixed(whole), {})
     with pytest.raises(ValueError, match="^empty_prompt: whole.safetensors has no empty prompt in it"):
         decomposer.ready(alone, vae, None, None)
+    with pytest.raises(ValueError, match="^empty_prompt: its embeddings have 768 numbers a token and whole.safe.* 128"):
+        decomposer.ready(alone, vae, None, [[torch.randn(1, 77, 768), {}]])
     null = torch.randn(1, 77, 128)
     assert torch.equal(decomposer.ready(alone, vae, None, [[null, {}]]).null, null)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["SD1.5", "SD2"])
+@torch.inference_mode()
+def test_the_node_takes_512_pixels_apart_on_a_large_base(family):
+    """One step on every key of the inpainting model, whose deeper blocks are as narrow as its first: what diffusers
+    says of the same noise, decoded and brought to add up.
+    """
+    from diffusers import UNet2DConditionModel
+
+    shape = json.loads(bases.CONFIG.read_text())[family]["unet"]
+    heads = {"SD1.5": 8, "SD2": 5}[family]
+    unet = UNet2DConditionModel(**{**shape, "block_out_channels": (320,) * 4, "attention_head_dim": heads}).eval()
+    names = comfy.utils.unet_to_diffusers(decomposer.STABLE_DIFFUSION)
+    assert set(unet.state_dict()) <= set(names)
+    state = {names[key]: value.clone() for key, value in unet.state_dict().items()}
+    model = comfy.sd.load_diffusion_model_state_dict(state)
+    torch.manual_seed(6)
+    null = torch.randn(1, 77, shape["cross_attention_dim"])
+    base = bases.Base(family, unet, None, None, null, "")
+    models = denoisers(base)
+    loaded = decomposer.recognise("large.safetensors", published(base, models), {"base": family})
+    vae = comfy.sd.load_checkpoint_guess_config(str(MODELS / "checkpoints" / "strata_mini_sd.safetensors"))[2]
+    image, mask = torch.rand(1, 512, 512, 3), torch.zeros(1, 512, 512)
+    mask[:, 100:300, 200:400], mask[:, 300:320, 200:400] = 1, 0.4
+    layers, front, behind, error = DecomposeImage.execute(
+        image, mask, vae, loaded, False, True, "noise", 3, 1, "ddim", "normal", model=model
+    ).args
+    assert error < 1e-5 and len(layers[0]["layers"]) == 2
+    assert torch.equal(front[..., 3], mask) and torch.equal(behind[mask == 0], image[mask == 0])
+
+    pixels, alpha, latent = image.movedim(-1, 1), mask[:, None], vae.encode(image)
+    noise, steps = comfy.sample.prepare_noise(latent, 3), torch.tensor([999])
+    level = 1 / (1 + comfy.model_sampling.ModelSamplingDiscrete().sigma_max ** 2)
+    drawn = []
+    for layer in networks.LAYERS:
+        v = models[layer](noise, steps, 0.18215 * latent, alpha)
+        clean = (level.sqrt() * noise - (1 - level).sqrt() * v) / 0.18215
+        drawn.append(vae.decode(clean).movedim(-1, 1))
+    expected = decomposer.finish(loaded, pixels, alpha, drawn, align=False, exact=True)
+    for found, wanted in zip((front[..., :3], behind), expected, strict=True):
+        off = (found.movedim(-1, 1) - wanted).abs()
+        assert off.mean() < 1e-4 and off.max() < 0.05 and wanted.std() > 0.05

@@ -120,8 +120,24 @@ def test_a_rough_mask_becomes_the_object_s_alpha(folders, scene):
 
 def test_a_mask_that_says_nothing_for_certain_is_refused(folders):
     noise = (images(1)[..., 0] > 0.5).float()
-    with pytest.raises(ValueError, match="^mask: nothing in mask 1 is certain"):
+    with pytest.raises(ValueError, match="^mask: nothing in mask 1 is certain.*; make the width smaller, or connect"):
         MatteForeground.execute(images(1), noise, False, "closed form", "vitmatte", 2.5, 0, "off")
+    with pytest.raises(ValueError, match="^mask: nothing in mask 1 is certain.*; paint 1 where the object surely is"):
+        MatteForeground.execute(images(1), 0 * noise + 0.5, True, "closed form", "vitmatte", 2.5, 0, "off")
+
+
+def test_a_trimap_with_nothing_to_find_is_told_and_stays(folders):
+    cut = torch.zeros(1, 77, 129)
+    cut[:, 20:40, 30:60] = 1
+    found = MatteForeground.execute(images(1), cut, True, "closed form", "vitmatte", 2.5, 0, "off")
+    assert torch.equal(found[0], cut) and found.ui["text"][0].startswith("Mask 1 has nothing between 0 and 1")
+
+
+def test_the_sentence_names_the_input_that_chose_a_detector(folders):
+    cut = torch.zeros(1, 77, 129)
+    cut[:, 20:40, 30:60] = 1
+    with pytest.raises(ValueError, match="^transparent_things: config.json and model.safetensors of grounding-dino-t"):
+        MatteForeground.execute(images(1), cut, False, "closed form", "vitmatte", 2.5, 0, "grounding-dino-tiny")
 
 
 def test_a_trimap_is_what_eroding_and_dilating_give():

@@ -102,7 +102,7 @@ def test_what_is_wrong_is_one_sentence_on_the_node(comfy):
         comfy.run(other)
     gone = graph()
     gone["file"]["inputs"]["background_file"] = "nothing.safetensors"
-    with pytest.raises(run.RunError, match="file: nothing.safetensors is not there; put it into"):
+    with pytest.raises(run.RunError, match="background_file: nothing.safetensors is not there; put it into"):
         comfy.run(gone)
     small = graph()
     small["half"] = {
@@ -110,8 +110,14 @@ def test_what_is_wrong_is_one_sentence_on_the_node(comfy):
         "inputs": {"image": ["scene", 0], "upscale_method": "area", "scale_by": 0.5},
     }
     small["apart"]["inputs"]["image"] = ["half", 0]
-    with pytest.raises(run.RunError, match="mask: 1 of 128×128 do not go with 1 images of 64×64"):
+    with pytest.raises(run.RunError, match="mask: it has 128×128 pixels and the image 64×64; connect a mask of the im"):
         comfy.run(small)
+    several = graph()
+    several["two"] = {"class_type": "RepeatImageBatch", "inputs": {"image": ["scene", 0], "amount": 2}}
+    several["six"] = {"class_type": "RepeatImageBatch", "inputs": {"image": ["masks", 0], "amount": 3}}
+    several["mask"]["inputs"]["image"], several["apart"]["inputs"]["image"] = ["six", 0], ["two", 0]
+    with pytest.raises(run.RunError, match="mask: there are 6 masks and 2 images; connect one mask, or one for each"):
+        comfy.run(several)
 
 
 def test_an_empty_mask_is_told_and_leaves_the_image(comfy):

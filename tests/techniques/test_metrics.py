@@ -32,6 +32,19 @@ def solid_scene(seed, count=1):
     )
 
 
+def test_a_placement_is_the_box_around_the_object_and_what_it_covers():
+    for seed in range(6):
+        scene = renderer.render(Request(count=1), 96, 160, seed)
+        alpha = picture(scene.objects[0].rgba)[:, 3:]
+        rows, columns = np.nonzero(alpha[0, 0].numpy() > 0.5)
+        (top, bottom), (left, right) = ((values.min(), values.max() + 1) for values in (rows, columns))
+        expected = len(rows) / (96 * 160), max((bottom - top) / 96, (right - left) / 160)
+        expected += (top + bottom) / 2 / 96, (left + right) / 2 / 160
+        assert metrics.placement(alpha)[0].tolist() == pytest.approx(expected)
+    assert metrics.placement(torch.zeros(2, 1, 4, 4)).isnan().all()
+    assert metrics.placement(torch.ones(1, 1, 4, 4)).tolist() == [[1, 1, 0.5, 0.5]]
+
+
 def test_ssim_is_the_formula_of_its_paper():
     a, b = random(2, 3, 14, 15), random(2, 3, 14, 15, seed=1)
     offsets = np.arange(-5, 6)
