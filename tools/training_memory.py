@@ -102,7 +102,7 @@ def flux_rows() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for card, rank, fused, fp8, batch in (
         (24, 16, False, True, 1),
-        (48, 64, False, False, 4),
+        (48, 64, False, False, 2),
         (80, 64, True, False, 8),
     ):
         one, double, single = (flux_sizes(rank, fused, fp8, batch, *depths) for depths in ((1, 1), (2, 1), (1, 2)))

@@ -202,7 +202,7 @@ def learning(model: nn.Module, kind: str) -> None:
 
 def build(config: dict, base: fill_base.Base) -> Branches:
     torch.manual_seed(config["seed"])
-    return Branches(
+    model = Branches(
         base.transformer(),
         config["rank"],
         config["shared_rank"],
@@ -210,6 +210,9 @@ def build(config: dict, base: fill_base.Base) -> Branches:
         config.get("guidance"),
         config.get("gradient_checkpointing", False),
     )
+    if config.get("fp8"):
+        fill_base.to_fp8(model)
+    return model
 
 
 def train(config: dict, folder: Path, minutes: float | None, save_every: float) -> nn.Module:

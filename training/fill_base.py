@@ -70,7 +70,7 @@ def load(config: dict) -> Base:
         KL(paths["vae"], "vae", 3, entry["latent"]),
         KL(paths["rgba_vae"], "rgba-vae", 4, entry["latent"]),
         lambda captions, folder: Captions(folder, encoders, captions, config["text_tokens"]),
-        lambda: _transformer(paths["base"], shape, config["fp8"]),
+        lambda: _transformer(paths["base"], shape),
         entry["licence"],
     )
 
@@ -140,19 +140,26 @@ class Stored(nn.Linear):
         return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
-def _transformer(path: Path, shape: dict, fp8: bool) -> nn.Module:
-    """Frozen, its matrices as they are in the file, or those of the blocks in fp8. Raises TrainingError."""
+def to_fp8(model: nn.Module) -> None:
+    """The blocks' stored matrices. Low-rank terms come first: they take their first values in the base's precision."""
+    for name, module in model.named_modules():
+        if isinstance(module, Stored) and "transformer_blocks." in name:
+            module.weight.data = module.weight.data.to(torch.float8_e4m3fn)
+
+
+def _transformer(path: Path, shape: dict) -> nn.Module:
+    """Frozen, its matrices as they are in the file, or in bf16 where that has fp8. Raises TrainingError."""
     with torch.device("meta"):
         model = flux.build(shape)
-    state = flux.diffusers_form({_plain(key): value for key, value in load_file(path).items()})
+    found = {_plain(key): value for key, value in load_file(path).items()}
+    found = {key: value.bfloat16() if value.dtype.itemsize < 2 else value for key, value in found.items()}
+    state = flux.diffusers_form(found)
     missing = sorted(model.state_dict().keys() - state.keys())
     if missing:
         raise settings.TrainingError(f"--base: {path} lacks {missing[0]}; it is damaged, so get it again.")
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             module.__class__ = Stored
-            if fp8 and "transformer_blocks." in name:
-                state[f"{name}.weight"] = state[f"{name}.weight"].to(torch.float8_e4m3fn)
         elif f"{name}.weight" in state:
             state[f"{name}.weight"] = state[f"{name}.weight"].float()  # norms
     model.load_state_dict(state, assign=True)
@@ -243,13 +250,13 @@ class Captions:
         from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
         card = bases.device()
+        dtype = torch.float32 if card.type == "cpu" else torch.bfloat16
         for kind, network, name, tokenizer, length in (
             ("pooled", CLIPTextModel, ENCODERS[0], TOKENIZERS[0], CLIP_TOKENS),
             ("states", T5EncoderModel, ENCODERS[1], TOKENIZERS[1], tokens),
         ):
             split = AutoTokenizer.from_pretrained(encoders / tokenizer, local_files_only=True)
-            encoder = network.from_pretrained(encoders / name, dtype="auto", local_files_only=True).to(card).eval()
-            encoder = encoder.float() if card.type == "cpu" else encoder
+            encoder = network.from_pretrained(encoders / name, local_files_only=True).to(card, dtype).eval()
             partial = paths[kind].with_suffix(".partial")
             values = np.memmap(partial, np.float16, "w+", shape=shapes[kind])
             for start in range(0, len(captions), AT_ONCE):

@@ -21,6 +21,7 @@ from . import data, fill_base, latents, settings
 from .layered_scenes import POOR, TRUE, Batch, LayeredScenes, Layers
 from .rgba_autoencoder import SHADOW
 
+AT_ONCE = 2  # large images, beside a transformer on the same card
 ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
 LAYERED, REAL = "poor", "true"  # samples with a foreground whose shadow is made, and those with the true shadow
 
@@ -124,7 +125,7 @@ def same_names(config: dict, option: str) -> list[Item]:
         _check_alpha(fronts.values())
     items = [Item(backgrounds[name], path, layer, masks.get(name), captions[name]) for name, path in fronts.items()]
     for item in items:
-        sizes = {path: _open(path).size for path in (item.front, item.background, item.mask) if path}
+        sizes = {path: _header(path).size for path in (item.front, item.background, item.mask) if path}
         if len(set(sizes.values())) > 1:
             words = ", ".join(f"{path} has {width}×{height}" for path, (width, height) in sizes.items())
             raise settings.TrainingError(
@@ -144,12 +145,12 @@ def _all_have(wanted: dict[str, Path], having: set[str], what: str, option: str)
 
 def _check_alpha(paths) -> None:
     for path in paths:
-        image = _open(path)
+        image = _header(path)
         if "A" not in image.getbands() and "transparency" not in image.info:
             raise settings.TrainingError(f"--foregrounds: {path} has no alpha; give PNG or WebP files that have.")
 
 
-def _open(path: Path) -> Image.Image:
+def _header(path: Path) -> Image.Image:
     """Its pixels are read when they are asked for. Raises TrainingError."""
     try:
         return Image.open(path)
@@ -158,7 +159,7 @@ def _open(path: Path) -> Image.Image:
 
 
 def _read(path: Path, mode: str) -> Image.Image:
-    return ImageOps.exif_transpose(_open(path)).convert(mode)
+    return ImageOps.exif_transpose(_header(path)).convert(mode)
 
 
 class LayeredImages(data.ScenePool):
@@ -212,8 +213,8 @@ class LayeredImages(data.ScenePool):
 
     def batch(self, indices: np.ndarray, draw: int) -> Batch:
         missing = [int(i) for i in np.unique(indices) if not self.boxes[i].any()]
-        for start in range(0, len(missing), latents.AT_ONCE):
-            self._encode(missing[start : start + latents.AT_ONCE])
+        for start in range(0, len(missing), AT_ONCE):
+            self._encode(missing[start : start + AT_ONCE])
         composite, background, front = torch.from_numpy(self.values[indices]).float().unbind(1)
         mask = torch.zeros(len(indices), 1, self.side, self.side)
         for row, i in zip(mask, indices, strict=True):
