@@ -189,10 +189,9 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
         """The error on kept objects, and how far the opacity of what is drawn is from the truth."""
         batch = pool.batch(last)
         report = {"error": loss_of(model, batch, config, np.random.default_rng(0))["loss"].item()}
-        few = last[:SHOWN]
-        drawn = sample(model, batch.plain[: len(few)], batch.alpha[: len(few)], 12, range(len(few)))
-        pictures = [autoencoder.decode(part).clamp(0, 1) for part in (drawn, batch.shadowed[: len(few)])]
-        shown = [pool.object(int(i)) for i in few]
+        drawn = sample(model, batch.plain[:SHOWN], batch.alpha[:SHOWN], 12, range(SHOWN))
+        pictures = [autoencoder.decode(part).clamp(0, 1) for part in (drawn, batch.shadowed[:SHOWN])]
+        shown = [pool.object(int(i)) for i in last[:SHOWN]]
         rgba, true = (
             rearrange(torch.from_numpy(np.stack(part)), "b h w c -> b c h w")
             for part in ([one.rgba for one in shown], [one.rgba_with_shadow[..., 3:] for one in shown])
@@ -202,7 +201,7 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
             found = formulas.opacity_with_shadow(rgba[:, :3] * alpha, picture, alpha)
             report[name] = (found - true).abs().mean().item()
         report["opacity without shadow"] = (alpha - true).abs().mean().item()
-        loop.save_grid(folder / "grid.png", torch.cat(pictures), 8 if len(few) % 8 == 0 else 1)
+        loop.save_grid(folder / "grid.png", torch.cat(pictures), SHOWN)
         print(f"step {step}: " + "  ".join(f"{key} {value:.4g}" for key, value in report.items()), flush=True)
         return report
 
