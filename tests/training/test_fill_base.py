@@ -163,7 +163,7 @@ def test_the_transformer_predicts_as_the_file_says_and_nearly_so_in_fp8(files, t
     given = [torch.randn(shape) for shape in ((2, 16, 4, 4), (2, 80, 4, 4), (2,), (2, 6, 40), (2, 24))]
     wanted = flux.predict(transformer, *given, guidance=2.0)
     base = fill_base.load(config_of("back_to_front", files))
-    assert torch.equal(flux.predict(base.transformer(), *given, guidance=2.0), wanted)
+    assert torch.allclose(flux.predict(base.transformer(), *given, guidance=2.0), wanted, rtol=0, atol=1e-5)
     model = back_to_front.build(config_of("back_to_front", files, **OWN, fp8=True, guidance=2.0), base).eval()
     layer = model.transformer.single_transformer_blocks[1].proj_out
     first = layer.lora_A["x_lora"].weight
