@@ -58,6 +58,9 @@ class Branches(nn.Module):
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # there are two, on purpose
             for branch in CONTENT:
                 inject_adapter_in_model(config, transformer, adapter_name=branch)
+        for name, value in transformer.named_parameters():
+            if ".lora_" in name:
+                value.data = value.data.float()  # peft gives them the base's precision, too coarse to learn in
         width = transformer.inner_dim
         self.sharing = nn.ModuleDict()
         for number, block in enumerate(transformer.single_transformer_blocks):
