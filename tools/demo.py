@@ -46,6 +46,8 @@ RUNS = [
     ("layers_from_text", "layers_from_text_mini", []),
     ("image_to_layers", "image_to_layers_mini", []),
     ("inpaint", "mini_inpaint", []),
+    ("flux_text_to_image", "mini_flux_text_to_image", []),
+    ("flux_inpaint", "mini_flux_inpaint", []),
     ("decompose", "decompose_scene_mini", []),
     ("decompose_several", "decompose_several_mini", []),
     ("decompose_photograph", "decompose_photo_mini", []),

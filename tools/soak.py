@@ -34,6 +34,7 @@ GRAPHS = (
     "mini_inpaint",
     "depth_swap_background",
     "decompose_several_mini",
+    "mini_flux_inpaint",
 )
 WRONG = ("no such choice", -(10**9), 10**12, "", None, "nan")
 GROWTH = 600 * 2**20  # bytes that the server may hold more at the end than after the first quarter
