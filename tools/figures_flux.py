@@ -16,7 +16,7 @@ from strata.training import flux_fill, loop, oracle
 
 import nodes as comfyui_nodes
 
-COUNT, SAMPLE = 240, 0
+COUNT, SAMPLE = 96, 4
 CLAIMS = []
 SIDE = 128
 STEPS = 20
