@@ -12,17 +12,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from ..techniques import layering
 from ..techniques.transparency import extend_colours
-from . import data, fill_base, latents, settings
+from . import data, fill_base, image_folders, latents, settings
 from .layered_scenes import POOR, TRUE, Batch, LayeredScenes, Layers
 from .rgba_autoencoder import SHADOW
 
 AT_ONCE = 2  # large images, beside a transformer on the same card
-ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
 LAYERED, REAL = "poor", "true"  # samples with a foreground whose shadow is made, and those with the true shadow
 
 
@@ -87,15 +86,10 @@ class Item:
 
 
 def _images(config: dict, name: str) -> dict[str, Path]:
-    """By their names without the ending, with those of folders inside. Raises TrainingError."""
+    """Raises TrainingError."""
     if not config[name]:
         raise settings.TrainingError(f"--base needs --{name} too; docs/training.md says what that is.")
-    folder = Path(config[name])
-    paths = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in ENDINGS)
-    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
-    if not found:
-        raise settings.TrainingError(f"--{name}: {folder} has no PNG, WebP or JPEG files; give another folder.")
-    return found
+    return image_folders.images(Path(config[name]), name)
 
 
 def any_pairs(fronts: dict[str, Path], backgrounds: dict[str, Path], count: int) -> list[Item]:
@@ -125,12 +119,7 @@ def same_names(config: dict, option: str) -> list[Item]:
         _check_alpha(fronts.values())
     items = [Item(backgrounds[name], path, layer, masks.get(name), captions[name]) for name, path in fronts.items()]
     for item in items:
-        sizes = {path: _header(path).size for path in (item.front, item.background, item.mask) if path}
-        if len(set(sizes.values())) > 1:
-            words = ", ".join(f"{path} has {width}×{height}" for path, (width, height) in sizes.items())
-            raise settings.TrainingError(
-                f"--{option}: images of one name need one size, and {words}; scale one of them."
-            )
+        image_folders.check_sizes((path for path in (item.front, item.background, item.mask) if path), option)
     return items
 
 
@@ -145,21 +134,9 @@ def _all_have(wanted: dict[str, Path], having: set[str], what: str, option: str)
 
 def _check_alpha(paths) -> None:
     for path in paths:
-        image = _header(path)
+        image = image_folders.header(path)
         if "A" not in image.getbands() and "transparency" not in image.info:
             raise settings.TrainingError(f"--foregrounds: {path} has no alpha; give PNG or WebP files that have.")
-
-
-def _header(path: Path) -> Image.Image:
-    """Its pixels are read when they are asked for. Raises TrainingError."""
-    try:
-        return Image.open(path)
-    except OSError as error:
-        raise settings.TrainingError(f"{path} cannot be read ({error}); take it away or save it again.") from error
-
-
-def _read(path: Path, mode: str) -> Image.Image:
-    return ImageOps.exif_transpose(_header(path)).convert(mode)
 
 
 class LayeredImages(data.ScenePool):
@@ -184,11 +161,11 @@ class LayeredImages(data.ScenePool):
     def layers(self, index: int) -> Layers:
         """For a composite the foreground is what the box holds of it, opaque."""
         item = self.items[index]
-        behind, front = _read(item.background, "RGB"), _read(item.front, "RGBA")
+        behind, front = image_folders.read(item.background, "RGB"), image_folders.read(item.front, "RGBA")
         if item.layer:
             where = np.asarray(front)[..., 3] > 255 * SHADOW
         elif item.mask:
-            where = np.asarray(_read(item.mask, "L")) > 127
+            where = np.asarray(image_folders.read(item.mask, "L")) > 127
         else:
             where = difference(np.asarray(front)[..., :3], np.asarray(behind))
         if not where.any():

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from ..techniques import diffusion as formulas
 from ..techniques import layering
 from ..techniques.transparency import extend_colours
 from . import base as bases
-from . import data, export, loop, sampling, settings
+from . import data, export, image_folders, loop, sampling, settings
 
 CHECK = 32  # the last pairs are kept for validation
 FACTOR = 8
@@ -97,7 +98,8 @@ class FolderPairs(Pairs):
     """Random pairs of a user's own files: RGBA images over images, short side to `side` and cut in the middle."""
 
     def __init__(self, folder: Path, base: bases.Base, count: int, side: int, foregrounds: Path, backgrounds: Path):
-        self.files = [_images(one, name) for one, name in ((foregrounds, "foregrounds"), (backgrounds, "backgrounds"))]
+        folders = (foregrounds, "foregrounds"), (backgrounds, "backgrounds")
+        self.files = [list(image_folders.images(*one).values()) for one in folders]
         super().__init__(folder, base, count, side, f"{foregrounds.name}-{backgrounds.name}-{base.family}")
 
     def images(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -106,20 +108,8 @@ class FolderPairs(Pairs):
         return front[..., :3], behind[..., :3], front[..., 3]
 
     def _read(self, path: Path) -> np.ndarray:
-        from PIL import Image, ImageOps
-
-        with Image.open(path) as file:
-            image = ImageOps.fit(
-                ImageOps.exif_transpose(file).convert("RGBA"), (self.side,) * 2, Image.Resampling.BICUBIC
-            )
+        image = ImageOps.fit(image_folders.read(path, "RGBA"), (self.side,) * 2, Image.Resampling.BICUBIC)
         return np.asarray(image, np.float32) / 255
-
-
-def _images(folder: Path, option: str) -> list[Path]:
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".png", ".webp", ".jpg", ".jpeg"))
-    if not found:
-        raise settings.TrainingError(f"--{option}: {folder} has no PNG, WebP or JPEG files; give another folder.")
-    return found
 
 
 class Denoiser(nn.Module):

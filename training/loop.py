@@ -153,7 +153,7 @@ def fit(
         _save(accelerator, folder)
         twin = averaged_model()
         save_file({key: value.contiguous() for key, value in twin.state_dict().items()}, folder / "model.safetensors")
-        _append(folder / "metrics.csv", {"step": progress.step, **validate(twin, progress.step)})
+        append_row(folder / "metrics.csv", {"step": progress.step, **validate(twin, progress.step)})
         plot(folder / "loss.csv", folder / "loss.png")
 
     bar = tqdm(
@@ -182,7 +182,7 @@ def fit(
             if progress.step % SHOW_EVERY == 0 and accelerator.is_main_process:
                 means = {key: float(np.mean([entry[key] for entry in sums])) for key in sums[0]}
                 row = {"step": progress.step, "seconds_per_step": (now - shown) / len(sums), **means}
-                _append(folder / "loss.csv", row)
+                append_row(folder / "loss.csv", row)
                 with bar.external_write_mode():
                     print("  ".join(f"{key} {value:.5g}" for key, value in row.items()), flush=True)
                 shown, sums = now, []
@@ -262,7 +262,8 @@ def _same_config(config: dict, folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2))
 
 
-def _append(path: Path, row: dict) -> None:
+def append_row(path: Path, row: dict) -> None:
+    """To a table with a header; the first row says what its columns are."""
     fresh = not path.exists()
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, row.keys())

@@ -22,9 +22,8 @@ from ..techniques import back_to_front as formulas
 from ..techniques import layering, matting, metrics
 from ..techniques.transparency import clean_alpha
 from . import base as bases
-from . import loop, published, settings, shadow
+from . import image_folders, loop, published, settings, shadow
 
-ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
 FOLDERS = "composites", "backgrounds", "masks"
 WRITTEN = "foregrounds", "backgrounds", "composites"
 ERRORS = "object", "with shadow", "shadow left out"  # mean absolute ones of alpha over the image
@@ -73,16 +72,14 @@ class Folders:
             )
         self.names = sorted(common)
         for name in self.names:
-            sizes = {str(paths[name]): _open(paths[name]).size for paths in self.paths.values()}
-            if len(set(sizes.values())) > 1:
-                words = ", ".join(f"{path} has {width}×{height}" for path, (width, height) in sizes.items())
-                raise settings.TrainingError(
-                    f"--composites: images of one name need one size, and {words}; scale one of them."
-                )
+            image_folders.check_sizes((paths[name] for paths in self.paths.values()), FOLDERS[0])
 
     def __getitem__(self, name: str) -> Scene:
-        composite, background, mask = (ImageOps.exif_transpose(_open(self.paths[kind][name])) for kind in FOLDERS)
-        mask = mask.convert("L").point(lambda value: 255 * (value > 127))
+        composite, background, mask = (
+            image_folders.read(self.paths[kind][name], mode)
+            for kind, mode in zip(FOLDERS, ("RGB", "RGB", "L"), strict=True)
+        )
+        mask = mask.point(lambda value: 255 * (value > 127))
         left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
         middle = (left + right) / 2 / mask.width, (top + bottom) / 2 / mask.height
 
@@ -90,7 +87,7 @@ class Folders:
             pixels = np.asarray(ImageOps.fit(image, (self.side,) * 2, way, centering=middle), np.float32) / 255
             return rearrange(torch.from_numpy(np.atleast_3d(pixels)), "h w c -> c h w")
 
-        images = [cut(image.convert("RGB"), Image.Resampling.BICUBIC) for image in (composite, background)]
+        images = [cut(image, Image.Resampling.BICUBIC) for image in (composite, background)]
         caption = self.paths["composites"][name].with_suffix(".txt")
         return Scene(
             *images,
@@ -100,22 +97,10 @@ class Folders:
 
 
 def _images(config: dict, option: str) -> dict[str, Path]:
-    """By their names without the ending. Raises TrainingError."""
+    """Raises TrainingError."""
     if not config[option]:
         raise settings.TrainingError(f"--{option} is missing; --composites, --backgrounds and --masks belong together.")
-    folder = Path(config[option])
-    found = {path.stem: path for path in sorted(folder.glob("*")) if path.suffix.lower() in ENDINGS}
-    if not found:
-        raise settings.TrainingError(f"--{option}: {folder} has no PNG, WebP or JPEG files; give another folder.")
-    return found
-
-
-def _open(path: Path) -> Image.Image:
-    """Its pixels are read when they are asked for. Raises TrainingError."""
-    try:
-        return Image.open(path)
-    except OSError as error:
-        raise settings.TrainingError(f"{path} cannot be read ({error}); take it away or save it again.") from error
+    return image_folders.images(Path(config[option]), option)
 
 
 def segmenter(folder: Path | None) -> Segmenter:
@@ -219,7 +204,7 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
             if scene.truth:
                 pairs = (alpha, scene.truth[0]), (layer[1], scene.truth[1]), (alpha, scene.truth[1])
                 row |= zip(ERRORS, [(one - other).abs().mean().item() for one, other in pairs], strict=True)
-        loop._append(table, row)
+        loop.append_row(table, row)
         if number % 16 == 15:
             print(f"{number + 1} of {len(source.names)}", flush=True)
     return report(_rows(table))

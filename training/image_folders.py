@@ -1,0 +1,44 @@
+"""Images of a user's folders, and what is said when they are not what is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from . import settings
+
+ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
+
+
+def images(folder: Path, option: str) -> dict[str, Path]:
+    """By their names without the ending, with those of folders inside. option: that named the folder. Raises
+    TrainingError.
+    """
+    paths = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in ENDINGS)
+    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
+    if not found:
+        raise settings.TrainingError(f"--{option}: {folder} has no PNG, WebP or JPEG files; give another folder.")
+    return found
+
+
+def header(path: Path) -> Image.Image:
+    """Its pixels are read when they are asked for. Raises TrainingError."""
+    try:
+        return Image.open(path)
+    except OSError as error:
+        raise settings.TrainingError(f"{path} cannot be read ({error}); take it away or save it again.") from error
+
+
+def read(path: Path, mode: str) -> Image.Image:
+    """The way up that its camera says. mode: Pillow's. Raises TrainingError."""
+    return ImageOps.exif_transpose(header(path)).convert(mode)
+
+
+def check_sizes(paths: Iterable[Path], option: str) -> None:
+    """Raises TrainingError for images that belong together and have not one size."""
+    sizes = {path: header(path).size for path in paths}
+    if len(set(sizes.values())) > 1:
+        words = ", ".join(f"{path} has {width}×{height}" for path, (width, height) in sizes.items())
+        raise settings.TrainingError(f"--{option}: images of one name need one size, and {words}; scale one of them.")
