@@ -114,6 +114,15 @@ def predict(
     return unpack(found, height)
 
 
+def linear_layers(model: nn.Module) -> list[str]:
+    """The names of those in its blocks, but for what modulates: where low-rank terms go."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "transformer_blocks." in name and ".norm" not in name
+    ]
+
+
 def pack(latent: Tensor) -> Tensor:
     """[B,C,h,w] -> tokens [B,(h/2)(w/2),4C], as Flux sees latents."""
     return rearrange(latent, "b c (h down) (w across) -> b (h w) (c down across)", down=PATCH, across=PATCH)

@@ -44,12 +44,18 @@ def truth_of(scene: renderer.Scene) -> tuple[torch.Tensor, ...]:
     return layering.composite(colour, behind, alpha), colour, behind, alpha
 
 
-@torch.inference_mode()
-def measure(seeds: range) -> dict[str, dict[str, list[float]]]:
+def opened() -> tuple:
+    """The family, the classifier, the inpainting model and the decomposer."""
     family, judge = Family(), oracle.load()
     mini_family.register(decomposer.UNETS)
     model = comfy.sd.load_diffusion_model(str(MODELS / "diffusion_models" / "strata_mini_inpaint.safetensors"))
     loaded = layer_files.load(FILE, decomposer.Decomposer)
+    return family, judge, model, loaded
+
+
+@torch.inference_mode()
+def measure(seeds: range) -> dict[str, dict[str, list[float]]]:
+    family, judge, model, loaded = opened()
     found: dict[str, dict[str, list[float]]] = {}
     shown = []
     for seed in seeds:

@@ -7,15 +7,14 @@ colour that is still in the background, in percent: 0 is gone, 100 is all of it.
 
 from __future__ import annotations
 
-import comfy.sd
 import torch
 import torch.nn.functional as F
-from figures_decompose import FILE, STEPS, scene_of, truth_of
-from mini_models import MODELS, OUTPUT, Family
+from figures_decompose import STEPS, opened, scene_of, truth_of
+from mini_models import OUTPUT
 from strata.nodes.decompose import METHODS, MatteForeground
-from strata.patches import decomposer, detection, layer_files, mini_family
+from strata.patches import decomposer, detection
 from strata.techniques import metrics
-from strata.training import loop, oracle
+from strata.training import loop
 
 COUNT, SAMPLE = 16, 0  # a quarter of an hour; figures_decompose.py has the sample of the same pipeline
 FROM = 1100  # behind the seeds of figures_decompose.py
@@ -62,10 +61,7 @@ def alphas_of(image: torch.Tensor, alpha: torch.Tensor) -> dict[str, torch.Tenso
 
 @torch.inference_mode()
 def measure(seeds: range) -> dict[str, dict[str, list[float]]]:
-    family, judge = Family(), oracle.load()
-    mini_family.register(decomposer.UNETS)
-    model = comfy.sd.load_diffusion_model(str(MODELS / "diffusion_models" / "strata_mini_inpaint.safetensors"))
-    loaded = layer_files.load(FILE, decomposer.Decomposer)
+    family, judge, model, loaded = opened()
     found: dict[str, dict[str, list[float]]] = {}
     for start in range(seeds.start, seeds.stop, AT_ONCE):
         scenes = [scene_of(seed) for seed in range(start, min(start + AT_ONCE, seeds.stop))]

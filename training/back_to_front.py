@@ -53,7 +53,7 @@ class Branches(nn.Module):
         super().__init__()
         self.guidance, kept = guidance, loop.shared(base)
         transformer = copy.deepcopy(base, dict(kept)).requires_grad_(False)
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=_targets(transformer))
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=flux.linear_layers(transformer))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # there are two, on purpose
             for branch in CONTENT:
@@ -97,15 +97,6 @@ def _miss_no_base(model: nn.Module, keys) -> None:
 
 def _own_adapter(module: nn.Module, args: tuple, given: dict) -> tuple:
     return args, {**given, "adapter_names": list(CONTENT) * (len(args[0]) // 2)}
-
-
-def _targets(transformer: nn.Module) -> list[str]:
-    """Every linear layer of the blocks but those that modulate."""
-    return [
-        name
-        for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and "transformer_blocks." in name and ".norm" not in name
-    ]
 
 
 class Reading:

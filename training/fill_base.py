@@ -78,14 +78,9 @@ def load(config: dict) -> Base:
 def _mini() -> Base:
     encoder, autoencoder = published.checkpoint()
 
-    def transformer() -> nn.Module:
-        model = flux.build(settings.family()["flux"])
-        model.load_state_dict(flux.diffusers_form(published.read(settings.MODELS / published.FLUX_FILL)[0]))
-        return model.requires_grad_(False)  # so it is no part of a checkpoint, and a later base goes on with that
-
     rgba = rgba_autoencoder.build("published").eval().requires_grad_(False)
     words = flux_fill.Words(encoder, settings.family()["flux_tokens"])
-    return Base(MINI, autoencoder, rgba, lambda captions, folder: words, transformer, "GPL-3.0, as the pack")
+    return Base(MINI, autoencoder, rgba, lambda captions, folder: words, published.flux_fill, "GPL-3.0, as the pack")
 
 
 def _given(config: dict, name: str) -> Path:

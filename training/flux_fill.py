@@ -284,7 +284,7 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
 
     model = build(config)
     if config["start"] == "published":
-        model.load_state_dict(flux.diffusers_form(published.read(settings.MODELS / published.FLUX_FILL)[0]))
+        model.load_state_dict(published.flux_fill().state_dict())
     elif config["start"] and not (folder / "last").exists():
         loop.start_from(model, folder.parent / config["start"] / "model.safetensors")
     return loop.fit(model, loss, validate, config, folder, minutes, save_every)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..networks import flux
 from ..networks.autoencoder import Autoencoder
 from ..networks.text_to_image import TextToImage
 from . import settings, text
@@ -33,6 +34,13 @@ def checkpoint(models: Path = settings.MODELS) -> tuple[TextToImage, Autoencoder
     model.load_state_dict({key: state[key] for key in model.state_dict()})
     autoencoder.load_state_dict({key: state[f"first_stage_model.{key}"] for key in autoencoder.state_dict()})
     return model.eval().requires_grad_(False), autoencoder.eval().requires_grad_(False)
+
+
+def flux_fill() -> nn.Module:
+    """The Flux-Fill in diffusers' class, frozen. Raises TrainingError when there is none."""
+    model = flux.build(settings.family()["flux"])
+    model.load_state_dict(flux.diffusers_form(read(settings.MODELS / FLUX_FILL)[0]))
+    return model.requires_grad_(False)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

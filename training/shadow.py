@@ -94,11 +94,7 @@ class Shadow(nn.Module):
 
         super().__init__()
         self.transformer = copy.deepcopy(base).requires_grad_(False)
-        targets = [
-            name
-            for name, module in self.transformer.named_modules()
-            if isinstance(module, nn.Linear) and "transformer_blocks." in name and ".norm" not in name
-        ]
+        targets = flux.linear_layers(self.transformer)
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), self.transformer)
         old = self.transformer.x_embedder
         further = 2 * base.config.out_channels  # the object on white, and its mask as often as a latent has channels
@@ -160,9 +156,11 @@ def sample(model: Shadow, plain: Tensor, alpha: Tensor, steps: int, seeds: Seque
 
 def build(config: dict) -> Shadow:
     torch.manual_seed(config["seed"])
-    base = flux.build(settings.family()["flux"])
-    base.load_state_dict(flux.diffusers_form(published.read(settings.MODELS / published.FLUX_FILL)[0]))
-    return Shadow(base, config["rank"], Words(published.checkpoint()[0], settings.family()["flux_tokens"])([CAPTION]))
+    return Shadow(
+        published.flux_fill(),
+        config["rank"],
+        Words(published.checkpoint()[0], settings.family()["flux_tokens"])([CAPTION]),
+    )
 
 
 def load(folder: Path) -> Shadow:

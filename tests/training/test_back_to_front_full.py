@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from strata.networks import flux
 from strata.training import back_to_front, fill_base, latent_composition
 
+from .installed import train
+
 PACK = Path(__file__).resolve().parents[2]
-KEPT = ("__init__.py", "training", "networks", "techniques", "scenes", "models_config", "formats", "nodes", "patches")
 KL_WIDTHS = (32, 32, 64, 64)
 SHAPE = json.loads(fill_base.CONFIG.read_text())[fill_base.FLUX]["transformer"]
 
@@ -121,12 +122,6 @@ def trained(tmp_path_factory):
     write_autoencoders(root / "ae.safetensors", root / "rgba.safetensors")
     write_encoders(root / "encoders")
     write_images(root / "images", 3)
-    pack = root / "custom_nodes" / "ComfyUI-Strata"
-    for name in KEPT:
-        source = PACK / name
-        copy = shutil.copytree if source.is_dir() else shutil.copy
-        pack.mkdir(parents=True, exist_ok=True)
-        copy(source, pack / name)
     folder = root / "runs" / "latent_composition"
     folder.mkdir(parents=True)
     config = {"base": "base.safetensors", "widths": [32, 32], "channels": 16}
@@ -139,10 +134,7 @@ def trained(tmp_path_factory):
     given += ["--text-encoders", root / "encoders", "--folder", run]
     small = ["side=32", "batch=1", "steps=2", "warmup=1", "held_out=1", "rank=4", "shared_rank=4", "text_tokens=4"]
     words = [word for value in (*small, "learning_rate=0.01") for word in ("--set", value)]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("STRATA_")}
-    command = [sys.executable, "-m", "training", "back_to_front", *map(str, given), *words]
-    done = subprocess.run(command, cwd=pack, env=environment, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    train(root, "back_to_front", *given, *words)
     yield run
     shutil.rmtree(root)
 

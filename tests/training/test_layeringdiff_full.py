@@ -16,6 +16,8 @@ from strata.networks import decomposer as networks
 from strata.training import base as bases
 from strata.training import layeringdiff
 
+from .installed import train
+
 pytestmark = pytest.mark.slow
 PACK = Path(__file__).resolve().parents[2]
 SHAPE = {  # ComfyUI's words for both UNets
@@ -25,7 +27,6 @@ SHAPE = {  # ComfyUI's words for both UNets
     "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
     "transformer_depth_middle": 1,
 }
-KEPT = ("__init__.py", "training", "networks", "techniques", "scenes", "models_config", "formats", "nodes", "patches")
 
 
 def checkpoint(path: Path, family: str) -> None:
@@ -76,21 +77,10 @@ def trained(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("full")
     base = root / "base.safetensors"
     checkpoint(base, request.param)
-    pack = root / "custom_nodes" / "ComfyUI-Strata"
-    for name in KEPT:
-        source = PACK / name
-        copy = shutil.copytree if source.is_dir() else shutil.copy
-        pack.mkdir(parents=True, exist_ok=True)
-        copy(source, pack / name)
     small = ["side=64", "pairs=40", "batch=1", "steps=2", "warmup=1", "sampling_steps=1", "rank=4"]
     small += ["alignment_pairs=2", "alignment_crop=32", "alignment_batch=1", "alignment_steps=2"]
     changes = [word for value in small for word in ("--set", value)]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("STRATA_")}
-    command = ["-m", "training", "layeringdiff", "--base", base, "--folder", root / "run", *changes]
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=pack, env=environment, text=True, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    train(root, "layeringdiff", "--base", base, "--folder", root / "run", *changes)
     yield request.param, base, root / "run"
     shutil.rmtree(root)
 
