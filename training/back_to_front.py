@@ -254,7 +254,7 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
 def write(folder: Path, model: nn.Module, config: dict, base: fill_base.Base) -> None:
     """The file that users load."""
     path = folder / FILE
-    config = {key: Path(value).name if isinstance(value, str) else value for key, value in config.items()}
+    config = export.without_folders(config)
     learnt = " and ".join(config[key] for key in ("foregrounds", "composites") if config.get(key))
     about = export.describe(
         "back_to_front" if config["stage"] == 1 else "back_to_front_real",

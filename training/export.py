@@ -58,13 +58,19 @@ def _holds(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> bo
     )
 
 
+def without_folders(config: dict) -> dict:
+    return {key: Path(value).name if isinstance(value, str) else value for key, value in config.items()}
+
+
 def describe(what: str, folder: Path, config: dict, data: str) -> dict[str, str]:
-    """Metadata of a run in that folder: command, config, data, steps, the last row of its metrics, licence."""
+    """Metadata of a run in that folder: command, config, data, steps, the last row of its metrics, licence. Files and
+    folders are named without their place: nobody else has it, and it may tell whose machine it was.
+    """
     with open(folder / "metrics.csv", newline="") as file:
         metrics = list(csv.DictReader(file))[-1]
     return {
         "command": f"python -m training {what}",
-        "config": json.dumps(config),
+        "config": json.dumps(without_folders(config)),
         "data": data,
         "steps": metrics.pop("step"),
         "metrics": json.dumps({key: round(float(value), 5) for key, value in metrics.items()}),

@@ -138,3 +138,11 @@ def test_the_classifier_takes_pictures_of_any_size(size):
         assert torch.allclose(
             model.features(flat), model.features(flat[:, :, :1, :1].expand(1, 3, size[0], size[0])), rtol=0, atol=1e-4
         )
+
+
+def test_a_file_does_not_tell_the_folders_of_the_machine_that_trained_it(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,loss\n7,0.5\n")
+    config = {"base": str(tmp_path / "base.safetensors"), "foregrounds": str(tmp_path / "cut outs"), "side": 64}
+    told = export.describe("layeringdiff", tmp_path, config, "pairs")
+    assert json.loads(told["config"]) == {"base": "base.safetensors", "foregrounds": "cut outs", "side": 64}
+    assert str(tmp_path) not in json.dumps(told) and told["steps"] == "7"
