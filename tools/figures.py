@@ -104,7 +104,7 @@ def page(table: dict) -> str:
             "| figure | " + " | ".join(columns) + " |",
             "|---" * (len(columns) + 1) + "|",
         ]
-        for figure in entry["figures"][columns[0]]:
+        for figure in dict.fromkeys(figure for column in columns for figure in entry["figures"][column]):
             lines.append(
                 f"| {figure} | " + " | ".join(shown(entry["figures"][column].get(figure)) for column in columns) + " |"
             )

@@ -1,5 +1,6 @@
 """The shipped Flux-Fill through ComfyUI's own loader, nodes and sampler: an object asked for in a box of an empty
-place, beside the truth through the autoencoder and beside the first generation's inpainting model.
+place, beside the truth through the autoencoder and beside the first generation's inpainting model; and whole images
+from words, beside the first generation's. At 128 pixels; figures_flux_large.py is at 256.
 """
 
 from __future__ import annotations
@@ -24,27 +25,28 @@ MODELS_OF = {
     "Flux-Fill": ("strata_mini_flux_fill.safetensors", 3.0, "euler", "simple"),
     "inpaint": ("strata_mini_inpaint.safetensors", 4.0, "euler", "normal"),
 }
+WORDS = "text to image"
 FIRST = 10**6  # behind the scenes of training
 
 
-def scene_of(seed: int) -> renderer.Scene:
+def scene_of(seed: int, side: int) -> renderer.Scene:
     """One object in a place; every third pair is one that training has never seen."""
     known = [entry.name for entry in renderer.catalogue().values() if not entry.held_out]
     pairs = [(name, kind) for name in known for kind in renderer.KINDS]
     chosen = [pair for pair in pairs if renderer.is_held_out(*pair) == (seed % 3 == 0)]
     name, kind = chosen[seed * 7919 % len(chosen)]
-    return renderer.render(renderer.Request(kind, (name,)), SIDE, SIDE, FIRST + seed)
+    return renderer.render(renderer.Request(kind, (name,)), side, side, FIRST + seed)
 
 
-def measure(seeds: range) -> dict[str, dict[str, list[float]]]:
+def measure(seeds: range, side: int = SIDE) -> dict[str, dict[str, list[float]]]:
     family, judge = Family(), oracle.load()
-    scenes = [scene_of(seed) for seed in seeds]
+    scenes = [scene_of(seed, side) for seed in seeds]
     rngs = [np.random.default_rng((seed, 5)) for seed in seeds]
     boxes = [flux_fill.object_box(scene.objects[0], rng) for scene, rng in zip(scenes, rngs, strict=True)]
     truth = torch.cat(
         [picture(flux_fill.without_shadow_outside(scene, 0, box)) for scene, box in zip(scenes, boxes, strict=True)]
     )
-    masks = torch.zeros(len(scenes), 1, SIDE, SIDE)
+    masks = torch.zeros(len(scenes), 1, side, side)
     for mask, (left, top, right, bottom) in zip(masks, boxes, strict=True):
         mask[:, top:bottom, left:right] = 1
     ceiling = family.vae.decode(family.vae.encode(truth.movedim(1, -1))).movedim(-1, 1)
@@ -56,13 +58,12 @@ def measure(seeds: range) -> dict[str, dict[str, list[float]]]:
             [fill(family, settings, scene, mask, seed) for scene, mask, seed in zip(scenes, masks, seeds, strict=True)]
         )
         shown = torch.stack([truth[:32], images[column][:32]], 1).flatten(0, 1)
-        loop.save_grid(OUTPUT / f"{column}.png", shown, 8)
+        loop.save_grid(OUTPUT / f"{column}, {side}.png", shown, 8)
     background = torch.cat([picture(scene.background) for scene in scenes])
+    asked = [scene.kind for scene in scenes], [[scene.objects[0].name] for scene in scenes]
     found = {}
     for column, made in images.items():
-        place, right = judge.text_agreement(
-            made, [scene.kind for scene in scenes], [[scene.objects[0].name] for scene in scenes]
-        )
+        place, right = judge.text_agreement(made, *asked)
         unseen = torch.tensor([seed % 3 == 0 for seed in seeds])
         edge, lines = steps(made, boxes, seeds)
         found[column] = {
@@ -73,6 +74,12 @@ def measure(seeds: range) -> dict[str, dict[str, list[float]]]:
             "step across the box's edge": edge,
             "step across other lines": lines,
         }
+    for column in ("Flux-Fill", WORDS):
+        made = torch.cat([from_words(family, column, scene, seed) for scene, seed in zip(scenes, seeds, strict=True)])
+        place, right = judge.text_agreement(made, *asked)
+        figures = {"object, from words alone": right.tolist(), "place, from words alone": place.tolist()}
+        found[column] = found.get(column, {}) | figures
+        loop.save_grid(OUTPUT / f"{column} from words, {side}.png", made[:32], 8)
     return found
 
 
@@ -86,6 +93,23 @@ def fill(family: Family, settings: tuple, scene: renderer.Scene, mask: torch.Ten
         family.text(scene.objects[0].prompt), family.negative, image, family.vae, mask, noise_mask=False
     )
     (sampled,) = comfyui_nodes.common_ksampler(model, seed, STEPS, cfg, sampler, scheduler, positive, negative, latent)
+    return family.vae.decode(sampled["samples"]).movedim(-1, 1)
+
+
+@torch.no_grad()
+def from_words(family: Family, column: str, scene: renderer.Scene, seed: int) -> torch.Tensor:
+    """[1,3,S,S] of the scene's own sentence."""
+    side, words = len(scene.background), family.text(scene.prompt)
+    if column == WORDS:
+        latent = {"samples": torch.zeros(1, 4, side // 8, side // 8)}
+        run = (4.0, "dpmpp_2m", "karras", words, family.negative, latent)
+        model = family.model
+    else:
+        file, *run = MODELS_OF[column]
+        empty = torch.full((1, side, side, 3), 0.5), family.vae, torch.ones(1, side, side)
+        run += comfyui_nodes.InpaintModelConditioning().encode(words, family.negative, *empty, noise_mask=False)
+        model = _load(file)
+    (sampled,) = comfyui_nodes.common_ksampler(model, seed, STEPS, *run)
     return family.vae.decode(sampled["samples"]).movedim(-1, 1)
 
 
@@ -106,8 +130,8 @@ def steps(images: torch.Tensor, boxes: list, seeds: range) -> tuple[list[float],
             (image.diff(dim=2).abs().mean(0), (left, right), slice(top, bottom)),
             (image.diff(dim=1).abs().mean(0).T, (top, bottom), slice(left, right)),
         ):
-            own += [turned[along, at - 1] for at in across if 0 < at < SIDE]
-            places = torch.randint(0, SIDE - 1, (16,), generator=rng).tolist()
+            own += [turned[along, at - 1] for at in across if 0 < at < image.shape[-1]]
+            places = torch.randint(0, image.shape[-1] - 1, (16,), generator=rng).tolist()
             rest += [turned[along, at] for at in places if at + 1 not in across]
         edge.append(torch.cat(own).mean().item() if own else float("nan"))
         other.append(torch.cat(rest).mean().item())

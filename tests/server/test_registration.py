@@ -2,6 +2,7 @@
 rely on.
 """
 
+import io
 import json
 import logging
 import re
@@ -11,6 +12,7 @@ import host
 import node_files
 import pytest
 import strata
+from PIL import Image
 
 
 def test_ids_inputs_order_and_outputs_are_as_recorded(comfy):
@@ -44,6 +46,16 @@ def test_the_locale_file_is_current_and_served(comfy):
     assert json.loads(node_files.LOCALE.read_text(encoding="utf-8")) == expected
     served = comfy.get("/i18n").json()["en"]["nodeDefs"]
     assert {name: served[name] for name in expected} == expected
+
+
+def test_the_template_browser_finds_every_workflow_with_its_picture(comfy):
+    """tools/thumbnails.py makes the pictures."""
+    there = {path.stem for path in (host.PACK / "workflows").glob("*.json")}
+    assert set(comfy.get("/workflow_templates").json()[host.PACK_NAME]) == there
+    for name in there:
+        with Image.open(io.BytesIO(comfy.get(f"/api/workflow_templates/{host.PACK_NAME}/{name}.jpg").content)) as image:
+            assert min(image.size) >= 128, name
+    assert {path.stem for path in (host.PACK / "workflows").glob("*.jpg")} == there
 
 
 def test_nothing_about_the_pack_in_the_log(comfy):

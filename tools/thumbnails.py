@@ -1,0 +1,67 @@
+"""The picture beside each workflow, which ComfyUI's template browser shows: what the workflow made, or the graph itself
+where it needs models that nobody has here (of those `make test` leaves screenshots in output/browser).
+
+    python tools/host.py exec tools/thumbnails.py [NAME ...]
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import demo
+import host
+import run
+from PIL import Image, ImageOps
+
+WORKFLOWS = host.PACK / "workflows"
+SCREENSHOTS = host.PACK / "output" / "browser"
+SIDE, GAP = 384, 4
+CANVAS = (60, 190, 1600, 1110)  # of a window of 1600 × 1400, without the frontend's own bars and its map
+QUALITY = 80
+
+
+def collage(images: list[Image.Image]) -> Image.Image:
+    """The last ones, up to four, in a square; things that are partly transparent lie on a checkerboard."""
+    images = images[-4:] if len(images) != 3 else images[-2:]
+    across, down = {1: (1, 1), 2: (2, 1)}.get(len(images), (2, 2))
+    size = ((SIDE - GAP * (across - 1)) // across, (SIDE - GAP * (down - 1)) // down)
+    sheet = Image.new("RGB", (SIDE, SIDE if down == across else size[0]), "white")
+    for place, image in enumerate(images):
+        image = ImageOps.fit(image, (size[0], size[1] if down == across else size[0]), Image.Resampling.LANCZOS)
+        image = Image.alpha_composite(demo.checkerboard(image.size), image).convert("RGB")
+        sheet.paste(image, (place % across * (size[0] + GAP), place // across * (size[1] + GAP)))
+    return sheet
+
+
+def graph_of(shot: Image.Image) -> Image.Image:
+    """The nodes alone, of a screenshot of the whole window."""
+    canvas = shot.crop(CANVAS)
+    nodes = canvas.convert("L").point(lambda value: 255 * (value > 30)).getbbox()
+    return ImageOps.pad(canvas.crop(nodes), (SIDE, SIDE * 2 // 3), Image.Resampling.LANCZOS, color="#151515")
+
+
+def main(names: list[str]) -> int:
+    found = host.find_or_install()
+    base = host.PACK / "output" / "comfyui"
+    host.copy_inputs(found, base)
+    with host.Server(found, base) as server, tempfile.TemporaryDirectory() as out:
+        client = run.Client(server.url)
+        for path in sorted(WORKFLOWS.glob("*.json")):
+            if names and path.stem not in names:
+                continue
+            try:
+                files = run.run_file(client, path, [], Path(out) / path.stem, sys.stderr.isatty())
+                image = collage([image for file in files for _, image in demo.pictures(Path(file))])
+            except run.RunError as error:
+                print(f"{path.stem}: the graph itself ({str(error)[:100]})")
+                with Image.open(SCREENSHOTS / f"{path.stem}_canvas.png") as shot:
+                    image = graph_of(shot.convert("RGB"))
+            image.save(path.with_suffix(".jpg"), quality=QUALITY, optimize=True)
+            print(path.with_suffix(".jpg"), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
