@@ -20,7 +20,7 @@ from ..networks.back_to_front import CONTENT, OUT, Sharing
 from ..techniques import back_to_front as formulas
 from ..techniques import diffusion
 from . import base as bases
-from . import export, fill_base, latent_composition, layered_images, loop, settings
+from . import export, fill_base, latent_composition, layered_images, loop, published, settings
 from .fill_base import Words
 from .layered_scenes import Batch
 
@@ -127,23 +127,30 @@ class Reading:
         return found + self.sharing.added(rearrange(messages, "b h t c -> b t (h c)"))
 
 
+def published_key(key: str) -> str:
+    """The released name of a learnt weight of Branches."""
+    if key.startswith("transformer."):
+        return key.removeprefix("transformer.")
+    place, end = key.removeprefix("sharing.").split(".", 1)
+    kind, number = place.split("_")
+    block = f"{networks.BLOCKS[kind]}.{number}"
+    if end == "mix.weight":
+        return f"{block}.conv1n.weight"
+    _, layer, source, part, _ = end.split(".")
+    layer = OUT if layer == "to_out" else layer
+    return f"{block}.attn1n.{layer}.lora_{'A' if part == 'down' else 'B'}.{source}.weight"
+
+
 def published_form(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of Branches under the released key names."""
-    found = {}
-    for key, value in state.items():
-        if key.startswith("transformer.") and ".lora_" in key:
-            found[key.removeprefix("transformer.")] = value
-        elif key.startswith("sharing."):
-            place, end = key.removeprefix("sharing.").split(".", 1)
-            kind, number = place.split("_")
-            block = f"{networks.BLOCKS[kind]}.{number}"
-            if end == "mix.weight":
-                found[f"{block}.conv1n.weight"] = value
-            else:
-                _, layer, source, part, _ = end.split(".")
-                layer = OUT if layer == "to_out" else layer
-                found[f"{block}.attn1n.{layer}.lora_{'A' if part == 'down' else 'B'}.{source}.weight"] = value
-    return found
+    return {published_key(key): value for key, value in state.items() if learns(key)}
+
+
+def from_published(model: Branches, weights: dict[str, Tensor]) -> None:
+    """What published_form gives, back into the model."""
+    model.load_state_dict(
+        {key: weights[published_key(key)] for key in model.state_dict() if learns(key)}, strict=False
+    )
 
 
 def pairs(*rows: Tensor) -> Tensor:
@@ -213,9 +220,9 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
     from accelerate import PartialState
 
     base, scenes = fill_base.load(config), folder.parent / "scenes"
-    start = folder.parent / config["start"] / "model.safetensors" if config["start"] else None
-    fresh = start and not (folder / "last").exists()
-    if fresh and not start.exists():
+    fresh = config["start"] and not (folder / "last").exists()
+    start = folder.parent / str(config["start"]) / "model.safetensors"
+    if fresh and config["start"] != "published" and not start.exists():
         raise settings.TrainingError(
             f"{start} is missing; train stage 1 there first: python -m training back_to_front."
         )
@@ -243,7 +250,9 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
         return report
 
     model = build(config, base)
-    if fresh:
+    if fresh and config["start"] == "published":
+        from_published(model, published.read(settings.MODELS / published.BACK_TO_FRONT)[0])
+    elif fresh:
         model.load_state_dict(load_file(start), strict=False)
     trained = loop.fit(model, loss, validate, config, folder, minutes, save_every)
     if base.family != fill_base.MINI and PartialState().is_main_process:  # `publish` writes the mini family's

@@ -23,6 +23,7 @@ from .autoencoder import Joined
 from .cutouts import HELD_OUT, CutOuts, checkerboard
 
 SHADOW = 1 / 16  # alpha from which on a pixel counts as shadow
+WEIGHTED = ("square", "gradient", "overlap", "hidden_colour", "latent", "range")
 BACKGROUNDS = 8  # over which held-out objects are laid
 
 
@@ -49,11 +50,13 @@ def losses(
 ) -> dict[str, Tensor]:
     """What is minimised, and its parts.
 
-    decoded, rgba: [B,4,H,W] straight; below: [B,3,H,W] of backgrounds. latent, known: of the opaque images among them,
-    from this encoder and from the one of colours. Colours count where they are seen, and hidden ones a little.
+    decoded, rgba: [B,4,H,W] straight; below: [B,3,H,W] of backgrounds. latent: [B,C,h,w]; known: [K,C,h,w] of the last
+    ones, which are opaque, from the encoder of colours. Colours count where they are seen, and hidden ones a little.
+    Latents beyond `range` are drawn back, or alpha would stand out of the noise long before the colours do, and a
+    diffusion model of these latents would choose an outline before it knows what it draws.
     Source: alphavae, the expectation of the squared error over random backgrounds, with an own term for alpha
     Differs: absolute and gradient differences over scenes in place of LPIPS and of a discriminator; latents that stay
-    those of the autoencoder of colours in place of a KL term.
+    those of the autoencoder of colours, and in a range, in place of a KL term.
     """
     shown, wanted = over(decoded, below), over(rgba, below)
     alpha, true = decoded[:, 3:], rgba[:, 3:]
@@ -64,11 +67,10 @@ def losses(
         "alpha": (alpha - true).abs().mean(),
         "overlap": 1 - metrics.alpha_iou(alpha.clamp(0, 1), true).mean(),
         "hidden_colour": ((decoded[:, :3] - rgba[:, :3]).abs() * (1 - true)).mean(),
-        "latent": (latent - known).square().mean(),
+        "latent": (latent[-len(known) :] - known).square().mean(),
+        "range": (latent.abs() - config["range"]).clamp_min(0).square().mean(),
     }
-    weighted = [
-        config[f"{name}_weight"] * terms[name] for name in ("square", "gradient", "overlap", "hidden_colour", "latent")
-    ]
+    weighted = [config[f"{name}_weight"] * terms[name] for name in WEIGHTED]
     return {"loss": terms["l1"] + terms["alpha"] + sum(weighted), **terms}
 
 
@@ -97,7 +99,7 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
         latent, decoded = model(given.contiguous(memory_format=torch.channels_last))
         with torch.no_grad():
             known = first.to(device).encode(image)
-        return losses(config, decoded, rgba, torch.cat([image.roll(1, 0)] * 3), latent[-len(image) :], known)
+        return losses(config, decoded, rgba, torch.cat([image.roll(1, 0)] * 3), latent, known)
 
     check = Check(config["side"], large, standing, first, HELD_OUT)
 

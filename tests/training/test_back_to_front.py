@@ -14,6 +14,7 @@ from strata.training import (
     command,
     latent_composition,
     layered_scenes,
+    loop,
     published,
     rgba_autoencoder,
     settings,
@@ -184,12 +185,13 @@ def test_each_stage_moves_its_own_and_the_losses_are_the_formulas(base, pool, wo
 
 
 def test_both_stages_learn_eight_scenes(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "SHOW_EVERY", 6)
     monkeypatch.setattr(back_to_front, "build", lambda config, root: back_to_front.Branches(base, 4, 2))
-    compose = config_of("latent_composition", steps=40, widths=[32, 32])
+    compose = config_of("latent_composition", steps=4, widths=[32, 32])
     latent_composition.train(compose, tmp_path / "latent_composition", None, 1e9)
     with pytest.raises(settings.TrainingError, match="train it first: python -m training latent_composition"):
         latent_composition.load(tmp_path / "nothing", "Strata mini")
-    first = config_of("back_to_front", steps=40, learning_rate=3e-3)
+    first = config_of("back_to_front", steps=18, learning_rate=4e-3)
     model = back_to_front.train(first, tmp_path / "back_to_front", None, 1e9)
     rows = (tmp_path / "back_to_front" / "loss.csv").read_text().splitlines()
     loss = [float(row.split(",")[2]) for row in rows[1:]]
@@ -198,6 +200,9 @@ def test_both_stages_learn_eight_scenes(base, tmp_path, monkeypatch):
     second = config_of("back_to_front_real", steps=4)
     back_to_front.train(second, tmp_path / "back_to_front_real", None, 1e9)
     weights = back_to_front.published_form(model.state_dict())
+    fresh = back_to_front.Branches(base, 4, 2)
+    back_to_front.from_published(fresh, weights)  # a published file can be learnt on from
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in fresh.state_dict().items())
     file = networks.recognise("bfs", weights, {})
     assert not file.unknown and file.pairing == "paper" and len(file.sharing) == 6
     assert {len(own) for own in file.content.values()} == {2 * 8 + 6 * 2}
