@@ -148,9 +148,7 @@ def published_form(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def from_published(model: Branches, weights: dict[str, Tensor]) -> None:
     """What published_form gives, back into the model."""
-    model.load_state_dict(
-        {key: weights[published_key(key)] for key in model.state_dict() if learns(key)}, strict=False
-    )
+    model.load_state_dict({key: weights[published_key(key)] for key in model.state_dict() if learns(key)}, strict=False)
 
 
 def pairs(*rows: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from strata.networks import flux
 from strata.patches import back_to_front, mini_family
 from strata.techniques import layering
 
-from . import test_mini_flux
+from . import byte_weights, test_mini_flux
 from .random_flux import HEADS, LAYOUTS, RANK, SHAPE, WIDTH, random_file
 
 registered, trained = test_mini_flux.registered, test_mini_flux.trained
@@ -47,7 +47,7 @@ def call():
 
 
 @torch.no_grad()
-def velocity(model, call):
+def velocity(model, call, control=None):
     """What the host's model predicts, by the clean latents that it returns."""
     model.pre_run()
     found = model.model.apply_model(
@@ -56,6 +56,7 @@ def velocity(model, call):
         c_concat=call["condition"],
         c_crossattn=call["text"],
         y=call["pooled"],
+        control=control,
         transformer_options={**model.model_options["transformer_options"], "wrappers": model.wrappers},
     )
     return (call["latent"] - found) / call["sigma"].clamp(min=1e-9).view(-1, 1, 1, 1)
@@ -335,6 +336,40 @@ def test_half_precision_is_near_the_exact_result(dtype, model, trained, call, tm
     found = velocity(back_to_front.apply(half, read(random_file("released", own=True))), call)
     moving = call["sigma"] > 0
     assert (found - exact)[moving].square().mean().sqrt() < 0.05 * exact[moving].std()
+
+
+@pytest.mark.parametrize("form", byte_weights.FORMS)
+def test_a_base_of_a_byte_gives_what_its_widened_weights_give(form, registered, trained, call):
+    coarse, exact = form(flux.host_form(trained.state_dict()))
+    before = {key: value.clone() for key, value in coarse.model.diffusion_model.state_dict().items()}
+    assert torch.float8_e4m3fn in {value.dtype for value in before.values()}
+    file, moving = read(random_file("released", own=True)), call["sigma"] > 0
+    widened = comfy.sd.load_diffusion_model_state_dict(exact)
+    found, wanted = (velocity(back_to_front.apply(base, file), call)[moving] for base in (coarse, widened))
+    plain = [velocity(base, call)[moving] for base in (coarse, widened)]
+    assert (wanted - plain[1]).std() > 0.1 * wanted.std()
+    host = (plain[0] - plain[1]).square().mean().sqrt()  # ComfyUI rounds more than the weights where they are scaled
+    assert (found - wanted).square().mean().sqrt() < 1e-4 + 2 * host and host < 0.01
+    after = coarse.model.diffusion_model.state_dict()
+    assert all(torch.equal(after[key].float(), value.float()) for key, value in before.items())
+
+
+def test_a_controlnet_acts_on_both_branches(model, call):
+    """What it adds to the blocks reaches each row as in a plain model, and goes into the messages."""
+    size, width = 2 * 3, SHAPE["hidden_size"]
+    torch.manual_seed(6)
+    adds = [torch.randn(4, size, width) for _ in range(SHAPE["depth"])]
+    control = {"input": adds, "output": [torch.randn(4, size, width) for _ in range(SHAPE["depth_single_blocks"])]}
+    off = back_to_front.apply(model, read(random_file("paper", mixed=False)))
+    on = back_to_front.apply(model, read(random_file("paper")))
+    assert torch.equal(velocity(off, call, control), velocity(model, call, control))
+    assert not torch.allclose(velocity(model, call, control), velocity(model, call), rtol=1e-2, atol=1e-2)
+    given = velocity(on, call, control)
+    assert not torch.allclose(given, velocity(off, call, control), rtol=1e-3, atol=1e-3)
+    lone = [add * torch.tensor([1.0, 0, 1, 0]).view(4, 1, 1) for add in adds]
+    own = {"input": lone, "output": []}  # on the composites alone
+    one, none = velocity(on, call, own), velocity(on, call)
+    assert not torch.allclose(one[1], none[1], rtol=1e-3, atol=1e-3), "the foreground reads what it did to its partner"
 
 
 def test_the_released_key_list_is_read_whole_at_fluxs_size():

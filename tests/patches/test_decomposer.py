@@ -19,6 +19,8 @@ from strata.techniques import layering
 from strata.training import base as bases
 from strata.training import layeringdiff
 
+from . import byte_weights
+
 INPAINT = MODELS / "diffusion_models" / "strata_mini_inpaint.safetensors"
 METADATA = {"base": bases.MINI, "prediction_type": "v_prediction"}
 pytestmark = pytest.mark.skipif(not INPAINT.exists(), reason="no trained weights: make mini")
@@ -94,44 +96,11 @@ def test_the_clean_estimate_is_diffusers_own(base, trained, loaded, model, layer
     assert torch.allclose(found, expected, rtol=0, atol=1e-3) and expected.std() > 0.1
 
 
-def rounded(weights: dict, scale_name: str, block: str = "") -> tuple[dict, dict]:
-    """The matrices below a block as fp8 with a scale each, by these names, and what they are to the digit."""
-    state, exact = dict(weights), dict(weights)
-    for key, value in weights.items():
-        if value.ndim == 2 and key.endswith(".weight") and block in key:
-            scale = value.abs().max() / 448
-            state[key] = (value / scale).to(torch.float8_e4m3fn)
-            state[key.replace(".weight", scale_name)], exact[key] = scale, state[key].float() * scale
-    return state, exact
-
-
-def cast(weights: dict):
-    """As Load diffusion model does with weight_dtype fp8_e4m3fn."""
-    exact = {key: value.to(torch.float8_e4m3fn).float() for key, value in weights.items()}
-    return comfy.sd.load_diffusion_model_state_dict(dict(weights), {"dtype": torch.float8_e4m3fn}), exact
-
-
-def scaled(weights: dict):
-    """A file of scaled fp8."""
-    state, exact = rounded(weights, ".scale_weight")
-    marked = {"scaled_fp8": torch.tensor([], dtype=torch.float8_e4m3fn)}
-    return comfy.sd.load_diffusion_model_state_dict(state | marked), exact
-
-
-def quantised(weights: dict):
-    """A file of layers that ComfyUI holds as quantised tensors."""
-    state, exact = rounded(weights, ".weight_scale", "transformer_blocks")
-    names = [key.removesuffix("_scale").removesuffix(".weight") for key in state if key.endswith("_scale")]
-    layers = {"layers": {name: {"format": "float8_e4m3fn"} for name in names}}
-    metadata = {"_quantization_metadata": json.dumps(layers)}
-    return comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata), exact
-
-
-@pytest.mark.parametrize("form", [cast, scaled, quantised])
+@pytest.mark.parametrize("form", byte_weights.FORMS)
 @torch.no_grad()
 def test_a_base_of_a_byte_gives_what_its_widened_weights_give(loaded, form):
     """ComfyUI rounds what it merges to the weights' own type, which would be half of what the adapters say."""
-    layer = "foreground" if form is cast else "background"
+    layer = "foreground" if form is byte_weights.cast else "background"
     coarse, exact = form({key: value.float() for key, value in comfy.utils.load_torch_file(str(INPAINT)).items()})
     before = {key: value.clone() for key, value in coarse.model.diffusion_model.state_dict().items()}
     assert torch.float8_e4m3fn in {value.dtype for value in before.values()}
