@@ -4,6 +4,7 @@ merged weights, row by row; and what a branch has of its own against merged mode
 
 from contextlib import ExitStack
 
+import comfy.model_management
 import comfy.ops
 import comfy.sample
 import comfy.sd
@@ -370,6 +371,26 @@ def test_a_controlnet_acts_on_both_branches(model, call):
     own = {"input": lone, "output": []}  # on the composites alone
     one, none = velocity(on, call, own), velocity(on, call)
     assert not torch.allclose(one[1], none[1], rtol=1e-3, atol=1e-3), "the foreground reads what it did to its partner"
+
+
+def test_a_lora_on_the_model_is_as_if_merged_into_its_file(model, trained, call, tmp_path):
+    """Of a single block, whose projections the branches use for what they read of each other."""
+    name = "single_blocks.1.linear1.weight"
+    state = flux.host_form(trained.state_dict())
+    torch.manual_seed(7)
+    up, down = torch.randn(len(state[name]), 2), 0.1 * torch.randn(2, WIDTH)
+    file, lora = read(random_file("paper")), model.clone()
+    lora.add_patches({f"diffusion_model.{name}": ("diff", (up @ down,))})
+    save_file({**state, name: state[name] + up @ down}, tmp_path / "merged.safetensors")
+    merged = comfy.sd.load_diffusion_model(str(tmp_path / "merged.safetensors"))
+    found = back_to_front.apply(lora, file)
+    comfy.model_management.load_models_gpu([found])
+    given, wanted = velocity(found, call), velocity(back_to_front.apply(merged, file), call)
+    comfy.model_management.unload_all_models()
+    plain = velocity(back_to_front.apply(model, file), call)
+    moving = call["sigma"] > 0
+    assert not torch.allclose(plain[moving], wanted[moving], rtol=1e-2, atol=1e-2)
+    assert torch.allclose(given[moving], wanted[moving], rtol=1e-3, atol=1e-4)
 
 
 def test_the_released_key_list_is_read_whole_at_fluxs_size():
