@@ -15,7 +15,6 @@ from .sampling import cfg_input, sampler_input, scheduler_input, seed_input, ste
 from .sockets import LayerModelFile, Node, schema
 
 NAMES = ["BFS", "back to front", "add object", "foreground", "flux fill"]
-NO_FILE = "no file in models/layer_model"
 
 
 class FillBackground(Node):
@@ -102,9 +101,10 @@ class BackToFront(LayerModelFile):
                 io.Model.Input("model", tooltip="A Flux-Fill model: flux1-fill-dev, or the mini family's."),
                 io.Combo.Input(
                     "file",
-                    options=layer_files.choices(layer_files.BackToFront) or [NO_FILE],
-                    tooltip="BFS's weights below models/layer_model, whatever the name; a .pt file is read without "
-                    "running what is in it.",
+                    options=layer_files.choices(layer_files.BackToFront),
+                    default=layer_files.BACK_TO_FRONT,
+                    tooltip="BFS's weights below models/layer_model, whatever the name: the mini family's, or your own "
+                    "for Flux-Fill. A .pt file is read without running what is in it.",
                 ),
                 io.Combo.Input(
                     "layout",

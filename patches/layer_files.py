@@ -22,17 +22,19 @@ KIND = transparency.CONFIG["folder"]
 PUBLISHED = {file["name"]: file["url"] for file in transparency.CONFIG["files"]}
 SHIPPED = "strata_mini_dreamlayer.safetensors"
 DECOMPOSER = "strata_mini_layeringdiff.safetensors"
+BACK_TO_FRONT = "strata_mini_back_to_front.safetensors"
 WANTED = {
     Transparency: "weights of LayerDiffuse; choose one of the files that the help page names",
     LayerModules: f"layer modules of DreamLayer; choose {SHIPPED} or a file that python -m training dreamlayer made",
-    BackToFront: "BFS's weights, trained_weights.pt of the released form or the same as safetensors",
+    BackToFront: f"BFS's weights; choose {BACK_TO_FRONT}, trained_weights.pt of the released form or the same as "
+    "safetensors",
     Decomposer: f"LayeringDiff's weights; choose {DECOMPOSER} or a file that python -m training layeringdiff made",
 }
 
 
 def choices(kind: type) -> list[str]:
     """The files of the folder, and the names of those that can be had: published ones, or the shipped one."""
-    known = {Transparency: PUBLISHED, Decomposer: [DECOMPOSER], LayerModules: [SHIPPED], BackToFront: []}[kind]
+    known = {Transparency: PUBLISHED, Decomposer: [DECOMPOSER], LayerModules: [SHIPPED], BackToFront: [BACK_TO_FRONT]}[kind]
     return list(dict.fromkeys([*folder_paths.get_filename_list(KIND), *known]))
 
 

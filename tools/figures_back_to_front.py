@@ -35,7 +35,7 @@ CLAIMS = [
     *((BFS, other, "darkness of the shadow, error") for other in (FILL, INPAINT)),
     *((FOUND, other, "extracted alpha") for other in (FORMULA, LAYERINGDIFF)),
 ]
-FILE = "strata_mini_back_to_front.safetensors"
+FILE = layer_files.BACK_TO_FRONT
 SIDE, STEPS = 128, 20
 FLOW = {"steps": STEPS, "cfg": 3.0, "sampler_name": "euler", "scheduler": "simple"}
 FIRST = 3 * 10**6  # behind the scenes of training

@@ -1,6 +1,6 @@
 """The shipped Flux-Fill through ComfyUI's own loader, nodes and sampler: an object asked for in a box of an empty
-place, beside the truth through the autoencoder and beside the first generation's inpainting model; and whole images
-from words, beside the first generation's. At 128 pixels; figures_flux_large.py is at 256.
+place, beside the truth through the autoencoder and beside the first generation's inpainting model. At 128 pixels;
+figures_flux_large.py is at 256, and figures_flux_words.py has whole images from words.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ MODELS_OF = {
     "Flux-Fill": ("strata_mini_flux_fill.safetensors", 3.0, "euler", "simple"),
     "inpaint": ("strata_mini_inpaint.safetensors", 4.0, "euler", "normal"),
 }
-WORDS = "text to image"
 FIRST = 10**6  # behind the scenes of training
 
 
@@ -60,10 +59,11 @@ def measure(seeds: range, side: int = SIDE) -> dict[str, dict[str, list[float]]]
         shown = torch.stack([truth[:32], images[column][:32]], 1).flatten(0, 1)
         loop.save_grid(OUTPUT / f"{column}, {side}.png", shown, 8)
     background = torch.cat([picture(scene.background) for scene in scenes])
-    asked = [scene.kind for scene in scenes], [[scene.objects[0].name] for scene in scenes]
     found = {}
     for column, made in images.items():
-        place, right = judge.text_agreement(made, *asked)
+        place, right = judge.text_agreement(
+            made, [scene.kind for scene in scenes], [[scene.objects[0].name] for scene in scenes]
+        )
         unseen = torch.tensor([seed % 3 == 0 for seed in seeds])
         edge, lines = steps(made, boxes, seeds)
         found[column] = {
@@ -74,12 +74,6 @@ def measure(seeds: range, side: int = SIDE) -> dict[str, dict[str, list[float]]]
             "step across the box's edge": edge,
             "step across other lines": lines,
         }
-    for column in ("Flux-Fill", WORDS):
-        made = torch.cat([from_words(family, column, scene, seed) for scene, seed in zip(scenes, seeds, strict=True)])
-        place, right = judge.text_agreement(made, *asked)
-        figures = {"object, from words alone": right.tolist(), "place, from words alone": place.tolist()}
-        found[column] = found.get(column, {}) | figures
-        loop.save_grid(OUTPUT / f"{column} from words, {side}.png", made[:32], 8)
     return found
 
 
@@ -87,7 +81,7 @@ def measure(seeds: range, side: int = SIDE) -> dict[str, dict[str, list[float]]]
 def fill(family: Family, settings: tuple, scene: renderer.Scene, mask: torch.Tensor, seed: int) -> torch.Tensor:
     """[1,3,S,S] as the sampler leaves it: nothing is pasted back."""
     file, cfg, sampler, scheduler = settings
-    model = _load(file)
+    model = load(file)
     image = torch.from_numpy(scene.background)[None]
     positive, negative, latent = comfyui_nodes.InpaintModelConditioning().encode(
         family.text(scene.objects[0].prompt), family.negative, image, family.vae, mask, noise_mask=False
@@ -96,25 +90,8 @@ def fill(family: Family, settings: tuple, scene: renderer.Scene, mask: torch.Ten
     return family.vae.decode(sampled["samples"]).movedim(-1, 1)
 
 
-@torch.no_grad()
-def from_words(family: Family, column: str, scene: renderer.Scene, seed: int) -> torch.Tensor:
-    """[1,3,S,S] of the scene's own sentence."""
-    side, words = len(scene.background), family.text(scene.prompt)
-    if column == WORDS:
-        latent = {"samples": torch.zeros(1, 4, side // 8, side // 8)}
-        run = (4.0, "dpmpp_2m", "karras", words, family.negative, latent)
-        model = family.model
-    else:
-        file, *run = MODELS_OF[column]
-        empty = torch.full((1, side, side, 3), 0.5), family.vae, torch.ones(1, side, side)
-        run += comfyui_nodes.InpaintModelConditioning().encode(words, family.negative, *empty, noise_mask=False)
-        model = _load(file)
-    (sampled,) = comfyui_nodes.common_ksampler(model, seed, STEPS, *run)
-    return family.vae.decode(sampled["samples"]).movedim(-1, 1)
-
-
 @cache
-def _load(file: str):
+def load(file: str):
     return comfy.sd.load_diffusion_model(str(MODELS / "diffusion_models" / file))
 
 
