@@ -163,7 +163,7 @@ class SampleForeground(Node):
                 io.Latent.Input("latent_image", tooltip="From Fill background: one pair for each latent."),
                 seed_input("The same seed gives the same images."),
                 steps_input("Number of steps; 50 as published."),
-                cfg_input(1.0, "1 for Flux, which has its guidance from FluxGuidance; 3 for the mini family."),
+                cfg_input(1.0, "1 for Flux, which has its guidance from FluxGuidance; 2 for the mini family."),
                 sampler_input("euler", "The sampler, as in KSampler."),
                 scheduler_input("simple", "Noise levels, as in KSampler."),
                 io.Combo.Input(

@@ -37,7 +37,8 @@ CLAIMS = [
 ]
 FILE = layer_files.BACK_TO_FRONT
 SIDE, STEPS = 128, 20
-FLOW = {"steps": STEPS, "cfg": 3.0, "sampler_name": "euler", "scheduler": "simple"}
+NOISE = "one each"
+FLOW = {"steps": STEPS, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple"}
 FIRST = 3 * 10**6  # behind the scenes of training
 DIFFERS = 0.06  # as in figures_layerfusion
 NEAR = 7  # pixels of the window around an object that its soft edge may reach
@@ -101,7 +102,7 @@ class Models:
         told = FillBackground.execute(words, self.family.negative, vae, background, case.box[:, 0], True).args
         given = {"composite": {"samples": vae.encode(case.image.movedim(1, -1))}} if extract else {}
         found = SampleForeground.execute(
-            model, *told, seed=case.seed, noise=next(iter(method.NOISE)), **FLOW, **given
+            model, *told, seed=case.seed, noise=NOISE, **FLOW, **given
         ).args
         composite, rgba = (one.decode(latent["samples"]) for one, latent in zip((vae, self.rgba), found, strict=True))
         return composite.movedim(-1, 1)[:, :3], rgba.movedim(-1, 1)

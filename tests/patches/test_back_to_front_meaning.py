@@ -1,12 +1,13 @@
 """BFS's figures: a sample of the shipped file's against the table of docs/figures.json."""
 
+import json
+
 import figures
 import figures_back_to_front
 import pytest
-from mini_models import LAYER_MODEL
 
 pytestmark = pytest.mark.skipif(
-    not (LAYER_MODEL / figures_back_to_front.FILE).exists(), reason="not trained: make mini"
+    "back_to_front" not in json.loads(figures.TABLE.read_text()), reason="still learning, and not measured"
 )
 
 
