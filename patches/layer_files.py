@@ -34,7 +34,8 @@ WANTED = {
 
 def choices(kind: type) -> list[str]:
     """The files of the folder, and the names of those that can be had: published ones, or the shipped one."""
-    known = {Transparency: PUBLISHED, Decomposer: [DECOMPOSER], LayerModules: [SHIPPED], BackToFront: [BACK_TO_FRONT]}[kind]
+    shipped = {Decomposer: DECOMPOSER, LayerModules: SHIPPED, BackToFront: BACK_TO_FRONT}
+    known = [shipped[kind]] if kind in shipped else PUBLISHED
     return list(dict.fromkeys([*folder_paths.get_filename_list(KIND), *known]))
 
 

@@ -101,9 +101,7 @@ class Models:
         words = self.family.text(case.front.prompt)
         told = FillBackground.execute(words, self.family.negative, vae, background, case.box[:, 0], True).args
         given = {"composite": {"samples": vae.encode(case.image.movedim(1, -1))}} if extract else {}
-        found = SampleForeground.execute(
-            model, *told, seed=case.seed, noise=NOISE, **FLOW, **given
-        ).args
+        found = SampleForeground.execute(model, *told, seed=case.seed, noise=NOISE, **FLOW, **given).args
         composite, rgba = (one.decode(latent["samples"]) for one, latent in zip((vae, self.rgba), found, strict=True))
         return composite.movedim(-1, 1)[:, :3], rgba.movedim(-1, 1)
 
