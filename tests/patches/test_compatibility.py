@@ -395,7 +395,7 @@ def page() -> dict[str, dict[str, str]]:
     """{node: {patch: outcome}} of the page's table, which has one row a patch."""
     rows = [
         [cell.strip() for cell in line.strip("|\n ").split("|")]
-        for line in PAGE.read_text(encoding="utf-8").splitlines()
+        for line in PAGE.read_text(encoding="utf-8").partition("\n## ")[0].splitlines()  # the first table
         if line.startswith("|")
     ]
     nodes = rows[0][1:]
