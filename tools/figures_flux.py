@@ -17,7 +17,7 @@ from strata.training import flux_fill, loop, oracle
 
 import nodes as comfyui_nodes
 
-COUNT, SAMPLE = 96, 2
+COUNT, SAMPLE = 96, 4
 CLAIMS = []
 SIDE = 128
 STEPS = 20

@@ -136,7 +136,8 @@ def test_the_gradient_is_that_of_finite_differences(base, pool, words):
         assert (found[0] - found[1]) / 2e-4 == pytest.approx(value.grad.view(-1)[place].item(), rel=1e-2), name
 
 
-def test_each_stage_moves_its_own_and_the_losses_are_the_formulas(base, pool, words):
+@pytest.mark.parametrize("same", [True, False])
+def test_each_stage_moves_its_own_and_the_losses_are_the_formulas(base, pool, words, same):
     model = back_to_front.Branches(base, 2, 2)
     moved = {}
     for kind in ("flow", "real", "regular"):
@@ -144,7 +145,7 @@ def test_each_stage_moves_its_own_and_the_losses_are_the_formulas(base, pool, wo
         moved[kind] = {name for name, value in model.named_parameters() if value.requires_grad}
     assert moved["real"] == {name for name in moved["flow"] if ".x_lora." in name}
     assert moved["regular"] == moved["flow"] - moved["real"] and any("sharing" in name for name in moved["regular"])
-    batch, config = pool.batch(np.arange(4), 0), config_of("back_to_front")
+    batch, config = pool.batch(np.arange(4), 0), config_of("back_to_front", same_noise=same)
     compose = latent_composition.Composition([32, 32]).eval()
     seen = []
 
@@ -160,10 +161,11 @@ def test_each_stage_moves_its_own_and_the_losses_are_the_formulas(base, pool, wo
         rng = np.random.default_rng(5)  # the same draws, in their order
         sigma = torch.from_numpy(rng.normal(0.3, 1.0, 4)).float().sigmoid()
         noise = torch.from_numpy(rng.standard_normal(batch.composite.shape, np.float32))
+        other = noise if same else torch.from_numpy(rng.standard_normal(batch.composite.shape, np.float32))
         foreground = batch.cut if kind == "real" else batch.foreground
         level = sigma.view(-1, 1, 1, 1)
-        assert torch.allclose(noisy[1::2], (1 - level) * foreground + level * noise, rtol=0, atol=1e-6)
-        errors = [(part - noise).square().mean() for part in (batch.composite, foreground)]
+        assert torch.allclose(noisy[1::2], (1 - level) * foreground + level * other, rtol=0, atol=1e-6)
+        errors = [(batch.composite - noise).square().mean(), (foreground - other).square().mean()]
         if kind == "regular":
             assert torch.equal(noisy[0::2], batch.composite) and not levels[0::2].any()
             assert torch.equal(levels[1::2], sigma)
