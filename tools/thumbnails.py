@@ -23,15 +23,15 @@ QUALITY = 80
 
 
 def collage(images: list[Image.Image]) -> Image.Image:
-    """The last ones, up to four, in a square; things that are partly transparent lie on a checkerboard."""
+    """The last ones, one, two or four of them; what is partly transparent lies on a checkerboard."""
     images = images[-4:] if len(images) != 3 else images[-2:]
     across, down = {1: (1, 1), 2: (2, 1)}.get(len(images), (2, 2))
-    size = ((SIDE - GAP * (across - 1)) // across, (SIDE - GAP * (down - 1)) // down)
-    sheet = Image.new("RGB", (SIDE, SIDE if down == across else size[0]), "white")
+    side = (SIDE - GAP * (across - 1)) // across
+    sheet = Image.new("RGB", (SIDE, side * down + GAP * (down - 1)), "white")
     for place, image in enumerate(images):
-        image = ImageOps.fit(image, (size[0], size[1] if down == across else size[0]), Image.Resampling.LANCZOS)
+        image = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
         image = Image.alpha_composite(demo.checkerboard(image.size), image).convert("RGB")
-        sheet.paste(image, (place % across * (size[0] + GAP), place // across * (size[1] + GAP)))
+        sheet.paste(image, (place % across * (side + GAP), place // across * (side + GAP)))
     return sheet
 
 
