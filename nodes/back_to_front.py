@@ -170,7 +170,8 @@ class SampleForeground(Node):
                     "noise",
                     options=list(method.NOISE),
                     default=next(iter(method.NOISE)),
-                    tooltip="The same noise for both, as in the paper, or one each, as in the released code.",
+                    tooltip="The same noise for both, as in the paper, or one each, as in the released code and "
+                    "for the mini family.",
                 ),
                 io.Latent.Input(
                     "composite",

@@ -24,7 +24,7 @@ from strata.training.flux_fill import object_box
 
 import nodes as comfyui_nodes
 
-COUNT, SAMPLE = 96, 1
+COUNT, SAMPLE = 96, 2
 BFS, APART, FILL = "BFS", "BFS without sharing", "Flux-Fill"
 INPAINT, PASTED = "inpainting", "LayerDiffuse, pasted"
 TRUTH, FOUND = "truth through the autoencoders", "BFS, extracted"

@@ -18,7 +18,7 @@ from strata.training import loop, oracle
 
 import nodes as comfyui_nodes
 
-COUNT, SAMPLE = 96, 2
+COUNT, SAMPLE = 96, 3
 OURS, SMOOTH = "FBDD + exact", "smooth fill"
 PAINTED = ("smooth fill + inpainting", "inpainting")
 CLAIMS = [

@@ -218,11 +218,13 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
     from accelerate import PartialState
 
     base, scenes = fill_base.load(config), folder.parent / "scenes"
-    fresh = config["start"] and not (folder / "last").exists()
-    start = folder.parent / str(config["start"]) / "model.safetensors"
-    if fresh and config["start"] != "published" and not start.exists():
+    start = None if (folder / "last").exists() else config["start"]
+    before = folder.parent / (start or "") / "model.safetensors"
+    if start == "published" and base.family != fill_base.MINI:
+        raise settings.TrainingError("start: the published file is the mini family's; give the folder of a run.")
+    if start not in (None, "published") and not before.exists():
         raise settings.TrainingError(
-            f"{start} is missing; train stage 1 there first: python -m training back_to_front."
+            f"{before} is missing; train stage 1 there first: python -m training back_to_front."
         )
     compose = latent_composition.load(folder.parent / "latent_composition", base.family).to(bases.device())
     sets = layered_images.samples(config, scenes, base, CHECK)
@@ -248,10 +250,10 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
         return report
 
     model = build(config, base)
-    if fresh and config["start"] == "published":
+    if start == "published":
         from_published(model, published.read(settings.MODELS / published.BACK_TO_FRONT)[0])
-    elif fresh:
-        model.load_state_dict(load_file(start), strict=False)
+    elif start:
+        model.load_state_dict(load_file(before), strict=False)
     trained = loop.fit(model, loss, validate, config, folder, minutes, save_every)
     if base.family != fill_base.MINI and PartialState().is_main_process:  # `publish` writes the mini family's
         write(folder, trained, config, base)

@@ -279,6 +279,9 @@ def test_both_stages_write_the_nodes_file_and_go_on_where_they_were_stopped(file
             about["base"] == fill_base.FLUX and about["licence"] == "theirs" and about["steps"] == str(config["steps"])
         )
         assert str(tmp_path) not in json.dumps(about) and "foregrounds" in about["data"]
+    for start, told in (("published", "is the mini family's"), ("nowhere", "is missing; train stage 1 there first")):
+        with pytest.raises(settings.TrainingError, match=told):
+            back_to_front.train({**second, "start": start}, root / "fresh", None, 1e9)
     with pytest.raises(settings.TrainingError, match="was trained on another base's latents"):
         latent_composition.load(root / "latent_composition", fill_base.MINI)
 
