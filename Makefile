@@ -1,17 +1,14 @@
 PYTHON ?= python3
 EXEC = $(PYTHON) tools/host.py exec
-# Each worker has a ComfyUI of its own and about 2 GB; a file is one worker's.
-WORKERS = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 demo:  ## set everything up, run the bundled workflows, leave pictures under output/demo
-	$(EXEC) tools/demo.py $(if $(IMAGE),--image "$(IMAGE)") $(if $(DEPTH),--depth "$(DEPTH)") $(if $(DEPTH_IS),--depth-is $(DEPTH_IS))
+	$(PYTHON) tools/host.py demo $(if $(IMAGE),--image "$(IMAGE)") $(if $(DEPTH),--depth "$(DEPTH)") $(if $(DEPTH_IS),--depth-is $(DEPTH_IS))
 
 test:  ## every test but the slow ones, the browser's included
-	$(EXEC) tools/chromium.py
-	$(EXEC) -m pytest $(WORKERS) $(ARGS)
+	$(PYTHON) tools/host.py test $(ARGS)
 
 quick:  ## the mathematics, the files and the rooms: under two minutes
-	$(EXEC) -m pytest $(WORKERS) tests/techniques tests/formats tests/test_rooms.py tests/scenes tests/patches/test_networks.py $(ARGS)
+	$(EXEC) -m pytest -n auto --maxprocesses 4 --dist loadfile tests/techniques tests/formats tests/test_rooms.py tests/scenes tests/patches/test_networks.py $(ARGS)
 
 test-full:  ## the slow ones too
 	$(MAKE) test ARGS='-m "slow or not slow" $(ARGS)'

@@ -1,7 +1,8 @@
 """Run the bundled workflows through ComfyUI's API and lay what they made out on one contact sheet.
 
 make demo
-make demo IMAGE=photo.jpg DEPTH=depth.png      # one's own picture; DEPTH_IS=black when near is dark (sensor depth)
+make demo IMAGE=photo.jpg                      # one's own image, by a depth model in ComfyUI's models/depth_estimation
+make demo IMAGE=photo.jpg DEPTH=depth.png      # by a depth image; DEPTH_IS=black when near is dark (sensor depth)
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import requests
 import run
 from PIL import Image, ImageDraw, ImageOps
 
-SLICE = "depth_slice_to_psd"
+SLICE, ESTIMATE = "depth_slice_to_psd", "photo_to_psd_depth_anything"
+MATTED = ["Strata_SliceByDepth.refine_edges=matting", "Strata_SliceByDepth.refine_width=12"]
 PHOTOGRAPH = [
     "LoadImage.image=motorcycle_left.png",
     "Strata_LoadDepth.file=motorcycle_disp.npz",
@@ -35,8 +37,10 @@ PHOTOGRAPHS = [
 ]
 # (name of the run, workflow, settings)
 RUNS = [
+    ("photo", "photo_to_psd", MATTED),
+    ("photo_rearranged", "photo_rearranged", MATTED),
+    ("photograph_with_measured_depth", SLICE, PHOTOGRAPH),
     ("scene", SLICE, []),
-    ("photograph", SLICE, PHOTOGRAPH),
     ("swap_background", "depth_swap_background", []),
     ("swap_photographs", "depth_swap_background", PHOTOGRAPHS),
     ("layers_roundtrip", "layers_roundtrip", []),
@@ -101,13 +105,12 @@ def contact_sheet(rows: list[tuple[str, list[tuple[str, Image.Image]]]]) -> Imag
 
 
 def own(options: argparse.Namespace) -> list[tuple[str, str, list[str]]]:
-    """The one run of `make demo IMAGE=… DEPTH=…`."""
-    changes = [
-        f"LoadImage.image={options.image}",
-        f"Strata_LoadDepth.file={options.depth}",
-        f"Strata_SliceByDepth.near_is={options.depth_is}",
-    ]
-    return [(options.image.stem, SLICE, changes)]
+    """The one run of `make demo IMAGE=…`."""
+    image = f"LoadImage.image={options.image}"
+    if not options.depth:
+        return [(options.image.stem, ESTIMATE, [image])]
+    depth = [f"Strata_LoadDepth.file={options.depth}", f"Strata_SliceByDepth.near_is={options.depth_is}"]
+    return [(options.image.stem, SLICE, [image, *depth])]
 
 
 def main() -> int:
@@ -116,8 +119,8 @@ def main() -> int:
     parser.add_argument("--depth", type=Path)
     parser.add_argument("--depth-is", choices=("white", "black"), default="white", help="what near pixels are in DEPTH")
     options = parser.parse_args()
-    if bool(options.image) != bool(options.depth):
-        parser.error("give IMAGE and DEPTH together: the depth is what the picture is sliced by")
+    if options.depth and not options.image:
+        parser.error("give IMAGE as well: DEPTH alone is nothing to cut")
     for path in filter(None, (options.image, options.depth)):
         if not path.is_file():
             parser.error(f"there is no file {path}")

@@ -5,6 +5,8 @@ anything is installed.
     python tools/host.py serve [--port 8188]  # open ComfyUI for a person
     python tools/host.py exec SCRIPT ...    # run a script (or `-m module`) with the prepared Python
     python tools/host.py link               # link this pack into COMFYUI_DIR/custom_nodes
+    python tools/host.py demo               # what `make demo` does, where there is no make
+    python tools/host.py test [ARGS]        # what `make test` does
 
 Environment: COMFYUI_DIR (an existing ComfyUI), COMFYUI_PYTHON (its Python; serve finds venv, .venv and the portable
 build's by itself, all else builds one in the cache), STRATA_CACHE (default: the user's cache folder), STRATA_FRONTEND
@@ -42,6 +44,8 @@ TORCH = "torch==2.13.0"
 # Comfy-cli for its workflow converter alone.
 BESIDE_TORCH = ("torchvision==0.28.0", "torchaudio==2.11.0", "comfy-cli==1.23.0")
 FREE_BYTES = 4 * 2**30
+# Each worker of the tests has a ComfyUI of its own and about 2 GB; a file is one worker's.
+WORKERS = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder")
 
 
 class HostError(RuntimeError):
@@ -389,9 +393,18 @@ def copy_inputs(host: Host, base: Path) -> None:
             shutil.copy(source, base / "input" / source.name)
 
 
+def commands(verb: str, rest: list[str]) -> list[list[str]]:
+    """What the prepared Python is to run, one after the other."""
+    if verb == "exec":
+        return [rest]
+    if verb == "demo":
+        return [[str(PACK / "tools" / "demo.py"), *rest]]
+    return [[str(PACK / "tools" / "chromium.py")], ["-m", "pytest", *WORKERS, *rest]]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("install", "serve", "exec", "link"))
+    parser.add_argument("verb", choices=("install", "serve", "exec", "link", "demo", "test"))
     parser.add_argument("rest", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     try:
@@ -414,14 +427,16 @@ def main() -> int:
         host = find_or_install()
         if options.verb == "install":
             print(f"ComfyUI {host.version} in {host.root}\nPython: {host.python}")
-        else:
+            return 0
+        for command in commands(options.verb, options.rest):
             environment = {
                 **os.environ,
                 "COMFYUI_PYTHON": str(host.python),
                 "STRATA_HOST": str(host.root),
                 "STRATA_CACHE": str(cache_dir()),
             }
-            return subprocess.call([str(host.python), *options.rest], env=environment)
+            if status := subprocess.call([str(host.python), *command], env=environment):
+                return status
     except HostError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
