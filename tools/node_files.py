@@ -1,5 +1,5 @@
-"""Write the two files that follow from the nodes' schemas: the English locale, and the record of ids that old graphs
-depend on.
+"""Write the files that follow from the nodes' schemas: the English locale, the record of ids that old graphs depend
+on, and the main workflows in API format, for scripts.
 
 python tools/host.py exec tools/node_files.py
 """
@@ -15,6 +15,19 @@ import run
 
 LOCALE = host.PACK / "locales" / "en" / "nodeDefs.json"
 GOLDEN = host.PACK / "tests" / "server" / "object_info.json"
+WORKFLOWS = host.PACK / "workflows"
+SCRIPTED = (
+    "photo_to_psd",
+    "photo_rearranged",
+    "layers_roundtrip",
+    "edit_and_harmonize_sdxl",
+    "layerdiffuse_foreground_sdxl",
+    "layerfusion_sdxl",
+    "layers_from_text_sdxl",
+    "decompose_sd15",
+    "object_insertion_inpaint",
+    "foreground_flux_fill",
+)
 # Inputs whose choices are what lies in a folder, or what this ComfyUI has.
 FROM_DISK = {
     "file",
@@ -88,14 +101,23 @@ def golden(object_info: dict) -> dict:
     }
 
 
+def scripted(client: run.Client) -> dict[Path, dict]:
+    """The workflows that scripts take as they are, in API format."""
+    return {
+        WORKFLOWS / "api" / f"{name}.json": client.to_api(run.read_workflow(WORKFLOWS / f"{name}.json"))
+        for name in SCRIPTED
+    }
+
+
 def text(content: dict) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as base, host.Server(host.find_or_install(), Path(base)) as server:
-        object_info = run.Client(server.url).object_info()
-    for path, content in ((LOCALE, locale(object_info)), (GOLDEN, golden(object_info))):
+        client = run.Client(server.url)
+        object_info, graphs = client.object_info(), scripted(client)
+    for path, content in ({LOCALE: locale(object_info), GOLDEN: golden(object_info)} | graphs).items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text(content), encoding="utf-8")
         print(path)

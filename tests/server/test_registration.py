@@ -48,6 +48,11 @@ def test_the_locale_file_is_current_and_served(comfy):
     assert {name: served[name] for name in expected} == expected
 
 
+def test_workflows_for_scripts_are_the_workflows(comfy):
+    for path, prompt in node_files.scripted(comfy).items():
+        assert json.loads(path.read_text(encoding="utf-8")) == prompt, "run tools/node_files.py"
+
+
 def test_the_template_browser_finds_every_workflow_with_its_picture(comfy):
     """tools/thumbnails.py makes the pictures."""
     there = {path.stem for path in (host.PACK / "workflows").glob("*.json")}
