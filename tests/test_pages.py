@@ -34,7 +34,9 @@ def test_readme_shows_its_images_by_absolute_address():
 
 def test_readme_links_to_its_own_headings():
     text = (PACK / "README.md").read_text(encoding="utf-8")
-    headings = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.M)}
+    headings = {
+        re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.M)
+    }
     assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings
 
 

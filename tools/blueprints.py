@@ -172,114 +172,146 @@ def unique(name: str, taken: list[dict]) -> str:
     return next(each for each in (name, *(f"{name} {n}" for n in range(2, 99))) if each not in names)
 
 
-def carve(part: Part, object_info: dict) -> tuple[dict, dict]:
-    """(the blueprint, the workflow with the part as one subgraph node in its place)"""
-    workflow = read(part.workflow)
-    nodes = {node["id"]: node for node in workflow["nodes"]}
-    inner = [ordered(nodes[number], object_info) for number in part.inside]
-    by_id = {node["id"]: node for node in inner}
-    identity = str(uuid.uuid5(NAMESPACE, part.name))
-    links, inputs, outputs, kept = [], [], [], []
-    root = {
-        "id": workflow["last_node_id"] + 1,
-        "type": identity,
-        "title": part.name,
-        "pos": list(inner[0]["pos"]),
-        "size": [360, 320],
-        "flags": {},
-        "order": 0,
-        "mode": 0,
-        "inputs": [],
-        "outputs": [],
-        "properties": {"proxyWidgets": [["-1", label] for *_, label in part.widgets]},
-        "widgets_values": [],
-    }
-    last = workflow["last_link_id"]
-    slots, sources = {}, {}  # of the outputs, of the inputs
-    for number, start, out, end, into, kind in workflow["links"]:
-        if end in by_id:
-            into = next(place for place, slot in enumerate(by_id[end]["inputs"]) if slot["link"] == number)
-        link = {"id": number, "origin_id": start, "origin_slot": out, "target_id": end, "target_slot": into, "type": kind}
-        if start in by_id and end in by_id:
-            links.append(link)
-        elif end in by_id:
-            if (start, out) not in sources:
-                name = unique(by_id[end]["inputs"][into]["name"], inputs)
-                sources[start, out] = len(inputs)
-                inputs.append({"name": name, "type": kind, "linkIds": []})
-                root["inputs"].append({"name": name, "type": kind, "link": number})
-                kept.append([number, start, out, root["id"], sources[start, out], kind])
-            place = sources[start, out]
-            inputs[place]["linkIds"].append(number)
-            links.append({**link, "origin_id": INPUTS, "origin_slot": place})
-        elif start in by_id:
-            if (start, out) not in slots:
-                last += 1
-                name = unique(nodes[start]["outputs"][out]["name"], outputs)
-                slots[start, out] = len(outputs)
-                outputs.append({"name": name, "type": kind, "linkIds": [last]})
-                root["outputs"].append({"name": name, "type": kind, "links": []})
-                by_id[start]["outputs"][out]["links"].append(last)
-                to = {"target_id": OUTPUTS, "target_slot": slots[start, out]}
-                links.append({**link, "id": last, **to})
-            place = slots[start, out]
-            by_id[start]["outputs"][out]["links"].remove(number)
-            root["outputs"][place]["links"].append(number)
-            kept.append([number, root["id"], place, end, into, kind])
+class Carving:
+    """A part of a workflow on its way into a subgraph: the node that stands for it outside, and what is inside."""
+
+    def __init__(self, part: Part, object_info: dict):
+        self.part, self.workflow = part, read(part.workflow)
+        self.nodes = {node["id"]: node for node in self.workflow["nodes"]}
+        self.inner = {number: ordered(self.nodes[number], object_info) for number in part.inside}
+        self.last = self.workflow["last_link_id"]
+        self.root = self.workflow["last_node_id"] + 1
+        self.inputs, self.outputs = [], []  # slots of the subgraph
+        self.links, self.outer = [], []  # inside, outside
+        self.places = {}  # (node, slot) where a link begins: the subgraph's input or output for it
+        for link in self.workflow["links"]:
+            self.take(*link)
+        for number, widget, label in part.widgets:
+            self.show(number, widget, label)
+
+    def take(self, number: int, start: int, out: int, end: int, into: int, kind: str) -> None:
+        """One link of the workflow, to the side where it belongs, or cut in two."""
+        if start not in self.inner and end not in self.inner:
+            self.outer.append([number, start, out, end, into, kind])
+        elif start in self.inner and end in self.inner:
+            self.link(number, start, out, end, self.slot_of(end, number), kind)
+        elif end in self.inner:
+            into = self.slot_of(end, number)
+            if (start, out) not in self.places:
+                self.places[start, out] = self.slot(self.inputs, self.inner[end]["inputs"][into]["name"], kind)
+                self.outer.append([number, start, out, self.root, self.places[start, out], kind])
+            place = self.places[start, out]
+            self.inputs[place]["linkIds"].append(number)
+            self.link(number, INPUTS, place, end, into, kind)
         else:
-            kept.append([number, start, out, end, into, kind])
-    for number, widget, label in part.widgets:
-        last += 1
-        into, slot = next((i, s) for i, s in enumerate(by_id[number]["inputs"]) if s["name"] == widget)
-        slot["link"] = last
-        inputs.append({"name": label, "type": slot["type"], "linkIds": [last]})
-        root["inputs"].append({"name": label, "type": slot["type"], "widget": {"name": label}, "link": None})
-        root["widgets_values"].append(values(nodes[number])[widget])
-        ends = {"origin_id": INPUTS, "origin_slot": len(inputs) - 1, "target_id": number, "target_slot": into}
-        links.append({"id": last, **ends, "type": slot["type"]})
-    left = min(node["pos"][0] for node in inner)
-    right = max(node["pos"][0] + node["size"][0] for node in inner)
-    top = min(node["pos"][1] for node in inner)
-    for side, slots_of in (("in", inputs), ("out", outputs)):
-        for row, slot in enumerate(slots_of):
-            slot["id"] = str(uuid.uuid5(NAMESPACE, f"{part.name} {side} {slot['name']}"))
-            slot["pos"] = [left - 120 if side == "in" else right + 120, top + 20 * row]
-    definition = {
-        "id": identity,
-        "version": 1,
-        "state": {"lastGroupId": 0, "lastNodeId": root["id"], "lastLinkId": last, "lastRerouteId": 0},
-        "revision": 0,
-        "config": {},
-        "name": part.name,
-        "inputNode": {"id": INPUTS, "bounding": [left - 260, top, 160, 40 + 20 * len(inputs)]},
-        "outputNode": {"id": OUTPUTS, "bounding": [right + 100, top, 160, 40 + 20 * len(outputs)]},
-        "inputs": inputs,
-        "outputs": outputs,
-        "widgets": [],
-        "nodes": inner,
-        "groups": [],
-        "links": links,
-        "extra": {},
-        "description": part.about,
-    }
-    whole = {
-        **workflow,
-        "last_node_id": root["id"],
-        "last_link_id": last,
-        "nodes": [node for node in workflow["nodes"] if node["id"] not in by_id] + [root],
-        "links": kept,
-        "definitions": {"subgraphs": [definition]},
-    }
-    for node in whole["nodes"]:
-        for place, slot in enumerate(node.get("outputs", [])):
-            slot["links"] = [link[0] for link in kept if link[1:3] == [node["id"], place]] or None
-    alone = copy.deepcopy(root)
-    for slot in alone["inputs"]:
-        slot["link"] = None
-    for slot in alone["outputs"]:
-        slot["links"] = None
-    blueprint = {**whole, "nodes": [alone], "links": [], "groups": [], "extra": {"BlueprintDescription": part.about}}
-    return copy.deepcopy(blueprint), whole
+            slot = self.inner[start]["outputs"][out]
+            if (start, out) not in self.places:
+                self.places[start, out] = self.slot(self.outputs, slot["name"], kind)
+                inside = self.link(None, start, out, OUTPUTS, self.places[start, out], kind)
+                self.outputs[-1]["linkIds"].append(inside)
+                slot["links"].append(inside)
+            slot["links"].remove(number)
+            self.outer.append([number, self.root, self.places[start, out], end, into, kind])
+
+    def show(self, number: int, widget: str, label: str) -> None:
+        """A widget of a node inside on the subgraph."""
+        into, slot = next(
+            (place, slot) for place, slot in enumerate(self.inner[number]["inputs"]) if slot["name"] == widget
+        )
+        place = self.slot(self.inputs, label, slot["type"])
+        slot["link"] = self.link(None, INPUTS, place, number, into, slot["type"])
+        self.inputs[place]["linkIds"].append(slot["link"])
+
+    def slot_of(self, node: int, link: int) -> int:
+        return next(place for place, slot in enumerate(self.inner[node]["inputs"]) if slot["link"] == link)
+
+    @staticmethod
+    def slot(slots: list[dict], name: str, kind: str) -> int:
+        slots.append({"name": unique(name, slots), "type": kind, "linkIds": []})
+        return len(slots) - 1
+
+    def link(self, number: int | None, start: int, out: int, end: int, into: int, kind: str) -> int:
+        """A link inside. Without a number it gets the next one."""
+        if number is None:
+            number = self.last = self.last + 1
+        ends = {"origin_id": start, "origin_slot": out, "target_id": end, "target_slot": into}
+        self.links.append({"id": number, **ends, "type": kind})
+        return number
+
+    def node(self) -> dict:
+        """What stands for the part in a workflow, with nothing connected."""
+        labels = [label for *_, label in self.part.widgets]
+        return {
+            "id": self.root,
+            "type": self.identity("subgraph"),
+            "title": self.part.name,
+            "pos": list(next(iter(self.inner.values()))["pos"]),
+            "size": [360, 320],
+            "flags": {},
+            "order": 0,
+            "mode": 0,
+            "inputs": [
+                {"name": slot["name"], "type": slot["type"], "link": None}
+                | ({"widget": {"name": slot["name"]}} if slot["name"] in labels else {})
+                for slot in self.inputs
+            ],
+            "outputs": [{"name": slot["name"], "type": slot["type"], "links": None} for slot in self.outputs],
+            "properties": {"proxyWidgets": [["-1", label] for label in labels]},
+            "widgets_values": [values(self.nodes[number])[widget] for number, widget, _ in self.part.widgets],
+        }
+
+    def identity(self, what: str) -> str:
+        return str(uuid.uuid5(NAMESPACE, f"{self.part.name} {what}"))
+
+    def definition(self) -> dict:
+        left = min(node["pos"][0] for node in self.inner.values()) - 200
+        right = max(node["pos"][0] + node["size"][0] for node in self.inner.values()) + 40
+        top = min(node["pos"][1] for node in self.inner.values())
+
+        def placed(slots: list[dict], side: str, x: float) -> list[dict]:
+            return [
+                {"id": self.identity(f"{side} {slot['name']}"), **slot, "pos": [x, top + 20 * row]}
+                for row, slot in enumerate(slots)
+            ]
+
+        return {
+            "id": self.identity("subgraph"),
+            "version": 1,
+            "state": {"lastGroupId": 0, "lastNodeId": self.root, "lastLinkId": self.last, "lastRerouteId": 0},
+            "revision": 0,
+            "config": {},
+            "name": self.part.name,
+            "inputNode": {"id": INPUTS, "bounding": [left, top, 160, 40 + 20 * len(self.inputs)]},
+            "outputNode": {"id": OUTPUTS, "bounding": [right, top, 160, 40 + 20 * len(self.outputs)]},
+            "inputs": placed(self.inputs, "in", left + 140),
+            "outputs": placed(self.outputs, "out", right + 20),
+            "widgets": [],
+            "nodes": list(self.inner.values()),
+            "groups": [],
+            "links": self.links,
+            "extra": {},
+            "description": self.part.about,
+        }
+
+    def blueprint(self) -> dict:
+        """A workflow of the subgraph alone, as ComfyUI wants it."""
+        return self.around([self.node()], []) | {"extra": {"BlueprintDescription": self.part.about}}
+
+    def whole(self) -> dict:
+        """The workflow with the subgraph in the place of its part."""
+        nodes = [node for number, node in self.nodes.items() if number not in self.inner] + [self.node()]
+        for node in nodes:
+            for place, slot in enumerate(node.get("outputs", [])):
+                slot["links"] = [link[0] for link in self.outer if link[1:3] == [node["id"], place]] or None
+        for number, *_, end, into, _ in self.outer:
+            if end == self.root:
+                nodes[-1]["inputs"][into]["link"] = number
+        return self.around(nodes, self.outer)
+
+    def around(self, nodes: list[dict], links: list[list]) -> dict:
+        numbers = {"last_node_id": self.root, "last_link_id": self.last}
+        inside = {"definitions": {"subgraphs": [self.definition()]}}
+        return copy.deepcopy({**self.workflow, **numbers, "nodes": nodes, "links": links, **inside})
 
 
 def text(blueprint: dict) -> str:
@@ -294,7 +326,7 @@ def main() -> int:
     for path in FOLDER.glob("*.json"):
         path.unlink()
     for part in PARTS:
-        (FOLDER / f"{part.name}.json").write_text(text(carve(part, object_info)[0]), encoding="utf-8")
+        (FOLDER / f"{part.name}.json").write_text(text(Carving(part, object_info).blueprint()), encoding="utf-8")
     return 0
 
 
