@@ -78,8 +78,7 @@ def write(
     header = FileHeader(channels=pixels.shape[-1], width=width, height=height, depth=bits, color_mode=ColorMode.RGB)
     records, channels, size, done = LayerRecords(), ChannelImageData(), 0, 0
     for part in in_sequence(stack.layers):
-        is_layer = isinstance(part, Layer)
-        record, planes = _record(part, stack.canvas, bits) if is_layer else _divider(part)
+        record, planes = _record(part, stack.canvas, bits) if isinstance(part, Layer) else _divider(part)
         records.append(record)
         channels.append(planes)
         size += sum(len(plane.data) for plane in planes)
@@ -87,15 +86,16 @@ def write(
             raise ValueError(
                 "layers: they need more than the 2 GB of a PSD file; save as OpenRaster, or scale them down."
             )
-        if is_layer:
+        if isinstance(part, Layer):
             progress(done := done + 1)
     compressed = _compressed(pixels.transpose(2, 0, 1).reshape(-1, width))
     # A negative count says that the merged picture's fourth channel is its transparency.
     info = -len(records) if pixels.shape[-1] == 4 else len(records), records, channels
     layers = LayerAndMaskInformation(LayerInfo(*info))
     if bits == 16:  # Photoshop has these in a block of their own
-        layers = LayerAndMaskInformation(LayerInfo(), GlobalLayerMaskInfo(), TaggedBlocks())
-        layers.tagged_blocks.set_data(Tag.LAYER_16, *info)
+        blocks = TaggedBlocks()
+        blocks.set_data(Tag.LAYER_16, *info)
+        layers = LayerAndMaskInformation(LayerInfo(), GlobalLayerMaskInfo(), blocks)
     resources = ImageResources.new()
     resources[XMP] = ImageResource(key=Resource.XMP_METADATA.value, data=_xmp(metadata))
     PSD(
@@ -187,7 +187,9 @@ def _divider(name: str | None):
         record.tagged_blocks.set_data(Tag.SECTION_DIVIDER_SETTING, **kind)
         record.blend_mode = BlendMode.PASS_THROUGH
     _set_name(record, "</Layer group>" if name is None else name)
-    return record, ChannelDataList([ChannelData(Compression.RAW, b"") for _ in record.channel_info])
+    channels = ChannelDataList()
+    channels.extend(ChannelData(Compression.RAW, b"") for _ in record.channel_info)
+    return record, channels
 
 
 def _set_name(record, name: str) -> None:

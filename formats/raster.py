@@ -133,9 +133,8 @@ def trimmed(layer: Layer, canvas: tuple[int, int], bits: int = 8) -> Layer:
     layer = in_place(layer, canvas)
     drawn = layer.rgba()[..., 3] * (2**bits - 1) > 0.5
     (top, bottom), (left, right) = _ends(drawn.any(1)), _ends(drawn.any(0))
-    image, mask = (
-        None if plane is None else plane[top:bottom, left:right].contiguous() for plane in (layer.image, layer.mask)
-    )
+    image = layer.image[top:bottom, left:right]
+    mask = None if layer.mask is None else layer.mask[top:bottom, left:right]
     return replace(layer, image=image, mask=mask, x=layer.x + left, y=layer.y + top, w=0, h=0)
 
 
