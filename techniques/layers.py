@@ -181,13 +181,17 @@ def parent_of(layer: Layer) -> tuple[str, ...]:
 
     The document has them as a list `parent` under "strata". Layers of one group stand side by side in the stack. A
     group only holds layers together: it has no opacity, mask or blend mode, and what is shown does not depend on it.
+    Source: ours, groups of layer files in ComfyUI's layer document.
     """
     ours = layer.extra.get("strata")
     return tuple(ours.get("parent") or ()) if isinstance(ours, dict) else ()
 
 
 def in_group(layer: Layer, name: str) -> Layer:
-    """The layer in one more group, around those that it lies in; of more than MAX_GROUPS the innermost stay."""
+    """The layer in one more group, around those that it lies in; of more than MAX_GROUPS the innermost stay.
+
+    Source: ours, groups of layer files in ComfyUI's layer document.
+    """
     ours = layer.extra.get("strata")
     parent = [name, *parent_of(layer)][-MAX_GROUPS:]
     return replace(layer, extra=layer.extra | {"strata": (ours if isinstance(ours, dict) else {}) | {"parent": parent}})
