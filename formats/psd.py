@@ -29,17 +29,19 @@ from .raster import (
     eight_bits,
     from_bytes,
     in_place,
+    is_srgb,
     modes_note,
     over,
     picture,
     plain_name,
     quantised,
+    srgb_profile,
 )
 from .xml import parse_xml
 
 MISSING_MODES = ("grain-extract", "grain-merge")  # GIMP's; Photoshop has no such modes
 MAX_BYTES = 2**31 - 1  # what Photoshop opens as PSD
-XMP = 1060
+XMP, ICC = 1060, 1039
 NAMESPACE = "https://github.com/ComfyUI-Strata/ComfyUI-Strata"
 
 
@@ -98,6 +100,8 @@ def write(
         layers = LayerAndMaskInformation(LayerInfo(), GlobalLayerMaskInfo(), blocks)
     resources = ImageResources.new()
     resources[XMP] = ImageResource(key=Resource.XMP_METADATA.value, data=_xmp(metadata))
+    if bits == 16:  # Krita takes colours of 16 bits without a profile for linear light
+        resources[ICC] = ImageResource(key=ICC, data=srgb_profile())
     PSD(
         header=header,
         image_resources=resources,
@@ -520,7 +524,9 @@ def _image(leaf, notes: list[str]) -> Tensor:
     from psd_tools.constants import ColorMode, Resource
 
     psd = leaf._psd
-    if psd.color_mode == ColorMode.RGB and psd.depth in (8, 16) and Resource.ICC_PROFILE not in psd.image_resources:
+    profile = psd.image_resources.get_data(Resource.ICC_PROFILE)
+    stored = profile is None or psd.depth == 16 and is_srgb(profile)
+    if psd.color_mode == ColorMode.RGB and psd.depth in (8, 16) and stored:
         return torch.from_numpy(np.ascontiguousarray(leaf.numpy(), dtype=np.float32))
     colour = from_bytes(_srgb(_pillow(leaf, notes))[..., :3])
     shape = leaf.numpy("shape")

@@ -78,6 +78,22 @@ def in_srgb(image: Image.Image, label: str, notes: list[str]) -> np.ndarray:
     return pixels if same else np.concatenate([colour, pixels[..., 3:]], -1)
 
 
+def srgb_profile() -> bytes:
+    """An ICC profile of sRGB."""
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def is_srgb(profile: bytes) -> bool:
+    """Whether colours are the same with an ICC profile and in sRGB, told by converting some."""
+    values = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    try:
+        own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+        found = np.array(ImageCms.profileToProfile(Image.fromarray(values), own, srgb, outputMode="RGB"))
+    except (ImageCms.PyCMSError, OSError):
+        return False
+    return bool(np.abs(found.astype(int) - values).max() <= 1)
+
+
 def over(box: tuple[int, int, int, int], pixels: np.ndarray | None, x: int, y: int, outside: float) -> np.ndarray:
     """The part of pixels [H,W], whose top left corner is at x, y, that a box of the canvas shows; `outside` where they
     do not reach.

@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 from psd_tools import PSDImage
 from strata.formats import files, openraster, psd
+from strata.formats.groups import box_of
 from strata.formats.raster import picture
 from strata.techniques.layers import BLEND_MODES, parent_of
 
@@ -89,6 +90,15 @@ def _on_canvas(pixels: np.ndarray, layer, canvas: tuple[int, int]) -> np.ndarray
     x, y = layer.x + ROOM, layer.y + ROOM
     whole[y : y + pixels.shape[0], x : x + pixels.shape[1]] = pixels
     return whole
+
+
+def _alone(stack) -> np.ndarray:
+    """[H,W]: where nothing lies over the lowest layer."""
+    free = np.ones(stack.canvas[::-1], bool)
+    for layer in stack.layers[1:]:
+        left, top, right, bottom = (max(side, 0) for side in box_of(layer))
+        free[top:bottom, left:right] = False
+    return free
 
 
 def _rgba(pixels: np.ndarray) -> np.ndarray:
@@ -213,7 +223,12 @@ class Krita:
         return path.with_name(path.name + ".json")
 
     def layers(self, path: Path) -> list[dict]:
-        return json.loads(self.beside(path).read_text(encoding="utf-8"))["layers"] or []
+        return json.loads(self.beside(path).read_text(encoding="utf-8")).get("layers", [])
+
+    def shown(self, path: Path, canvas: tuple[int, int]) -> np.ndarray:
+        """[H,W,4] of the whole image, as on a screen of sRGB."""
+        found = json.loads(self.beside(path).read_text(encoding="utf-8"))["shown"]
+        return np.frombuffer(base64.b64decode(found), np.uint8).reshape(canvas[1], canvas[0], 4).astype(int)
 
     def seen(self, layers: list[dict], groups):
         for layer in layers:
@@ -263,4 +278,9 @@ def test_a_program_sees_every_layer_as_it_was_written(written, reader, tmp_path,
             f"\n{reader.name} {reader.version()}, {kind}: {len(paths)} files, {count} layers; otherwise than written: "
             f"{told}; largest difference of a pixel {max(off for _, off in looked):.2f} of 255"
         )
+    if isinstance(reader, Krita):
+        for stack, path in zip(stacks, paths, strict=True):
+            shown, back = reader.shown(path, stack.canvas), eight_bit(stack.layers[0].image)
+            off = np.abs(shown[..., :3] - back).max(-1)[_alone(stack)]
+            assert off.size == 0 or off.max() <= 1, f"{path.name}: its colours are shown otherwise"
     assert not wrong, [path.name for path, (names, _) in zip(paths, looked, strict=True) if names][:5]

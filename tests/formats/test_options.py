@@ -2,6 +2,7 @@
 psd-tools and its compositor, and a plain zip and XML reader.
 """
 
+import io
 import zipfile
 from dataclasses import replace
 from xml.etree import ElementTree
@@ -9,16 +10,16 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from psd_tools import PSDImage
-from psd_tools.constants import BlendMode
+from psd_tools.constants import BlendMode, Resource
 from strata.formats import files, openraster
 from strata.formats.groups import GROUPS, in_sequence
-from strata.formats.raster import picture, trimmed
+from strata.formats.raster import is_srgb, picture, srgb_profile, trimmed
 from strata.techniques.compositing import W3C_MODES
 from strata.techniques.layers import MAX_GROUPS, Layer, LayerStack, in_group, parent_of, read_layers, write_layers
 
-from .stacks import eight_bit, example, pixels, random_stack
+from .stacks import eight_bit, example, linear_srgb, pixels, random_stack
 
 FORMATS = ("PSD", "OpenRaster")
 MODES = tuple(mode for mode in openraster.MODES if mode in W3C_MODES)
@@ -162,6 +163,23 @@ def test_sixteen_bits_are_written_in_full(tmp_path):
     assert np.abs(document.numpy() - picture(stack)[..., :3].numpy()).max() <= 0.51 / 65535  # the merged picture
     for ours, theirs in zip(stack.layers, files.load(path).layers, strict=True):
         assert (ours.rgba() - theirs.rgba()).abs().max() <= 1.1 / 65535
+
+
+def test_sixteen_bits_say_that_they_are_srgb(tmp_path):
+    """Without a profile Krita takes them for linear light."""
+    (tmp_path / "eight").mkdir()
+    resources = PSDImage.open(saved(tmp_path, example(), bits=16)).image_resources
+    profile = resources.get_data(Resource.ICC_PROFILE)
+    values = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+    found = np.array(ImageCms.profileToProfile(Image.fromarray(values), own, srgb))
+    assert np.abs(found.astype(int) - values).max() <= 1
+    assert Resource.ICC_PROFILE not in PSDImage.open(saved(tmp_path / "eight", example())).image_resources
+
+
+def test_profiles_are_told_by_what_they_do():
+    assert is_srgb(srgb_profile())
+    assert not is_srgb(linear_srgb()) and not is_srgb(b"no profile")
 
 
 def test_a_transparent_picture_of_sixteen_bits_is_over_white(tmp_path):

@@ -1,5 +1,5 @@
 """What Krita sees of layer files, run by kritarunner with Krita's own Python: <file>.json beside each, lowest layer
-first, with the pixels as base64. STRATA_FILES names a text with a path a line.
+first, with the pixels as base64, and what Krita shows of the whole image. STRATA_FILES names a text with a path a line.
 """
 
 import base64
@@ -7,6 +7,9 @@ import json
 import os
 
 from krita import Krita
+from PyQt5.QtGui import QImage
+
+RGBA = QImage.Format_RGBA8888  # what a screen of sRGB shows
 
 
 def pixels(node):
@@ -32,8 +35,13 @@ def main(*_):
         paths = listed.read().splitlines()
     for path in paths:
         document = krita.openDocument(path)
-        found = described(document.rootNode())["layers"] if document else None
+        found = {"version": krita.version()}
+        if document:
+            document.waitForDone()
+            shown = document.projection(0, 0, document.width(), document.height()).convertToFormat(RGBA)
+            whole = base64.b64encode(shown.constBits().asstring(shown.byteCount())).decode()
+            found |= {"layers": described(document.rootNode())["layers"], "shown": whole}
         with open(path + ".json", "w", encoding="utf-8") as file:
-            json.dump({"version": krita.version(), "layers": found}, file)
+            json.dump(found, file)
         if document:
             document.close()
