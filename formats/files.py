@@ -43,6 +43,7 @@ def save(
     hold.
     """
     if format in ("PSD", "OpenRaster"):
+        bits = bits if format == "PSD" else 8
         if trim:
             stack = stack.with_layers(trimmed(layer, stack.canvas, bits) for layer in stack.layers)
         if format == "OpenRaster":

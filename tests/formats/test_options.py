@@ -222,6 +222,15 @@ def test_trimmed_files_show_the_same_and_have_tight_layers(tmp_path, format):
         assert all(side.any() for side in (drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]))
 
 
+@pytest.mark.parametrize(("format", "side"), [("PSD", 6), ("OpenRaster", 2)])
+def test_what_is_too_faint_for_a_file_is_no_content(tmp_path, format, side):
+    image = torch.full((6, 6, 4), 0.4 / 255)
+    image[2:4, 2:4] = 1
+    stack = LayerStack((8, 8), (Layer(image, "veil"),))
+    (layer,) = files.load(saved(tmp_path, stack, format, trim=True, bits=16)).layers
+    assert layer.image.shape[:2] == (side, side)
+
+
 def test_alpha_becomes_a_mask_over_opaque_colours(tmp_path):
     stack = example().with_layers([*example().layers, Layer(pixels(7, 6, 6, 4), "turned", None, 20, 9, rotation=0.4)])
     path = saved(tmp_path, stack, alpha_as_mask=True)
