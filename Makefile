@@ -15,6 +15,9 @@ test-full:  ## the slow ones too
 	$(EXEC) tools/bad_values.py
 	$(EXEC) tools/soak.py
 
+test-readers:  ## files of 200 random stacks opened by GIMP and Krita, where they are on PATH, and psd-tools
+	$(EXEC) -m pytest tests/formats/readers.py $(ARGS)
+
 check:  ## style, types, and files that are generated
 	$(EXEC) -m ruff check .
 	$(EXEC) -m ruff format --check .
@@ -49,4 +52,4 @@ mini:  ## train the mini family from nothing and write its files; goes on where 
 	$(EXEC) -m training publish
 	$(EXEC) -m training judge
 
-.PHONY: demo test quick test-full check types serve run figures mutants bench mini
+.PHONY: demo test quick test-full test-readers check types serve run figures mutants bench mini

@@ -12,10 +12,10 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from ..techniques.layers import LayerStack
+from ..techniques.layers import LayerStack, parent_of
 from . import openraster, png, psd
 from .groups import GROUPS
-from .raster import Refused, in_parallel, on_canvas, plain_name, to_bytes
+from .raster import Refused, alpha_to_mask, in_parallel, on_canvas, plain_name, to_bytes, trimmed
 
 FORMATS = ("PSD", "OpenRaster", "PNG layers", "WebP layers")
 SUFFIXES = (".psd", ".psb", ".ora")  # what can be loaded
@@ -29,6 +29,9 @@ def save(
     format: str,
     metadata: dict[str, Any],
     progress: Callable[[int], None] = lambda done: None,
+    bits: int = 8,
+    trim: bool = False,
+    alpha_as_mask: bool = False,
 ) -> list[Path]:
     """Save a stack in one of FORMATS as files whose names begin with stem; returns them, the flattened picture last for
     PNG and WebP.
@@ -36,12 +39,21 @@ def save(
     PNG and WebP layers are canvas-sized, so that they lie on each other, with opacity, blend mode and so on as metadata
     "strata".
     Either every file is there at the end or none. metadata: JSON values, embedded in every file. merged: [H,W,3|4].
-    Raises ValueError for what a format cannot hold.
+    bits, trim, alpha_as_mask: as `unused` says, for formats that have them. Raises ValueError for what a format cannot
+    hold.
     """
     if format in ("PSD", "OpenRaster"):
-        module, suffix = (psd, ".psd") if format == "PSD" else (openraster, ".ora")
-        with _new_files([folder / f"{stem}{suffix}"]) as (paths, opened):
-            module.write(opened[0], stack, merged, metadata, progress)
+        bits = bits if format == "PSD" else 8
+        if trim:
+            stack = stack.with_layers(trimmed(layer, stack.canvas, bits) for layer in stack.layers)
+        if format == "OpenRaster":
+            with _new_files([folder / f"{stem}.ora"]) as (paths, opened):
+                openraster.write(opened[0], stack, merged, metadata, progress)
+            return paths
+        if alpha_as_mask:
+            stack = stack.with_layers(alpha_to_mask(layer, stack.canvas) for layer in stack.layers)
+        with _new_files([folder / f"{stem}.psd"]) as (paths, opened):
+            psd.write(opened[0], stack, merged, metadata, progress, bits)
         return paths
     write, suffix = (png.write_png, ".png") if format == "PNG layers" else (png.write_webp, ".webp")
     names = [f"{stem}{index:02}_{file_name(layer.name)}" for index, layer in enumerate(stack.layers, 1)]
@@ -56,12 +68,27 @@ def save(
                 "visible": layer.visible,
                 "z_index": index,
             }
+            if parent := parent_of(layer):
+                fields["parent"] = parent
             write(opened[index], on_canvas(layer, stack.canvas), {**metadata, "strata": fields})
 
         for done, _ in enumerate(in_parallel(write_layer, range(len(stack.layers))), 1):
             progress(done)
         write(opened[-1], to_bytes(merged), metadata)
     return paths
+
+
+def unused(format: str, bits: int = 8, trim: bool = False, alpha_as_mask: bool = False) -> list[str]:
+    """A sentence for each choice that a format does not have: bits a channel, layers cut to what is drawn, alpha as
+    layer mask.
+    """
+    asked = {
+        f"bits: {format} is written in 8 bits; save as PSD for 16.": bits != 8 and format != "PSD",
+        f"trim: {format} are as large as the canvas; save as PSD or OpenRaster to have them trimmed.": trim
+        and format.endswith("layers"),
+        f"alpha_as_mask: {format} has no layer masks here; save as PSD.": alpha_as_mask and format != "PSD",
+    }
+    return [note for note, wanted in asked.items() if wanted]
 
 
 def load(path: Path, groups: str = GROUPS[0], notes: list[str] | None = None) -> LayerStack:

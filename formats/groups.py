@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, groupby
 
 import numpy as np
 import torch
 
-from ..techniques.layers import Layer, LayerStack
+from ..techniques.layers import Layer, LayerStack, in_group, parent_of
 from .raster import check_sides, modes_note, picture
 
 GROUPS = ("leaves", "one layer each")  # what a reader may be asked for
@@ -26,15 +26,16 @@ def grouped(
     merge: bool,
     notes: list[str],
 ) -> list[Layer]:
-    """The layers of a group, back to front, with its opacity, mask and blend mode; or one layer that shows the same,
-    with a note why.
+    """The layers of a group, back to front, with its opacity, mask, blend mode and name; or one layer that shows the
+    same, with a note why.
 
     mode: "pass-through" when the group's layers mix with what is behind it, else that of the isolated group.
     mask(layer): the group's mask over the layer's own pixels [H,W], 1 = opaque. merge: one layer whatever it is.
     """
     shown = [layer for layer in own if layer.visible]
     if not visible or not shown:
-        return [replace(masked(layer, mask(layer)), opacity=layer.opacity * opacity, visible=False) for layer in own]
+        hidden = [replace(masked(layer, mask(layer)), opacity=layer.opacity * opacity, visible=False) for layer in own]
+        return [in_group(layer, name) for layer in hidden]
     reason = None
     if merge:
         reason = "as asked for"
@@ -45,7 +46,7 @@ def grouped(
     elif (opacity < 1 or has_mask) and _overlap(shown):
         reason = "because its opacity or mask acts on all its layers together"
     if reason is None:
-        own = [replace(masked(layer, mask(layer)), opacity=layer.opacity * opacity) for layer in own]
+        own = [in_group(replace(masked(layer, mask(layer)), opacity=layer.opacity * opacity), name) for layer in own]
         return own if mode in ("pass-through", "normal") else [replace(layer, blend_mode=mode) for layer in own]
     if mode == "pass-through" and any(layer.blend_mode != "normal" for layer in shown):
         reason += "; the blend modes in it do not reach what is behind it any more"
@@ -56,6 +57,20 @@ def grouped(
         flattened(shown, name, notes), opacity=opacity, blend_mode="normal" if mode == "pass-through" else mode
     )
     return [masked(layer, mask(layer))]
+
+
+def in_sequence(layers: Iterable[Layer], depth: int = 0) -> Iterator[Layer | str | None]:
+    """Layers back to front with their groups: None where one begins, and its name where it ends, as PSD has it.
+
+    depth: how many groups are open already. A group whose layers stand apart in the stack comes once for each part.
+    """
+    for name, members in groupby(layers, lambda layer: parent_of(layer)[depth : depth + 1]):
+        if not name:
+            yield from members
+        else:
+            yield None
+            yield from in_sequence(members, depth + 1)
+            yield name[0]
 
 
 def box_of(layer: Layer) -> tuple[int, int, int, int]:

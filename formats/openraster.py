@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..techniques.layers import Layer, LayerStack
-from .groups import GROUPS, box_of, flattened, grouped, masked
+from .groups import GROUPS, box_of, flattened, grouped, in_sequence, masked
 from .png import read_metadata as read_png_metadata
 from .png import write_png
 from .raster import (
@@ -140,15 +140,21 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def _stack_xml(stack: LayerStack) -> ElementTree.Element:
     """OpenRaster lists the topmost layer first."""
     root = ElementTree.Element("image", version="0.0.3", w=str(stack.canvas[0]), h=str(stack.canvas[1]))
-    group = ElementTree.SubElement(root, "stack")
-    for layer in reversed(stack.layers):
+    opened = [ElementTree.SubElement(root, "stack")]
+    for layer in reversed(list(in_sequence(stack.layers))):
+        if layer is None:
+            opened.pop()
+            continue
+        if isinstance(layer, str):  # auto passes through
+            opened.append(ElementTree.SubElement(opened[-1], "stack", name=plain_name(layer), isolation="auto"))
+            continue
         if layer.blend_mode not in MODES:
             raise ValueError(
                 f"layers: layer {layer.name!r} has the blend mode {layer.blend_mode}, which OpenRaster does not have; "
                 f"save as PSD or PNG layers, or use one of {', '.join(MODES)}."
             )
         ElementTree.SubElement(
-            group,
+            opened[-1],
             "layer",
             {
                 "name": plain_name(layer.name),

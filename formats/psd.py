@@ -20,7 +20,7 @@ from PIL import Image, ImageCms
 from torch import Tensor
 
 from ..techniques.layers import BLEND_MODES, Layer, LayerStack
-from .groups import GROUPS, box_of, flattened, grouped, masked
+from .groups import GROUPS, box_of, flattened, grouped, in_sequence, masked
 from .raster import (
     Refused,
     check_count,
@@ -29,17 +29,19 @@ from .raster import (
     eight_bits,
     from_bytes,
     in_place,
+    is_srgb,
     modes_note,
     over,
     picture,
     plain_name,
-    to_bytes,
+    quantised,
+    srgb_profile,
 )
 from .xml import parse_xml
 
 MISSING_MODES = ("grain-extract", "grain-merge")  # GIMP's; Photoshop has no such modes
 MAX_BYTES = 2**31 - 1  # what Photoshop opens as PSD
-XMP = 1060
+XMP, ICC = 1060, 1039
 NAMESPACE = "https://github.com/ComfyUI-Strata/ComfyUI-Strata"
 
 
@@ -49,44 +51,61 @@ def write(
     merged: Tensor,
     metadata: dict[str, Any],
     progress: Callable[[int], None] = lambda done: None,
+    bits: int = 8,
 ) -> None:
-    """Write an 8-bit RGB PSD; merged: [H,W,3|4] flattened picture, for programs that do not read layers.
+    """Write an RGB PSD; merged: [H,W,3|4] flattened picture, for programs that do not read layers.
 
-    Lossless in 8 bits, colours under alpha 0 included. Display size, rotation and flips are drawn into the pixels,
-    opacity becomes a 255th. metadata: JSON values, put into XMP. progress is called with the number of layers done.
-    Raises ValueError for a blend mode that PSD lacks and for a document over Photoshop's 2 GB.
+    Lossless in its bits, 8 or 16 a channel, colours under alpha 0 included. Display size, rotation and flips are drawn
+    into the pixels, opacity becomes a 255th. Groups pass through. metadata: JSON values, put into XMP. progress is
+    called with the number of layers done. Raises ValueError for a blend mode that PSD lacks and for a document over
+    Photoshop's 2 GB.
     """
-    from psd_tools.constants import ColorMode, Resource
+    from psd_tools.constants import ColorMode, Resource, Tag
     from psd_tools.psd import PSD
     from psd_tools.psd.header import FileHeader
     from psd_tools.psd.image_data import ImageData
     from psd_tools.psd.image_resources import ImageResource, ImageResources
-    from psd_tools.psd.layer_and_mask import ChannelImageData, LayerAndMaskInformation, LayerInfo, LayerRecords
+    from psd_tools.psd.layer_and_mask import (
+        ChannelImageData,
+        GlobalLayerMaskInfo,
+        LayerAndMaskInformation,
+        LayerInfo,
+        LayerRecords,
+    )
+    from psd_tools.psd.tagged_blocks import TaggedBlocks
 
     _check_modes(stack)
     width, height = stack.canvas
-    pixels = _over_white(to_bytes(merged))
-    header = FileHeader(channels=pixels.shape[-1], width=width, height=height, color_mode=ColorMode.RGB)
-    records, channels, size = LayerRecords(), ChannelImageData(), 0
-    for done, layer in enumerate(stack.layers, 1):
-        record, planes = _record(layer, stack.canvas)
+    pixels = _over_white(quantised(merged, bits))
+    header = FileHeader(channels=pixels.shape[-1], width=width, height=height, depth=bits, color_mode=ColorMode.RGB)
+    records, channels, size, done = LayerRecords(), ChannelImageData(), 0, 0
+    for part in in_sequence(stack.layers):
+        record, planes = _record(part, stack.canvas, bits) if isinstance(part, Layer) else _divider(part)
         records.append(record)
         channels.append(planes)
         size += sum(len(plane.data) for plane in planes)
-        if size > MAX_BYTES - 2 * pixels.size:
+        if size > MAX_BYTES - 2 * pixels.nbytes:
             raise ValueError(
                 "layers: they need more than the 2 GB of a PSD file; save as OpenRaster, or scale them down."
             )
-        progress(done)
+        if isinstance(part, Layer):
+            progress(done := done + 1)
     compressed = _compressed(pixels.transpose(2, 0, 1).reshape(-1, width))
     # A negative count says that the merged picture's fourth channel is its transparency.
-    info = LayerInfo(-len(records) if pixels.shape[-1] == 4 else len(records), records, channels)
+    info = -len(records) if pixels.shape[-1] == 4 else len(records), records, channels
+    layers = LayerAndMaskInformation(LayerInfo(*info))
+    if bits == 16:  # Photoshop has these in a block of their own
+        blocks = TaggedBlocks()
+        blocks.set_data(Tag.LAYER_16, *info)
+        layers = LayerAndMaskInformation(LayerInfo(), GlobalLayerMaskInfo(), blocks)
     resources = ImageResources.new()
     resources[XMP] = ImageResource(key=Resource.XMP_METADATA.value, data=_xmp(metadata))
+    if bits == 16:  # Krita takes colours of 16 bits without a profile for linear light
+        resources[ICC] = ImageResource(key=ICC, data=srgb_profile())
     PSD(
         header=header,
         image_resources=resources,
-        layer_and_mask_information=LayerAndMaskInformation(layer_info=info),
+        layer_and_mask_information=layers,
         image_data=ImageData(compressed.compression, compressed.data),
     ).write(file)
 
@@ -134,19 +153,17 @@ def _psd_mode(mode: str):
     return BlendMode[mode.replace("-", "_").upper()]
 
 
-def _record(layer: Layer, canvas: tuple[int, int]):
+def _record(layer: Layer, canvas: tuple[int, int], bits: int):
     """A layer's record and its compressed channels."""
-    from psd_tools.constants import Tag
     from psd_tools.psd.layer_and_mask import ChannelDataList, ChannelInfo, LayerFlags, LayerRecord, MaskData
 
     layer = in_place(layer, canvas)
-    planes = dict(zip((0, 1, 2, -1), to_bytes(layer.image.movedim(-1, 0)), strict=False))
+    planes = dict(zip((0, 1, 2, -1), quantised(layer.image.movedim(-1, 0), bits), strict=False))
     height, width = layer.image.shape[:2]
     box = layer.y, layer.x, layer.y + height, layer.x + width  # top, left, bottom, right
     if layer.mask is not None:
-        planes[-2] = 255 - to_bytes(layer.mask)
+        planes[-2] = 2**bits - 1 - quantised(layer.mask, bits)
     data = ChannelDataList([_compressed(plane) for plane in planes.values()])
-    name = plain_name(layer.name)
     record = LayerRecord(
         *box,
         channel_info=[ChannelInfo(channel) for channel in planes],
@@ -154,21 +171,50 @@ def _record(layer: Layer, canvas: tuple[int, int]):
         opacity=round(layer.opacity * 255),
         flags=LayerFlags(visible=layer.visible),
         mask_data=None if layer.mask is None else MaskData(*box),
-        name=name.encode("macroman", "replace")[:255].decode("macroman"),
     )
-    record.tagged_blocks.set_data(Tag.UNICODE_LAYER_NAME, name)
+    _set_name(record, layer.name)
     return record, data
 
 
+def _divider(name: str | None):
+    """The record that ends a group, which passes through, or with None the one that begins it; and its empty
+    channels.
+    """
+    from psd_tools.constants import BlendMode, Compression, SectionDivider, Tag
+    from psd_tools.psd.layer_and_mask import ChannelData, ChannelDataList, ChannelInfo, LayerRecord
+
+    record = LayerRecord(channel_info=[ChannelInfo(channel, 2) for channel in (-1, 0, 1, 2)])
+    if name is None:
+        record.tagged_blocks.set_data(Tag.SECTION_DIVIDER_SETTING, SectionDivider.BOUNDING_SECTION_DIVIDER)
+    else:
+        kind = {"kind": SectionDivider.OPEN_FOLDER, "signature": b"8BIM", "blend_mode": BlendMode.PASS_THROUGH}
+        record.tagged_blocks.set_data(Tag.SECTION_DIVIDER_SETTING, **kind)
+        record.blend_mode = BlendMode.PASS_THROUGH
+    _set_name(record, "</Layer group>" if name is None else name)
+    channels = ChannelDataList()
+    channels.extend(ChannelData(Compression.RAW, b"") for _ in record.channel_info)
+    return record, channels
+
+
+def _set_name(record, name: str) -> None:
+    from psd_tools.constants import Tag
+
+    name = plain_name(name)
+    record.name = name.encode("macroman", "replace")[:255].decode("macroman")
+    record.tagged_blocks.set_data(Tag.UNICODE_LAYER_NAME, name)
+
+
 def _compressed(plane: np.ndarray):
-    """One channel; run lengths when they are shorter, which every reader knows (not all know PSD's zip)."""
+    """One channel [H,W] of 8 or 16 bits; run lengths when they are shorter, which every reader knows (not all know
+    PSD's zip).
+    """
     from psd_tools.compression import compress
     from psd_tools.constants import Compression
     from psd_tools.psd.layer_and_mask import ChannelData
 
     height, width = plane.shape
-    raw = plane.tobytes()
-    packed = compress(raw, Compression.RLE, width, height, 8)
+    raw = plane.astype(plane.dtype.newbyteorder(">")).tobytes()
+    packed = compress(raw, Compression.RLE, width, height, 8 * plane.itemsize)
     return ChannelData(Compression.RLE, packed) if len(packed) < len(raw) else ChannelData(Compression.RAW, raw)
 
 
@@ -176,11 +222,12 @@ def _over_white(pixels: np.ndarray) -> np.ndarray:
     """Photoshop's form of a merged picture: colours already over white beside the alpha, which is left out where all is
     opaque.
     """
-    if pixels.shape[-1] == 3 or pixels[..., 3].min() == 255:
+    top = np.iinfo(pixels.dtype).max
+    if pixels.shape[-1] == 3 or pixels[..., 3].min() == top:
         return pixels[..., :3]
-    alpha = pixels[..., 3:].astype(np.uint16)
-    colour = (pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
-    return np.concatenate([colour.astype(np.uint8), pixels[..., 3:]], axis=-1)
+    alpha = pixels[..., 3:].astype(np.uint32)  # a product of two 16-bit values and half of one still fits
+    colour = (pixels[..., :3] * alpha + top * (top - alpha) + top // 2) // top
+    return np.concatenate([colour.astype(pixels.dtype), pixels[..., 3:]], axis=-1)
 
 
 def _xmp(metadata: dict[str, Any]) -> bytes:
@@ -477,7 +524,9 @@ def _image(leaf, notes: list[str]) -> Tensor:
     from psd_tools.constants import ColorMode, Resource
 
     psd = leaf._psd
-    if psd.color_mode == ColorMode.RGB and psd.depth in (8, 16) and Resource.ICC_PROFILE not in psd.image_resources:
+    profile = psd.image_resources.get_data(Resource.ICC_PROFILE)
+    stored = profile is None or psd.depth == 16 and is_srgb(profile)
+    if psd.color_mode == ColorMode.RGB and psd.depth in (8, 16) and stored:
         return torch.from_numpy(np.ascontiguousarray(leaf.numpy(), dtype=np.float32))
     colour = from_bytes(_srgb(_pillow(leaf, notes))[..., :3])
     shape = leaf.numpy("shape")

@@ -33,6 +33,13 @@ def to_bytes(image: Tensor) -> np.ndarray:
     return (image.detach().cpu() * 255).round_().clamp_(0, 255).to(torch.uint8).numpy()
 
 
+def quantised(image: Tensor, bits: int) -> np.ndarray:
+    """0..1 floats of any shape as rounded values of 8 or 16 bits, of the same shape."""
+    if bits == 8:
+        return to_bytes(image)
+    return (image.detach().cpu() * 65535).round_().clamp_(0, 65535).numpy().astype(np.uint16)
+
+
 def from_bytes(pixels: np.ndarray) -> Tensor:
     """8-bit values of any shape as 0..1 floats of the same shape."""
     return torch.from_numpy(pixels.astype(np.float32)).div_(255)
@@ -69,6 +76,22 @@ def in_srgb(image: Image.Image, label: str, notes: list[str]) -> np.ndarray:
     # too.
     same = np.abs(colour.astype(int) - pixels[..., :3]).max() <= 1
     return pixels if same else np.concatenate([colour, pixels[..., 3:]], -1)
+
+
+def srgb_profile() -> bytes:
+    """An ICC profile of sRGB."""
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def is_srgb(profile: bytes) -> bool:
+    """Whether colours are the same with an ICC profile and in sRGB, told by converting some."""
+    values = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    try:
+        own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+        found = np.array(ImageCms.profileToProfile(Image.fromarray(values), own, srgb, outputMode="RGB"))
+    except (ImageCms.PyCMSError, OSError):
+        return False
+    return bool(np.abs(found.astype(int) - values).max() <= 1)
 
 
 def over(box: tuple[int, int, int, int], pixels: np.ndarray | None, x: int, y: int, outside: float) -> np.ndarray:
@@ -117,6 +140,32 @@ def in_place(layer: Layer, canvas: tuple[int, int]) -> Layer:
         visible=layer.visible,
         extra=layer.extra,
     )
+
+
+def trimmed(layer: Layer, canvas: tuple[int, int], bits: int = 8) -> Layer:
+    """The layer in place, cut to the box of what a file of these bits does not hold as wholly transparent; one pixel is
+    left where that is nothing.
+    """
+    layer = in_place(layer, canvas)
+    drawn = layer.rgba()[..., 3] * (2**bits - 1) > 0.5
+    (top, bottom), (left, right) = _ends(drawn.any(1)), _ends(drawn.any(0))
+    image = layer.image[top:bottom, left:right]
+    mask = None if layer.mask is None else layer.mask[top:bottom, left:right]
+    return replace(layer, image=image, mask=mask, x=layer.x + left, y=layer.y + top, w=0, h=0)
+
+
+def _ends(drawn: Tensor) -> tuple[int, int]:
+    """The first index that is true, and the one behind the last."""
+    found = drawn.nonzero()
+    return (int(found[0]), int(found[-1]) + 1) if len(found) else (0, 1)
+
+
+def alpha_to_mask(layer: Layer, canvas: tuple[int, int]) -> Layer:
+    """The layer in place, opaque, with what its alpha and its mask let through as its mask."""
+    layer = in_place(layer, canvas)
+    if layer.image.shape[-1] == 3:
+        return layer
+    return replace(layer, image=layer.image[..., :3], mask=1 - layer.rgba()[..., 3])
 
 
 def picture(stack: LayerStack) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from comfy_api.latest import io
 
 from ..techniques import depth as deglad
+from ..techniques.layers import Layer
 from .inputs import named
 
 NEAR = io.Combo.Input(
@@ -65,10 +66,24 @@ def range_inputs() -> list:
     ]
 
 
-def depth_input(name: str = "depth"):
-    return io.MultiType.Input(
-        name, [io.Image, io.Mask], tooltip="Depth of the image from any depth node; another size is resized."
-    )
+def depth_input(
+    name: str = "depth", tooltip: str = "Depth of the image from any depth node; another size is resized.", **options
+):
+    return io.MultiType.Input(name, [io.Image, io.Mask], tooltip=tooltip, **options)
+
+
+def depth_layer(value: torch.Tensor, image: torch.Tensor, notes: list[str]) -> Layer:
+    """A hidden layer that shows a depth image, gray in 0..1, near and far as they come in; of the size of the image
+    [1,H,W,C].
+
+    Values that are not measured are filled; values beyond 0..1 are stretched to it, with a note.
+    """
+    span = deglad.RANGES[2]
+    if isinstance(value, torch.Tensor) and not bool(((value >= 0) & (value <= 1) | ~value.isfinite()).all()):
+        span = deglad.RANGES[0]
+        notes.append("The depth's values go beyond 0 to 1; its layer shows them stretched to that range.")
+    depth = read_depth(value, image, "black", "NaN only", range=span)[0]
+    return Layer(depth[..., None].expand(-1, -1, 3), "Depth", visible=False)
 
 
 def read_depth(

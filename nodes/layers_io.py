@@ -13,10 +13,12 @@ from comfy_api.latest import io, ui
 from ..formats import files
 from ..formats.groups import GROUPS
 from ..formats.raster import modes_note, picture
-from ..techniques.layers import read_layers, write_layers
+from ..techniques.layers import MAX_LAYERS, read_layers, write_layers
+from .depth_inputs import depth_input, depth_layer
 from .inputs import holds_name, input_file, input_names, input_state, inside
 from .sockets import Layers, Node, schema, told
 
+BITS = ("8", "16")
 LONGEST = 160  # bytes of a prefix: number, layer's name and ending follow, and a file's name holds 255
 
 
@@ -46,6 +48,33 @@ class SaveLayers(Node):
                     tooltip="PSD: Photoshop, GIMP, Krita, Affinity. OpenRaster: Krita, GIMP, MyPaint. PNG or WebP "
                     "layers: one lossless canvas-sized image per layer and the flattened one.",
                 ),
+                io.Combo.Input(
+                    "bits",
+                    options=list(BITS),
+                    default=BITS[0],
+                    optional=True,
+                    tooltip="Bits of each colour channel in a PSD. 16 keeps fine gradients for later editing; the file "
+                    "is at least twice as large. Other formats have 8.",
+                ),
+                io.Boolean.Input(
+                    "trim",
+                    default=False,
+                    optional=True,
+                    tooltip="PSD and OpenRaster: cut each layer to what is drawn in it, placed where it was. Smaller "
+                    "files, and handles that fit the object; the colours of transparent places around it are lost.",
+                ),
+                io.Boolean.Input(
+                    "alpha_as_mask",
+                    default=False,
+                    optional=True,
+                    tooltip="PSD: store each layer's transparency as a layer mask over opaque pixels, so that you can "
+                    "paint parts back in your paint program.",
+                ),
+                depth_input(
+                    optional=True,
+                    tooltip="Depth of the image, saved as a hidden layer named Depth on top. Values beyond 0 to 1 are "
+                    "stretched to that range.",
+                ),
             ],
             outputs=[
                 Layers.Output(
@@ -59,16 +88,23 @@ class SaveLayers(Node):
         )
 
     @classmethod
-    def execute(cls, layers, filename_prefix, format):
+    def execute(cls, layers, filename_prefix, format, bits=BITS[0], trim=False, alpha_as_mask=False, depth=None):
         stack = read_layers(layers)
         merged = picture(stack)
+        choices = {"bits": int(bits), "trim": trim, "alpha_as_mask": alpha_as_mask}
+        notes = modes_note(stack.layers) + files.unused(format, **choices)
+        if depth is not None:
+            stack = stack.with_layers([*stack.layers, depth_layer(depth, merged[None], notes)])
+        if len(stack.layers) > MAX_LAYERS:
+            raise ValueError(
+                f"depth: with it there are {len(stack.layers)} layers and Load layers takes {MAX_LAYERS}; merge some."
+            )
         folder, stem, subfolder = _target(filename_prefix, stack.canvas)
-        paths = files.save(
-            folder, stem, stack, merged, format, _metadata(cls.hidden), ProgressBar(len(stack.layers)).update_absolute
-        )
+        progress = ProgressBar(len(stack.layers)).update_absolute
+        paths = files.save(folder, stem, stack, merged, format, _metadata(cls.hidden), progress, **choices)
         saved = [{"filename": path.name, "subfolder": subfolder, "type": "output"} for path in paths]
         shown = {"images": saved} if "layers" in format else {**ui.PreviewImage(merged[None]).as_dict(), "files": saved}
-        return io.NodeOutput(layers, "\n".join(map(str, paths)), ui=shown | told(modes_note(stack.layers)))
+        return io.NodeOutput(layers, "\n".join(map(str, paths)), ui=shown | told(notes))
 
 
 class LoadLayers(Node):
@@ -80,7 +116,7 @@ class LoadLayers(Node):
             category="Strata/Layers",
             search_aliases=["psd", "ora", "openraster", "photoshop", "krita", "import layers"],
             description="Loads the layers of a Photoshop (PSD, PSB) or OpenRaster (ORA) file. Groups become their "
-            "layers where that shows the same.",
+            "layers where that shows the same; Save layers writes them again.",
             inputs=[
                 io.Combo.Input(
                     "file",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 MAX_LAYERS = 50
 MAX_SIDE = 16384
+MAX_GROUPS = 64  # in each other
 BLEND_MODES = (
     "normal",
     "multiply",
@@ -175,6 +176,27 @@ def write_layers(stack: LayerStack) -> dict[str, Any]:
     return {"version": 1, "canvas": tuple(stack.canvas), "layers": entries}
 
 
+def parent_of(layer: Layer) -> tuple[str, ...]:
+    """Names of the groups that a layer lies in, the outermost first; () for a layer in none.
+
+    The document has them as a list `parent` under "strata". Layers of one group stand side by side in the stack. A
+    group only holds layers together: it has no opacity, mask or blend mode, and what is shown does not depend on it.
+    Source: ours, groups of layer files in ComfyUI's layer document.
+    """
+    ours = layer.extra.get("strata")
+    return tuple(ours.get("parent") or ()) if isinstance(ours, dict) else ()
+
+
+def in_group(layer: Layer, name: str) -> Layer:
+    """The layer in one more group, around those that it lies in; of more than MAX_GROUPS the innermost stay.
+
+    Source: ours, groups of layer files in ComfyUI's layer document.
+    """
+    ours = layer.extra.get("strata")
+    parent = [name, *parent_of(layer)][-MAX_GROUPS:]
+    return replace(layer, extra=layer.extra | {"strata": (ours if isinstance(ours, dict) else {}) | {"parent": parent}})
+
+
 def _check_count(count: int, socket: str) -> None:
     if not 1 <= count <= MAX_LAYERS:
         raise ValueError(
@@ -215,6 +237,7 @@ def _read_entry(entry: Any, position: int, socket: str) -> list[Layer]:
     flags = {
         key: bool(entry.get(key, default)) for key, default in (("flip_h", False), ("flip_v", False), ("visible", True))
     }
+    _check_parent(entry.get("strata"), where)
     frames = image.shape[0]
     return [
         Layer(
@@ -233,6 +256,16 @@ def _read_entry(entry: Any, position: int, socket: str) -> list[Layer]:
         )
         for i in range(frames)
     ]
+
+
+def _check_parent(ours: Any, where: str) -> None:
+    parent = ours.get("parent") if isinstance(ours, dict) else None
+    if parent is None:
+        return
+    if not isinstance(parent, list | tuple) or not all(isinstance(name, str) for name in parent):
+        raise ValueError(f"{where} has {parent!r:.80} as its parent; it must be a list of group names.")
+    if len(parent) > MAX_GROUPS:
+        raise ValueError(f"{where} lies in {len(parent)} groups; at most {MAX_GROUPS} may lie in each other.")
 
 
 def _read_tensor(value: Any, ndims: tuple[int, ...], where: str, key: str, shape: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import importlib.util
 import json
@@ -87,7 +88,8 @@ OPTIONS = {
 }
 FOR_BASES = CONFIGS.parent
 # With its default settings glibc gives memory back and takes it again on every step, which costs seconds at random.
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}
+# mallopt's numbers of M_MMAP_MAX, M_TRIM_THRESHOLD (-1 is never) and M_TOP_PAD.
+ALLOCATOR = {-4: 0, -1: -1, -2: 2**28}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -189,6 +191,12 @@ def read_config(path: Path, changes: list[str]) -> dict:
     return config
 
 
+def keep_memory() -> bool:
+    """Have glibc keep the memory that is freed, for this process; False where the C library has no such setting."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    return mallopt is not None and all(mallopt(setting, value) for setting, value in ALLOCATOR.items())
+
+
 def main(arguments: list[str] | None = None) -> int:
     try:
         return run(arguments)
@@ -202,11 +210,8 @@ def run(arguments: list[str] | None) -> int:
         raise SystemExit(
             f'error: the trainers need the package accelerate: {sys.executable} -m pip install "accelerate>=1.0"'
         )
-    if sys.platform == "linux" and "MALLOC_MMAP_MAX_" not in os.environ:
-        os.environ.update(ALLOCATOR)
-        os.execv(
-            sys.executable, [sys.executable, "-m", "training", *(arguments if arguments is not None else sys.argv[1:])]
-        )
+    if "MALLOC_MMAP_MAX_" not in os.environ:
+        keep_memory()
     if options.what in OTHERS:
         return OTHERS[options.what](options)
     given = {key: getattr(options, key) for key in OPTIONS.get(options.what, {}) if getattr(options, key)}

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 from PIL import ImageCms
-from strata.techniques.layers import Layer, LayerStack
+from strata.techniques.layers import Layer, LayerStack, in_group
 
 
 def pixels(seed: int, *shape: int) -> torch.Tensor:
@@ -50,6 +50,44 @@ def layers(modes: tuple[str, ...]):
         blend_mode=st.sampled_from(modes),
         visible=st.booleans(),
     )
+
+
+NAMES = ("sky", "a/b", "ünï 漢", "<&>", "Layer 1", "Ground", "tree (left)", "été")
+
+
+def random_stack(seed: int, modes: tuple[str, ...]) -> LayerStack:
+    """2 to 6 layers of smooth colours with soft edges, some masked, some hidden, some in groups, some in part outside
+    the canvas.
+    """
+    random = np.random.default_rng(seed)
+    width, height = (int(side) for side in random.integers(24, 65, 2))
+    made = [Layer(_smooth(random, height, width, 3), "back")]
+    for number in range(random.integers(1, 6)):
+        own = tuple(int(side) for side in random.integers(3, 40, 2))
+        made.append(
+            Layer(
+                _smooth(random, *own, 4 if random.random() < 0.8 else 3),
+                f"{random.choice(NAMES)} {number}",
+                _smooth(random, *own, 1)[..., 0] if random.random() < 0.3 else None,
+                int(random.integers(-9, width)),
+                int(random.integers(-9, height)),
+                opacity=int(random.integers(10, 101)) / 100,
+                blend_mode=str(random.choice(modes)),
+                visible=bool(random.random() < 0.8),
+            )
+        )
+    first, last = sorted(int(number) for number in random.integers(1, len(made) + 1, 2))
+    for number in range(first, last):
+        made[number] = in_group(made[number], "inner") if random.random() < 0.5 else made[number]
+        made[number] = in_group(made[number], "grüppe")
+    return LayerStack((width, height), tuple(made))
+
+
+def _smooth(random, height: int, width: int, channels: int) -> torch.Tensor:
+    """[H,W,C] in 255ths: a few values spread over the picture."""
+    few = torch.from_numpy(random.random((1, channels, 3, 3), np.float32))
+    large = torch.nn.functional.interpolate(few * 1.4 - 0.2, (height, width), mode="bilinear", align_corners=True)
+    return torch.round(large[0].movedim(0, -1).clamp(0, 1) * 255) / 255
 
 
 def linear_srgb():

@@ -5,7 +5,9 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from strata.nodes.depth import read_depth_file
+from strata.nodes.depth_inputs import depth_layer
 
 DEPTH = np.random.default_rng(0).integers(0, 65536, (6, 9)).astype(np.uint16)
 
@@ -80,3 +82,37 @@ def test_damaged_files_are_named_in_one_sentence(tmp_path, suffix):
             refused += 1
             assert str(error).startswith(f"file: bad.{suffix} ")
     assert refused > 20
+
+
+IMAGE = torch.zeros(1, 2, 3, 4)
+
+
+def test_the_layer_of_a_depth_shows_it_as_it_came_in():
+    values, notes = torch.tensor([[[0.1, 0.5, 0.9], [0.2, torch.nan, 0.6]]]), []
+    layer = depth_layer(values, IMAGE, notes)
+    assert not layer.visible and not notes and layer.image.shape == (2, 3, 3)
+    known = ~values[0].isnan()
+    assert torch.allclose(layer.image[known], values[0][known][:, None].expand(-1, 3))
+    assert layer.image[1, 1, 0] in (0.2, 0.5, 0.6), "filled from beside"
+    of_image = depth_layer(values.nan_to_num(0.3)[..., None].expand(-1, -1, -1, 3), IMAGE, notes)
+    assert torch.allclose(of_image.image[0], layer.image[0])
+
+
+def test_metres_are_stretched_and_told():
+    notes = []
+    layer = depth_layer(torch.tensor([[[1.0, 3.0, 5.0], [2.0, 4.0, torch.inf]]]), IMAGE, notes)
+    assert torch.allclose(layer.image[..., 0].flatten()[:5], torch.tensor([0, 0.5, 1, 0.25, 0.75]))
+    assert notes == ["The depth's values go beyond 0 to 1; its layer shows them stretched to that range."]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (torch.zeros(2, 2, 3), "there are 2 depth images for 1 images"),
+        ("depth", "this is not a depth image"),
+        (torch.full((1, 2, 3), torch.nan), "there is no valid value in it"),
+    ],
+)
+def test_what_is_no_depth_of_one_image_is_one_sentence(value, words):
+    with pytest.raises(ValueError, match=f"^depth: {words}"):
+        depth_layer(value, IMAGE, [])

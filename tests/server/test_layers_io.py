@@ -14,7 +14,7 @@ from psd_tools import PSDImage
 from psd_tools.constants import BlendMode
 from strata.formats import files, openraster, png, psd
 from strata.formats.raster import picture
-from strata.techniques.layers import Layer, LayerStack
+from strata.techniques.layers import Layer, LayerStack, parent_of
 
 MODULES = {"PSD": psd, "OpenRaster": openraster}
 
@@ -256,3 +256,64 @@ def test_a_blend_mode_without_a_formula_is_previewed_and_told(comfy, tmp_path):
     assert outputs["show"]["text"] == [
         "The preview shows 'glow' (linear-dodge) in blend mode normal; the layers themselves keep their modes."
     ]
+
+
+SCENE = {"class_type": "Strata_RenderScene", "inputs": {"kind": "beach", "objects": "dog, frog", "count": 2}}
+SCENE["inputs"] |= {"width": 96, "height": 64, "seed": 5}
+
+
+def saved_scene(comfy, tmp_path, format, layers=("1", 2), nodes=None, **choices):
+    """(the file, what the node says) of a rendered scene with its depth."""
+    inputs = {"layers": list(layers), "filename_prefix": "io/choices", "format": format, "depth": ["1", 3], **choices}
+    entry = comfy.run({"1": SCENE, "2": {"class_type": "Strata_SaveLayers", "inputs": inputs}} | (nodes or {}))
+    path = tmp_path / comfy.files(entry)[0]["filename"]
+    path.write_bytes(comfy.download(comfy.files(entry)[0]))
+    return path, " ".join(entry["outputs"]["2"].get("text", []))
+
+
+def test_sixteen_bits_masks_trimmed_layers_and_the_depth(comfy, tmp_path):
+    path, told = saved_scene(comfy, tmp_path, "PSD", bits="16", trim=True, alpha_as_mask=True)
+    document, notes = PSDImage.open(path), []
+    assert told == "" and document.depth == 16
+    *layers, depth = files.load(path, notes=notes).layers
+    assert depth.name == "Depth" and not depth.visible and depth.image.shape[:2] == (64, 96) and not notes
+    gray = depth.image.numpy()
+    assert (gray[..., 0] == gray[..., 1]).all() and gray.max() == 1
+    assert np.abs(gray * 255 - np.rint(gray * 255)).max() > 0.2, "more than 8 bits"
+    assert [item.has_mask() for item in document] == [False, True, True, False]
+    assert all(layer.image.shape[0] < 64 and layer.image.shape[1] < 96 for layer in layers[1:])
+    plain, _ = saved_scene(comfy, tmp_path, "PSD")
+    shown = [picture(files.load(each)).numpy() for each in (path, plain)]
+    assert np.abs(shown[0] - shown[1]).max() <= 2.5 / 255
+
+
+def test_a_small_depth_is_resized_and_what_a_format_lacks_is_told(comfy, tmp_path):
+    half = {"class_type": "ImageScaleBy", "inputs": {"image": ["1", 3], "upscale_method": "area", "scale_by": 0.5}}
+    path, told = saved_scene(comfy, tmp_path, "OpenRaster", bits="16", depth=["3", 0], nodes={"3": half})
+    assert "bits: OpenRaster is written in 8 bits; save as PSD for 16." in told
+    assert files.load(path).layers[-1].image.shape[:2] == (64, 96)
+
+
+MOVED = {"fit": "none", "flip_h": False, "flip_v": False, "scale": 1.0, "rotation": 0.0, "about": "layer centre"}
+MOVED |= {"unit": "pixels", "move_x": 3.0, "move_y": 0.0}
+
+
+def test_groups_go_through_the_graph(comfy, tmp_path):
+    document = PSDImage.new("RGB", (12, 10))
+    layers = [document.create_pixel_layer(Image.new("RGBA", (4, 4), (9, 9, 9, 90)), name=name) for name in "ab"]
+    document.create_group(layers, name="two").blend_mode = BlendMode.PASS_THROUGH
+    document.save(tmp_path / "grouped.psd")
+    prompt = {
+        "1": {"class_type": "Strata_LoadLayers", "inputs": {"file": comfy.upload(tmp_path / "grouped.psd")}},
+        "2": {"class_type": "Strata_TransformLayer", "inputs": MOVED | {"layers": ["1", 0], "select": "b"}},
+    }
+    for number, format in enumerate(MODULES, 3):
+        prompt[str(number)] = {
+            "class_type": "Strata_SaveLayers",
+            "inputs": {"layers": ["2", 0], "filename_prefix": "io/grouped", "format": format},
+        }
+    for reference in comfy.files(comfy.run(prompt)):
+        path = tmp_path / f"back{reference['filename']}"
+        path.write_bytes(comfy.download(reference))
+        back = files.load(path).layers
+        assert [(layer.name, parent_of(layer), layer.x) for layer in back] == [("a", ("two",), 0), ("b", ("two",), 3)]

@@ -107,3 +107,19 @@ def test_a_full_disk_says_what_to_do_and_keeps_the_last_checkpoint(tmp_path):
     assert code == 1 and "free some space or choose another --folder" in words and "Traceback" not in words, words
     code, words = said(*arguments)
     assert code == 0 and "Going on from step 1." in words
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the setting is glibc's")
+def test_freed_memory_is_kept_for_the_next_step():
+    """Without the setting 256 MB of one piece go back to the system at once."""
+    code = (
+        "import sys; from training.command import keep_memory; print(sys.argv[1] == 'kept' and keep_memory())\n"
+        "one = bytearray(b'x' * 2**28); del one\n"
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmRSS')))"
+    )
+    held = {}
+    for how in ("kept", "given back"):
+        done = subprocess.run([sys.executable, "-c", code, how], cwd=PACK, text=True, capture_output=True, check=True)
+        used, held[how] = done.stdout.split()
+        assert used == str(how == "kept")
+    assert int(held["kept"]) > 2**18 > int(held["given back"])  # kB

@@ -247,7 +247,7 @@ def same(one, other):
 
 def test_both_stages_write_the_nodes_file_and_go_on_where_they_were_stopped(files, tmp_path, monkeypatch):
     root = tmp_path / "runs"
-    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")  # or the command starts anew with it
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")  # or this process would keep all memory that it frees
     words = [f"--{name.replace('_', '-')}={files[name]}" for name in command.FILL]
     changes = [f"--set={key}={json.dumps(value)}" for key, value in SMALL.items()]
     changes += ["--set=steps=2", "--set=pairs=6", "--set=widths=[32,32]"]

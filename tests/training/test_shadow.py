@@ -29,7 +29,7 @@ def little_validation():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shadow, "CHECK", 4)
         patch.setattr(shadow, "SHOWN", 2)
-        patch.setenv("MALLOC_MMAP_MAX_", "0")  # else the command starts itself anew with it
+        patch.setenv("MALLOC_MMAP_MAX_", "0")  # else this process would keep all memory that it frees
         yield
 
 
