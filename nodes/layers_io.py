@@ -12,11 +12,15 @@ from comfy_api.latest import io, ui
 
 from ..formats import files
 from ..formats.groups import GROUPS
+from ..formats.images import load_images
 from ..formats.raster import modes_note, picture
+from ..techniques.arrange import to_batch
 from ..techniques.layers import read_layers, write_layers
 from .inputs import holds_name, input_file, input_names, input_state, inside
+from .layers_edit import shown_layers
 from .sockets import Layers, Node, schema, told
 
+IMAGES = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".avif")
 LONGEST = 160  # bytes of a prefix: number, layer's name and ending follow, and a file's name holds 255
 
 
@@ -137,6 +141,71 @@ class LoadLayers(Node):
         )
 
 
+class ImageFiles(io.Combo.Input):
+    """A list of image files with ComfyUI's upload button, which takes several at once."""
+
+    def as_dict(self):
+        return super().as_dict() | {"allow_batch": True}
+
+
+class LoadLayerImage(Node):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Strata_LoadLayerImage",
+            display_name="Load layer image",
+            category="Strata/Layers",
+            search_aliases=["load image with alpha", "RGBA", "transparent PNG", "cut-out", "load images"],
+            description="Loads images as layers and keeps their alpha, which Load Image gives apart. The button takes "
+            "several files at once.",
+            inputs=[
+                ImageFiles(
+                    "files",
+                    options=input_names(IMAGES),
+                    upload=io.UploadType.image,
+                    image_folder=io.FolderType.input,
+                    tooltip="Image files in ComfyUI's input folder, the first one the back layer. For the API: a name, "
+                    "or several, one a line.",
+                )
+            ],
+            outputs=[
+                Layers.Output(
+                    "LAYERS",
+                    display_name="layers",
+                    tooltip="A layer for each file, named after it and centred on a canvas as large as the largest.",
+                ),
+                io.Image.Output(
+                    "IMAGE", display_name="image", tooltip="RGBA, one image per file, of the canvas's size."
+                ),
+                io.Mask.Output("MASK", display_name="mask", tooltip="Transparency of the images, 1 = transparent."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, files):
+        names = _names(files)
+        if not names:
+            return "files: no file is chosen; upload one or choose one from the list."
+        absent = next((name for name in names if not ((path := input_file(name)) and path.is_file())), None)
+        return absent is None or f"files: {absent!r} is not a file in ComfyUI's input folder; upload it."
+
+    @classmethod
+    def fingerprint_inputs(cls, files):
+        return "\n".join(map(input_state, _names(files)))
+
+    @classmethod
+    def execute(cls, files):
+        notes = []
+        stack = load_images([input_file(name) for name in _names(files)], notes)
+        images = to_batch(stack)
+        return shown_layers(stack, images, 1 - images[..., 3], notes=notes)
+
+
+def _names(chosen: str | list[str]) -> list[str]:
+    """The upload button gives one name or a list, the API one a line."""
+    return [name for name in (chosen.splitlines() if isinstance(chosen, str) else chosen) if name.strip()]
+
+
 def _target(prefix: str, canvas: tuple[int, int]) -> tuple[Path, str, str]:
     """(folder, start of the file names, subfolder) that are free in the output folder, by ComfyUI's own rules."""
     # Normalised first: with a / at its end ComfyUI would count from 1 again.
@@ -181,4 +250,4 @@ def _metadata(hidden) -> dict:
     return {**({"prompt": hidden.prompt} if hidden.prompt else {}), **(hidden.extra_pnginfo or {})}
 
 
-NODES = [SaveLayers, LoadLayers]
+NODES = [SaveLayers, LoadLayers, LoadLayerImage]

@@ -28,11 +28,15 @@ from ..techniques.fusion import map_strips
 from ..techniques.layers import LayerStack, read_layers, write_layers
 from . import sockets
 from .inputs import centred, check_inversion, encodable, named
-from .sampling import sampling_inputs, scheduler_input
+from .sampling import end_below_start, sampling_inputs, scheduler_input
 from .sockets import LayerModelFile, LayerModules, Layers, Node, Transparency, schema, told
 
 ALIASES = ["dreamlayer", "multi-layer generation", "layered generation"]
 NOISE = {"same for all layers": 0.0, "one each": 1.0, "half the same": 0.5}  # how much is each layer's own
+SIDE_BY_SIDE = (
+    "model: neither Shared layers nor Context maps acts on it, so the layers know nothing of each other; put them "
+    "in front."
+)
 PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01}
 
 
@@ -180,7 +184,9 @@ class SharedLayers(Node):
 
     @classmethod
     def execute(cls, model, strength, start_percent, end_percent, modules=None):
-        return io.NodeOutput(share_layers(model, Sharing(strength, start_percent, end_percent), modules))
+        notes = end_below_start(start_percent, end_percent, "nothing is shared")
+        shared = share_layers(model, Sharing(strength, start_percent, end_percent), modules)
+        return io.NodeOutput(shared, ui=told(notes) or None)
 
 
 class ContextMaps(Node):
@@ -326,6 +332,11 @@ class LayersSampler(Node):
     ):
         names, recorded, notes = _layer_names(model, positive, sampling["negative"], decoder), {}, []
         count = layer_count(names)
+        if count > 1 and not METHOD.is_on(model):
+            notes.append(SIDE_BY_SIDE)
+        if harmonize and count > 1:
+            ends = "harmonize_start", "harmonize_end"
+            notes += end_below_start(harmonize_start, harmonize_end, "the layers are never put back", ends)
         _check_sampling(model, count, decoder, harmonize, harmonize_start, sampling)
         layered, record = _prepared(model, adapter, count)
         branches = sample_rows(layered, positive, count, **sampling, own_noise=NOISE[noise], recorded=recorded)

@@ -35,8 +35,8 @@ class LoadTransparency(LayerModelFile):
                     "file",
                     options=files.choices(files.Transparency),
                     tooltip=(
-                        "A file below models/layer_model, whatever its name. Published files that are missing are in "
-                        "the list too; running one says where to get it."
+                        "A file of LayerDiffuse below models/layer_model, whatever its name. The help page says where "
+                        "to get the published ones."
                     ),
                 )
             ],
