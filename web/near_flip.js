@@ -5,7 +5,7 @@ const AUTO = "auto";
 
 function attach(node, near) {
     let guess = "white"; // what auto took it for in the last run
-    const button = node.addWidget("button", "flip_near", null, () => {
+    const button = node.addWidget("button", "flip near and far", null, () => {
         const now = near.value === AUTO ? guess : near.value;
         app.canvas.emitBeforeChange?.(); // one step for undo
         near.value = now === "white" ? "black" : "white";
@@ -13,7 +13,6 @@ function attach(node, near) {
         app.canvas.emitAfterChange?.();
         node.setDirtyCanvas(true, true);
     }, { serialize: false });
-    button.label = "flip near and far";
     button.serialize = false;
     const executed = node.onExecuted;
     node.onExecuted = function (output) {
