@@ -46,7 +46,7 @@ class SliceByDepth(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_SliceByDepth",
-            display_name="Slice by depth",
+            display_name="Slice by depth (depth slicer)",
             category="Strata/Depth",
             is_output_node=True,
             search_aliases=["DeGLaD", "depth layers", "split by depth"],

@@ -26,7 +26,7 @@ class EncodeLayerPrompts(Node):
         prompt = {"multiline": True, "dynamic_prompts": True, "default": ""}
         return schema(
             node_id="Strata_EncodeLayerPrompts",
-            display_name="Encode layer prompts",
+            display_name="Encode layer prompts (LayerFusion)",
             category="Strata/Generate",
             search_aliases=["layerfusion", "layer prompts", "foreground prompt"],
             description="One conditioning for foreground, background and blended image, which knows where the "
@@ -68,7 +68,7 @@ class AttentionBlend(Node):
         percent = {"min": 0.0, "max": 1.0, "step": 0.01}
         return schema(
             node_id="Strata_AttentionBlend",
-            display_name="Attention blend",
+            display_name="Attention blend (LayerFusion patcher)",
             category="Strata/Generate",
             search_aliases=["layerfusion", "attention blending", "layered generation"],
             description="LayerFusion: lets foreground, background and blended image exchange their attention while "
@@ -184,7 +184,7 @@ class LayerFusionSampler(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_LayerFusionSampler",
-            display_name="LayerFusion sampler",
+            display_name="LayerFusion sampler (foreground, background)",
             category="Strata/Generate",
             search_aliases=["layerfusion", "ksampler", "layered generation", "foreground and background"],
             description="Samples foreground, background and blended image together, one of each for every latent "

@@ -29,7 +29,7 @@ class SaveLayers(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_SaveLayers",
-            display_name="Save layers",
+            display_name="Save layers (Photoshop PSD, Krita ORA)",
             category="Strata/Layers",
             is_output_node=True,
             search_aliases=["psd", "ora", "openraster", "photoshop", "krita", "gimp", "export layers"],
@@ -80,7 +80,7 @@ class LoadLayers(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_LoadLayers",
-            display_name="Load layers",
+            display_name="Load layers (Photoshop PSD, Krita ORA)",
             category="Strata/Layers",
             search_aliases=["psd", "ora", "openraster", "photoshop", "krita", "import layers"],
             description="Loads the layers of a Photoshop (PSD, PSB) or OpenRaster (ORA) file. Groups become their "

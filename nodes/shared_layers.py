@@ -72,7 +72,7 @@ class LayerPrompts(Node):
         prompt = {"multiline": True, "dynamic_prompts": True, "default": ""}
         return schema(
             node_id="Strata_LayerPrompts",
-            display_name="Layer prompts",
+            display_name="Layer prompts (DreamLayer)",
             category="Strata/Generate",
             search_aliases=[*ALIASES, "objects"],
             description="One conditioning for a background, any number of objects in front of it, and the whole "
@@ -109,7 +109,7 @@ class LoadLayerModules(LayerModelFile):
     def define_schema(cls):
         return schema(
             node_id="Strata_LoadLayerModules",
-            display_name="Load layer modules",
+            display_name="Load layer modules (DreamLayer)",
             category="Strata/Generate",
             search_aliases=[*ALIASES, "layer_model", "context-aware layers"],
             description="Loads what DreamLayer's training makes: keys and values for layers, the layer embedding, and "
@@ -143,7 +143,7 @@ class SharedLayers(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_SharedLayers",
-            display_name="Shared layers",
+            display_name="Shared layers (DreamLayer)",
             category="Strata/Generate",
             search_aliases=[*ALIASES, "LSSA", "layer-shared self-attention"],
             description="DreamLayer's LSSA: in the up blocks every layer sees all layers of its image, so that they "
@@ -194,7 +194,7 @@ class ContextMaps(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_ContextMaps",
-            display_name="Context maps",
+            display_name="Context maps (DreamLayer)",
             category="Strata/Generate",
             search_aliases=[*ALIASES, "CACA", "context-aware cross-attention", "attention maps"],
             description="DreamLayer's CACA: finds where the whole image puts each object, and lets the object's "
@@ -244,7 +244,7 @@ class LayersSampler(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_LayersSampler",
-            display_name="Layers sampler",
+            display_name="Layers sampler (DreamLayer)",
             category="Strata/Generate",
             search_aliases=[*ALIASES, "ksampler"],
             description="Samples background, objects and whole image together, one of each for every latent that "
@@ -364,7 +364,7 @@ class ImageToLayers(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_ImageToLayers",
-            display_name="Image to layers",
+            display_name="Image to layers (DreamLayer)",
             category="Strata/Generate",
             search_aliases=[*ALIASES, "decompose", "image decomposition", "inversion"],
             description="DreamLayer's image to layers: takes an image apart into the background and the objects that "

@@ -3,11 +3,12 @@ import { app } from "../../scripts/app.js";
 
 const NAME = "strata_notes";
 const LINE = 15;
+const MARGIN = 10; // which the classic canvas leaves around an element
 const STYLE = `box-sizing: border-box; padding: 4px 8px; overflow: auto; white-space: pre-wrap; pointer-events: none;
     font: 11px/${LINE}px system-ui, sans-serif; color: #e6c27a; background: #2a251b; border-radius: 4px;`;
 
 /** Lines of text at a width in pixels, by the mean width of a letter. */
-const lines = (text, width) => text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil((line.length * 6) / Math.max(60, width - 40))), 0);
+const lines = (text, width) => text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil((line.length * 6.3) / Math.max(60, width - 40))), 0);
 
 function show(node, text) {
     const index = node.widgets?.findIndex(({ name }) => name === NAME) ?? -1;
@@ -22,7 +23,7 @@ function show(node, text) {
         const element = Object.assign(document.createElement("div"), { className: "strata-notes", textContent: text });
         element.setAttribute("role", "status");
         element.style.cssText = STYLE;
-        const height = () => Math.min(10, lines(element.textContent, node.size[0])) * LINE + 10;
+        const height = () => Math.min(10, lines(element.textContent, node.size[0])) * LINE + 8 + 2 * MARGIN;
         const view = node.addDOMWidget(NAME, NAME, element, { serialize: false, getMinHeight: height, getMaxHeight: height });
         view.serialize = false;
         view.computeLayoutSize = () => ({ minHeight: height(), maxHeight: height(), minWidth: 100 });

@@ -1,4 +1,4 @@
-"""What helps on the canvas: the flip button, what new nodes start with, uploads of several files, notes and previews."""
+"""What helps on the canvas: the flip button, what new nodes start with, uploads of several files, and notes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def graph(editor) -> dict:
 @pytest.mark.parametrize("kind", [SLICE, "Strata_ComposeByDepth"])
 def test_one_click_turns_near_and_far_round(editor, kind):
     make(editor, kind)
-    click = "(kind) => app.graph.nodes.find((n) => n.type === kind).widgets.find((w) => w.name === 'flip near and far').callback()"
+    click = """(kind) => app.graph.nodes.find((n) => n.type === kind)
+        .widgets.find((w) => w.name === 'flip near and far').callback()"""
     for expected in ("black", "white"):
         editor.page.evaluate(click, kind)
         assert editor.widget(kind, "near_is") == expected
@@ -107,7 +108,7 @@ def test_several_images_are_uploaded_at_once_and_become_layers(editor, comfy, tm
     saved = graph(editor)
     editor.load(saved)
     assert editor.widget("Strata_LoadLayerImage", "files").split("\n") == [path.name for path in paths]
-    editor.page.wait_for_function("""() => app.graph.nodes.find((n) => n.type === 'Strata_LoadLayerImage').imgs?.length === 3
+    editor.page.wait_for_function("""() => app.graph.nodes[0].imgs?.length === 3
         || document.querySelectorAll('[data-node-id] img').length""")
     assert editor.errors == []
 
