@@ -43,8 +43,6 @@ def check(declared, value, files: bool = False):
                 "hold; type it again."
             ) from None
     if kind == "COMBO":
-        if files and isinstance(value, list):  # an upload of several files
-            return value
         _typed(name, value, str, "one of the choices")
         if not files and value not in declared.options:
             raise ValueError(f"{name}: {value[:80]!r} is no choice; take one of {', '.join(declared.options)[:400]}.")

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from itertools import count
 
+import numpy as np
+import torch
 from comfy_api.latest import io, ui
 from PIL import ImageColor
 
@@ -11,7 +12,7 @@ from ..formats.raster import modes_note, to_bytes, with_formulas
 from ..formats.sheet import contact_sheet
 from ..techniques import arrange, geometry
 from ..techniques.compositing import flatten_image, preview
-from ..techniques.layers import BLEND_MODES, MAX_SIDE, Layer, LayerStack, read_layers, write_layers
+from ..techniques.layers import BLEND_MODES, MAX_SIDE, LayerStack, read_layers, write_layers
 from .inputs import named, save_temporary
 from .sockets import Layers, Node, schema, told
 
@@ -464,16 +465,19 @@ class PreviewLayers(Node):
     def execute(cls, layers):
         stack = read_layers(layers)
         pictures = preview(with_formulas(stack))
-        sheet = contact_sheet(to_bytes(pictures), ["flattened", *map(_caption, stack.layers, count(1))])
         shown = {
-            "images": [save_temporary(sheet)],
+            "images": [save_temporary(sheet(stack, pictures))],
             "strata_pictures": ui.PreviewImage(pictures, cls=cls).as_dict()["images"],
         }
         return io.NodeOutput(layers, ui=shown | told(modes_note(stack.layers, "The preview")))
 
 
-def _caption(layer: Layer, number: int) -> str:
-    return f"{number} {layer.name}{'' if layer.visible else ' (hidden)'}"
+def sheet(stack: LayerStack, pictures: torch.Tensor) -> np.ndarray:
+    """What `preview` gives of a stack, beside each other with the layers' names: bytes [H,W,3]."""
+    names = [
+        f"{number} {layer.name}{'' if layer.visible else ' (hidden)'}" for number, layer in enumerate(stack.layers, 1)
+    ]
+    return contact_sheet(to_bytes(pictures), ["flattened", *names])
 
 
 def _need(value, message: str) -> None:

@@ -15,12 +15,12 @@ from ..formats.groups import GROUPS
 from ..formats.images import load_images
 from ..formats.raster import modes_note, picture
 from ..techniques.arrange import to_batch
+from ..techniques.compositing import preview
 from ..techniques.layers import read_layers, write_layers
-from .inputs import holds_name, input_file, input_names, input_state, inside
-from .layers_edit import shown_layers
+from .inputs import holds_name, input_file, input_names, input_state, inside, save_temporary
+from .layers_edit import sheet, shown_layers
 from .sockets import Layers, Node, schema, told
 
-IMAGES = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".avif")
 LONGEST = 160  # bytes of a prefix: number, layer's name and ending follow, and a file's name holds 255
 
 
@@ -141,13 +141,6 @@ class LoadLayers(Node):
         )
 
 
-class ImageFiles(io.Combo.Input):
-    """A list of image files with ComfyUI's upload button, which takes several at once."""
-
-    def as_dict(self):
-        return super().as_dict() | {"allow_batch": True}
-
-
 class LoadLayerImage(Node):
     @classmethod
     def define_schema(cls):
@@ -159,13 +152,12 @@ class LoadLayerImage(Node):
             description="Loads images as layers and keeps their alpha, which Load Image gives apart. The button takes "
             "several files at once.",
             inputs=[
-                ImageFiles(
+                io.String.Input(
                     "files",
-                    options=input_names(IMAGES),
-                    upload=io.UploadType.image,
-                    image_folder=io.FolderType.input,
-                    tooltip="Image files in ComfyUI's input folder, the first one the back layer. For the API: a name, "
-                    "or several, one a line.",
+                    multiline=True,
+                    default="",
+                    tooltip="Names of image files in ComfyUI's input folder, one a line, the first one the back layer. "
+                    "The button below uploads them.",
                 )
             ],
             outputs=[
@@ -185,7 +177,7 @@ class LoadLayerImage(Node):
     def validate_inputs(cls, files):
         names = _names(files)
         if not names:
-            return "files: no file is chosen; upload one or choose one from the list."
+            return "files: there is no file; upload one, or write the name of one in the input folder."
         absent = next((name for name in names if not ((path := input_file(name)) and path.is_file())), None)
         return absent is None or f"files: {absent!r} is not a file in ComfyUI's input folder; upload it."
 
@@ -198,12 +190,13 @@ class LoadLayerImage(Node):
         notes = []
         stack = load_images([input_file(name) for name in _names(files)], notes)
         images = to_batch(stack)
-        return shown_layers(stack, images, 1 - images[..., 3], notes=notes)
+        result = shown_layers(stack, images, 1 - images[..., 3], notes=notes)
+        result.ui = {**(result.ui or {}), "images": [save_temporary(sheet(stack, preview(stack)))]}
+        return result
 
 
-def _names(chosen: str | list[str]) -> list[str]:
-    """The upload button gives one name or a list, the API one a line."""
-    return [name for name in (chosen.splitlines() if isinstance(chosen, str) else chosen) if name.strip()]
+def _names(files: str) -> list[str]:
+    return [line.strip() for line in files.splitlines() if line.strip()]
 
 
 def _target(prefix: str, canvas: tuple[int, int]) -> tuple[Path, str, str]:

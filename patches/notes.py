@@ -1,4 +1,6 @@
-"""A sentence shown on the node that is running, which may be one of ComfyUI's own."""
+"""A sentence shown on the node that is running, which may be one of ComfyUI's own: web/notes.js draws it. ComfyUI's
+progress texts would go with the end of the run in newer frontends.
+"""
 
 from __future__ import annotations
 
@@ -14,4 +16,4 @@ def tell(sentence: str) -> None:
     context, server = get_executing_context(), sys.modules.get("server")
     instance = getattr(getattr(server, "PromptServer", None), "instance", None)
     if context is not None and instance is not None:
-        instance.send_progress_text(sentence, context.node_id)
+        instance.send_sync("strata_note", {"node": context.node_id, "text": sentence}, instance.client_id)

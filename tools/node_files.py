@@ -18,7 +18,6 @@ GOLDEN = host.PACK / "tests" / "server" / "object_info.json"
 # Inputs whose choices are what lies in a folder, or what this ComfyUI has.
 FROM_DISK = {
     "file",
-    "files",
     "background_file",
     "alignment_file",
     "model",

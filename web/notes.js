@@ -1,4 +1,5 @@
 // What a node tells of its run, a sentence a line: no frontend shows the text of any node but Preview Any by itself.
+import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
 const NAME = "strata_notes";
@@ -37,8 +38,29 @@ function show(node, text) {
     node.setDirtyCanvas(true, true);
 }
 
+/** The node of an execution id, such as 5, or 5:3 in a subgraph. */
+function find(id) {
+    let graph = app.rootGraph ?? app.graph, node;
+    for (const part of String(id).split(":")) [node, graph] = [graph?.getNodeById(part), graph?.getNodeById(part)?.subgraph];
+    return node;
+}
+
 app.registerExtension({
     name: "Strata.Notes",
+    setup() {
+        // On nodes of others, which have no text of their own
+        const told = new Set();
+        api.addEventListener("strata_note", ({ detail }) => {
+            const node = find(detail.node);
+            if (!node) return;
+            told.add(String(detail.node));
+            show(node, detail.text);
+        });
+        api.addEventListener("executing", ({ detail }) => {
+            const node = told.delete(String(detail)) && find(detail);
+            if (node) show(node, "");
+        });
+    },
     nodeCreated(node) {
         if (!node.comfyClass?.startsWith("Strata_")) return;
         const executed = node.onExecuted;

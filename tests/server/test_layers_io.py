@@ -280,16 +280,12 @@ def layer_images(comfy, names, tmp_path):
     return files.load(path), *pictures, outputs.get("load", {}).get("text", [""])[0]
 
 
-@pytest.mark.parametrize("form", ["list", "lines"])
-def test_image_files_become_layers_with_their_alpha(comfy, tmp_path, form):
+def test_image_files_become_layers_with_their_alpha(comfy, tmp_path):
     rng = np.random.default_rng(4)
     sky, tree = rng.integers(0, 256, (6, 8, 3), np.uint8), rng.integers(0, 256, (4, 2, 4), np.uint8)
     for pixels_, name in ((sky, "li_sky.png"), (tree, "li_tree.webp")):
         Image.fromarray(pixels_).save(comfy.server.base / "input" / name, lossless=True, exact=True)
-    names = ["li_sky.png", "li_tree.webp"]
-    # The frontend wraps a list, which a prompt would take for a link
-    loaded = layer_images(comfy, {"__value__": names} if form == "list" else "\n".join(names), tmp_path)
-    stack, batch, masks, told = loaded
+    stack, batch, masks, told = layer_images(comfy, "li_sky.png\n\nli_tree.webp\n", tmp_path)
     assert [(layer.name, layer.x, layer.y) for layer in stack.layers] == [("li_sky", 0, 0), ("li_tree", 3, 1)]
     placed = np.zeros((6, 8, 4), np.uint8)
     placed[1:5, 3:5] = tree
@@ -307,7 +303,7 @@ def test_image_files_that_cannot_be_layers_are_named(comfy, tmp_path):
     for names, sentence in (
         ("li_absent.png", "files: 'li_absent.png' is not a file in ComfyUI's input folder; upload it."),
         ("../li_opaque.png", "is not a file in ComfyUI's input folder"),
-        ("", "files: no file is chosen"),
+        ("", "files: there is no file; upload one"),
         ("li_broken.png", "files: li_broken.png cannot be read"),
         ("\n".join(["li_opaque.png"] * 51), "files: 51 files are chosen and a LAYERS document holds 50 layers"),
     ):
