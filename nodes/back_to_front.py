@@ -29,7 +29,7 @@ class FillBackground(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_FillBackground",
-            display_name="Fill background",
+            display_name="Fill background (BFS)",
             category="Strata/Generate",
             search_aliases=[*NAMES, "inpaint conditioning"],
             description="Tells a Flux-Fill model the background and the box that the foreground is to stand in, as BFS "
@@ -92,7 +92,7 @@ class BackToFront(LayerModelFile):
     def define_schema(cls):
         return schema(
             node_id="Strata_BackToFront",
-            display_name="Back to front",
+            display_name="Back to front (BFS)",
             category="Strata/Generate",
             search_aliases=[*NAMES, "information sharing", "dual branch"],
             description="Puts BFS on a Flux-Fill model: composite and foreground are sampled together and read each "
@@ -151,7 +151,7 @@ class SampleForeground(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_SampleForeground",
-            display_name="Sample foreground",
+            display_name="Sample foreground (dual branch sampler)",
             category="Strata/Generate",
             search_aliases=[*NAMES, "ksampler", "extract foreground"],
             description="Samples a composite and its foreground together. With a composite connected it finds the "

@@ -17,10 +17,10 @@ from ..techniques.feature_guidance import NORMS
 from ..techniques.harmonization import feathered
 from ..techniques.losses import psnr
 from . import sockets
-from .depth_inputs import MISSING, NEAR, THRESHOLD, box_or_region, depth_input, range_inputs, read_depth
+from .depth_inputs import MISSING, NEAR, THRESHOLD, DepthReader, box_or_region, depth_input, range_inputs
 from .inputs import centred, crop_to_latent, encodable, save_temporary
-from .sampling import scheduler_input
-from .sockets import Node, schema
+from .sampling import end_below_start, scheduler_input
+from .sockets import Node, schema, told
 
 SOURCES = ("recompute", "cache")
 CAPTION = 18
@@ -262,7 +262,7 @@ class FeatureGuidance(Node):
         percent = {"min": 0.0, "max": 1.0, "step": 0.01}
         return schema(
             node_id="Strata_FeatureGuidance",
-            display_name="Feature guidance",
+            display_name="Feature guidance (FeatGLaC, for a sampler)",
             category="Strata/Compose",
             search_aliases=["FeatGLaC", "feature-guided compositing", "guider", "harmonize"],
             description="Composes scenes while sampling: each plane's features are held where it is seen, and the "
@@ -364,7 +364,8 @@ class FeatureGuidance(Node):
     @classmethod
     def execute(cls, model, positive, negative, planes, cfg, source_features, **settings):
         settings = Settings(cache=source_features == SOURCES[1], **settings)
-        return io.NodeOutput(guider(model, positive, negative, cfg, planes, settings))
+        notes = end_below_start(settings.start_percent, settings.end_percent, "nothing is guided")
+        return io.NodeOutput(guider(model, positive, negative, cfg, planes, settings), ui=told(notes) or None)
 
 
 class InsertAtDepth(Node):
@@ -504,7 +505,8 @@ class InsertAtDepth(Node):
         **settings,
     ):
         image = encodable(image, vae)[:1, ..., :3]
-        depth = read_depth(depth, image, near_is, missing_depth, "depth", range, range_low, range_high)
+        reader = DepthReader(near_is, missing_depth, range, range_low, range_high)
+        depth = reader.read(depth, image)
         region = box_or_region(depth, x, y, width, height, region)
         visible = _visible_part(region, depth, threshold)
         positive, negative, latent = comfyui_nodes.InpaintModelConditioning().encode(
@@ -514,7 +516,7 @@ class InsertAtDepth(Node):
         held, noise_mask = (crop_to_latent(mask, latent["samples"]) for mask in (nearer, region))
         found = insertion_guider(model, positive, negative, cfg, Plane(inversion, held[0]), **settings)
         faded = visible * feathered(region[:, None], feather)[:, 0]
-        return io.NodeOutput(found, {**latent, "noise_mask": noise_mask}, faded, nearer)
+        return io.NodeOutput(found, {**latent, "noise_mask": noise_mask}, faded, nearer, ui=reader.ui() or None)
 
 
 def _visible_part(region: torch.Tensor, depth: torch.Tensor, threshold: float) -> torch.Tensor:

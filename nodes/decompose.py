@@ -221,7 +221,7 @@ class LoadDecomposer(LayerModelFile):
         files = layer_files.choices(layeringdiff.Decomposer)
         return schema(
             node_id="Strata_LoadDecomposer",
-            display_name="Load decomposer",
+            display_name="Load decomposer (LayeringDiff)",
             category="Strata/Decompose",
             search_aliases=[*NAMES, "layer_model", "FBDD", "HFA"],
             description="Loads LayeringDiff's networks, which python -m training layeringdiff makes, and finds out by "
@@ -300,7 +300,7 @@ class DecomposeImage(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_DecomposeImage",
-            display_name="Decompose image",
+            display_name="Decompose image (layer decomposer)",
             category="Strata/Decompose",
             search_aliases=[*NAMES, "image to layers", "remove object", "split layers"],
             description="Takes an image apart: each object that a mask marks becomes a layer with alpha, and what it "

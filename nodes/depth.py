@@ -14,9 +14,10 @@ from PIL import Image
 
 from ..patches import depth_model
 from ..techniques import depth as deglad
+from ..techniques.arrange import name_lines
 from ..techniques.layers import write_layers
 from ..techniques.matting import refine_slices
-from .depth_inputs import MISSING, NEAR, THRESHOLD, box_or_region, depth_input, range_inputs, read_depth
+from .depth_inputs import MISSING, NEAR, THRESHOLD, DepthReader, box_or_region, depth_input, range_inputs
 from .inputs import input_file, input_names, input_state, save_temporary
 from .sockets import Layers, Node, schema
 
@@ -45,7 +46,7 @@ class SliceByDepth(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_SliceByDepth",
-            display_name="Slice by depth",
+            display_name="Slice by depth (depth slicer)",
             category="Strata/Depth",
             is_output_node=True,
             search_aliases=["DeGLaD", "depth layers", "split by depth"],
@@ -57,7 +58,7 @@ class SliceByDepth(Node):
                 io.String.Input(
                     "thresholds",
                     default="0.5",
-                    tooltip="Depths of the cuts from near to far (0 to 1), for example 0.3, 0.6.",
+                    tooltip="Depths of the cuts (0 is nearest, 1 farthest), in any order, for example 0.3, 0.6.",
                 ),
                 io.String.Input(
                     "points",
@@ -71,7 +72,7 @@ class SliceByDepth(Node):
                 MISSING,
                 io.Float.Input(
                     "soft_edge",
-                    default=0.0,
+                    default=1.0,
                     min=0.0,
                     max=256.0,
                     step=0.5,
@@ -99,13 +100,21 @@ class SliceByDepth(Node):
                 io.Combo.Input(
                     "fill_holes",
                     ["none", "blurred"],
-                    default="none",
+                    default="blurred",
                     tooltip=(
                         "blurred: continues each layer smoothly behind nearer ones. none: leaves holes; inpaint them "
                         "with the holes output."
                     ),
                 ),
                 *range_inputs(),
+                io.String.Input(
+                    "names",
+                    multiline=True,
+                    default="",
+                    optional=True,
+                    tooltip="Names of the layers, one a line, back to front. A layer without one is named by its "
+                    "depths.",
+                ),
             ],
             outputs=[
                 Layers.Output(
@@ -150,22 +159,31 @@ class SliceByDepth(Node):
         refine_edges,
         refine_width,
         fill_holes,
+        names="",
         **depth_range,
     ):
-        depth = read_depth(depth, image, near_is, missing_depth, **depth_range)
+        reader = DepthReader(near_is, missing_depth, **depth_range)
+        depth = reader.read(depth, image)
         given, clicked = deglad.parse_thresholds(thresholds), deglad.parse_points(points)
         cuts = [deglad.all_thresholds(one, given, clicked) for one in depth]
         matted = refine_width if refine_edges == "matting" else None
-        slices = _slices(image, depth, cuts, fill_holes == "blurred", soft_edge, matted)
+        named = name_lines(names, max(map(len, cuts)) + 1)
+        slices = _slices(image, depth, cuts, fill_holes == "blurred", soft_edge, matted, named)
         stacks, masks, holes = zip(*slices, strict=True)
         layers, gray = [write_layers(stack) for stack in stacks], depth[..., None].expand(-1, -1, -1, 3)
         shown = {"strata_slice": [picker_files(image[0, ..., :3], depth[0], cuts[0])]}
         used = ", ".join(f"{value:.4g}" for value in cuts[0])
-        return io.NodeOutput(layers, torch.cat(masks), gray, torch.cat(holes), used, ui=shown)
+        return io.NodeOutput(layers, torch.cat(masks), gray, torch.cat(holes), used, ui=shown | reader.ui())
 
 
 def _slices(
-    image: torch.Tensor, depth: torch.Tensor, cuts: list[list[float]], fill: bool, soft_edge: float, matted: int | None
+    image: torch.Tensor,
+    depth: torch.Tensor,
+    cuts: list[list[float]],
+    fill: bool,
+    soft_edge: float,
+    matted: int | None,
+    names: list[str],
 ) -> Iterator:
     """Layers, masks and holes of one picture after the other. matted: within how many pixels edges are, None for not at
     all.
@@ -174,7 +192,7 @@ def _slices(
     refine = None if matted is None else partial(refine_slices, width=matted, step=lambda: progress.update(1))
     opacity = image[..., 3].split(1) if image.shape[-1] == 4 else [None] * len(image)
     for picture in zip(image[..., :3], depth, cuts, opacity, strict=True):
-        yield deglad.slice_picture(*picture, fill, soft_edge, refine)
+        yield deglad.slice_picture(*picture, fill, soft_edge, refine, names)
         progress.update(1)
 
 
@@ -205,9 +223,9 @@ class DepthTopView(Node):
 
     @classmethod
     def execute(cls, image, depth, near_is, missing_depth, height, **depth_range):
-        return io.NodeOutput(
-            deglad.top_view(image, read_depth(depth, image, near_is, missing_depth, **depth_range), height)
-        )
+        reader = DepthReader(near_is, missing_depth, **depth_range)
+        view = deglad.top_view(image, reader.read(depth, image), height)
+        return io.NodeOutput(view, ui=reader.ui() or None)
 
 
 class AmodalMask(Node):
@@ -238,9 +256,10 @@ class AmodalMask(Node):
 
     @classmethod
     def execute(cls, image, depth, threshold, x, y, width, height, near_is, missing_depth, region=None, **depth_range):
-        depth = read_depth(depth, image, near_is, missing_depth, **depth_range)
+        reader = DepthReader(near_is, missing_depth, **depth_range)
+        depth = reader.read(depth, image)
         region = box_or_region(depth, x, y, width, height, region)
-        return io.NodeOutput(deglad.amodal_mask(region, depth, threshold))
+        return io.NodeOutput(deglad.amodal_mask(region, depth, threshold), ui=reader.ui() or None)
 
 
 class ComposeByDepth(Node):
@@ -308,13 +327,15 @@ class ComposeByDepth(Node):
             raise ValueError(
                 f"background: there are {len(back)} images for {len(front)} foregrounds; connect one, or one for each."
             )
-        front_depth = read_depth(foreground_depth, front, near_is, missing_depth, "foreground_depth", **depth_range)
-        back_depth = read_depth(background_depth, back, near_is, missing_depth, "background_depth", **depth_range)
+        reader = DepthReader(near_is, missing_depth, **depth_range)
+        front_depth = reader.read(foreground_depth, front, "foreground_depth")
+        back_depth = reader.read(background_depth, back, "background_depth")
         back, back_depth = _filling(front, back, back_depth)
         weights = deglad.soften(deglad.slice_masks(front_depth, [threshold]), soft_edge)
         image, depth = deglad.compose_by_depth(front, back, front_depth, back_depth, weights[:, 1])
         stacks = [write_layers(deglad.paste_layers(*pair)) for pair in zip(back, front, weights[:, 1], strict=True)]
-        return io.NodeOutput(image, weights[:, 1], depth[..., None].expand(-1, -1, -1, 3), stacks)
+        gray = depth[..., None].expand(-1, -1, -1, 3)
+        return io.NodeOutput(image, weights[:, 1], gray, stacks, ui=reader.ui() or None)
 
 
 def _filling(front: torch.Tensor, back: torch.Tensor, back_depth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

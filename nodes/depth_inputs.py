@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from comfy_api.latest import io
 
 from ..techniques import depth as deglad
 from ..techniques.layers import Layer
 from .inputs import named
+from .sockets import told
 
+AUTO = "auto"
+UNSURE, WRONG = 0.2, 0.4  # how sure white_is_near has to be to be believed, and to doubt what somebody chose
+TOWARDS = {"white": "lighter", "black": "darker"}
+ASPECT = 0.03  # depth models round sides to multiples of their patches
 NEAR = io.Combo.Input(
     "near_is",
-    ["white", "black"],
+    ["white", "black", AUTO],
     default="white",
     tooltip=(
         "What near pixels are in the depth image: white for Depth Anything, MiDaS and disparity, black for depth "
-        "cameras and metric depth."
+        "cameras and metric depth. auto guesses: near is what the lower edge shows more of. It says so on the node, "
+        "and is wrong for views from above and of ceilings."
     ),
 )
 MISSING = io.Combo.Input(
@@ -86,30 +94,72 @@ def depth_layer(value: torch.Tensor, image: torch.Tensor, notes: list[str]) -> L
     return Layer(depth[..., None].expand(-1, -1, 3), "Depth", visible=False)
 
 
-def read_depth(
-    value: torch.Tensor,
-    image: torch.Tensor,
-    near_is: str,
-    missing: str,
-    socket: str = "depth",
-    range: str = deglad.RANGES[0],
-    range_low: float = 0.0,
-    range_high: float = 1.0,
-) -> torch.Tensor:
-    """[B,H,W] in 0..1, 0 = nearest, at the size and batch of the image. NaN is allowed here: it means missing."""
-    if not isinstance(value, torch.Tensor) or value.ndim not in (2, 3, 4) or 0 in value.shape:
-        raise ValueError(f"{socket}: this is not a depth image; connect the IMAGE or MASK of a depth node.")
-    value = value.float().to(image.device)
-    value = value[..., :3].mean(-1) if value.ndim == 4 else value.view(-1, *value.shape[-2:])
-    if len(value) not in (1, len(image)):
-        raise ValueError(
-            f"{socket}: there are {len(value)} depth images for {len(image)} images; connect one, or one for each "
-            "image."
-        )
-    zero = missing == "zero and NaN" or (missing == "auto" and near_is == "black")
-    with named(socket, "depth"):
-        depth = deglad.normalise_depth(value, near_is == "white", zero, range, (range_low, range_high))
-    return deglad.resize_depth(depth, *image.shape[1:3]).expand(len(image), -1, -1)
+@dataclass
+class DepthReader:
+    """How a node's settings say that its depth images are to be read, and what is to be told of them afterwards."""
+
+    near_is: str
+    missing_depth: str
+    range: str = deglad.RANGES[0]
+    range_low: float = 0.0
+    range_high: float = 1.0
+    notes: list[str] = field(default_factory=list)
+    guesses: list[str] = field(default_factory=list)
+
+    def read(self, value: torch.Tensor, image: torch.Tensor, socket: str = "depth") -> torch.Tensor:
+        """[B,H,W] in 0..1, 0 = nearest, at the size and batch of the image. NaN is allowed here: it means missing."""
+        if not isinstance(value, torch.Tensor) or value.ndim not in (2, 3, 4) or 0 in value.shape:
+            raise ValueError(f"{socket}: this is not a depth image; connect the IMAGE or MASK of a depth node.")
+        value = value.float().to(image.device)
+        value = value[..., :3].mean(-1) if value.ndim == 4 else value.view(-1, *value.shape[-2:])
+        if len(value) not in (1, len(image)):
+            raise ValueError(
+                f"{socket}: there are {len(value)} depth images for {len(image)} images; connect one, or one for each "
+                "image."
+            )
+        near = self._near(value, socket)
+        zero = self.missing_depth == "zero and NaN" or (self.missing_depth == "auto" and near == "black")
+        limits = (self.range_low, self.range_high)
+        with named(socket, "depth"):
+            depth = deglad.normalise_depth(value, near == "white", zero, self.range, limits)
+        self._tell(depth, image, socket)
+        return deglad.resize_depth(depth, *image.shape[1:3]).expand(len(image), -1, -1)
+
+    def _near(self, value: torch.Tensor, socket: str) -> str:
+        """What is near, guessed where near_is says auto, and a note where it looks the wrong way round."""
+        score = deglad.white_is_near(value)
+        likely = "white" if score >= 0 else "black"
+        if self.near_is == AUTO:
+            self.guesses.append(likely)
+            sure = "" if abs(score) >= UNSURE else ", but not surely"
+            self.notes.append(
+                f"{socket}: auto takes {likely} as near, since it gets {TOWARDS[likely]} towards the lower "
+                f"edge{sure}; if that is wrong, press the flip button."
+            )
+            return likely
+        if likely != self.near_is and abs(score) >= WRONG:
+            self.notes.append(
+                f"{socket}: with near_is {self.near_is} the image's lower part is farther away than the upper one, "
+                f"which is rare; if the layers come in the wrong order, choose {likely}."
+            )
+        return self.near_is
+
+    def _tell(self, depth: torch.Tensor, image: torch.Tensor, socket: str) -> None:
+        if (depth.amax((1, 2)) == depth.amin((1, 2))).any():
+            self.notes.append(
+                f"{socket}: it has the same depth everywhere, so there is nothing to cut; connect the depth of this "
+                "image."
+            )
+        (rows, columns), (height, width) = depth.shape[1:], image.shape[1:3]
+        if abs(columns * height / (rows * width) - 1) > ASPECT:
+            self.notes.append(
+                f"{socket}: it is {columns}×{rows} and the image {width}×{height}, so it was stretched to another "
+                "shape; connect the depth of this image."
+            )
+
+    def ui(self) -> dict:
+        """What the node shows: the notes, and for the flip button what near_is was taken for."""
+        return told(self.notes) | ({"strata_near": self.guesses} if self.guesses else {})
 
 
 def box_or_region(

@@ -7,12 +7,16 @@ from ..patches.fusion import BLOCKS, METHOD, ROWS, Settings, blend_attention
 from ..patches.layer_prompts import encode_prompts
 from ..patches.layer_rows import sample_rows
 from ..techniques.fusion import map_strips
-from .sampling import sampling_inputs
-from .sockets import Node, Transparency, schema
+from .sampling import end_below_start, sampling_inputs
+from .sockets import Node, Transparency, schema, told
 
 STRUCTURE = ("prior pass at each step", "reuse previous step")
 BLENDED_TEXT = ("background prompt", "own prompt")
 ENTRY = ("soft", "wide")
+SIDE_BY_SIDE = (
+    "model: no Attention blend acts on it, so the three images know nothing of each other; put Attention blend in "
+    "front."
+)
 NOISE = {"same for the three": 0.0, "one each": 1.0}  # how much is each one's own
 
 
@@ -22,7 +26,7 @@ class EncodeLayerPrompts(Node):
         prompt = {"multiline": True, "dynamic_prompts": True, "default": ""}
         return schema(
             node_id="Strata_EncodeLayerPrompts",
-            display_name="Encode layer prompts",
+            display_name="Encode layer prompts (LayerFusion)",
             category="Strata/Generate",
             search_aliases=["layerfusion", "layer prompts", "foreground prompt"],
             description="One conditioning for foreground, background and blended image, which knows where the "
@@ -64,7 +68,7 @@ class AttentionBlend(Node):
         percent = {"min": 0.0, "max": 1.0, "step": 0.01}
         return schema(
             node_id="Strata_AttentionBlend",
-            display_name="Attention blend",
+            display_name="Attention blend (LayerFusion patcher)",
             category="Strata/Generate",
             search_aliases=["layerfusion", "attention blending", "layered generation"],
             description="LayerFusion: lets foreground, background and blended image exchange their attention while "
@@ -165,7 +169,8 @@ class AttentionBlend(Node):
             model = transparency_model.apply_to_foreground(model, transparency)
         switches = structure == STRUCTURE[1], blended_text == BLENDED_TEXT[1], entry == ENTRY[1]
         settings = Settings(strength, boundary, start_percent, end_percent, BLOCKS[blocks], *switches)
-        return io.NodeOutput(blend_attention(model, settings))
+        notes = end_below_start(start_percent, end_percent, "nothing is blended")
+        return io.NodeOutput(blend_attention(model, settings), ui=told(notes) or None)
 
 
 class LayerFusionSampler(Node):
@@ -179,7 +184,7 @@ class LayerFusionSampler(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_LayerFusionSampler",
-            display_name="LayerFusion sampler",
+            display_name="LayerFusion sampler (foreground, background)",
             category="Strata/Generate",
             search_aliases=["layerfusion", "ksampler", "layered generation", "foreground and background"],
             description="Samples foreground, background and blended image together, one of each for every latent "
@@ -220,9 +225,10 @@ class LayerFusionSampler(Node):
     @classmethod
     def execute(cls, model, positive, noise, **sampling):
         model = model.clone()
+        notes = [] if METHOD.is_on(model) else [SIDE_BY_SIDE]
         record = METHOD.record(model)
         latents = sample_rows(model, positive, ROWS.count, **sampling, own_noise=NOISE[noise])
-        return io.NodeOutput(*latents, map_strips(record.steps))
+        return io.NodeOutput(*latents, map_strips(record.steps), ui=told(notes) or None)
 
 
 NODES = [EncodeLayerPrompts, AttentionBlend, LayerFusionSampler]

@@ -5,8 +5,8 @@ from comfy_api.latest import io
 from ..patches.harmonize import harmonize_layers
 from ..techniques.layers import read_layers, write_layers
 from . import sockets
-from .sampling import sampler_input, scheduler_input, seed_input
-from .sockets import Layers, Node, schema
+from .sampling import end_below_start, sampler_input, scheduler_input, seed_input
+from .sockets import Layers, Node, schema, told
 
 FOREGROUNDS = ("keep", "relight")
 
@@ -27,7 +27,7 @@ class HarmonizeLayers(Node):
         percent = {"min": 0.0, "max": 1.0, "step": 0.01}
         return schema(
             node_id="Strata_HarmonizeLayers",
-            display_name="Harmonize layers",
+            display_name="Harmonize layers (IRH harmonizer, shadows)",
             category="Strata/Compose",
             search_aliases=["dreamlayer", "IRH", "harmonization", "contact shadow", "blend layers", "relight"],
             description="Draws the shadows and the light that a stack of layers lacks: the background is denoised "
@@ -95,7 +95,7 @@ class HarmonizeLayers(Node):
                 ),
                 io.Float.Input(
                     "detail",
-                    default=0.0,
+                    default=8.0,
                     min=0.0,
                     max=256.0,
                     step=0.5,
@@ -109,6 +109,16 @@ class HarmonizeLayers(Node):
                     optional=True,
                     tooltip="The layers' latents on their way, the background's first: of the run, from "
                     "Layers sampler, or of their images, from Invert image. Without it noise is added to the layers.",
+                ),
+                io.Float.Input(
+                    "reach",
+                    default=0.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="How far around the things the background may change, as a share of the canvas's longer "
+                    "side; it fades out on the second half of the way. 0 lets all of it change.",
                 ),
             ],
             outputs=[
@@ -125,12 +135,14 @@ class HarmonizeLayers(Node):
 
     @classmethod
     def execute(cls, model, positive, negative, vae, layers, foregrounds, feather, **settings):
+        notes = end_below_start(settings["start_percent"], settings["end_percent"], "the layers are never put back")
         relight = foregrounds == FOREGROUNDS[1]
         harmonised = harmonize_layers(model, positive, negative, vae, read_layers(layers), **settings)
         return io.NodeOutput(
             harmonised.picture(relight, feather),
             {"samples": harmonised.latent},
             write_layers(harmonised.layers(relight)),
+            ui=told(notes) or None,
         )
 
 

@@ -1,14 +1,19 @@
 """Layers made, changed, arranged, flattened and looked at."""
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
+import torch
 from comfy_api.latest import io, ui
 from PIL import ImageColor
 
-from ..formats.raster import modes_note, with_formulas
+from ..formats.raster import modes_note, to_bytes, with_formulas
+from ..formats.sheet import contact_sheet
 from ..techniques import arrange, geometry
 from ..techniques.compositing import flatten_image, preview
-from ..techniques.layers import BLEND_MODES, MAX_SIDE, read_layers, write_layers
+from ..techniques.layers import BLEND_MODES, MAX_SIDE, LayerStack, read_layers, write_layers
+from .inputs import named, save_temporary
 from .sockets import Layers, Node, schema, told
 
 SELECT = (
@@ -52,7 +57,7 @@ class LayersFromImages(Node):
                     "names",
                     multiline=True,
                     default="",
-                    tooltip="Layer names, one per line, back to front. Layers without a line are "
+                    tooltip="Layer names, one per line, back to front. Layers with an empty line or none are "
                     "called Layer 1, Layer 2 and so on.",
                 ),
             ],
@@ -62,35 +67,104 @@ class LayersFromImages(Node):
     @classmethod
     def execute(cls, images, names, masks=None, layers=None):
         below = None if layers is None else read_layers(layers)
-        return io.NodeOutput(write_layers(arrange.from_images(images, masks, names, below)))
+        return shown_layers(arrange.from_images(images, masks, names, below))
+
+
+def image_inputs(image: str, mask: str, optional: bool) -> list:
+    return [
+        io.Image.Input("image", optional=optional, tooltip=image),
+        io.Mask.Input("mask", optional=True, tooltip=mask),
+    ]
+
+
+def field_inputs(name: str) -> list:
+    """A layer's fields. name: the tooltip of its name."""
+    place = {"min": -MAX_SIDE, "max": MAX_SIDE}
+    size = {"default": 0, "min": 0, "max": MAX_SIDE}
+    turn = {"default": 0.0, "min": -360.0, "max": 360.0, "step": 1.0, "round": 0.001}
+    return [
+        io.String.Input("name", default="", tooltip=name),
+        io.Int.Input("x", default=0, **place, tooltip="Left side on the canvas in pixels; may be negative."),
+        io.Int.Input("y", default=0, **place, tooltip="Top side on the canvas in pixels; may be negative."),
+        io.Int.Input("w", **size, tooltip="Width on the canvas in pixels; 0 is the image's own."),
+        io.Int.Input("h", **size, tooltip="Height on the canvas in pixels; 0 is the image's own."),
+        io.Float.Input("rotation", **turn, tooltip="Degrees clockwise about the centre."),
+        io.Boolean.Input("flip_h", default=False, tooltip="Mirror left and right."),
+        io.Boolean.Input("flip_v", default=False, tooltip="Mirror top and bottom."),
+        io.Float.Input(
+            "opacity", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="1 shows the layer fully, 0 not at all."
+        ),
+        io.Combo.Input(
+            "blend_mode",
+            options=list(BLEND_MODES),
+            default="normal",
+            tooltip="How the layer mixes with what is behind it. "
+            "Saved in files; Flatten layers knows the sixteen of W3C (normal to exclusion, hue to luminosity).",
+        ),
+        io.Boolean.Input("visible", default=True, tooltip="Whether the layer is shown."),
+    ]
+
+
+def fields_input(when: str = ""):
+    return io.String.Input(
+        "fields",
+        default="",
+        tooltip=f"{when}The fields to set, as in: x, y, opacity. Empty sets those that differ "
+        "from their default above and keeps the rest; to set one back to its default, name it here.",
+    )
+
+
+def _added(layers, image, mask, below, rotation, **fields) -> io.NodeOutput:
+    """The images as new layers, just behind the layer that `below` names, or in front of all."""
+    stack = None if layers is None else read_layers(layers)
+    fields = arrange.chosen_fields({**fields, "rotation": math.radians(rotation)}, "")
+    return shown_layers(arrange.insert(stack, image, mask, below, fields))
+
+
+def _changed(layers, layer, image, mask, fields, rotation, **values) -> io.NodeOutput:
+    fields = arrange.chosen_fields({**values, "rotation": math.radians(rotation)}, fields)
+    stack = arrange.change(read_layers(layers), layer, image, mask, fields)
+    notes = [] if fields or image is not None or mask is not None else [NOTHING]
+    return io.NodeOutput(write_layers(stack), ui=told(notes) or None)
+
+
+NOTHING = (
+    "Nothing was changed: every value is its default, which is kept as it was in the layer; to set one back to its "
+    "default, name it in fields."
+)
+
+
+def shown_layers(stack: LayerStack, *further, notes: Sequence[str] = ()) -> io.NodeOutput:
+    """New layers as a document, with these notes, and one where a layer hides all that is behind it."""
+    hiding = [
+        f"Layer {name!r} has no transparent pixel and hides everything behind it; give it a mask, or load its file "
+        "with Load layer image, which keeps the alpha."
+        for name in arrange.covering(stack)[-1:]
+    ]
+    return io.NodeOutput(write_layers(stack), *further, ui=told([*notes, *hiding]) or None)
 
 
 class SetLayer(Node):
     @classmethod
     def define_schema(cls):
-        place = {"min": -MAX_SIDE, "max": MAX_SIDE}
         return schema(
             node_id="Strata_SetLayer",
             display_name="Set layer",
             category="Strata/Layers",
-            description="Adds an image as a new layer, or changes fields of the layers that are there.",
-            search_aliases=["add layer", "edit layer", "layer opacity", "layer blend mode"],
+            description="Superseded by Add layer and Change layer, which have fewer inputs each; it goes on working. "
+            "Adds an image as a new layer, or changes fields of the layers that are there.",
+            search_aliases=["edit layer", "layer opacity", "layer blend mode"],
             inputs=[
                 layers_input(
                     "The layers to add to or to change. Not needed to append the first layer of a new document.",
                     optional=True,
                 ),
-                io.Image.Input(
-                    "image",
-                    optional=True,
-                    tooltip="Image of the layer, RGB or RGBA. Needed for a new layer; a batch makes several. "
+                *image_inputs(
+                    "Image of the layer, RGB or RGBA. Needed for a new layer; a batch makes several. "
                     "When changing, leave it open to keep the image.",
-                ),
-                io.Mask.Input(
-                    "mask",
-                    optional=True,
-                    tooltip="Transparency, 1 = transparent, of the image's size. When changing, leave it open to "
+                    "Transparency, 1 = transparent, of the image's size. When changing, leave it open to "
                     "keep the mask.",
+                    optional=True,
                 ),
                 io.Combo.Input(
                     "action",
@@ -101,68 +175,82 @@ class SetLayer(Node):
                     "layers named in layer.",
                 ),
                 io.String.Input("layer", default="", tooltip=f"For change and insert below. {SELECT}"),
+                *field_inputs("Name of the layer. Empty keeps the name, or gives a new layer a number."),
+                fields_input("For change: "),
+            ],
+            outputs=[layers_output()],
+        )
+
+    @classmethod
+    def execute(cls, action, layer, fields, layers=None, image=None, mask=None, **values):
+        if action == "change":
+            _need(layers, "layers: connect the layers to change, or use the action append.")
+            return _changed(layers, layer, image, mask, fields, **values)
+        _need(image, f"image: connect an image for the new layer, or use the action change; {action} needs one.")
+        if action == "insert below":
+            return _added(layers, image, mask, layer, **values)
+        return _added(layers, image, mask, None, **values)
+
+
+class AddLayer(Node):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Strata_AddLayer",
+            display_name="Add layer",
+            category="Strata/Layers",
+            description="Adds an image as a new layer, in front of all or behind one of them.",
+            search_aliases=["new layer", "append layer", "insert layer", "paste as layer"],
+            inputs=[
+                layers_input("The layers to add to. Without them a new document begins.", optional=True),
+                *image_inputs(
+                    "Image of the new layer, RGB or RGBA; a batch makes several layers.",
+                    "Transparency, 1 = transparent, of the image's size.",
+                    optional=False,
+                ),
                 io.String.Input(
-                    "name",
+                    "below",
                     default="",
-                    tooltip="Name of the layer. Empty keeps the name, or gives a new layer a number.",
+                    tooltip="The layer that the new one goes just behind: its name, or its number from 1 at the back. "
+                    "Empty puts it in front of all.",
                 ),
-                io.Int.Input("x", default=0, **place, tooltip="Left side on the canvas in pixels; may be negative."),
-                io.Int.Input("y", default=0, **place, tooltip="Top side on the canvas in pixels; may be negative."),
-                io.Int.Input(
-                    "w", default=0, min=0, max=MAX_SIDE, tooltip="Width on the canvas in pixels; 0 is the image's own."
-                ),
-                io.Int.Input(
-                    "h", default=0, min=0, max=MAX_SIDE, tooltip="Height on the canvas in pixels; 0 is the image's own."
-                ),
-                io.Float.Input(
-                    "rotation",
-                    default=0.0,
-                    min=-360.0,
-                    max=360.0,
-                    step=1.0,
-                    round=0.001,
-                    tooltip="Degrees clockwise about the centre.",
-                ),
-                io.Boolean.Input("flip_h", default=False, tooltip="Mirror left and right."),
-                io.Boolean.Input("flip_v", default=False, tooltip="Mirror top and bottom."),
-                io.Float.Input(
-                    "opacity",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="1 shows the layer fully, 0 not at all.",
-                ),
-                io.Combo.Input(
-                    "blend_mode",
-                    options=list(BLEND_MODES),
-                    default="normal",
-                    tooltip="How the layer mixes with what is behind it. "
-                    "Saved in files; Flatten layers knows the sixteen of W3C (normal to exclusion, hue to luminosity).",
-                ),
-                io.Boolean.Input("visible", default=True, tooltip="Whether the layer is shown."),
-                io.String.Input(
-                    "fields",
-                    default="",
-                    tooltip="For change: the fields to set, as in: x, y, opacity. Empty sets those that differ "
-                    "from their default above and keeps the rest; to set one back to its default, name it here.",
+                *field_inputs("Name of the layer. Empty gives it a number."),
+            ],
+            outputs=[layers_output()],
+        )
+
+    @classmethod
+    def execute(cls, image, below, layers=None, mask=None, **fields):
+        with named("below", "layer"):
+            return _added(layers, image, mask, below.strip() or None, **fields)
+
+
+class ChangeLayer(Node):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Strata_ChangeLayer",
+            display_name="Change layer",
+            category="Strata/Layers",
+            description="Changes the name, place, size, opacity, blend mode, visibility, image or mask of layers.",
+            search_aliases=["edit layer", "layer opacity", "layer blend mode", "hide layer", "replace layer image"],
+            inputs=[
+                layers_input("The layers to change."),
+                io.String.Input("layer", default="", tooltip=SELECT),
+                *field_inputs("The new name. Empty keeps the name."),
+                fields_input(),
+                *image_inputs(
+                    "A new image for the layer; leave it open to keep the image.",
+                    "A new mask, 1 = transparent, of the image's size; leave it open to keep the mask.",
+                    optional=True,
                 ),
             ],
             outputs=[layers_output()],
         )
 
     @classmethod
-    def execute(cls, action, layer, fields, rotation, layers=None, image=None, mask=None, **values):
-        stack = None if layers is None else read_layers(layers)
-        values["rotation"] = math.radians(rotation)
-        if action == "change":
-            _need(stack, "layers: connect the layers to change, or use the action append.")
-            return io.NodeOutput(
-                write_layers(arrange.change(stack, layer, image, mask, arrange.chosen_fields(values, fields)))
-            )
-        _need(image, f"image: connect an image for the new layer, or use the action change; {action} needs one.")
-        below = layer if action == "insert below" else None
-        return io.NodeOutput(write_layers(arrange.insert(stack, image, mask, below, arrange.chosen_fields(values, ""))))
+    def execute(cls, layers, layer, fields, image=None, mask=None, **values):
+        return _changed(layers, layer, image, mask, fields, **values)
 
 
 class TransformLayer(Node):
@@ -366,9 +454,9 @@ class PreviewLayers(Node):
             display_name="Preview layers",
             category="Strata/Layers",
             is_output_node=True,
-            description="Shows the flattened image, then every layer on a checkerboard, back to front, hidden ones "
-            "too.",
-            search_aliases=["show layers", "view layers"],
+            description="Shows the flattened image and every layer on a checkerboard, back to front with their names, "
+            "hidden ones too, as one image.",
+            search_aliases=["show layers", "view layers", "contact sheet"],
             inputs=[layers_input()],
             outputs=[Layers.Output(display_name="layers", tooltip="The same layers, unchanged.")],
         )
@@ -376,8 +464,20 @@ class PreviewLayers(Node):
     @classmethod
     def execute(cls, layers):
         stack = read_layers(layers)
-        shown = ui.PreviewImage(preview(with_formulas(stack)), cls=cls).as_dict()
+        pictures = preview(with_formulas(stack))
+        shown = {
+            "images": [save_temporary(sheet(stack, pictures))],
+            "strata_pictures": ui.PreviewImage(pictures, cls=cls).as_dict()["images"],
+        }
         return io.NodeOutput(layers, ui=shown | told(modes_note(stack.layers, "The preview")))
+
+
+def sheet(stack: LayerStack, pictures: torch.Tensor) -> np.ndarray:
+    """What `preview` gives of a stack, beside each other with the layers' names: bytes [H,W,3]."""
+    names = [
+        f"{number} {layer.name}{'' if layer.visible else ' (hidden)'}" for number, layer in enumerate(stack.layers, 1)
+    ]
+    return contact_sheet(to_bytes(pictures), ["flattened", *names])
 
 
 def _need(value, message: str) -> None:
@@ -399,4 +499,14 @@ def _colour(text: str) -> tuple[float, float, float, float]:
     return red / 255, green / 255, blue / 255, (alpha[0] / 255 if alpha else 1.0)
 
 
-NODES = [LayersFromImages, SetLayer, TransformLayer, OrderLayers, FlattenLayers, LayersToBatch, PreviewLayers]
+NODES = [
+    LayersFromImages,
+    AddLayer,
+    ChangeLayer,
+    SetLayer,
+    TransformLayer,
+    OrderLayers,
+    FlattenLayers,
+    LayersToBatch,
+    PreviewLayers,
+]

@@ -12,10 +12,14 @@ from comfy_api.latest import io, ui
 
 from ..formats import files
 from ..formats.groups import GROUPS
+from ..formats.images import load_images
 from ..formats.raster import modes_note, picture
+from ..techniques.arrange import to_batch
+from ..techniques.compositing import preview
 from ..techniques.layers import MAX_LAYERS, read_layers, write_layers
 from .depth_inputs import depth_input, depth_layer
-from .inputs import holds_name, input_file, input_names, input_state, inside
+from .inputs import holds_name, input_file, input_names, input_state, inside, save_temporary
+from .layers_edit import sheet, shown_layers
 from .sockets import Layers, Node, schema, told
 
 BITS = ("8", "16")
@@ -27,7 +31,7 @@ class SaveLayers(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_SaveLayers",
-            display_name="Save layers",
+            display_name="Save layers (Photoshop PSD, Krita ORA)",
             category="Strata/Layers",
             is_output_node=True,
             search_aliases=["psd", "ora", "openraster", "photoshop", "krita", "gimp", "export layers"],
@@ -112,7 +116,7 @@ class LoadLayers(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_LoadLayers",
-            display_name="Load layers",
+            display_name="Load layers (Photoshop PSD, Krita ORA)",
             category="Strata/Layers",
             search_aliases=["psd", "ora", "openraster", "photoshop", "krita", "import layers"],
             description="Loads the layers of a Photoshop (PSD, PSB) or OpenRaster (ORA) file. Groups become their "
@@ -173,6 +177,64 @@ class LoadLayers(Node):
         )
 
 
+class LoadLayerImage(Node):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Strata_LoadLayerImage",
+            display_name="Load layer image",
+            category="Strata/Layers",
+            search_aliases=["load image with alpha", "RGBA", "transparent PNG", "cut-out", "load images"],
+            description="Loads images as layers and keeps their alpha, which Load Image gives apart. The button takes "
+            "several files at once.",
+            inputs=[
+                io.String.Input(
+                    "files",
+                    multiline=True,
+                    default="",
+                    tooltip="Names of image files in ComfyUI's input folder, one a line, the first one the back layer. "
+                    "The button below uploads them.",
+                )
+            ],
+            outputs=[
+                Layers.Output(
+                    "LAYERS",
+                    display_name="layers",
+                    tooltip="A layer for each file, named after it and centred on a canvas as large as the largest.",
+                ),
+                io.Image.Output(
+                    "IMAGE", display_name="image", tooltip="RGBA, one image per file, of the canvas's size."
+                ),
+                io.Mask.Output("MASK", display_name="mask", tooltip="Transparency of the images, 1 = transparent."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, files):
+        names = _names(files)
+        if not names:
+            return "files: there is no file; upload one, or write the name of one in the input folder."
+        absent = next((name for name in names if not ((path := input_file(name)) and path.is_file())), None)
+        return absent is None or f"files: {absent!r} is not a file in ComfyUI's input folder; upload it."
+
+    @classmethod
+    def fingerprint_inputs(cls, files):
+        return "\n".join(map(input_state, _names(files)))
+
+    @classmethod
+    def execute(cls, files):
+        notes = []
+        stack = load_images([input_file(name) for name in _names(files)], notes)
+        images = to_batch(stack)
+        result = shown_layers(stack, images, 1 - images[..., 3], notes=notes)
+        result.ui = {**(result.ui or {}), "images": [save_temporary(sheet(stack, preview(stack)))]}
+        return result
+
+
+def _names(files: str) -> list[str]:
+    return [line.strip() for line in files.splitlines() if line.strip()]
+
+
 def _target(prefix: str, canvas: tuple[int, int]) -> tuple[Path, str, str]:
     """(folder, start of the file names, subfolder) that are free in the output folder, by ComfyUI's own rules."""
     # Normalised first: with a / at its end ComfyUI would count from 1 again.
@@ -217,4 +279,4 @@ def _metadata(hidden) -> dict:
     return {**({"prompt": hidden.prompt} if hidden.prompt else {}), **(hidden.extra_pnginfo or {})}
 
 
-NODES = [SaveLayers, LoadLayers]
+NODES = [SaveLayers, LoadLayers, LoadLayerImage]

@@ -47,3 +47,12 @@ def sampling_inputs() -> list:
             tooltip="1 starts from noise alone, less from the latent.",
         ),
     ]
+
+
+def end_below_start(
+    start: float, end: float, what: str, sockets: tuple[str, str] = ("start_percent", "end_percent")
+) -> list[str]:
+    """A note for a range of the sampling that is empty, and what that means."""
+    if start < end:
+        return []
+    return [f"{sockets[1]}: {end:g} is not above {sockets[0]}, {start:g}, so {what}; raise it."]

@@ -28,11 +28,15 @@ from ..techniques.fusion import map_strips
 from ..techniques.layers import LayerStack, read_layers, write_layers
 from . import sockets
 from .inputs import centred, check_inversion, encodable, named
-from .sampling import sampling_inputs, scheduler_input
+from .sampling import end_below_start, sampling_inputs, scheduler_input
 from .sockets import LayerModelFile, LayerModules, Layers, Node, Transparency, schema, told
 
 ALIASES = ["dreamlayer", "multi-layer generation", "layered generation"]
 NOISE = {"same for all layers": 0.0, "one each": 1.0, "half the same": 0.5}  # how much is each layer's own
+SIDE_BY_SIDE = (
+    "model: neither Shared layers nor Context maps acts on it, so the layers know nothing of each other; put them "
+    "in front."
+)
 PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01}
 
 
@@ -68,7 +72,7 @@ class LayerPrompts(Node):
         prompt = {"multiline": True, "dynamic_prompts": True, "default": ""}
         return schema(
             node_id="Strata_LayerPrompts",
-            display_name="Layer prompts",
+            display_name="Layer prompts (DreamLayer)",
             category="Strata/Generate",
             search_aliases=[*ALIASES, "objects"],
             description="One conditioning for a background, any number of objects in front of it, and the whole "
@@ -105,7 +109,7 @@ class LoadLayerModules(LayerModelFile):
     def define_schema(cls):
         return schema(
             node_id="Strata_LoadLayerModules",
-            display_name="Load layer modules",
+            display_name="Load layer modules (DreamLayer)",
             category="Strata/Generate",
             search_aliases=[*ALIASES, "layer_model", "context-aware layers"],
             description="Loads what DreamLayer's training makes: keys and values for layers, the layer embedding, and "
@@ -139,7 +143,7 @@ class SharedLayers(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_SharedLayers",
-            display_name="Shared layers",
+            display_name="Shared layers (DreamLayer)",
             category="Strata/Generate",
             search_aliases=[*ALIASES, "LSSA", "layer-shared self-attention"],
             description="DreamLayer's LSSA: in the up blocks every layer sees all layers of its image, so that they "
@@ -180,7 +184,9 @@ class SharedLayers(Node):
 
     @classmethod
     def execute(cls, model, strength, start_percent, end_percent, modules=None):
-        return io.NodeOutput(share_layers(model, Sharing(strength, start_percent, end_percent), modules))
+        notes = end_below_start(start_percent, end_percent, "nothing is shared")
+        shared = share_layers(model, Sharing(strength, start_percent, end_percent), modules)
+        return io.NodeOutput(shared, ui=told(notes) or None)
 
 
 class ContextMaps(Node):
@@ -188,7 +194,7 @@ class ContextMaps(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_ContextMaps",
-            display_name="Context maps",
+            display_name="Context maps (DreamLayer)",
             category="Strata/Generate",
             search_aliases=[*ALIASES, "CACA", "context-aware cross-attention", "attention maps"],
             description="DreamLayer's CACA: finds where the whole image puts each object, and lets the object's "
@@ -238,7 +244,7 @@ class LayersSampler(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_LayersSampler",
-            display_name="Layers sampler",
+            display_name="Layers sampler (DreamLayer)",
             category="Strata/Generate",
             search_aliases=[*ALIASES, "ksampler"],
             description="Samples background, objects and whole image together, one of each for every latent that "
@@ -326,6 +332,11 @@ class LayersSampler(Node):
     ):
         names, recorded, notes = _layer_names(model, positive, sampling["negative"], decoder), {}, []
         count = layer_count(names)
+        if count > 1 and not METHOD.is_on(model):
+            notes.append(SIDE_BY_SIDE)
+        if harmonize and count > 1:
+            ends = "harmonize_start", "harmonize_end"
+            notes += end_below_start(harmonize_start, harmonize_end, "the layers are never put back", ends)
         _check_sampling(model, count, decoder, harmonize, harmonize_start, sampling)
         layered, record = _prepared(model, adapter, count)
         branches = sample_rows(layered, positive, count, **sampling, own_noise=NOISE[noise], recorded=recorded)
@@ -353,7 +364,7 @@ class ImageToLayers(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_ImageToLayers",
-            display_name="Image to layers",
+            display_name="Image to layers (DreamLayer)",
             category="Strata/Generate",
             search_aliases=[*ALIASES, "decompose", "image decomposition", "inversion"],
             description="DreamLayer's image to layers: takes an image apart into the background and the objects that "

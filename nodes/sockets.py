@@ -63,13 +63,18 @@ def _checked(execute):
             declared[:], made[:] = own.inputs, [str(one.get_io_type()) for one in own.outputs]
         for one in declared:
             if one.id in named:
-                named[one.id] = inputs.check(one, named[one.id], files="validate_inputs" in cls.__dict__)
+                named[one.id] = inputs.check(one, named[one.id], files=_looks_itself(cls))
         inputs.check_together(named, {one.id: str(one.get_io_type()) for one in declared})
         found = execute(**named)
         found.args = tuple(inputs.placed(*pair) for pair in zip(found.args, made, strict=True))
         return found
 
     return run
+
+
+def _looks_itself(cls) -> bool:
+    """Whether the node, or a base of it, looks for its files itself."""
+    return any("validate_inputs" in vars(one) for one in cls.__mro__[: cls.__mro__.index(Node)])
 
 
 class LayerModelFile(Node):

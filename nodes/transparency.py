@@ -25,7 +25,7 @@ class LoadTransparency(LayerModelFile):
     def define_schema(cls):
         return schema(
             node_id="Strata_LoadTransparency",
-            display_name="Load transparency",
+            display_name="Load transparency (LayerDiffuse)",
             category="Strata/Transparency",
             search_aliases=[*NAMES, "layer_model", "load layer diffuse"],
             description="Loads one of LayerDiffuse's weight files from models/layer_model and finds out by itself "
@@ -35,8 +35,8 @@ class LoadTransparency(LayerModelFile):
                     "file",
                     options=files.choices(files.Transparency),
                     tooltip=(
-                        "A file below models/layer_model, whatever its name. Published files that are missing are in "
-                        "the list too; running one says where to get it."
+                        "A file of LayerDiffuse below models/layer_model, whatever its name. The help page says where "
+                        "to get the published ones."
                     ),
                 )
             ],
@@ -91,7 +91,7 @@ class ApplyTransparency(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_ApplyTransparency",
-            display_name="Apply transparency",
+            display_name="Apply transparency (LayerDiffuse)",
             category="Strata/Transparency",
             search_aliases=[*NAMES, "transparent background", "layer diffuse apply"],
             description="Makes a model draw one object with hidden transparency, or a layer that goes with given "
@@ -143,7 +143,7 @@ class DecodeTransparency(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_DecodeTransparency",
-            display_name="Decode transparency",
+            display_name="Decode transparency (LayerDiffuse)",
             category="Strata/Transparency",
             search_aliases=[*NAMES, "layer diffuse decode", "latent to RGBA"],
             description="Finds the transparency that is hidden in a latent: an image with alpha. Any size and batch.",
@@ -281,7 +281,7 @@ class EncodeTransparency(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_EncodeTransparency",
-            display_name="Encode transparency",
+            display_name="Encode transparency (LayerDiffuse)",
             category="Strata/Transparency",
             search_aliases=[*NAMES, "layer diffuse encode", "RGBA to latent"],
             description="Hides an image's transparency in its latent, so that a model with transparency can go on "
@@ -335,7 +335,7 @@ class SampleJointLayers(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_SampleJointLayers",
-            display_name="Sample joint layers",
+            display_name="Sample joint layers (LayerDiffuse)",
             category="Strata/Transparency",
             search_aliases=[*NAMES, "layer diffuse joint", "foreground and background"],
             description="SD1.5: draws foreground, background and blended image together, so that they agree. Needs "
@@ -367,7 +367,7 @@ class SampleAroundLayer(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_SampleAroundLayer",
-            display_name="Sample around a layer",
+            display_name="Sample around a layer (LayerDiffuse)",
             category="Strata/Transparency",
             search_aliases=[*NAMES, "fg2bg", "bg2fg", "layer diffuse cond joint"],
             description="SD1.5: draws the other layer and the blended image for a given one. Needs layer_sd15_fg2bg "

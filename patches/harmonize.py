@@ -20,6 +20,7 @@ from torch import Tensor
 from ..techniques.feature_guidance import masks_at_level
 from ..techniques.geometry import rasterise
 from ..techniques.harmonization import (
+    band,
     colours_and_alphas,
     fuse_latents,
     harmonised_layers,
@@ -193,11 +194,13 @@ def harmonize_layers(
     end_percent: float,
     detail: float = 0.0,
     retained: Inversion | None = None,
+    reach: float = 0.0,
 ) -> Harmonised:
     """The visible layers of a stack encoded, harmonised and decoded.
 
-    detail: keep_detail's radius, 0 for none. retained: the trajectory of all layers, hidden ones too. Raises ValueError
-    naming layers, retained or start_percent.
+    detail: keep_detail's radius, 0 for none. reach: of the band around the things that the background may change in, as
+    a share of the canvas's longer side, 0 for all of it. retained: the trajectory of all layers, hidden ones too.
+    Raises ValueError naming layers, retained or start_percent.
     """
     side = vae.spacial_compression_encode()
     trajectory = None if retained is None else _retained(retained, stack, side)
@@ -222,9 +225,12 @@ def harmonize_layers(
         trajectory,
     )
     drawn = _decoded(vae, latent, stack.canvas)
+    free = visible_shares(alphas[1:])[0]
     if detail:
-        free, same = visible_shares(alphas[1:])[0], _decoded(vae, latents[0], stack.canvas)
+        same = _decoded(vae, latents[0], stack.canvas)
         drawn = torch.lerp(drawn, keep_detail(colours[:1], drawn, same, free[None], detail), free)
+    if reach:
+        drawn = torch.lerp(colours[:1], drawn, band(1 - free, reach * max(stack.canvas)))
     return Harmonised(stack, colours, alphas, drawn, latent)
 
 

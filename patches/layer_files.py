@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import comfy.ops
 import comfy.utils
 import folder_paths
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..networks import back_to_front
@@ -33,10 +36,39 @@ WANTED = {
 
 
 def choices(kind: type) -> list[str]:
-    """The files of the folder, and the names of those that can be had: published ones, or the shipped one."""
+    """The files of the folder that are of this kind by what is in them, or may be. Where there is none, the names of
+    those that can be had, so that running one says where.
+    """
     shipped = {Decomposer: DECOMPOSER, LayerModules: SHIPPED, BackToFront: BACK_TO_FRONT}
-    known = [shipped[kind]] if kind in shipped else PUBLISHED
-    return list(dict.fromkeys([*folder_paths.get_filename_list(KIND), *known]))
+    known = [shipped[kind]] if kind in shipped else [*PUBLISHED]
+    return fitting(KIND, lambda shapes: kind_of(shapes) is kind) or known
+
+
+def fitting(folder: str, fits: Callable[[dict[str, Tensor]], bool]) -> list[str]:
+    """The files of ComfyUI's folder whose weights fit by names and shapes, and those that do not tell without being
+    loaded: all but safetensors.
+    """
+    found = []
+    for name in folder_paths.get_filename_list(folder):
+        path = folder_paths.get_full_path(folder, name)
+        shapes = path and _shapes(path, state(name, folder))
+        if shapes is None or shapes and fits(shapes):
+            found.append(name)
+    return found
+
+
+@lru_cache(maxsize=256)
+def _shapes(path: str, state: str) -> dict[str, Tensor] | None:
+    """A safetensors file's weights without their numbers, none of a damaged one; None for another kind of file. state:
+    forgets what is remembered of a file that has changed.
+    """
+    if not path.endswith((".safetensors", ".sft")):
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return {}
 
 
 def state(name: str, kind: str = KIND) -> str:
@@ -68,15 +100,27 @@ def recognise(
     name: str, weights: dict[str, Tensor], metadata: dict[str, str], layer: str = "foreground"
 ) -> Transparency | LayerModules | Decomposer | BackToFront:
     """Raises ValueError for weights that are none of the pack's kinds."""
-    if layer_modules.EMBEDDING in weights:
+    kind = kind_of(weights)
+    if kind is LayerModules:
         return layer_modules.recognise(name, weights)
-    if decomposer.is_decomposer(weights):
+    if kind is Decomposer:
         return decomposer.recognise(name, weights, metadata, layer)
-    if back_to_front.is_back_to_front(weights):
+    if kind is BackToFront:
         return back_to_front.recognise(name, weights, metadata, comfy.ops.manual_cast)
     # The pack's own trainers put their command into a file: a pair for the mini family can have the published widths.
     own = metadata.get("command", "").startswith("python -m training ")
     return transparency.recognise(name, weights, own)
+
+
+def kind_of(weights: dict[str, Tensor]) -> type | None:
+    """Which of the pack's kinds weights are of by their names and shapes, None for none of them."""
+    if layer_modules.EMBEDDING in weights:
+        return LayerModules
+    if decomposer.is_decomposer(weights):
+        return Decomposer
+    if back_to_front.is_back_to_front(weights):
+        return BackToFront
+    return Transparency if transparency.is_transparency(weights) else None
 
 
 def read(name: str, kind: str = KIND) -> dict[str, Tensor]:

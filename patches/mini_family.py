@@ -5,6 +5,7 @@ model files lie.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,13 @@ from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
 from comfy.supported_models_base import ClipTarget
 from torch import Tensor
 
+from .notes import tell
+
 PACK = Path(__file__).parent.parent
-CONFIG = json.loads((PACK / "models_config" / "mini" / "sd.json").read_text(encoding="utf-8"))
+CONFIG, TRAINED = (
+    json.loads((PACK / "models_config" / "mini" / f"{name}.json").read_text(encoding="utf-8"))
+    for name in ("sd", "diffusion")
+)
 UNET, FLUX, TEXT, LATENT = CONFIG["unet"], CONFIG["flux"], CONFIG["text"], CONFIG["latent"]
 KINDS = ("checkpoints", "diffusion_models", "layer_model", "strata", "vae")
 TOKEN_IDS = "cond_stage_model.token_ids"
@@ -37,6 +43,51 @@ class StrataMiniLatent(comfy.latent_formats.LatentFormat):
     latent_rgb_factors_bias = LATENT["rgb_bias"]
 
 
+class TokenizerOfFewWords(SD1Tokenizer):
+    """ComfyUI's, which says on the node which words of a prompt the family does not know. known: the numbers of its
+    tokens, None where the checkpoint does not tell.
+    """
+
+    def __init__(self, known: frozenset[int] | None, **kwargs):
+        super().__init__(**kwargs)
+        self.known = known
+
+    def tokenize_with_weights(self, text: str, *args, **kwargs):
+        if words := self.unknown(text):
+            tell(
+                f"The mini family does not know {', '.join(words[:5])}{' …' * (len(words) > 5)}; use objects that "
+                "Render a layered scene lists, and places such as a beach or a street."
+            )
+        return super().tokenize_with_weights(text, *args, **kwargs)
+
+    def unknown(self, text: str) -> list[str]:
+        """The words of a text that have a token without a row of its own."""
+        if self.known is None:
+            return []
+        encode = getattr(self, self.clip).tokenizer
+        words = dict.fromkeys(re.findall(r"[^\W\d_]+", re.sub(r"embedding:\S+", "", text)))
+        return [word for word in words if not self.known.issuperset(encode(word)["input_ids"])]
+
+
+def tell_size(noise: Tensor | None) -> None:
+    """A note for images [B,C,h,w] of another size than the family was trained at."""
+    side = TRAINED["side"]
+    if noise is not None and tuple(noise.shape[-2:]) != (side // 8, side // 8):
+        height, width = (8 * length for length in noise.shape[-2:])
+        tell(
+            f"The mini family was trained at {side}×{side} pixels and does not know {width}×{height}; things may come "
+            "in pieces or twice."
+        )
+
+
+class UNetOfOneSize(comfy.model_base.BaseModel):
+    """ComfyUI's model, which says on the node when it gets a size that the family does not know."""
+
+    def extra_conds(self, **kwargs):
+        tell_size(kwargs.get("noise"))
+        return super().extra_conds(**kwargs)
+
+
 class StrataMini(comfy.supported_models.SD15):
     """Matched by everything that ComfyUI reads from a UNet's weights; the number of heads cannot be read and is set."""
 
@@ -50,7 +101,9 @@ class StrataMini(comfy.supported_models.SD15):
     latent_format = StrataMiniLatent
 
     def get_model(self, state_dict, prefix="", device=None):
-        model = super().get_model(state_dict, prefix, device)
+        model = UNetOfOneSize(self, self.model_type(state_dict, prefix), device=device)
+        if self.inpaint_model():
+            model.set_inpaint()
         model.blank_inpaint_image_like = gray_latent  # ComfyUI has set SD1.5's numbers
         return model
 
@@ -61,10 +114,13 @@ class StrataMini(comfy.supported_models.SD15):
 
     def clip_target(self, state_dict=None):
         text_model = partial(SDClipModel, textmodel_json_config=dict(TEXT), return_projected_pooled=False)
-        return ClipTarget(
-            partial(SD1Tokenizer, tokenizer=partial(SDTokenizer, embedding_size=TEXT["hidden_size"])),
-            partial(SD1ClipModel, clip_model=text_model),
+        ids = (state_dict or {}).get(TOKEN_IDS)
+        tokenizer = partial(
+            TokenizerOfFewWords,
+            None if ids is None else frozenset(ids.tolist()),
+            tokenizer=partial(SDTokenizer, embedding_size=TEXT["hidden_size"]),
         )
+        return ClipTarget(tokenizer, partial(SD1ClipModel, clip_model=text_model))
 
 
 class StrataMiniInpaint(StrataMini):
@@ -77,6 +133,7 @@ class FluxOfFewTokens(comfy.model_base.Flux):
     """
 
     def extra_conds(self, **kwargs):
+        tell_size(kwargs.get("noise"))
         if kwargs.get("cross_attn") is not None:
             kwargs["cross_attn"] = kwargs["cross_attn"][:, : CONFIG["flux_tokens"]]
         return super().extra_conds(**kwargs)

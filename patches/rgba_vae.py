@@ -7,7 +7,6 @@ from __future__ import annotations
 import comfy.ops
 import comfy.sd
 import comfy.utils
-import folder_paths
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,8 +60,17 @@ class RGBAVAE(comfy.sd.VAE):
 
 
 def choices() -> list[str]:
-    """The files of the folder, and the shipped one. Which of them have alpha is seen when one is loaded."""
-    return list(dict.fromkeys([*folder_paths.get_filename_list(KIND), SHIPPED]))
+    """The files of the folder that have alpha, or may have; the shipped one where there is none."""
+    return layer_files.fitting(KIND, lambda shapes: _ends(shapes) is not None) or [SHIPPED]
+
+
+def _ends(weights: dict[str, Tensor]) -> tuple[str, str] | None:
+    """The ends of an autoencoder whose images have four channels."""
+    for first, last in ENDS:
+        ends = weights.get(f"{first}.weight"), weights.get(f"{last}.weight")
+        if all(end is not None and end.ndim == 4 for end in ends) and (ends[0].shape[1], ends[1].shape[0]) == (4, 4):
+            return first, last
+    return None
 
 
 def load(name: str) -> RGBAVAE:

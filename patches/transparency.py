@@ -22,6 +22,7 @@ CONFIGS = Path(__file__).parent.parent / "models_config"
 CONFIG = json.loads((CONFIGS / "transparency.json").read_text(encoding="utf-8"))
 FAMILIES, LATENTS = CONFIG["families"], CONFIG["latents"]
 FIRST = "diffusion_model.input_blocks.0.0.weight"  # the convolution that the latent enters by
+SHARING = "hookers.layers.0.to_q_lora."
 FLUX_LAYER = re.compile(r"(transformer_blocks|double_blocks|single_blocks)[._]\d+[._]")
 WHAT = {
     "adapter": "an adapter",
@@ -65,15 +66,29 @@ class Transparency:
         return self.parts[kind]
 
 
+def is_transparency(weights: dict[str, Tensor]) -> bool:
+    """Whether these may be LayerDiffuse's, by their names."""
+    probes = [probe for kind, probe, _, _ in PAIR for probe in (probe, f"{kind}.{probe}")]
+    return (
+        any("::" in key or key.startswith(SHARING) for key in weights)
+        or any(probe in weights for probe in probes)
+        or _is_flux(weights)
+    )
+
+
+def _is_flux(weights: dict[str, Tensor]) -> bool:
+    return "lora" in next(iter(weights), "") and any(FLUX_LAYER.search(key) for key in weights)
+
+
 def recognise(name: str, weights: dict[str, Tensor], own: bool = False) -> Transparency:
     """Tell a file's kind and family from its keys and shapes, and build its networks; own: written by this pack's
     trainers. Raises ValueError.
     """
     if any("::" in key for key in weights):
         return _adapter(name, weights)
-    if any(key.startswith("hookers.layers.0.to_q_lora.") for key in weights):
+    if any(key.startswith(SHARING) for key in weights):
         return _sharing(name, weights)
-    if "lora" in next(iter(weights), "") and any(FLUX_LAYER.search(key) for key in weights):
+    if _is_flux(weights):
         return Transparency(
             name, tuple(family for family in FAMILIES if "unet" not in FAMILIES[family]), {"flux": weights}
         )
@@ -127,10 +142,7 @@ def _pair(name: str, weights: dict[str, Tensor], trained_here: bool) -> Transpar
     autoencoder).
     """
     parts, found = {}, None
-    for kind, probe, build, shape in (
-        ("decoder", "latent_conv_in.weight", TransparentDecoder, decoder_shape),
-        ("encoder", "blocks.0.weight", OffsetEncoder, encoder_shape),
-    ):
+    for kind, probe, build, shape in PAIR:
         own = (
             weights
             if probe in weights
@@ -200,6 +212,13 @@ def encoder_shape(weights: dict[str, Tensor]) -> dict:
         "widths": [weights[f"blocks.{i}.weight"].shape[0] for i in range(0, last, 4)],
         "latent_channels": weights[f"blocks.{last}.weight"].shape[0],
     }
+
+
+# Of a pair's networks: name, a weight that only it has, class, what its shape is read by
+PAIR = (
+    ("decoder", "latent_conv_in.weight", TransparentDecoder, decoder_shape),
+    ("encoder", "blocks.0.weight", OffsetEncoder, encoder_shape),
+)
 
 
 @cache

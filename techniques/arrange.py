@@ -84,17 +84,31 @@ def arrange(stack: LayerStack, action: str, text: str, names: str = "") -> Layer
 
 
 def rename(stack: LayerStack, indices: Sequence[int], names: str) -> LayerStack:
-    """These layers with new names, one per line. Raises ValueError when there are more or fewer lines than layers.
+    """These layers with new names, one per line. Raises ValueError when there are more or fewer names than layers.
 
     Source: ours, one name per line.
     """
-    lines = _lines(names)
+    lines = [line for line in _lines(names) if line]
     if len(lines) != len(indices):
         raise ValueError(
             f"names: there are {len(lines)} names for {len(indices)} selected layers; write one name per line for each."
         )
     named = [replace(stack.layers[index], name=name) for index, name in zip(indices, lines, strict=True)]
     return stack.with_layers(_put(stack.layers, indices, named))
+
+
+def name_lines(names: str, most: int, what: str = "layers") -> list[str]:
+    """The lines of a text of names, empty ones too, since each line stands for one of what there is. Raises ValueError
+    for more than `most` lines.
+
+    Source: ours, one name per line.
+    """
+    lines = _lines(names)
+    if len(lines) > most:
+        raise ValueError(
+            f"names: there are {len(lines)} names for {most} {what}; write one name per line, at most one for each."
+        )
+    return lines
 
 
 def merge(stack: LayerStack, indices: Sequence[int], name: str = "") -> LayerStack:
@@ -135,8 +149,8 @@ def from_images(
     """One layer per image [B,H,W,3|4], the first at the back, on top of `below` when given; otherwise the canvas is the
     image's size.
 
-    masks: [B,H,W] or one for all, 1 = transparent. names: one per line, "Layer N" beyond the last line. sockets: what
-    errors call the first two.
+    masks: [B,H,W] or one for all, 1 = transparent. names: one per line, "Layer N" for an empty or missing one. sockets:
+    what errors call the first two.
     Raises ValueError naming the input.
     Source: ours, ComfyUI's layer document.
     """
@@ -147,13 +161,9 @@ def from_images(
             f"{sockets[0]}: this makes {len(before) + len(images)} layers and a LAYERS document holds at most "
             f"{MAX_LAYERS}; pass fewer."
         )
-    lines = _lines(names)
-    if len(lines) > len(images):
-        raise ValueError(
-            f"names: there are {len(lines)} names for {len(images)} images; write one name per line, at most one for "
-            "each image."
-        )
-    lines += [f"Layer {len(before) + number}" for number in range(len(lines) + 1, len(images) + 1)]
+    lines = name_lines(names, len(images), "images")
+    lines += [""] * (len(images) - len(lines))
+    lines = [line or f"Layer {number}" for number, line in enumerate(lines, len(before) + 1)]
     mask = [None] * len(images) if masks is None else masks.expand(len(images), -1, -1)
     layers = tuple(Layer(image, name, one) for image, name, one in zip(images, lines, mask, strict=True))
     return LayerStack(below.canvas if below else (images.shape[2], images.shape[1]), before + layers)
@@ -256,6 +266,24 @@ def to_batch(stack: LayerStack, at_canvas_size: bool = True) -> Tensor:
     return torch.stack([layer.rgba() * layer.image.new_tensor((1, 1, 1, layer.opacity)) for layer in stack.layers])
 
 
+def covering(stack: LayerStack) -> list[str]:
+    """The names of visible layers, but the one at the back, that nothing behind is seen through or beside: mostly
+    pictures that have lost their alpha.
+
+    Source: ours, ComfyUI's layer document.
+    """
+
+    def opaque(layer: Layer) -> bool:
+        plain = layer.visible and layer.opacity == 1 and layer.blend_mode == "normal"
+        return plain and bool((layer.rgba()[..., 3] >= 1).all())
+
+    return [
+        layer.name
+        for layer in stack.layers[1:]
+        if opaque(layer) and (rasterise(layer, stack.canvas)[..., 3] >= 1).all()
+    ]
+
+
 def _check_mask(images: Tensor, masks: Tensor | None, image_socket: str, mask_socket: str) -> None:
     """Raises ValueError when masks [B,H,W] do not fit images [B,H,W,C]: one mask for all, or one for each, of the same
     size.
@@ -316,4 +344,4 @@ def _put(layers: Sequence[Layer], indices: Sequence[int], new: Sequence[Layer]) 
 
 
 def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in text.rstrip().splitlines()]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain, repeat
 
 import numpy as np
 import torch
@@ -59,6 +60,32 @@ def normalise_depth(
     scaled = ((depth - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
     scaled = 1 - scaled if near_is_white else scaled
     return fill_missing(torch.where(valid, scaled, 0.0), valid)
+
+
+def white_is_near(depth: Tensor) -> float:
+    """Whether larger values of raw depth or disparity [B,H,W] are nearer, as a number in −1..1: above 0 they are, and
+    the farther from 0 the surer.
+
+    Spearman's correlation of a pixel's value with its row, the mean over the images. Zeros do not count, since sensors
+    give them for what they have not measured; nor does NaN.
+    Source: ours, the ground is nearest at the lower edge of nearly every image.
+    """
+    scores = [_rank_correlation(one) for one in depth.double().cpu()]
+    return sum(scores) / len(scores)
+
+
+def _rank_correlation(depth: Tensor) -> float:
+    rows, columns = (depth.isfinite() & (depth != 0)).nonzero(as_tuple=True)
+    values, rows = _ranks(depth[rows, columns]), _ranks(rows)
+    spread = (values.square().sum() * rows.square().sum()).sqrt()
+    return float((values * rows).sum() / spread) if spread > 0 else 0.0
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """[N], their mean 0; equal values share their middle rank."""
+    _, place, count = values.unique(return_inverse=True, return_counts=True)
+    ranks = (count.double().cumsum(0) - count / 2)[place]
+    return ranks - ranks.sum() / max(1, len(ranks))
 
 
 def fill_missing(depth: Tensor, valid: Tensor) -> Tensor:
@@ -136,7 +163,8 @@ def resize_depth(depth: Tensor, height: int, width: int, edge: float = 0.02) -> 
 
 
 def parse_thresholds(text: str) -> list[float]:
-    """ "0.35, 0.6" -> [0.35, 0.6]; an empty text is no threshold. Raises ValueError naming the input.
+    """ "0.6, 0.35" -> [0.35, 0.6], ascending without repeats; an empty text is no threshold. Raises ValueError naming
+    the input.
 
     Source: deglad, Sec. 3.2 (a set of depth values {d_1..d_k}).
     """
@@ -148,11 +176,7 @@ def parse_thresholds(text: str) -> list[float]:
         raise ValueError(
             f"thresholds: {outside[0]:g} is outside of 0 to 1; 0 is the nearest depth of the image and 1 the farthest."
         )
-    if values != sorted(set(values)):
-        raise ValueError(
-            f"thresholds: {text!r} is not in ascending order without repeats; write them from near to far."
-        )
-    return values
+    return sorted(set(values))
 
 
 def parse_points(text: str) -> list[tuple[float, float]]:
@@ -324,8 +348,9 @@ def push_pull(values: Tensor, weights: Tensor) -> Tensor:
     return rearrange(image, "(b layer) c h w -> b layer h w c", b=len(values))
 
 
-def _depth_layers(colours: Tensor, alphas: Tensor, thresholds: list[float]) -> LayerStack:
+def _depth_layers(colours: Tensor, alphas: Tensor, thresholds: list[float], names: Sequence[str] = ()) -> LayerStack:
     """Layers of one picture, back to front, from colours [N,H,W,3] and alphas [N,H,W]; each carries its depth range.
+    names: back to front too; an empty or missing one is the depth range.
 
     Source: deglad, Sec. 3.2 (the layers that the masks of Eq. 2 give).
     """
@@ -333,8 +358,8 @@ def _depth_layers(colours: Tensor, alphas: Tensor, thresholds: list[float]) -> L
     ranges = list(zip(edges[:-1], edges[1:], strict=True))[::-1]
     images = torch.cat([colours, alphas[..., None]], -1)
     layers = [
-        Layer(image, f"Depth {near:.2f}-{far:.2f}", extra={"strata": {"depth": (near, far)}})
-        for image, (near, far) in zip(images, ranges, strict=True)
+        Layer(image, name or f"Depth {near:.2f}-{far:.2f}", extra={"strata": {"depth": (near, far)}})
+        for image, (near, far), name in zip(images, ranges, chain(names, repeat("")), strict=False)
     ]
     return LayerStack((images.shape[2], images.shape[1]), tuple(layers))
 
@@ -409,6 +434,7 @@ def cut_layers(
     opacity: Tensor | None = None,
     rim: int = 2,
     soft_edge: float = 0,
+    names: Sequence[str] = (),
 ) -> LayerStack:
     """The layers of one picture from colours [1,N,H,W,3] and weights [1,N,H,W], back to front, made whole behind nearer
     ones if asked.
@@ -418,6 +444,7 @@ def cut_layers(
     opacity: [1,H,W] in 0..1, the alpha of a picture that is itself transparent in places.
     soft_edge: over how many pixels the cut fades; the rim then is wider by half of it, so that the fade ends beside
     what is removed.
+    names: of the layers, back to front; an empty or missing one is the layer's depth range.
     Source: deglad, Sec. 3.2 (the layers that the masks of Eq. 2 give).
     """
     if fill and rim:
@@ -427,7 +454,7 @@ def cut_layers(
     if fill:
         colours, extra = fill_behind(colours, weights)
         alphas = alphas + (extra if opacity is None else extra * opacity)
-    return _depth_layers(colours[0], alphas[0], thresholds)
+    return _depth_layers(colours[0], alphas[0], thresholds, names)
 
 
 def slice_picture(
@@ -438,19 +465,20 @@ def slice_picture(
     fill: bool,
     soft_edge: float = 0,
     refine: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    names: Sequence[str] = (),
 ) -> tuple[LayerStack, Tensor, Tensor]:
     """The layers of a picture [H,W,3] with depth [H,W], their weights [N,H,W], and what nearer ones hide of each
     [N,H,W], back to front.
 
-    opacity, fill, soft_edge: see cut_layers. refine: gives weights and colours for the picture and its hard weights, as
-    techniques.matting.refine_slices does; such edges are soft and clean already.
+    opacity, fill, soft_edge, names: see cut_layers. refine: gives weights and colours for the picture and its hard
+    weights, as techniques.matting.refine_slices does; such edges are soft and clean already.
     Source: deglad, Sec. 3.2 (a picture cut at several depths).
     """
     weights, colours = slice_masks(depth[None], thresholds), picture.expand(1, len(thresholds) + 1, -1, -1, -1)
     rim, fade = (2, soft_edge) if refine is None else (0, 0)
     if refine is not None:
         weights, colours = (value[None] for value in refine(picture, weights[0]))
-    stack = cut_layers(colours, weights, thresholds, fill, opacity, rim, fade)
+    stack = cut_layers(colours, weights, thresholds, fill, opacity, rim, fade, names)
     weights = soften(weights, fade)
     return stack, weights[0], hidden_parts(weights)[0]
 

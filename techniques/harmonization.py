@@ -4,6 +4,7 @@ that belong together.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -88,6 +89,26 @@ def keep_detail(before: Tensor, drawn: Tensor, same: Tensor, visible: Tensor, ra
     visible = 1 - F.max_pool2d(1 - visible, 2 * rim + 1, 1, rim)
     weight = gaussian_blur(visible, radius / 2, 1.5 * radius)
     return before + gaussian_blur((drawn - same) * visible, radius / 2, 1.5 * radius) / weight.clamp_min(1e-4)
+
+
+def band(things: Tensor, reach: float) -> Tensor:
+    """[1,H,W]: 1 on the things [1,H,W] (what of them is seen, 1 = all) and near them, falling to 0 from half of `reach`
+    pixels away from them to all of it.
+
+    Distances are those between the cells of a grid of at most 64 on a side.
+    Source: ours, shadows and reflected light are near what throws them, and a model redraws the rest for nothing.
+    """
+    size = things.shape[-2:]
+    step = max(1, math.ceil(max(size) / 64))
+    cells = F.max_pool2d(things[None], step, ceil_mode=True)[0, 0] > 0.01
+    places = torch.stack(torch.meshgrid(*(torch.arange(n) * step for n in cells.shape), indexing="ij"), -1)
+    places = places.flatten(0, 1).to(things)
+    apart = torch.cdist(places, places[cells.flatten()])
+    apart = apart.amin(1) if apart.shape[1] else places.new_full((len(places),), math.inf)
+    near = (2 - 2 * apart / reach).clamp(0, 1).view(1, 1, *cells.shape)
+    full = [length * step for length in cells.shape]
+    near = F.interpolate(near, full, mode="bilinear", align_corners=False)[0, :, : size[0], : size[1]]
+    return torch.maximum(near, things)
 
 
 def colours_and_alphas(stack: LayerStack) -> tuple[Tensor, Tensor]:

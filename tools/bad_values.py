@@ -156,6 +156,7 @@ class Good:
             "Strata_SampleAroundLayer": None,
             "Strata_LoadDepth": None,
             "Strata_LoadLayers": None,
+            "Strata_LoadLayerImage": None,
             "Strata_SaveLayers": None,  # files, SD1.5 and Flux-Fill: tests/server and tests/patches have them
         }
         layered = shared_layers.LayerPrompts.execute(mini.clip, "a beach", "an apple").args[0]

@@ -42,6 +42,8 @@ def pictures(client: run.Client, entry: dict) -> dict[str, list[Image.Image]]:
     """By node id, every picture of a run, in the order of its outputs; of a layer file its layers. All RGBA."""
     found = {}
     for node, output in sorted(entry["outputs"].items(), key=lambda pair: int(pair[0])):
+        # Preview layers shows one sheet of the pictures that it showed one by one in the first version
+        output = {"images": output["strata_pictures"]} if "strata_pictures" in output else output
         files = [
             item
             for _, items in sorted(output.items())

@@ -206,11 +206,7 @@ def set_input(prompt: dict, assignment: str, client: Client) -> None:
     node_key, dot, name = target.rpartition(".")
     if not found or not dot:
         raise RunError(f"--set {assignment}: write NODE.INPUT=VALUE.")
-    nodes = [
-        node
-        for node_id, node in prompt.items()
-        if node_key in (node_id, node.get("_meta", {}).get("title"), node["class_type"])
-    ]
+    nodes = [node for node_id, node in prompt.items() if node_key in (node_id, *_titles(node), node["class_type"])]
     if len(nodes) != 1:
         labels = ", ".join(f"{node_id} ({_label(prompt, node_id)})" for node_id in prompt)
         raise RunError(f"--set {assignment}: {len(nodes)} nodes are called {node_key!r}; the workflow has {labels}.")
@@ -218,6 +214,12 @@ def set_input(prompt: dict, assignment: str, client: Client) -> None:
     if name not in inputs:
         raise RunError(f"--set {assignment}: {node_key!r} has no input {name!r}; it has {', '.join(inputs)}.")
     inputs[name] = typed(value, spec_of(client, nodes[0]["class_type"], name), inputs[name], assignment, client)
+
+
+def _titles(node: dict) -> tuple[str, str]:
+    """A node's title, and without what stands behind it in brackets: Slice by depth (depth slicer)."""
+    title = node.get("_meta", {}).get("title") or ""
+    return title, title.partition(" (")[0]
 
 
 def spec_of(client: Client, kind: str, name: str) -> list:

@@ -8,10 +8,10 @@ export const LAYER_COLOURS = [
 
 export const layerColour = (layer) => LAYER_COLOURS[layer % LAYER_COLOURS.length];
 
-/** Numbers of "0.35, 0.6"; null when the node would refuse the text: not ascending, or not between 0 and 1. */
+/** Numbers of "0.6, 0.35", ascending and none twice; null when the node would refuse the text: not all between 0 and 1. */
 export function parseThresholds(text) {
     const values = String(text).split(/[,;\s]+/).filter((part) => part !== "").map(Number);
-    return values.every((value, i) => value > 0 && value < 1 && (i === 0 || value > values[i - 1])) ? values : null;
+    return values.every((value) => value > 0 && value < 1) ? [...new Set(values)].sort((a, b) => a - b) : null;
 }
 
 export function formatThresholds(values) {

@@ -1,57 +1,49 @@
-// The upload button of "Load layers": ComfyUI's own upload widgets take pictures, sound and video only.
+// The upload buttons of "Load layers" and "Load layer image".
 import { app } from "../../scripts/app.js";
-import { api } from "../../scripts/api.js";
+import { addUpload } from "./upload.js";
 
-const SUFFIXES = [".psd", ".psb", ".ora"];
+const LAYERS = [".psd", ".psb", ".ora"];
+const IMAGES = [".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".avif"];
 
-const fits = (file) => SUFFIXES.some((suffix) => file.name.toLowerCase().endsWith(suffix));
+const widget = (node, name) => node.widgets.find((item) => item.name === name);
 
-function complain(detail) {
-    app.extensionManager.toast.add({ severity: "error", summary: "Load layers", detail, life: 8000 });
+function set(target, value) {
+    target.value = value;
+    target.callback?.(value);
 }
 
-async function upload(node, file) {
-    const body = new FormData();
-    body.append("image", file);
-    try {
-        const answer = await api.fetchApi("/upload/image", { method: "POST", body });
-        if (answer.status === 413) return complain(`${file.name} is larger than this ComfyUI accepts; start it with a higher --max-upload-size, or copy the file into its input folder.`);
-        if (answer.status !== 200) return complain(`${file.name} could not be uploaded: ${answer.status} ${answer.statusText}.`);
-        const { name, subfolder } = await answer.json();
-        const value = subfolder ? `${subfolder}/${name}` : name;
-        const widget = node.widgets.find((item) => item.name === "file");
-        if (!widget.options.values.includes(value)) widget.options.values.push(value);
-        widget.value = value;
-        widget.callback?.(value);
-        node.setDirtyCanvas(true, true);
-    } catch (error) {
-        complain(`${file.name} could not be uploaded: ${error}`);
-    }
+function loadLayers(node) {
+    addUpload(node, {
+        label: "choose file to upload",
+        suffixes: LAYERS,
+        multiple: false,
+        done: ([name]) => {
+            const file = widget(node, "file");
+            if (!file.options.values.includes(name)) file.options.values.push(name);
+            set(file, name);
+        },
+    });
+    // Graphs saved before "groups" came hold the button's empty value in its place
+    const configured = node.onConfigure;
+    node.onConfigure = function (...args) {
+        const groups = widget(node, "groups");
+        if (groups) groups.value ??= groups.options.values[0];
+        return configured?.apply(this, args);
+    };
 }
+
+function loadLayerImage(node) {
+    addUpload(node, {
+        label: "choose files to upload",
+        suffixes: IMAGES,
+        multiple: true,
+        done: (names) => set(widget(node, "files"), names.join("\n")),
+    });
+}
+
+const BUTTONS = { Strata_LoadLayers: loadLayers, Strata_LoadLayerImage: loadLayerImage };
 
 app.registerExtension({
     name: "Strata.LoadLayers",
-    nodeCreated(node) {
-        if (node.comfyClass !== "Strata_LoadLayers") return;
-        const chooser = Object.assign(document.createElement("input"), { type: "file", accept: SUFFIXES.join(",") });
-        chooser.onchange = () => {
-            if (chooser.files.length) upload(node, chooser.files[0]);
-            chooser.value = "";
-        };
-        const button = node.addWidget("button", "upload", null, () => chooser.click(), { serialize: false });
-        button.label = "choose file to upload";
-        button.serialize = false; // graphs saved before "groups" came hold the button's empty value in its place
-        const configured = node.onConfigure;
-        node.onConfigure = function (...args) {
-            const groups = node.widgets.find((item) => item.name === "groups");
-            if (groups) groups.value ??= groups.options.values[0];
-            return configured?.apply(this, args);
-        };
-        node.onDragOver = (event) => [...(event.dataTransfer?.items ?? [])].some((item) => item.kind === "file");
-        node.onDragDrop = (event) => {
-            const file = [...event.dataTransfer.files].find(fits);
-            if (file) upload(node, file);
-            return Boolean(file);
-        };
-    },
+    nodeCreated: (node) => BUTTONS[node.comfyClass]?.(node),
 });

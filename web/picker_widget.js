@@ -276,7 +276,7 @@ export class DepthPicker {
         paint(this.frontCanvas, this.frontEl, this.frontImage, x, y, w, h);
         paint(this.topCanvas, this.topEl, this.topImage, x, 0, w, this.topEl.clientHeight);
         this.frontEl.setAttribute("aria-label", `The image in ${this.all().length + 1} layers. A click puts the threshold just behind the object under it.`);
-        this.hintEl.textContent = this.wrong ? "thresholds: write ascending numbers between 0 and 1, separated by commas."
+        this.hintEl.textContent = this.wrong ? "thresholds: write numbers between 0 and 1, separated by commas."
             : this.stale ? "The image or its depth has changed: run the graph again to see it here."
             : this.locked ? "thresholds comes from another node; the lines show the last run." : HINT;
         this.hintEl.title = this.hintEl.textContent;

@@ -335,7 +335,7 @@ def test_it_follows_the_typed_value(picker):
     picker.editor.set_widget(SLICE, "thresholds", "0.9, near")
     hint = picker.root.locator(".hint.wrong")
     hint.wait_for()
-    assert hint.inner_text() == "thresholds: write ascending numbers between 0 and 1, separated by commas."
+    assert hint.inner_text() == "thresholds: write numbers between 0 and 1, separated by commas."
     assert picker.lines.count() == 0
     picker.page.mouse.click(*picker.at(0.5))
     picker.wait_value(0.5)
@@ -414,7 +414,8 @@ def test_run_then_reload_keeps_the_views(picker):
     assert used == pytest.approx([0.3, float(picker.value().split(", ")[1])])
     # flattened picture and three layers
     picker.page.wait_for_function(
-        "() => app.nodeOutputs[app.graph.nodes.find((n) => n.type === 'Strata_PreviewLayers').id]?.images.length === 4"
+        "() => app.nodeOutputs[app.graph.nodes.find((n) => n.type === 'Strata_PreviewLayers').id]"
+        "?.strata_pictures.length === 4"
     )
     saved = picker.page.evaluate("() => app.graph.serialize()")
     picker.editor.open()
@@ -514,9 +515,9 @@ def calculate(browser, site):
 
 
 def test_thresholds_as_text(calculate):
-    for text in (" 0.25,.5 , 0.75", "", "0.5;0.6", "0.1 0.2", "1e-2"):
+    for text in (" 0.25,.5 , 0.75", "", "0.5;0.6", "0.1 0.2", "1e-2", "0.5, 0.2", "0.5, 0.5"):
         assert calculate("parseThresholds", text) == technique.parse_thresholds(text)
-    for wrong in ("0.5, 0.2", "0.5, 0.5", "1", "0", "1.2", "-0.1", "half", "nan", "0.5:0.6"):
+    for wrong in ("1", "0", "1.2", "-0.1", "half", "nan", "0.5:0.6"):
         assert calculate("parseThresholds", wrong) is None, wrong
         with pytest.raises(ValueError, match="thresholds:"):
             technique.parse_thresholds(wrong)

@@ -154,13 +154,12 @@ def test_the_slicing_workflow_from_start_to_layers(editor, comfy):
     assert (low, high) == (0.15, 0.7)
     assert middle == pytest.approx(0.5, abs=0.01)
     entry = max(comfy.get("/history").json().values(), key=lambda entry: entry["prompt"][0])
-    layers = next(output["images"] for output in entry["outputs"].values() if len(output.get("images", [])) > 1)
-    assert len(layers) == 1 + 4, "the flattened picture and four layers"
-    # Nodes 2.0 of the floor frontend shows a batch one picture at a time
+    shown = next(output for output in entry["outputs"].values() if "strata_pictures" in output)
+    assert len(shown["strata_pictures"]) == 1 + 4, "the flattened picture and four layers"
     editor.page.wait_for_function(
         """(name) => [...document.images, ...app.graph.nodes.flatMap((n) => n.imgs ?? [])]
         .some((image) => image.src.includes(name) && image.naturalWidth)""",
-        arg=layers[0]["filename"],
+        arg=shown["images"][0]["filename"],
     )
     editor.picture(f"slicing_{editor.mode}")
     assert any(file["filename"].endswith(".psd") for file in comfy.files(entry))
@@ -182,5 +181,7 @@ def test_graphs_of_the_first_version_open_with_the_new_inputs_at_their_defaults(
         if key not in saved[node_id]["inputs"]
     }
     assert new == (
-        {"groups": "leaves"} if name == "layers_roundtrip" else {"range": "each image", "range_low": 0, "range_high": 1}
+        {"groups": "leaves"}
+        if name == "layers_roundtrip"
+        else {"range": "each image", "range_low": 0, "range_high": 1, "names": ""}
     )

@@ -35,14 +35,16 @@ NODES = {node.define_schema().node_id: node for module in nodes.MODULES for node
 MOVED = ("IMAGE", "MASK", "IMAGE,MASK", "LATENT", "LAYERS", "CONDITIONING")  # what comes over links as tensors
 SAMPLING = {"seed": 1, "steps": 2, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
 CASES = {  # further ways through a node: inputs by their type, or as they are
+    "Strata_AddLayer": [{"mask": "MASK", "layers": None}],
     "Strata_AmodalMask": [{"region": "MASK"}],
-    "Strata_ComposeByDepth": [{"soft_edge": 0.0}],
+    "Strata_ChangeLayer": [{"layer": "1", "mask": "MASK", "image": "IMAGE"}],
+    "Strata_ComposeByDepth": [{"soft_edge": 0.0, "near_is": "auto"}],
     "Strata_DecodeTransparency": [{"background": "IMAGE", "passes": "4", "clean": "off"}, {"tile_size": 32}],
     "Strata_DecomposeImage": [{"exact": False, "align_details": False, "start": "image"}],
     "Strata_EncodeTransparency": [{"mask": "MASK"}],
     "Strata_FlattenLayers": [{"blending": "linear light", "background": "#ff000080"}],
     "Strata_GuidancePlane": [{"mask": "MASK", "behind": "STRATA_PLANES"}],
-    "Strata_HarmonizeLayers": [{"detail": 8.0, "foregrounds": "relight"}, {"feather": 4.0}],
+    "Strata_HarmonizeLayers": [{"detail": 8.0, "foregrounds": "relight"}, {"feather": 4.0, "reach": 0.3}],
     "Strata_InsertAtDepth": [{"region": "MASK"}],
     "Strata_InvertImage": [
         {"method": "null-text", "steps": 2, "inner_steps": 1},
@@ -88,6 +90,7 @@ class Values(Good):
             "Strata_SampleAroundLayer": {**joint, "transparency": sharing(model, 2, 32)[1]},
             "Strata_LoadDepth": {"file": "depth.png"},
             "Strata_LoadLayers": {"file": "layers.psd"},
+            "Strata_LoadLayerImage": {"files": "depth.png"},
             "Strata_SaveLayers": {"filename_prefix": "layers", "format": "PSD"},
             "Strata_EstimateDepth": {"model": "tiny"},
             "Strata_DetectForeground": {

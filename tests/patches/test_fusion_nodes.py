@@ -204,3 +204,31 @@ def test_an_adapter_changes_the_foreground_as_a_merged_model_does_and_nothing_el
     assert all(
         (one - other).abs().max() < 1e-3 * other.abs().max() for one, other in zip(found[1:], plain[1:], strict=True)
     )
+
+
+@pytest.mark.parametrize(
+    ("blend", "wired", "told"),
+    [
+        ({}, "blend", {}),
+        (
+            {"start_percent": 0.6, "end_percent": 0.6},
+            "blend",
+            {"blend": "end_percent: 0.6 is not above start_percent, 0.6, so nothing is blended; raise it."},
+        ),
+        (
+            {},
+            "load",
+            {
+                "sample": "model: no Attention blend acts on it, so the three images know nothing of each other; put "
+                "Attention blend in front."
+            },
+        ),
+    ],
+)
+def test_what_has_no_effect_is_told(server, blend, wired, told):
+    prompt = graph({"seed": 77}, **blend)
+    prompt["sample"]["inputs"]["model"] = [wired, 0]
+    prompt["save"] = node("SaveLatent", samples=["sample", 0], filename_prefix="latents/told")
+    outputs = server.run(prompt)["outputs"]
+    found = {name: output["text"][0] for name, output in outputs.items() if "text" in output}
+    assert found == told

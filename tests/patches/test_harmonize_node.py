@@ -222,3 +222,25 @@ def test_retained_latents_of_other_layers_are_refused(loaded):
 def test_what_cannot_be_harmonised_is_said(loaded, layers, words):
     with pytest.raises(ValueError, match=words):
         run(loaded, layers)
+
+
+def test_beyond_its_reach_the_background_keeps_its_pixels(loaded):
+    layers = stack()
+    ground = layers.layers[0].image
+    whole, latent, _ = run(loaded, layers)
+    assert torch.equal(run(loaded, layers, reach=0.0)[0], whole), "0 is off"
+    image, same, found = run(loaded, layers, reach=0.2)  # of 100 pixels: 20
+    assert torch.equal(same, latent)
+    assert torch.equal(image[0, :8, 72:], ground[:8, 72:])
+    assert not torch.allclose(whole[0, :8, 72:], ground[:8, 72:], rtol=0, atol=0.05)
+    assert torch.allclose(image[0, 16:19, 12:38], whole[0, 16:19, 12:38], rtol=0, atol=1e-6), "near the things"
+    assert torch.allclose(flatten(found)[0][:1, 90:], ground[:1, 90:], rtol=0, atol=1e-6)
+
+
+def test_an_end_that_is_not_above_the_start_is_told(loaded):
+    with torch.inference_mode():
+        values = {**SETTINGS, "end_percent": 0.3, "foregrounds": "keep", "feather": 0.0}
+        result = HarmonizeLayers.execute(*loaded, write_layers(stack()), **values)
+    assert result.ui["text"] == (
+        "end_percent: 0.3 is not above start_percent, 0.4, so the layers are never put back; raise it.",
+    )

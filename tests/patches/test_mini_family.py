@@ -170,15 +170,15 @@ def test_a_model_that_differs_in_one_number_is_not_ours(registered, altered, cha
 
 def test_a_second_copy_of_the_pack_registers_nothing_twice(registered):
     path = mini_family.__file__
-    spec = importlib.util.spec_from_file_location("another_copy", path)
+    spec = importlib.util.spec_from_file_location("strata.patches.another_copy", path)
     copy = importlib.util.module_from_spec(spec)
-    sys.modules["another_copy"] = copy
+    sys.modules["strata.patches.another_copy"] = copy
     try:
         spec.loader.exec_module(copy)
         copy.register()
         mini_family.register()
     finally:
-        del sys.modules["another_copy"]
+        del sys.modules["strata.patches.another_copy"]
     names = [model.__name__ for model in comfy.supported_models.models]
     assert names[:3] == ["StrataMini", "StrataMiniInpaint", "StrataMiniFlux"]
     assert len(names) == len(set(names)) == len(registered) + 3
@@ -368,3 +368,34 @@ def test_a_checkpoint_saved_by_comfyui_loads_again(loaded, tmp_path):
     )
     mine, theirs = model.model.diffusion_model.state_dict(), again[0].model.diffusion_model.state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    sentences = []
+    monkeypatch.setattr(mini_family, "tell", sentences.append)
+    return sentences
+
+
+def test_words_that_the_family_does_not_know_are_told_and_encoded_as_before(registered, told):
+    shipped = mini_family.PACK / "models" / "checkpoints" / "strata_mini_sd.safetensors"
+    clip = comfy.sd.load_checkpoint_guess_config(str(shipped))[1]
+    for known in ("", "a red apple on a beach", "(a house:1.2), a street"):
+        clip.tokenize(known)
+    assert told == []
+    tokens = clip.tokenize("a samurai, a samurai and a zeppelin on a beach")
+    assert told == [
+        "The mini family does not know samurai, zeppelin; use objects that Render a layered scene lists, and places "
+        "such as a beach or a street."
+    ]
+    assert tokens == super(type(clip.tokenizer), clip.tokenizer).tokenize_with_weights(
+        "a samurai, a samurai and a zeppelin on a beach"
+    )
+
+
+@pytest.mark.parametrize(("side", "count"), [(16, 0), (32, 1)])
+def test_a_size_that_the_family_was_not_trained_at_is_told(loaded, told, side, count):
+    noise, text = torch.zeros(1, 4, side, side), torch.zeros(1, 77, 128)
+    conds = loaded("sd")[0].model.extra_conds(noise=noise, cross_attn=text, device="cpu")
+    assert "c_crossattn" in conds and len(told) == count
+    assert all("trained at 128×128 pixels and does not know 256×256" in sentence for sentence in told)

@@ -145,14 +145,34 @@ def test_the_family_that_this_pack_trains_is_known_from_the_trainers_own_state()
     assert mini_family.CONFIG["unet"]["model_channels"] == 64
 
 
-def test_files_are_found_in_every_folder_and_published_ones_are_offered(folder):
+def test_a_loader_offers_the_files_that_fit_it_and_those_that_do_not_tell(folder):
+    def offered(kind):
+        folder_paths.filename_list_cache.pop("layer_model", None)
+        return layer_files.choices(kind)
+
+    assert "layer_xl_transparent_attn.safetensors" in offered(transparency.Transparency), "where to get one"
     random_files.write(folder / "mine.safetensors", OffsetEncoder((16, 32, 64, 96)).state_dict())
-    assert layer_files.choices(transparency.Transparency)[
-        0
-    ] == "mine.safetensors" and "layer_xl_transparent_attn.safetensors" in layer_files.choices(
-        transparency.Transparency
-    )
+    (folder / "damaged.safetensors").write_bytes(b"no weights")
+    (folder / "pickle.pth").write_bytes(b"not looked into")
+    for shipped in (mini_family.PACK / "models" / "layer_model").glob("*.safetensors"):
+        (folder / shipped.name).symlink_to(shipped)
+    pair = [f"strata_mini_transparent_{part}.safetensors" for part in ("attn", "decoder", "encoder")]
+    assert offered(transparency.Transparency) == sorted(["mine.safetensors", "pickle.pth", *pair])
+    for kind, name in (
+        (layer_files.LayerModules, layer_files.SHIPPED),
+        (layer_files.Decomposer, layer_files.DECOMPOSER),
+        (layer_files.BackToFront, layer_files.BACK_TO_FRONT),
+    ):
+        assert offered(kind) == sorted(["pickle.pth", name])
     assert layer_files.load("mine.safetensors", transparency.Transparency).describe() == "an encoder for Strata mini"
+
+
+def test_a_file_that_has_changed_is_looked_into_again(folder):
+    random_files.write(folder / "file.safetensors", OffsetEncoder((16, 32, 64, 96)).state_dict())
+    assert "file.safetensors" in layer_files.choices(transparency.Transparency)
+    random_files.write(folder / "file.safetensors", {layer_files.layer_modules.EMBEDDING: torch.zeros(3, 4)})
+    assert "file.safetensors" not in layer_files.choices(transparency.Transparency)
+    assert layer_files.choices(layer_files.LayerModules) == ["file.safetensors"]
 
 
 class Harmful:

@@ -114,6 +114,63 @@ def widgets(comfy, node):
     return [item for item in node_files.inputs(comfy.object_info()[node]) if "default" in item[2]]
 
 
+def notes(comfy, prompt, node="slice"):
+    """What the node shows as text, one sentence a line."""
+    return comfy.run(prompt)["outputs"][node].get("text", [""])[0].splitlines()
+
+
+def test_thresholds_are_sorted_and_layers_named(comfy, inputs):
+    prompt = graph(thresholds="0.7, 0.3", names="Wall\n\nFigure")
+    prompt["batch"] = {"class_type": "Strata_LayersToBatch", "inputs": {"layers": ["slice", 0], "at_canvas_size": True}}
+    prompt["names"] = {"class_type": "PreviewAny", "inputs": {"source": ["batch", 2]}}
+    entry = comfy.run(prompt)
+    assert entry["outputs"]["names"]["text"][0].split("\n") == ["Wall", "Depth 0.30-0.70", "Figure"]
+    assert entry["outputs"]["slice"]["strata_slice"][0]["thresholds"] == [0.3, 0.7]
+    assert "text" not in entry["outputs"]["slice"], "nothing to tell"
+
+
+def test_new_graphs_start_with_soft_edges_and_filled_holes(comfy):
+    """Old ones say what they want: both inputs are required."""
+    info = comfy.object_info()["Strata_SliceByDepth"]["input"]["required"]
+    assert info["soft_edge"][1]["default"] == 1 and info["fill_holes"][1]["default"] == "blurred"
+    prompt = graph()
+    del prompt["slice"]["inputs"]["fill_holes"]
+    assert "fill_holes" in error(comfy, prompt)
+
+
+@pytest.mark.parametrize("near", ["black", "white"])
+def test_auto_finds_what_is_near_and_says_so(comfy, inputs, near):
+    ramp = np.broadcast_to(np.linspace(60000, 5000, 48).astype(np.uint16)[:, None], (48, 64))
+    ramp = ramp if near == "black" else 65000 - ramp
+    Image.fromarray(ramp.copy()).save(comfy.server.base / "input" / f"ramp_{near}.png")
+    masks = [
+        saved(comfy, graph(depth=f"ramp_{near}.png", near_is=chosen, thresholds="0.4"), ["slice", 1], mask=True)
+        for chosen in ("auto", near)
+    ]
+    assert np.array_equal(*masks)
+    output = comfy.run(graph(depth=f"ramp_{near}.png", near_is="auto"))["outputs"]["slice"]
+    assert output["strata_near"] == [near]
+    assert output["text"][0] == (
+        f"depth: auto takes {near} as near, since it gets {'darker' if near == 'black' else 'lighter'} towards the "
+        "lower edge; if that is wrong, press the flip button."
+    )
+    other = {"black": "white", "white": "black"}[near]
+    (note,) = notes(comfy, graph(depth=f"ramp_{near}.png", near_is=other))
+    assert note.startswith(f"depth: with near_is {other} the image's lower part is farther")
+    assert f"choose {near}" in note
+
+
+def test_flat_depth_and_depth_of_another_shape_are_told(comfy, inputs):
+    prompt = graph()
+    prompt["flat"] = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 40, "batch_size": 1, "color": 5}}
+    prompt["slice"]["inputs"]["depth"] = ["flat", 0]
+    flat, stretched = notes(comfy, prompt)
+    assert flat == (
+        "depth: it has the same depth everywhere, so there is nothing to cut; connect the depth of this image."
+    )
+    assert stretched.startswith("depth: it is 64×40 and the image 64×48, so it was stretched to another shape;")
+
+
 def test_two_images_of_a_batch_are_sliced_apart(comfy, inputs):
     prompt = graph()
     prompt["both"] = {"class_type": "ImageBatch", "inputs": {"image1": ["image", 0], "image2": ["image", 0]}}
@@ -172,7 +229,7 @@ def test_one_pixel_is_a_picture_too(comfy, inputs):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"thresholds": "0.7, 0.3"}, ["thresholds", "ascending"]),
+        ({"names": "a\nb\nc\nd"}, ["names", "4 names for 3 layers"]),
         ({"thresholds": "1.2"}, ["thresholds", "outside of 0 to 1"]),
         ({"thresholds": "near"}, ["thresholds", "not a list of numbers"]),
         ({"thresholds": ""}, ["thresholds", "no threshold and no point"]),

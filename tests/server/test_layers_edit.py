@@ -115,6 +115,65 @@ def test_set_layer_appends_inserts_and_changes(graph):
     )
 
 
+def same_as_set_layer(graph, images):
+    one, other = (graph.add("Strata_FlattenLayers", layers=layers) for layers in images)
+    first, second = graph.pictures(graph.add("ImageBatch", image1=one, image2=other))
+    return np.array_equal(first, second)
+
+
+def test_add_layer_does_what_set_layer_did(graph):
+    fields = {"name": "Bar", "x": 2, "y": 1, "rotation": 30.0, "opacity": 0.5, "blend_mode": "screen", "flip_h": True}
+    image = graph.colour(GREEN, 4, 3)
+    for old, new in (({"action": "append"}, {}), ({"action": "insert below", "layer": "2"}, {"below": "2"})):
+        layers = graph.layers(graph.rgb())
+        pair = [
+            graph.add("Strata_SetLayer", layers=layers, image=image, **fields, **old),
+            graph.add("Strata_AddLayer", layers=layers, image=image, **fields, **new),
+        ]
+        assert same_as_set_layer(graph, pair)
+    assert graph.names(graph.add("Strata_AddLayer", image=image)) == ["Layer 1"]
+    graph.add("Strata_PreviewLayers", layers=graph.add("Strata_AddLayer", layers=layers, image=image, below="Cloud"))
+    assert_refused(graph, "below: there is no layer 'Cloud'")
+
+
+def test_change_layer_does_what_set_layer_did(graph):
+    fields = {"layer": "2", "name": "Hill", "x": 3, "opacity": 0.5}
+    mask = graph.add("SolidMask", value=0.25, width=8, height=6)
+    layers = graph.layers(graph.rgb())
+    pair = [
+        graph.add("Strata_SetLayer", layers=layers, mask=mask, action="change", **fields),
+        graph.add("Strata_ChangeLayer", layers=layers, mask=mask, **fields),
+    ]
+    assert same_as_set_layer(graph, pair)
+    assert graph.names(pair[1]) == ["Layer 1", "Hill", "Layer 3"]
+    back = graph.add("Strata_ChangeLayer", layers=pair[1], layer="Hill", fields="opacity, x, name", name="Tree")
+    assert graph.names(back) == ["Layer 1", "Tree", "Layer 3"]
+
+
+def shown(graph, node):
+    """The lines that a node shows."""
+    graph.add("Strata_PreviewLayers", layers=node)
+    return graph.comfy.run(graph.prompt)["outputs"].get(node[0], {}).get("text", [""])[0].splitlines()
+
+
+@pytest.mark.parametrize("node, inputs", [("Strata_SetLayer", {"action": "change"}), ("Strata_ChangeLayer", {})])
+def test_a_change_of_nothing_is_told(graph, node, inputs):
+    layers = graph.layers(graph.colour(RED))
+    (note,) = shown(graph, graph.add(node, layers=layers, **inputs))
+    assert note.startswith("Nothing was changed: every value is its default")
+    assert shown(graph, graph.add(node, layers=layers, fields="opacity", **inputs)) == []
+
+
+def test_layers_without_alpha_that_hide_all_behind_them_are_told(graph):
+    (note,) = shown(graph, graph.layers(graph.rgb(), names="A\nB\nC"))
+    assert note.startswith("Layer 'C' has no transparent pixel and hides everything behind it;")
+    back = graph.layers(graph.colour(RED))
+    assert shown(graph, back) == []
+    assert shown(graph, graph.add("Strata_AddLayer", layers=back, image=graph.colour(BLUE, 2, 2))) == []
+    (note,) = shown(graph, graph.add("Strata_AddLayer", layers=back, image=graph.colour(BLUE), name="On top"))
+    assert note.startswith("Layer 'On top' has no transparent pixel")
+
+
 def test_set_layer_takes_every_field(graph):
     white = graph.add("Strata_SetLayer", image=graph.colour(0x808080, 9, 9))
     mask = graph.add(
@@ -222,7 +281,12 @@ def test_preview_layers_shows_pictures_and_passes_the_layers_on(graph):
     flat = graph.add("Strata_FlattenLayers", layers=shown)
     graph.add("SaveImage", images=flat, filename_prefix="edit")
     entry = graph.comfy.run(graph.prompt)
-    images = entry["outputs"][shown[0]]["images"]
+    (sheet,) = entry["outputs"][shown[0]]["images"]
+    sheet = np.asarray(Image.open(io.BytesIO(graph.comfy.download(sheet))))
+    assert sheet.shape == (2 * (160 + 28 + 24) + 12, 2 * 332 + 12, 3), "four pictures, enlarged four times, with names"
+    # Red on the squares, in the second cell of the first row
+    assert abs(int(sheet[20, 12 + 332 + 4, 0]) - 204) <= 1
+    images = entry["outputs"][shown[0]]["strata_pictures"]
     assert len(images) == 4 and {image["type"] for image in images} == {"temp"}
     pictures = [np.asarray(Image.open(io.BytesIO(graph.comfy.download(image)))) for image in images]
     assert all(picture.shape == (40, 80, 3) for picture in pictures)

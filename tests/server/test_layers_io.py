@@ -252,7 +252,7 @@ def test_a_blend_mode_without_a_formula_is_previewed_and_told(comfy, tmp_path):
             "show": {"class_type": "Strata_PreviewLayers", "inputs": {"layers": ["load", 0]}},
         }
     )["outputs"]
-    assert len(outputs["show"]["images"]) == 3
+    assert len(outputs["show"]["strata_pictures"]) == 3
     assert outputs["show"]["text"] == [
         "The preview shows 'glow' (linear-dodge) in blend mode normal; the layers themselves keep their modes."
     ]
@@ -317,3 +317,59 @@ def test_groups_go_through_the_graph(comfy, tmp_path):
         path.write_bytes(comfy.download(reference))
         back = files.load(path).layers
         assert [(layer.name, parent_of(layer), layer.x) for layer in back] == [("a", ("two",), 0), ("b", ("two",), 3)]
+
+
+def layer_images(comfy, names, tmp_path):
+    """What Load layer image makes of the files: layers through a PSD, the batch as PNG."""
+    prompt = {
+        "load": {"class_type": "Strata_LoadLayerImage", "inputs": {"files": names}},
+        "psd": {
+            "class_type": "Strata_SaveLayers",
+            "inputs": {"layers": ["load", 0], "filename_prefix": "io/images", "format": "PSD"},
+        },
+        "batch": {"class_type": "SaveImage", "inputs": {"images": ["load", 1], "filename_prefix": "io/images"}},
+        "masks": {"class_type": "MaskToImage", "inputs": {"mask": ["load", 2]}},
+        "saved": {"class_type": "SaveImage", "inputs": {"images": ["masks", 0], "filename_prefix": "io/masks"}},
+    }
+    outputs = comfy.run(prompt)["outputs"]
+    path = tmp_path / "images.psd"
+    path.write_bytes(comfy.download(outputs["psd"]["files"][0]))
+    pictures = [
+        [np.array(Image.open(io.BytesIO(comfy.download(file)))) for file in outputs[node]["images"]]
+        for node in ("batch", "saved")
+    ]
+    return files.load(path), *pictures, outputs.get("load", {}).get("text", [""])[0]
+
+
+def test_image_files_become_layers_with_their_alpha(comfy, tmp_path):
+    rng = np.random.default_rng(4)
+    sky, tree = rng.integers(0, 256, (6, 8, 3), np.uint8), rng.integers(0, 256, (4, 2, 4), np.uint8)
+    for pixels_, name in ((sky, "li_sky.png"), (tree, "li_tree.webp")):
+        Image.fromarray(pixels_).save(comfy.server.base / "input" / name, lossless=True, exact=True)
+    stack, batch, masks, told = layer_images(comfy, "li_sky.png\n\nli_tree.webp\n", tmp_path)
+    assert [(layer.name, layer.x, layer.y) for layer in stack.layers] == [("li_sky", 0, 0), ("li_tree", 3, 1)]
+    placed = np.zeros((6, 8, 4), np.uint8)
+    placed[1:5, 3:5] = tree
+    assert np.array_equal(batch[0][..., :3], sky) and (batch[0][..., 3] == 255).all()
+    assert np.array_equal(batch[1][..., 3], placed[..., 3])
+    seen = placed[..., 3] > 0
+    assert np.array_equal(batch[1][seen], placed[seen])
+    assert np.abs(masks[1][..., 0].astype(int) - (255 - placed[..., 3])).max() <= 1 and told == ""
+
+
+def test_image_files_that_cannot_be_layers_are_named(comfy, tmp_path):
+    folder = comfy.server.base / "input"
+    Image.new("RGB", (8, 6)).save(folder / "li_opaque.png")
+    (folder / "li_broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    for names, sentence in (
+        ("li_absent.png", "files: 'li_absent.png' is not a file in ComfyUI's input folder; upload it."),
+        ("../li_opaque.png", "is not a file in ComfyUI's input folder"),
+        ("", "files: there is no file; upload one"),
+        ("li_broken.png", "files: li_broken.png cannot be read"),
+        ("\n".join(["li_opaque.png"] * 51), "files: 51 files are chosen and a LAYERS document holds 50 layers"),
+    ):
+        with pytest.raises(run.RunError) as caught:
+            layer_images(comfy, names, tmp_path)
+        assert sentence in str(caught.value) and "Traceback" not in str(caught.value)
+    *_, told = layer_images(comfy, "li_opaque.png\nli_opaque.png", tmp_path)
+    assert told.startswith("Layer 'li_opaque' has no transparent pixel and hides everything behind it;")

@@ -33,6 +33,33 @@ def test_every_node_explains_itself(comfy):
         assert all(info["output_tooltips"]), name
 
 
+# What people type, and what older frontends, which know no aliases, are to find by it
+WORDS = {
+    "PSD": {"Strata_SaveLayers", "Strata_LoadLayers"},
+    "Photoshop": {"Strata_SaveLayers", "Strata_LoadLayers"},
+    "Krita": {"Strata_SaveLayers", "Strata_LoadLayers"},
+    "shadow": {"Strata_HarmonizeLayers"},
+    "foreground": {"Strata_LayerFusionSampler", "Strata_DetectForeground", "Strata_MatteForeground"},
+    "background": {"Strata_FillBackground", "Strata_LayerFusionSampler"},
+    "LayerDiffuse": {"Strata_LoadTransparency", "Strata_ApplyTransparency", "Strata_DecodeTransparency"},
+    "DreamLayer": {"Strata_LayerPrompts", "Strata_LayersSampler", "Strata_ImageToLayers"},
+    "LayerFusion": {"Strata_EncodeLayerPrompts", "Strata_AttentionBlend", "Strata_LayerFusionSampler"},
+    "depth slicer": {"Strata_SliceByDepth"},
+    "feature guidance sampler": {"Strata_FeatureGuidance"},
+    "dual branch foreground sampler": {"Strata_SampleForeground"},
+    "attention blend patcher": {"Strata_AttentionBlend"},
+    "layer decomposer": {"Strata_DecomposeImage"},
+    "IRH harmonizer": {"Strata_HarmonizeLayers"},
+}
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_display_names_carry_the_words_that_people_type(comfy, words):
+    names = {kind: info["display_name"].lower() for kind, info in node_files.ours(comfy.object_info()).items()}
+    found = {kind for kind, name in names.items() if all(word in name for word in words.lower().split())}
+    assert found >= WORDS[words]
+
+
 def test_every_node_has_a_help_page_that_the_frontend_can_read(comfy):
     for name in node_files.ours(comfy.object_info()):
         page = comfy.get(f"/extensions/ComfyUI-Strata/docs/{name}.md").text

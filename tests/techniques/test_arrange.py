@@ -265,3 +265,28 @@ def test_documents_survive_an_edit_with_their_unknown_keys():
 def test_a_selection_of_nothing_names_its_own_input(text):
     with pytest.raises(ValueError, match="^select: .* names no layer"):
         arrange.select(LayerStack((1, 1), (Layer(torch.zeros(1, 1, 3)),)), text)
+
+
+def test_an_empty_line_leaves_a_new_layer_its_number():
+    made = arrange.from_images(torch.zeros(3, 4, 5, 3), None, "a\n\nc\n")
+    assert names_of(made) == ["a", "Layer 2", "c"]
+    with pytest.raises(ValueError, match="^names: there are 3 names for 2 images; write one name per line"):
+        arrange.from_images(torch.zeros(2, 4, 5, 3), None, "a\n\nc")
+
+
+def test_layers_that_hide_all_behind_them_are_named():
+    solid, clear = torch.ones(4, 5, 3), torch.ones(4, 5, 4)
+    clear[0, 0, 3] = 0.5
+    layers = (
+        Layer(solid, "back"),
+        Layer(solid, "covers"),
+        Layer(clear, "has alpha"),
+        Layer(solid, "masked", mask=torch.tensor([[1.0, 0, 0, 0, 0]] * 4)),
+        Layer(solid, "faint", opacity=0.9),
+        Layer(solid, "mixed", blend_mode="multiply"),
+        Layer(solid, "off", visible=False),
+        Layer(solid, "beside", x=1),
+        Layer(solid, "turned", rotation=0.4),
+        Layer(torch.ones(2, 2, 3), "stretched", w=5, h=4),
+    )
+    assert arrange.covering(LayerStack((5, 4), layers)) == ["covers", "stretched"]

@@ -386,7 +386,16 @@ def test_resize_depth_interpolates_smooth_ground_like_pillow():
     assert np.abs(deglad.resize_depth(ramp, 40, 40)[0].numpy() - expected).max() < 1e-6
 
 
-@pytest.mark.parametrize(("text", "values"), [("0.35, 0.6", [0.35, 0.6]), ("", []), (" 0.5 ;0.75\n", [0.5, 0.75])])
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("0.35, 0.6", [0.35, 0.6]),
+        ("", []),
+        (" 0.5 ;0.75\n", [0.5, 0.75]),
+        ("0.6, 0.3", [0.3, 0.6]),
+        ("0.3, 0.3", [0.3]),
+    ],
+)
 def test_parse_thresholds(text, values):
     assert deglad.parse_thresholds(text) == values
 
@@ -394,8 +403,6 @@ def test_parse_thresholds(text, values):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("0.6, 0.3", "ascending"),
-        ("0.3, 0.3", "ascending"),
         ("1.5", "outside of 0 to 1"),
         ("0", "outside"),
         ("nan", "outside"),
@@ -541,3 +548,47 @@ def test_real_photographs_with_measured_depth_come_back_whole(shared, name, widt
     stack = deglad.cut_layers(image.expand(1, len(thresholds) + 1, -1, -1, -1), weights, thresholds, True)
     assert len(stack.layers) == 3 and all((layer.image[..., 3] > 0.5).float().mean() > 0.01 for layer in stack.layers)
     assert (over(stack) - image).abs().max() < 1 / 255
+
+
+def test_layers_have_the_names_that_were_given_and_their_depths_for_the_rest():
+    depth = torch.linspace(0, 1, 30).expand(4, 30)
+    stack, _, _ = deglad.slice_picture(torch.rand(4, 30, 3), depth, [0.3, 0.7], None, False, names=["Sky", ""])
+    assert [layer.name for layer in stack.layers] == ["Sky", "Depth 0.30-0.70", "Depth 0.00-0.30"]
+
+
+def both_ways(depth: torch.Tensor) -> tuple[float, float]:
+    """The scores of a metric depth [H,W], near is dark and 0 is missing, and of the disparity 1 / depth."""
+    disparity = torch.where(depth > 0, 1 / depth.clamp_min(1e-6), 0.0)
+    return deglad.white_is_near(depth[None]), deglad.white_is_near(disparity[None])
+
+
+@pytest.mark.parametrize("name", ["redwood", "sun", "tum"])
+def test_near_is_guessed_right_on_photographs_with_measured_depth(shared, name):
+    depth = np.asarray(Image.open(shared / "data" / "rgbd" / f"{name}_depth.png"), np.float32)
+    black, white = both_ways(torch.from_numpy(depth))
+    assert black < -0.15 and white == pytest.approx(-black, abs=1e-9)
+
+
+def test_near_is_guessed_right_on_rendered_scenes():
+    from strata.scenes.renderer import KINDS, Request, render
+
+    scores = [both_ways(torch.from_numpy(render(Request(kind), 48, 48, 1000).depth) + 0.01) for kind in KINDS]
+    assert max(black for black, _ in scores) < -0.5 and min(white for _, white in scores) > 0.5
+
+
+def test_the_guess_is_spearmans_correlation_without_what_is_missing():
+    from scipy.stats import spearmanr
+
+    depth = torch.randint(0, 6, (2, 9, 7)).double()  # many ties, and zeros
+    depth[0, 0, 0] = float("nan")
+    rows = torch.arange(9.0)[:, None].expand(9, 7)
+    expected = []
+    for one in depth:
+        valid = one.isfinite() & (one != 0)
+        expected.append(spearmanr(one[valid], rows[valid]).statistic)
+    assert deglad.white_is_near(depth) == pytest.approx(np.mean(expected), abs=1e-12)
+
+
+@pytest.mark.parametrize("depth", [torch.zeros(1, 4, 4), torch.ones(1, 4, 4), torch.rand(1, 1, 5)])
+def test_nothing_to_guess_from_is_zero(depth):
+    assert deglad.white_is_near(depth) == 0

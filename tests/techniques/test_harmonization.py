@@ -13,6 +13,7 @@ from strata.techniques.depth import push_pull
 from strata.techniques.feature_guidance import masks_at_level
 from strata.techniques.geometry import rasterise
 from strata.techniques.harmonization import (
+    band,
     colours_and_alphas,
     feathered,
     fuse_latents,
@@ -244,3 +245,16 @@ def test_harmonised_layers_are_the_picture_where_nothing_fades(relight):
     picture = harmonised_picture(colours, opacity, drawn, relight, 0.0)
     found = harmonised_layers(stack, colours, opacity, drawn, relight)
     assert picture.shape[-1] == 4 and torch.equal(picture[0, ..., 3], flatten(found)[1])
+
+
+def test_a_band_is_whole_near_the_things_and_nothing_beyond_its_reach():
+    things = torch.zeros(1, 96, 128)
+    things[:, 40:60, 50:70] = 1
+    found = band(things, 40.0)
+    y, x = torch.meshgrid(torch.arange(96.0), torch.arange(128.0), indexing="ij")
+    apart = torch.hypot((40 - y).clamp_min(0) + (y - 59).clamp_min(0), (50 - x).clamp_min(0) + (x - 69).clamp_min(0))
+    expected = (2 - 2 * apart / 40).clamp(0, 1)  # by every pixel's own distance; the grid's cells are of 2 pixels
+    assert found.shape == things.shape and (found[0] - expected).abs().max() < 0.2
+    assert found[things == 1].min() == 1 and found[0][apart > 45].max() == 0
+    assert band(torch.zeros(1, 8, 8), 5.0).max() == 0
+    assert band(things[..., :1], 5.0).shape == (1, 96, 1)
