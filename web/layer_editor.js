@@ -50,6 +50,8 @@ svg { width: 16px; height: 16px; fill: none; stroke: currentColor; stroke-width:
 .box { position: absolute; left: 0; top: 0; pointer-events: none; border: 1px solid #fff; outline: 1px solid var(--mark); }
 .handle { position: absolute; width: 11px; height: 11px; margin: -6px; background: #fff; border: 1px solid var(--mark); pointer-events: auto; touch-action: none; }
 .handle::after { content: ""; position: absolute; inset: -6px; }
+.small .handle:not(.turn)::after { inset: 0; }
+.small .handle:is([data-handle="1"], [data-handle="3"], [data-handle="5"], [data-handle="7"]) { display: none; }
 .handle.turn { border-radius: 50%; left: 50%; top: -26px; cursor: grab; }
 .stem { position: absolute; left: 50%; top: -22px; height: 22px; border-left: 1px solid var(--mark); }
 .guide { position: absolute; background: #ff4fa3; pointer-events: none; }
@@ -381,7 +383,7 @@ export class LayerEditor {
         this.pointers = { ...this.pointers, [event.pointerId]: [event.clientX, event.clientY] };
         if (Object.keys(this.pointers).length > 1) return this.pinch();
         const start = this.at(event);
-        const handle = event.target.closest(".handle");
+        const handle = event.altKey ? null : event.target.closest(".handle");
         if (event.button === 1) this.begin("pan", event);
         else if (event.button !== 0) return;
         else if (handle?.matches(".turn")) this.begin("turn", event, start);
@@ -642,6 +644,7 @@ export class LayerEditor {
         const [wide, high] = [Math.max(w * this.zoom, 1), Math.max(h * this.zoom, 1)];
         const [left, top] = [this.pan[0] + x * this.zoom - wide / 2, this.pan[1] + y * this.zoom - high / 2];
         this.boxEl.hidden = false;
+        this.boxEl.classList.toggle("small", Math.min(wide, high) < 36); // room to take hold of the layer itself
         Object.assign(this.boxEl.style, { width: `${wide}px`, height: `${high}px`, transform: `translate(${left}px, ${top}px) rotate(${angle}deg)` });
         const eighth = Math.round(angle / 45);
         this.handleEls.forEach((handle, i) => { handle.style.cursor = CURSORS[(((i + eighth) % 4) + 4) % 4]; });

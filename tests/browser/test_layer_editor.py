@@ -216,11 +216,15 @@ class Dialog:
         return {entry.pop("number"): entry for entry in found.pop("layers", [])} | found
 
 
+def saved(page) -> dict:
+    return json.loads(page.evaluate("() => JSON.stringify(app.graph.serialize())"))
+
+
 def load(editor, prompt: dict) -> None:
     """Without nodes that lie over each other, as the frontend puts those of a prompt."""
     editor.page.evaluate("() => document.querySelector('.strata-layer-editor')?.remove()")  # of a test that failed
     editor.load_api(prompt)
-    graph = editor.page.evaluate("() => app.graph.serialize()")
+    graph = saved(editor.page)
     for place, node in enumerate(sorted(graph["nodes"], key=lambda node: node["type"] != EDIT)):
         node["pos"] = [500 * (place % 4), 450 * (place // 4)]
     editor.load(graph)
@@ -264,7 +268,7 @@ def finish(dialog: Dialog, expected: dict, exact: bool = False) -> None:
     }"""
     history = dialog.page.evaluate(steps, EDIT)
     history = [value for value, before in zip(history, [None, *history], strict=False) if value != before]
-    assert history == ["", text], "one step of the graph's undo"
+    assert history[-2:] == ["", text], "one step of the graph's undo"
     for key, value in (("Control+z", ""), ("Control+Shift+z", text)):
         # On a busy machine the frontend makes steps of its own, of the sizes of nodes
         for _ in range(9):
@@ -613,9 +617,9 @@ def test_edits_survive_reload_copy_and_paste_and_a_subgraph(dialog):
     values = "(type) => app.graph.nodes.filter((n) => n.type === type).map((n) => n.widgets[0].value)"
     assert page.evaluate(values, EDIT) == [text, text]
     page.evaluate("(type) => app.graph.remove(app.graph.nodes.findLast((n) => n.type === type))", EDIT)
-    saved = page.evaluate("() => app.graph.serialize()")
+    graph = saved(page)
     dialog.editor.open()
-    dialog.editor.load(saved)
+    dialog.editor.load(graph)
     dialog.editor.show(EDIT)
     assert dialog.edits() == text
     dialog.open()
@@ -624,9 +628,12 @@ def test_edits_survive_reload_copy_and_paste_and_a_subgraph(dialog):
     dialog.page.keyboard.press("Escape")
     before = dialog.result()
     page.evaluate(
-        """(type) => app.graph.convertToSubgraph(new Set([app.graph.nodes.find((n) => n.type === type)]))""", EDIT
+        "(type) => { app.graph.convertToSubgraph(new Set([app.graph.nodes.find((n) => n.type === type)])); }", EDIT
     )
+    inner = "app.graph.nodes.find((n) => n.subgraph).subgraph.nodes.find((n) => n.type === type).properties"
+    page.evaluate(f"(type) => {{ delete {inner}.strata_layers; }}", EDIT)
     assert np.array_equal(dialog.result(), before)
+    assert page.evaluate(f"(type) => {inner}.strata_layers.layers.length", EDIT) == 3
     assert dialog.editor.errors == []
 
 
@@ -647,10 +654,10 @@ def test_it_says_what_is_old_gone_or_linked(fresh, prompt):
     fresh.root.locator("li").first.wait_for()
     assert "The edits on the node cannot be read" in fresh.status.inner_text()
     page.keyboard.press("Escape")
-    saved = page.evaluate("() => app.graph.serialize()")
-    node = next(node for node in saved["nodes"] if node["type"] == EDIT)
+    graph = saved(page)
+    node = next(node for node in graph["nodes"] if node["type"] == EDIT)
     node["properties"]["strata_layers"]["layers"][0]["image"]["filename"] = "cleared_away.png"
-    editor.load(saved, "lost")
+    editor.load(graph, "lost")
     editor.show(EDIT)
     fresh.open()
     fresh.root.locator(".message", has_text="gone").wait_for()
