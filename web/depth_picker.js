@@ -26,8 +26,8 @@ async function fetchPixels({ filename, subfolder = "", type = "temp" }) {
 
 /** In the classic canvas a DOM widget lies over the canvas and would swallow zooming and panning; Nodes 2.0 handles both itself. */
 function passOnToCanvas(element) {
-    const inVueNode = () => Boolean(element.closest("[data-node-id]"));
-    const pass = (name, when) => (event) => { if (!inVueNode() && when(event)) app.canvas[name]?.(event); };
+    const elsewhere = () => Boolean(element.closest("[data-node-id], dialog"));
+    const pass = (name, when) => (event) => { if (!elsewhere() && when(event)) app.canvas[name]?.(event); };
     element.addEventListener("wheel", pass("processMouseWheel", () => true));
     element.addEventListener("pointerdown", pass("processMouseDown", (event) => event.button === 1));
     element.addEventListener("pointermove", pass("processMouseMove", (event) => event.buttons & 4));
@@ -43,6 +43,19 @@ function takePlace(node, element, frames = 120) {
     if (element.isConnected || frames === 0) return;
     document.querySelector(`[data-node-id="${node.id}"] .strata-depth-picker[data-gone]`)?.replaceWith(element);
     requestAnimationFrame(() => takePlace(node, element, frames - 1));
+}
+
+let reopen = null; // id of a node whose views were shown large when undo took the node away
+
+/** Undo makes the node anew: its views are shown large again as soon as they are on the page. */
+function showAgain(node, picker, frames = 120) {
+    if (reopen !== node.id) return;
+    if (frames === 0) reopen = null;
+    else if (!picker.element.isConnected) requestAnimationFrame(() => showAgain(node, picker, frames - 1));
+    else {
+        reopen = null;
+        picker.enlarge();
+    }
 }
 
 function attach(node) {
@@ -103,9 +116,14 @@ function attach(node) {
     after(node, "onConfigure", () => { load(); follow(); });
     after(node, "onAfterGraphConfigured", follow); // the nodes behind it have their values now
     after(node, "onConnectionsChange", follow);
-    after(node, "onAdded", () => takePlace(node, picker.element));
+    after(node, "onAdded", () => { takePlace(node, picker.element); showAgain(node, picker); });
     api.addEventListener("graphChanged", follow);
-    after(node, "onRemoved", () => { newest++; picker.dispose(); api.removeEventListener("graphChanged", follow); });
+    after(node, "onRemoved", () => {
+        if (picker.shrink) reopen = node.id;
+        newest++;
+        picker.dispose();
+        api.removeEventListener("graphChanged", follow);
+    });
     const least = node.computeSize(); // the frontend widens a loaded node to it: undo would find another graph
     node.setSize([Math.max(node.size[0], least[0], 400), Math.max(node.size[1], least[1] + 120)]);
     load();

@@ -3,6 +3,7 @@
 import {
     decodeDepth, joinThresholds, layerColour, moveThreshold, nearest, placeThreshold, thresholdBehind, tint, topView,
 } from "./depth_view.js";
+import { showLarge } from "./large_view.js";
 
 const HINT = "Drag · click sets · Shift-click adds · Delete removes";
 const TOP_ROWS = 96;
@@ -70,10 +71,11 @@ export class DepthPicker {
                     <canvas></canvas><div class="bands" aria-hidden="true"></div><div class="lines"></div><div class="ghost" hidden></div>
                     <span class="end" style="top: 2px" aria-hidden="true">far</span><span class="end" style="bottom: 2px" aria-hidden="true">near</span>
                 </div>
-                <div class="bar" hidden><span class="hint" role="status"></span><button type="button" class="tint" aria-pressed="true">Tint</button></div>
+                <div class="bar" hidden><span class="hint" role="status"></span><button type="button" class="tint" aria-pressed="true">Tint</button>
+                    <button type="button" class="large">Enlarge</button></div>
                 <div class="message" role="status"></div>
             </div>`;
-        for (const name of ["frame", "front", "top", "bands", "lines", "ghost", "bar", "hint", "message", "tint"]) this[`${name}El`] = root.querySelector(`.${name}`);
+        for (const name of ["frame", "front", "top", "bands", "lines", "ghost", "bar", "hint", "message", "tint", "large"]) this[`${name}El`] = root.querySelector(`.${name}`);
         this.frontCanvas = this.frontEl.querySelector("canvas");
         this.topCanvas = this.topEl.querySelector("canvas");
     }
@@ -88,6 +90,7 @@ export class DepthPicker {
         this.topEl.addEventListener("dblclick", (event) => this.doubleClick(event));
         this.linesEl.addEventListener("keydown", (event) => this.key(event));
         this.linesEl.addEventListener("focusin", (event) => this.select(this.lines().indexOf(event.target)));
+        this.largeEl.addEventListener("click", () => this.enlarge());
         this.tintEl.addEventListener("click", () => {
             this.tinted = !this.tinted;
             this.tintEl.setAttribute("aria-pressed", String(this.tinted));
@@ -96,10 +99,19 @@ export class DepthPicker {
     }
 
     dispose() {
+        this.shrink?.();
         this.observer.disconnect();
         cancelAnimationFrame(this.frame);
         this.onChange = () => {};
         this.element.dataset.gone = "";
+    }
+
+    enlarge() {
+        this.largeEl.hidden = true;
+        this.shrink = showLarge(this.element, "Slice by depth", () => {
+            this.shrink = null;
+            this.largeEl.hidden = false;
+        });
     }
 
     // What to show
