@@ -3,6 +3,7 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { after, LastRun } from "./last_run.js";
 import { formatThresholds, parseThresholds, pointThresholds } from "./depth_view.js";
+import { showLarge } from "./large_view.js";
 import { DepthPicker } from "./picker_widget.js";
 
 const NODE = "Strata_SliceByDepth";
@@ -50,17 +51,18 @@ let reopen = null; // id of a node whose views were shown large when undo took t
 /** Undo makes the node anew: its views are shown large again as soon as they are on the page. */
 function showAgain(node, picker, frames = 120) {
     if (reopen !== node.id) return;
-    if (frames === 0) reopen = null;
-    else if (!picker.element.isConnected) requestAnimationFrame(() => showAgain(node, picker, frames - 1));
-    else {
-        reopen = null;
-        picker.enlarge();
+    if (!picker.element.isConnected && frames > 0) {
+        requestAnimationFrame(() => showAgain(node, picker, frames - 1));
+        return;
     }
+    reopen = null;
+    if (frames > 0) picker.onEnlarge();
 }
 
 function attach(node) {
     const widget = (name) => node.widgets?.find((candidate) => candidate.name === name);
     let newest = 0; // a slow answer must not replace a newer one
+    let shrink = null; // puts views that are shown large back into the node
     let shown; // the run whose pictures the views have
 
     const picker = new DepthPicker((values, finished) => {
@@ -73,6 +75,12 @@ function attach(node) {
         }
         if (finished) app.canvas.emitAfterChange?.(); // one step for undo
         node.setDirtyCanvas(true, true);
+    }, () => {
+        picker.largeEl.hidden = true;
+        shrink = showLarge(picker.element, "Slice by depth", () => {
+            shrink = null;
+            picker.largeEl.hidden = false;
+        });
     });
 
     const follow = () => {
@@ -119,7 +127,8 @@ function attach(node) {
     after(node, "onAdded", () => { takePlace(node, picker.element); showAgain(node, picker); });
     api.addEventListener("graphChanged", follow);
     after(node, "onRemoved", () => {
-        if (picker.shrink) reopen = node.id;
+        if (shrink) reopen = node.id;
+        shrink?.();
         newest++;
         picker.dispose();
         api.removeEventListener("graphChanged", follow);

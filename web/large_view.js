@@ -1,4 +1,6 @@
 // An element of a node shown large, in a dialog over the page.
+import { app } from "../../scripts/app.js";
+import { hideCommand } from "./keys.js";
 
 const STYLE = `
     .strata-large { padding: 8px; box-shadow: none; border: 1px solid var(--border-color, #4a4f59); border-radius: 8px; overflow: hidden;
@@ -8,6 +10,13 @@ const STYLE = `
     .strata-large button { font: 13px system-ui, sans-serif; color: inherit; background: var(--comfy-input-bg, #15171b); border: 1px solid var(--border-color, #4a4f59);
         border-radius: 5px; padding: 4px 12px; cursor: pointer; }
     .strata-large > :last-child { flex: 1; min-height: 0; }`;
+
+/** The graph's undo or redo: some frontends leave these keys alone while a dialog is open, and others do not. */
+function stepOf(event) {
+    if (!hideCommand(event)) return null;
+    const key = event.key.toLowerCase();
+    return key === "z" ? (event.shiftKey ? "Comfy.Redo" : "Comfy.Undo") : key === "y" ? "Comfy.Redo" : null;
+}
 
 /** Shows the element; gives what closes the dialog and puts the element back into its place. onClose is called then. */
 export function showLarge(element, title, onClose) {
@@ -27,7 +36,9 @@ export function showLarge(element, title, onClose) {
     dialog.addEventListener("cancel", close);
     dialog.addEventListener("keydown", (event) => {
         event.stopPropagation(); // the graph behind has keys of its own
-        if (event.key === "Escape") close();
+        const step = stepOf(event);
+        if (step) app.extensionManager.command.execute(step);
+        else if (event.key === "Escape") close();
     });
     element.replaceWith(place);
     dialog.append(element);

@@ -1,5 +1,6 @@
 // The layer editor: a dialog over the page in which layers are arranged by hand. It knows nothing of ComfyUI: edit_layers.js gives
 // it layers and their edits as text, and gets the new text through onApply(text) when the user is done.
+import { hideCommand } from "./keys.js";
 import {
     boxOf, CSS_MODES, handleAt, MAX_SIDE, mirrored, placed, pulled, readEdits, scaled, snapped, tidyName, turn, untouched, writeEdits,
 } from "./layer_edits.js";
@@ -337,11 +338,9 @@ export class LayerEditor {
     key(event) {
         event.stopPropagation();
         const { key, shiftKey } = event;
-        const command = (event.ctrlKey || event.metaKey) && !event.altKey;
+        const command = hideCommand(event);
         const target = event.composedPath()[0];
         const typing = target.matches("input:not([type=range]), select");
-        // The frontend looks at the same event a frame later, wherever the focus is, and would undo the graph's last step
-        if (command) for (const held of ["ctrlKey", "metaKey"]) Object.defineProperty(event, held, { value: false });
         if (key === "Escape") this.gesture || this.rowGesture ? this.abandon() : this.close();
         else if (!this.layers || this.applyEl.disabled) return;
         else if (key === "Enter" && command) { target.blur?.(); this.apply(); }

@@ -3,7 +3,6 @@
 import {
     decodeDepth, joinThresholds, layerColour, moveThreshold, nearest, placeThreshold, thresholdBehind, tint, topView,
 } from "./depth_view.js";
-import { showLarge } from "./large_view.js";
 
 const HINT = "Drag · click sets · Shift-click adds · Delete removes";
 const TOP_ROWS = 96;
@@ -44,8 +43,8 @@ button:focus-visible { outline: 2px solid #5aa9ff; }
 `;
 
 export class DepthPicker {
-    constructor(onChange) {
-        this.onChange = onChange;
+    constructor(onChange, onEnlarge) {
+        Object.assign(this, { onChange, onEnlarge });
         this.scene = null; // {width, height, picture, depth}
         this.thresholds = [];
         this.fixed = []; // thresholds that come from elsewhere: shown, not dragged
@@ -90,7 +89,7 @@ export class DepthPicker {
         this.topEl.addEventListener("dblclick", (event) => this.doubleClick(event));
         this.linesEl.addEventListener("keydown", (event) => this.key(event));
         this.linesEl.addEventListener("focusin", (event) => this.select(this.lines().indexOf(event.target)));
-        this.largeEl.addEventListener("click", () => this.enlarge());
+        this.largeEl.addEventListener("click", () => this.onEnlarge());
         this.tintEl.addEventListener("click", () => {
             this.tinted = !this.tinted;
             this.tintEl.setAttribute("aria-pressed", String(this.tinted));
@@ -99,19 +98,10 @@ export class DepthPicker {
     }
 
     dispose() {
-        this.shrink?.();
         this.observer.disconnect();
         cancelAnimationFrame(this.frame);
         this.onChange = () => {};
         this.element.dataset.gone = "";
-    }
-
-    enlarge() {
-        this.largeEl.hidden = true;
-        this.shrink = showLarge(this.element, "Slice by depth", () => {
-            this.shrink = null;
-            this.largeEl.hidden = false;
-        });
     }
 
     // What to show
