@@ -6,12 +6,14 @@ import { LayerEditor } from "./layer_editor.js";
 
 const runs = new LastRun("strata_layers", ["layers"]);
 const RUN_FIRST = "Run the graph once to edit its layers here.";
-const GONE = "The images of the last run are gone (ComfyUI clears them when it restarts).\nRun the graph again to edit its layers here.";
+const GONE = "The images of the last run are gone (ComfyUI clears them when it restarts).\n"
+    + "Run the graph again to edit its layers here.";
 const LINKED = "edits comes from another node: change it there, or take the link off to edit here.";
 const STALE = "What comes before this node has changed: run the graph again to see it here.";
 
 async function withPicture({ image, ...layer }) {
-    const picture = Object.assign(new Image(), { src: api.apiURL(`/view?${new URLSearchParams(image)}`), draggable: false, alt: "" });
+    const src = api.apiURL(`/view?${new URLSearchParams(image)}`);
+    const picture = Object.assign(new Image(), { src, draggable: false, alt: "" });
     await picture.decode();
     return { ...layer, picture };
 }

@@ -3,11 +3,15 @@ import { app } from "../../scripts/app.js";
 import { hideCommand } from "./keys.js";
 
 const STYLE = `
-    .strata-large { padding: 8px; box-shadow: none; border: 1px solid var(--border-color, #4a4f59); border-radius: 8px; overflow: hidden;
-        background: var(--comfy-menu-bg, #202225); color: var(--input-text, #d6d9df); width: min(1500px, 96vw); height: min(1000px, 94vh); max-width: none; max-height: none; }
+    .strata-large { padding: 8px; box-shadow: none; border: 1px solid var(--border-color, #4a4f59);
+    border-radius: 8px; overflow: hidden;
+        background: var(--comfy-menu-bg, #202225); color: var(--input-text, #d6d9df); width: min(1500px, 96vw);
+    height: min(1000px, 94vh); max-width: none; max-height: none; }
     .strata-large[open] { display: flex; flex-direction: column; gap: 8px; }
-    .strata-large header { display: flex; align-items: center; justify-content: space-between; font: 600 15px system-ui, sans-serif; }
-    .strata-large button { font: 13px system-ui, sans-serif; color: inherit; background: var(--comfy-input-bg, #15171b); border: 1px solid var(--border-color, #4a4f59);
+    .strata-large header { display: flex; align-items: center; justify-content: space-between;
+    font: 600 15px system-ui, sans-serif; }
+    .strata-large button { font: 13px system-ui, sans-serif; color: inherit;
+    background: var(--comfy-input-bg, #15171b); border: 1px solid var(--border-color, #4a4f59);
         border-radius: 5px; padding: 4px 12px; cursor: pointer; }
     .strata-large > :last-child { flex: 1; min-height: 0; }`;
 

@@ -1,4 +1,5 @@
-// What a node's last run gave its view, kept with the node: in a property, so that it is saved with the workflow and found after a reload.
+// What a node's last run gave its view, kept with the node: in a property, so that it is saved with the workflow and
+// found after a reload.
 
 /** Chain a handler behind one that may be there already. */
 export function after(object, name, handler) {
@@ -14,8 +15,9 @@ export class LastRun {
     /** property: of the node, and of its output. inputs, widgets: names of those that the view depends on. */
     constructor(property, inputs, widgets = []) {
         Object.assign(this, { property, inputs, widgets });
-        // Undo goes back to a node from before its run, which has not the property: it is known by all that its view depends on, not
-        // by its graph's id, which undo may change. Writing the property again would be a step of undo itself.
+        // Undo goes back to a node from before its run, which has not the property: it is known by all that its view
+        // depends on, not by its graph's id, which undo may change. Writing the property again would be a step of undo
+        // itself.
         this.kept = new Map();
     }
 
@@ -24,7 +26,8 @@ export class LastRun {
     }
 
     of(node) {
-        return node.properties[this.property] ?? (node.graph ? this.kept.get(this.key(node)) : undefined); // new nodes are in no graph yet
+        // New nodes are in no graph yet
+        return node.properties[this.property] ?? (node.graph ? this.kept.get(this.key(node)) : undefined);
     }
 
     /** Keep what a run's output has for the view; false when there is nothing. */
@@ -44,7 +47,8 @@ export class LastRun {
     /** What the view depends on, as one number: these widgets, and all nodes behind the inputs. */
     source(node) {
         const seen = new Set();
-        const plain = ({ name, value }) => !name.startsWith("$$") && typeof value !== "object"; // no previews, no elements
+        // No previews and no elements
+        const plain = ({ name, value }) => !name.startsWith("$$") && typeof value !== "object";
         const parts = (widgets) => (widgets ?? []).filter(plain).map(({ name, value }) => [name, value]);
         const behind = (other) => {
             if (!other || seen.has(other)) return [];

@@ -1,107 +1,25 @@
-// The layer editor: a dialog over the page in which layers are arranged by hand. It knows nothing of ComfyUI: edit_layers.js gives
-// it layers and their edits as text, and gets the new text through onApply(text) when the user is done.
+// The layer editor: a dialog over the page in which layers are arranged by hand. It knows nothing of ComfyUI:
+// edit_layers.js gives it layers and their edits as text, and gets the new text through onApply(text).
 import { hideCommand } from "./keys.js";
+import { icon, MARKUP, PARTS, ROW } from "./layer_editor_markup.js";
 import {
-    boxOf, CSS_MODES, handleAt, MAX_SIDE, mirrored, placed, pulled, readEdits, scaled, snapped, tidyName, turn, untouched, writeEdits,
+    boxOf, clamp, CSS_MODES, handleAt, MAX_SIDE, mirrored, placed, pulled, readEdits, rotated, scaled, snapped,
+    tidyName, turn, untouched, writeEdits,
 } from "./layer_edits.js";
 
-const HINT = "Drag moves · Shift keeps the direction · Ctrl does not snap · Alt takes the selected layer · Wheel zooms, with Shift it scales";
+const HINT = "Drag moves · Shift keeps the direction · Ctrl does not snap · Alt takes the selected layer"
+    + " · Wheel zooms, with Shift it scales";
 const HANDLES = [[-1, -1], [0, -1], [1, -1], [1, 0], [1, 1], [0, 1], [-1, 1], [-1, 0]];
-const CURSORS = ["nwse-resize", "ns-resize", "nesw-resize", "ew-resize"]; // of the handles in their order, a quarter turn on it repeats
+const CURSORS = ["nwse-resize", "ns-resize", "nesw-resize", "ew-resize"]; // of the handles in their order
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+const OURS = [
+    "pointerdown", "pointermove", "pointerup", "wheel", "keyup", "copy", "cut", "paste", "contextmenu", "dblclick",
+    "click", "dragover", "drop",
+];
 const REACH = 6; // screen pixels within which a moved layer snaps
 const SLACK = 3; // screen pixels that a click may move
 const MARGIN = 48; // around the canvas when it is fitted: room for the handles
 const [LEAST_ZOOM, MOST_ZOOM] = [0.05, 16];
-
-const ICONS = {
-    undo: "M7 4 3 8l4 4M3 8h7a4 4 0 0 1 0 8H7", redo: "M13 4l4 4-4 4M17 8h-7a4 4 0 0 0 0 8h3",
-    shown: "M1.5 10S4.5 4.5 10 4.5 18.5 10 18.5 10 15.5 15.5 10 15.5 1.5 10 1.5 10zM10 7.5a2.5 2.5 0 1 0 0 5 2.5 2.5 0 0 0 0-5z",
-    hidden: "M3 3l14 14M5 6.2C2.8 7.7 1.5 10 1.5 10s3 5.5 8.5 5.5c1.4 0 2.6-.4 3.7-.9M8 4.7c.6-.1 1.3-.2 2-.2 5.5 0 8.5 5.5 8.5 5.5s-.8 1.5-2.300 2.900",
-    across: "M10 2v16M7 5v10H2zM13 5v10h5z", down: "M2 10h16M5 7h10V2zM5 13h10v5z",
-    forward: "M10 16V4M5 9l5-5 5 5", backward: "M10 4v12M5 11l5 5 5-5",
-};
-const icon = (name) => `<svg viewBox="0 0 20 20" aria-hidden="true"><path d="${ICONS[name]}"/></svg>`;
-
-const STYLE = `
-* { box-sizing: border-box; }
-dialog { --back: var(--comfy-menu-bg, #202225); --deep: var(--comfy-input-bg, #15171b); --text: var(--input-text, #d6d9df); --soft: var(--descrip-text, #a5abb6);
-    --edge: var(--border-color, #4a4f59); --mark: #2f86e5;
-    padding: 0; border: 1px solid var(--edge); border-radius: 8px; background: var(--back); color: var(--text); overflow: hidden;
-    width: min(1500px, 96vw); height: min(1000px, 94vh); max-width: none; max-height: none; font: 13px/1.35 system-ui, sans-serif; user-select: none; -webkit-user-select: none; }
-dialog[open] { display: grid; grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr) 290px; }
-dialog::backdrop { background: rgb(0 0 0 / .55); }
-.bar { grid-column: 1 / 3; display: flex; flex-wrap: wrap; gap: 6px; align-items: center; padding: 8px 10px; border-bottom: 1px solid var(--edge); }
-h2 { margin: 0 10px 0 0; font-size: 15px; }
-.gap { flex: 1; }
-.zoom { min-width: 48px; text-align: center; font-variant-numeric: tabular-nums; }
-button, input, select { font: inherit; color: inherit; background: var(--deep); border: 1px solid var(--edge); border-radius: 5px; min-height: 28px; padding: 2px 8px; }
-button { cursor: pointer; display: inline-flex; align-items: center; justify-content: center; gap: 6px; }
-button:disabled { opacity: .45; cursor: default; }
-button[aria-pressed="true"].toggle { border-color: var(--mark); box-shadow: inset 0 0 0 1px var(--mark); }
-button.main { background: var(--mark); border-color: var(--mark); color: #fff; font-weight: 600; padding: 2px 16px; }
-:focus-visible { outline: 2px solid var(--mark); outline-offset: 1px; }
-svg { width: 16px; height: 16px; fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linecap: round; stroke-linejoin: round; }
-.view { position: relative; overflow: hidden; background: var(--deep); touch-action: none; cursor: default; outline-offset: -3px; }
-.stage { position: absolute; left: 0; top: 0; transform-origin: 0 0; box-shadow: 0 0 0 calc(1px / var(--zoom)) var(--edge);
-    background: repeating-conic-gradient(#888 0 25%, #aaa 0 50%) 0 0 / calc(16px / var(--zoom)) calc(16px / var(--zoom)); }
-.pile { position: absolute; inset: 0; overflow: hidden; isolation: isolate; }
-.layer { position: absolute; }
-.layer img { position: absolute; pointer-events: none; }
-.box { position: absolute; left: 0; top: 0; pointer-events: none; border: 1px solid #fff; outline: 1px solid var(--mark); }
-.handle { position: absolute; width: 11px; height: 11px; margin: -6px; background: #fff; border: 1px solid var(--mark); pointer-events: auto; touch-action: none; }
-.handle::after { content: ""; position: absolute; inset: -6px; }
-.small .handle:not(.turn)::after { inset: 0; }
-.small .handle:is([data-handle="1"], [data-handle="3"], [data-handle="5"], [data-handle="7"]) { display: none; }
-.handle.turn { border-radius: 50%; left: 50%; top: -26px; cursor: grab; }
-.stem { position: absolute; left: 50%; top: -22px; height: 22px; border-left: 1px solid var(--mark); }
-.guide { position: absolute; background: #ff4fa3; pointer-events: none; }
-.guide.x { width: 1px; top: 0; bottom: 0; } .guide.y { height: 1px; left: 0; right: 0; }
-.message { position: absolute; inset: 0; display: grid; place-items: center; text-align: center; padding: 24px; font-size: 15px; white-space: pre-line; }
-aside { display: flex; flex-direction: column; min-height: 0; border-left: 1px solid var(--edge); }
-ol { flex: 1 1 90px; min-height: 90px; margin: 0; padding: 4px; list-style: none; overflow-y: auto; }
-li { display: flex; align-items: center; gap: 6px; padding: 3px; border: 1px solid transparent; border-radius: 6px; }
-li.selected { border-color: var(--mark); background: color-mix(in srgb, var(--mark) 22%, transparent); }
-li.dragged { opacity: .6; }
-li.off .pick { opacity: .55; }
-li img { width: 34px; height: 34px; object-fit: contain; flex: none; border-radius: 3px; background: repeating-conic-gradient(#888 0 25%, #aaa 0 50%) 0 0 / 8px 8px; }
-.eye { padding: 2px 5px; background: none; border-color: transparent; }
-.pick { flex: 1; min-width: 0; justify-content: flex-start; background: none; border-color: transparent; text-align: left; }
-.pick span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.grip { flex: none; padding: 6px 4px; cursor: grab; touch-action: none; color: var(--soft); letter-spacing: -2px; }
-.fields { display: grid; grid-template-columns: 1fr 1fr; gap: 6px 8px; padding: 8px 10px; border-top: 1px solid var(--edge); overflow-y: auto; }
-.fields label { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 6px; align-items: center; }
-.fields label > span { color: var(--soft); }
-.fields input, .fields select { width: 100%; }
-.fields input[type="range"] { padding: 0; }
-.fields .wide { grid-column: 1 / 3; }
-.fields .opacity { grid-template-columns: auto minmax(0, 1fr) 42px; }
-.row { display: flex; gap: 6px; } .row button { flex: 1; }
-.status { grid-column: 1 / 3; min-height: 30px; padding: 6px 10px; border-top: 1px solid var(--edge); color: var(--soft); overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.status.told { color: var(--text); font-weight: 600; }
-[hidden] { display: none !important; }
-@media (max-width: 700px) { dialog[open] { grid-template: auto minmax(0, 1fr) minmax(0, 1fr) auto / minmax(0, 1fr); } .bar, .status { grid-column: 1; } aside { border: 0; border-top: 1px solid var(--edge); } }
-`;
-
-const FORM = `
-    <label class="wide"><span>Name</span><input name="name" type="text" autocomplete="off"></label>
-    <label><span>X</span><input name="x" type="number" step="1"></label><label><span>Y</span><input name="y" type="number" step="1"></label>
-    <label><span>W</span><input name="w" type="number" step="1" min="1" aria-label="Width"></label><label><span>H</span><input name="h" type="number" step="1" min="1" aria-label="Height"></label>
-    <label class="wide"><span>Rotation</span><input name="rotation" type="number" step="1" min="-360" max="360" aria-label="Rotation in degrees clockwise"></label>
-    <label class="wide opacity"><span>Opacity</span><input name="opacity" type="range" min="0" max="100" step="1"><output></output></label>
-    <label class="wide"><span>Blend</span><select name="blend_mode" aria-label="Blend mode"></select></label>
-    <div class="row wide">
-        <button type="button" class="across" title="Flip left and right" aria-label="Flip left and right">${icon("across")}</button>
-        <button type="button" class="down" title="Flip top and bottom" aria-label="Flip top and bottom">${icon("down")}</button>
-        <button type="button" class="forward" title="Bring forward" aria-label="Bring forward">${icon("forward")}</button>
-        <button type="button" class="backward" title="Send backward" aria-label="Send backward">${icon("backward")}</button>
-        <button type="button" class="reset" title="As it comes into the node">Reset</button>
-    </div>`;
-
-const PARTS = [
-    "undo", "redo", "out", "zoom", "in", "fit", "snap", "cancel", "apply", "view", "stage", "pile", "box", "list", "fields", "status", "message", "side",
-    "across", "down", "forward", "backward", "reset",
-];
 
 const html = (text) => Object.assign(document.createElement("template"), { innerHTML: text }).content.firstElementChild;
 
@@ -119,33 +37,13 @@ export class LayerEditor {
 
     build() {
         const root = this.element.attachShadow({ mode: "open" });
-        root.innerHTML = `<style>${STYLE}</style>
-            <dialog aria-label="Edit layers">
-                <div class="bar">
-                    <h2>Edit layers</h2>
-                    <button type="button" class="undo" title="Undo (Ctrl+Z)" aria-label="Undo">${icon("undo")}</button>
-                    <button type="button" class="redo" title="Redo (Ctrl+Shift+Z)" aria-label="Redo">${icon("redo")}</button>
-                    <button type="button" class="out" aria-label="Zoom out">−</button>
-                    <button type="button" class="zoom" title="Show at 100 %" aria-label="Show at 100 %">100 %</button>
-                    <button type="button" class="in" aria-label="Zoom in">+</button>
-                    <button type="button" class="fit" title="Show the whole canvas">Fit</button>
-                    <button type="button" class="snap toggle" title="Snap to the edges and the middle of the canvas" aria-pressed="true">Snap</button>
-                    <span class="gap"></span>
-                    <button type="button" class="cancel" title="Close and change nothing (Escape)">Cancel</button>
-                    <button type="button" class="apply main" title="Write the edits to the node (Enter)">Apply</button>
-                </div>
-                <div class="view" tabindex="0" role="application" aria-label="Canvas. Arrow keys move the selected layer, with Shift by 10; Page Up and Page Down select another.">
-                    <div class="stage"><div class="pile"></div></div><div class="box" hidden></div><div class="guide x" hidden></div><div class="guide y" hidden></div>
-                    <div class="message"></div>
-                </div>
-                <aside class="side"><ol class="list" aria-label="Layers, the front one first"></ol><div class="fields">${FORM}</div></aside>
-                <div class="status" role="status"></div>
-            </dialog>`;
+        root.innerHTML = MARKUP;
         this.dialog = root.querySelector("dialog");
         for (const name of PARTS) this[`${name}El`] = root.querySelector(`.${name}`);
         this.guideEls = [root.querySelector(".guide.x"), root.querySelector(".guide.y")];
         this.inputs = Object.fromEntries([...root.querySelectorAll("[name]")].map((input) => [input.name, input]));
-        const handles = HANDLES.map(([x, y], i) => `<div class="handle" data-handle="${i}" style="left: ${50 + 50 * x}%; top: ${50 + 50 * y}%"></div>`);
+        const at = ([x, y]) => `left: ${50 + 50 * x}%; top: ${50 + 50 * y}%`;
+        const handles = HANDLES.map((place, i) => `<div class="handle" data-handle="${i}" style="${at(place)}"></div>`);
         this.boxEl.innerHTML = `<div class="stem"></div>${handles.join("")}<div class="handle turn"></div>`;
         this.handleEls = [...this.boxEl.querySelectorAll("[data-handle]")];
     }
@@ -157,18 +55,22 @@ export class LayerEditor {
         this.messageEl.textContent = message;
         this.messageEl.hidden = !message;
         this.stageEl.hidden = this.sideEl.inert = this.applyEl.disabled = Boolean(message);
-        for (const part of [this.undoEl, this.redoEl, this.outEl, this.zoomEl, this.inEl, this.fitEl, this.snapEl]) part.disabled = Boolean(message);
+        const needLayers = ["undo", "redo", "out", "zoom", "in", "fit", "snap"];
+        for (const name of needLayers) this[`${name}El`].disabled = Boolean(message);
         (message ? this.cancelEl : this.viewEl).focus();
     }
 
-    /** canvas: [width, height]. layers: see layer_edits.js, each with its loaded `picture`, an img element. text: their edits. */
+    /**
+     * canvas: [width, height]. layers: see layer_edits.js, each with its loaded `picture`, an img element. text: their
+     * edits. notes: sentences to begin with.
+     */
     show(canvas, layers, text, notes = []) {
         Object.assign(this, { canvas, layers });
         const read = readEdits(text, layers);
         this.state = read ? { values: read.values, order: read.order } : untouched(layers);
-        this.notes = [...notes];
-        if (!read) this.notes.push("The edits on the node cannot be read; Apply writes new ones in their place.");
-        else if (read.missing.length) this.notes.push(`Apply drops the edits of ${read.missing.join(", ")}: no such layer is here.`);
+        const missing = [...new Set(read?.missing)].join(", ");
+        if (!read) notes.push("The edits on the node cannot be read; Apply writes new ones in their place.");
+        else if (missing) notes.push(`Apply drops the edits of ${missing}: no such layer is here.`);
         this.history = [this.snapshot()];
         this.step = 0;
         this.selected = this.state.order.at(-1);
@@ -178,21 +80,21 @@ export class LayerEditor {
         Object.assign(this.stageEl.style, { width: `${canvas[0]}px`, height: `${canvas[1]}px` });
         this.say("");
         this.fit();
-        this.tell(this.notes.join(" "));
+        this.tell(notes.join(" "));
     }
 
     layerElement(layer) {
         const element = document.createElement("div");
         element.className = "layer";
         const [left, top, right, bottom] = layer.box.map((part) => 100 * part);
-        Object.assign(layer.picture.style, { left: `${left}%`, top: `${top}%`, width: `${right - left}%`, height: `${bottom - top}%` });
+        const [width, height] = [`${right - left}%`, `${bottom - top}%`];
+        Object.assign(layer.picture.style, { left: `${left}%`, top: `${top}%`, width, height });
         element.append(layer.picture);
         return element;
     }
 
     rowElement(layer, index) {
-        const row = html(`<li><button type="button" class="eye"></button><img alt="" draggable="false">
-            <button type="button" class="pick"><span></span></button><span class="grip" aria-hidden="true">⋮⋮</span></li>`);
+        const row = html(ROW);
         row.dataset.index = index;
         row.querySelector("img").src = layer.picture.src;
         return row;
@@ -228,7 +130,7 @@ export class LayerEditor {
     commit(kind = "") {
         const now = this.snapshot();
         if (now === this.history[this.step]) return;
-        const joins = kind && kind === this.lastKind && performance.now() - this.lastTime < 600 && this.step === this.history.length - 1 && this.step > 0;
+        const joins = kind && kind === this.lastKind && performance.now() - this.lastTime < 600;
         if (!joins) this.step++;
         this.history.splice(this.step, Infinity, now);
         [this.lastKind, this.lastTime] = [kind, performance.now()];
@@ -237,8 +139,7 @@ export class LayerEditor {
     }
 
     back(steps) {
-        const step = Math.min(this.history.length - 1, Math.max(0, this.step + steps));
-        this.revert(step);
+        this.revert(clamp(this.step + steps, 0, this.history.length - 1));
     }
 
     /** To a step of the history; without one, to where the last gesture began. */
@@ -254,9 +155,7 @@ export class LayerEditor {
     listen() {
         const { dialog, viewEl: view, listEl: list } = this;
         // Whatever happens in the dialog is not for the graph behind it
-        for (const name of ["pointerdown", "pointermove", "pointerup", "wheel", "keyup", "copy", "cut", "paste", "contextmenu", "dblclick", "click", "dragover", "drop"]) {
-            dialog.addEventListener(name, (event) => event.stopPropagation());
-        }
+        for (const name of OURS) dialog.addEventListener(name, (event) => event.stopPropagation());
         dialog.addEventListener("keydown", (event) => this.key(event));
         dialog.addEventListener("cancel", (event) => { event.preventDefault(); this.close(); });
         view.addEventListener("pointerdown", (event) => this.press(event));
@@ -267,14 +166,15 @@ export class LayerEditor {
         view.addEventListener("contextmenu", (event) => event.preventDefault());
         list.addEventListener("pointerdown", (event) => this.pressRow(event));
         list.addEventListener("pointermove", (event) => this.dragRow(event));
-        for (const name of ["pointerup", "pointercancel"]) list.addEventListener(name, (event) => this.releaseRow(event));
+        list.addEventListener("pointerup", (event) => this.releaseRow(event));
+        list.addEventListener("pointercancel", (event) => this.releaseRow(event));
         list.addEventListener("click", (event) => this.clickRow(event));
         list.addEventListener("dblclick", () => this.rename());
         this.undoEl.onclick = () => this.back(-1);
         this.redoEl.onclick = () => this.back(1);
         this.outEl.onclick = () => this.zoomTo(this.zoom / 1.25);
         this.inEl.onclick = () => this.zoomTo(this.zoom * 1.25);
-        this.zoomEl.onclick = () => { this.centre(1); };
+        this.zoomEl.onclick = () => this.actual();
         this.fitEl.onclick = () => this.fit();
         this.snapEl.onclick = () => this.snapEl.setAttribute("aria-pressed", String(!this.snaps()));
         this.cancelEl.onclick = () => this.close();
@@ -331,39 +231,57 @@ export class LayerEditor {
     number(name, number) {
         const { box, value } = this;
         if (name === "rotation") this.put({ ...box, angle: turn(number) });
-        else if (name === "x" || name === "y") this.set({ [name]: Math.min(MAX_SIDE, Math.max(-MAX_SIDE, Math.round(number))) });
+        else if (name === "x" || name === "y") this.set({ [name]: clamp(Math.round(number), -MAX_SIDE, MAX_SIDE) });
         else this.put({ ...box, [name]: (box[name] * number) / value[name] });
     }
 
     key(event) {
         event.stopPropagation();
-        const { key, shiftKey } = event;
         const command = hideCommand(event);
         const target = event.composedPath()[0];
-        const typing = target.matches("input:not([type=range]), select");
-        if (key === "Escape") this.gesture || this.rowGesture ? this.abandon() : this.close();
-        else if (!this.layers || this.applyEl.disabled) return;
-        else if (key === "Enter" && command) { target.blur?.(); this.apply(); }
-        else if (key === "Enter" && typing) { target.blur(); this.viewEl.focus(); }
-        else if (key === "Enter" && !target.matches("button")) this.apply();
-        else if (command && !(typing && target.type === "text") && (key.toLowerCase() === "z" || (key.toLowerCase() === "y" && !shiftKey))) {
+        if (event.key === "Escape") {
+            if (this.gesture || this.rowGesture) this.abandon();
+            else this.close();
+        } else if (!this.layers || !this.keyed(event, command, target)) return;
+        event.preventDefault();
+    }
+
+    /** What a key does to the layers; false when it does nothing. */
+    keyed({ key, shiftKey }, command, target) {
+        const field = target.matches("input, select");
+        const typing = field && target.type !== "range";
+        if (key === "Enter") return this.enter(command, typing, target);
+        if (command && target.type !== "text" && "zy".includes(key.toLowerCase())) {
             this.abandon();
             this.back(key.toLowerCase() === "z" && !shiftKey ? -1 : 1);
-        } else if (ARROWS[key] && !target.matches("input, select") && !command) {
-            const [dx, dy] = ARROWS[key].map((step) => step * (shiftKey ? 10 : 1));
-            this.number("x", this.value.x + dx);
-            this.number("y", this.value.y + dy);
-            this.commit();
-            this.tell(`${this.value.name}: x ${this.value.x}, y ${this.value.y}`);
-        } else if ((key === "PageUp" || key === "PageDown") && !target.matches("input, select")) {
-            const { order } = this.state;
-            const place = order.indexOf(this.selected) + (key === "PageUp" ? 1 : -1);
-            if (order[place] !== undefined) this.select(order[place], target.matches(".pick"));
-        } else if (key === "F2") this.rename();
-        else if (!typing && command && key === "0") this.fit();
-        else if (!typing && command && key === "1") this.centre(1);
-        else return;
-        event.preventDefault();
+        } else if (command && "01".includes(key)) this[key === "0" ? "fit" : "actual"]();
+        else if (key === "F2") this.rename();
+        else if (field || command) return false;
+        else if (ARROWS[key]) this.nudge(ARROWS[key].map((step) => step * (shiftKey ? 10 : 1)));
+        else if (key === "PageUp") this.selectNext(1, target.matches(".pick"));
+        else if (key === "PageDown") this.selectNext(-1, target.matches(".pick"));
+        else return false;
+        return true;
+    }
+
+    enter(command, typing, target) {
+        if (typing) target.blur(); // which takes over what was typed
+        if (typing && !command) this.viewEl.focus();
+        else if (command || !target.matches("button")) this.apply();
+        else return false;
+        return true;
+    }
+
+    nudge([dx, dy]) {
+        this.number("x", this.value.x + dx);
+        this.number("y", this.value.y + dy);
+        this.commit();
+        this.tell(`${this.value.name}: x ${this.value.x}, y ${this.value.y}`);
+    }
+
+    selectNext(by, focus) {
+        const next = this.state.order[this.state.order.indexOf(this.selected) + by];
+        if (next !== undefined) this.select(next, focus);
     }
 
     // On the canvas
@@ -371,7 +289,8 @@ export class LayerEditor {
     /** A pointer's place on the canvas, in its pixels. */
     at(event) {
         const view = this.viewEl.getBoundingClientRect();
-        return [(event.clientX - view.left - this.pan[0]) / this.zoom, (event.clientY - view.top - this.pan[1]) / this.zoom];
+        const [x, y] = [event.clientX - view.left, event.clientY - view.top];
+        return [(x - this.pan[0]) / this.zoom, (y - this.pan[1]) / this.zoom];
     }
 
     press(event) {
@@ -397,7 +316,8 @@ export class LayerEditor {
 
     begin(kind, event, start, handle) {
         const from = [event.clientX, event.clientY];
-        this.gesture = { kind, id: event.pointerId, from, start, handle, box: this.box, value: this.value, pan: [...this.pan], moved: false };
+        const { box, value, pan } = this;
+        this.gesture = { kind, id: event.pointerId, from, start, handle, box, value, pan, moved: false };
     }
 
     drag(event) {
@@ -412,7 +332,8 @@ export class LayerEditor {
         gesture.moved = true;
         if (gesture.kind === "pan") return this.move(gesture.pan[0] + far[0], gesture.pan[1] + far[1]);
         const point = this.at(event);
-        const box = this[`${gesture.kind}Box`](gesture, [point[0] - gesture.start[0], point[1] - gesture.start[1]], point, event);
+        const by = [point[0] - gesture.start[0], point[1] - gesture.start[1]];
+        const box = this[`${gesture.kind}Box`](gesture, by, point, event);
         this.set(placed(this.layer, gesture.value, box));
     }
 
@@ -482,18 +403,19 @@ export class LayerEditor {
 
     /** The nearest layer that is seen at a point of the canvas; undefined when there is none. */
     hit(point) {
-        return [...this.state.order].reverse().find((index) => this.state.values[index].visible && this.opaque(index, point));
+        const { order, values } = this.state;
+        return [...order].reverse().find((index) => values[index].visible && this.opaque(index, point));
     }
 
     opaque(index, [x, y]) {
-        const { picture } = this.layers[index];
-        const box = boxOf(this.layers[index], this.state.values[index]);
-        const [u, v] = handleAt({ x: 0, y: 0, w: 2 * (x - box.x), h: 2 * (y - box.y), angle: -box.angle }, [1, 1]);
-        const { flip_h, flip_v } = this.state.values[index];
+        const [{ picture }, value] = [this.layers[index], this.state.values[index]];
+        const { flip_h, flip_v } = value;
+        const box = boxOf(this.layers[index], value);
+        const [u, v] = rotated([x - box.x, y - box.y], -box.angle);
         const column = Math.floor(picture.naturalWidth * (0.5 + (flip_h ? -u : u) / box.w));
         const row = Math.floor(picture.naturalHeight * (0.5 + (flip_v ? -v : v) / box.h));
         if (column < 0 || row < 0 || column >= picture.naturalWidth || row >= picture.naturalHeight) return false;
-        this.probe ??= Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d", { willReadFrequently: true });
+        this.probe ??= new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
         this.probe.clearRect(0, 0, 1, 1);
         this.probe.drawImage(picture, column, row, 1, 1, 0, 0, 1, 1);
         return this.probe.getImageData(0, 0, 1, 1).data[3] > 25;
@@ -518,7 +440,7 @@ export class LayerEditor {
     }
 
     zoomTo(zoom, [x, y] = this.middle()) {
-        const next = Math.min(MOST_ZOOM, Math.max(LEAST_ZOOM, zoom));
+        const next = clamp(zoom, LEAST_ZOOM, MOST_ZOOM);
         const view = this.viewEl.getBoundingClientRect();
         const [left, top] = [x - view.left, y - view.top];
         const grown = next / this.zoom;
@@ -537,10 +459,16 @@ export class LayerEditor {
         this.move((clientWidth - this.canvas[0] * zoom) / 2, (clientHeight - this.canvas[1] * zoom) / 2);
     }
 
+    /** One pixel of the canvas for each of the screen. */
+    actual() {
+        this.centre(1);
+    }
+
     fit() {
         const { clientWidth, clientHeight } = this.viewEl;
         const [width, height] = this.canvas;
-        this.centre(Math.max(LEAST_ZOOM, Math.min((clientWidth - 2 * MARGIN) / width, (clientHeight - 2 * MARGIN) / height, 4)));
+        const [across, down] = [(clientWidth - 2 * MARGIN) / width, (clientHeight - 2 * MARGIN) / height];
+        this.centre(Math.max(LEAST_ZOOM, Math.min(across, down, 4)));
         this.fitted = true; // until the user zooms or moves the view, a window of another size is fitted again
     }
 
@@ -549,7 +477,8 @@ export class LayerEditor {
     pressRow(event) {
         const row = event.target.closest("li");
         if (!row || event.button !== 0 || event.target.closest(".eye")) return;
-        if (event.pointerType === "touch" && !event.target.closest(".grip")) return; // a finger scrolls the list elsewhere
+        // Elsewhere a finger scrolls the list
+        if (event.pointerType === "touch" && !event.target.closest(".grip")) return;
         this.rowGesture = { index: Number(row.dataset.index), from: event.clientY, moved: false };
     }
 
@@ -562,8 +491,8 @@ export class LayerEditor {
             this.select(gesture.index);
         }
         const others = [...this.listEl.children].filter((row) => Number(row.dataset.index) !== gesture.index);
-        const above = others.filter((row) => event.clientY > row.getBoundingClientRect().top + row.offsetHeight / 2).length;
-        this.moveTo(others.length - above);
+        const middle = (row) => row.getBoundingClientRect().top + row.offsetHeight / 2;
+        this.moveTo(others.filter((row) => event.clientY <= middle(row)).length);
     }
 
     releaseRow(event) {
@@ -613,8 +542,9 @@ export class LayerEditor {
     drawLayer(index, value, place) {
         const flips = `scale(${value.flip_h ? -1 : 1}, ${value.flip_v ? -1 : 1})`;
         Object.assign(this.layerEls[index].style, {
-            left: `${value.x}px`, top: `${value.y}px`, width: `${value.w}px`, height: `${value.h}px`, transform: `rotate(${value.rotation}deg) ${flips}`,
-            opacity: value.opacity, display: value.visible ? "" : "none", zIndex: place,
+            left: `${value.x}px`, top: `${value.y}px`, width: `${value.w}px`, height: `${value.h}px`,
+            transform: `rotate(${value.rotation}deg) ${flips}`, opacity: value.opacity,
+            display: value.visible ? "" : "none", zIndex: place,
             mixBlendMode: CSS_MODES.includes(value.blend_mode) ? value.blend_mode : "normal",
         });
     }
@@ -629,7 +559,9 @@ export class LayerEditor {
         this.state.values.forEach(({ name, visible }, index) => {
             const row = this.rowEls[index];
             const [eye, pick] = [row.querySelector(".eye"), row.querySelector(".pick")];
-            row.className = `${index === this.selected ? "selected" : ""} ${visible ? "" : "off"} ${this.rowGesture?.moved && index === this.selected ? "dragged" : ""}`;
+            row.classList.toggle("selected", index === this.selected);
+            row.classList.toggle("dragged", index === this.selected && Boolean(this.rowGesture?.moved));
+            row.classList.toggle("off", !visible);
             if (eye.ariaPressed !== String(visible)) eye.innerHTML = icon(visible ? "shown" : "hidden");
             eye.ariaPressed = String(visible);
             eye.ariaLabel = eye.title = `Show ${name}`;
@@ -644,7 +576,8 @@ export class LayerEditor {
         const [left, top] = [this.pan[0] + x * this.zoom - wide / 2, this.pan[1] + y * this.zoom - high / 2];
         this.boxEl.hidden = false;
         this.boxEl.classList.toggle("small", Math.min(wide, high) < 36); // room to take hold of the layer itself
-        Object.assign(this.boxEl.style, { width: `${wide}px`, height: `${high}px`, transform: `translate(${left}px, ${top}px) rotate(${angle}deg)` });
+        const transform = `translate(${left}px, ${top}px) rotate(${angle}deg)`;
+        Object.assign(this.boxEl.style, { width: `${wide}px`, height: `${high}px`, transform });
         const eighth = Math.round(angle / 45);
         this.handleEls.forEach((handle, i) => { handle.style.cursor = CURSORS[(((i + eighth) % 4) + 4) % 4]; });
     }
@@ -675,7 +608,8 @@ export class LayerEditor {
         const modes = CSS_MODES.includes(mode) ? CSS_MODES : [...CSS_MODES, mode];
         const select = this.inputs.blend_mode;
         if (select.options.length !== modes.length || select.options[modes.length - 1].value !== modes.at(-1)) {
-            select.replaceChildren(...modes.map((one) => new Option(CSS_MODES.includes(one) ? one : `${one} (shown as normal)`, one)));
+            const label = (one) => (CSS_MODES.includes(one) ? one : `${one} (shown as normal)`);
+            select.replaceChildren(...modes.map((one) => new Option(label(one), one)));
         }
         select.value = mode;
     }

@@ -1,12 +1,13 @@
 // What the layer editor computes: no DOM and no ComfyUI in here, so that tests can call it directly.
-// A layer is as it comes into the node: {name, x, y, w, h, rotation, flip_h, flip_v, opacity, blend_mode, visible, box}; x, y is its
-// top left corner before rotation, rotation is in degrees clockwise about its centre, and box is where its content lies, as
-// fractions [left, top, right, bottom] of its sides. Values are a layer's fields after editing, a state all of them with their order.
+// A layer is as it comes into the node: name, x, y, w, h, rotation, flip_h, flip_v, opacity, blend_mode, visible, box.
+// x, y is its top left corner before rotation, rotation is in degrees clockwise about its centre, and box is where its
+// content lies, as fractions [left, top, right, bottom] of its sides. Values are the fields of a layer after editing;
+// a state has those of all layers, and their order.
 
 /** The modes that CSS has: techniques/compositing.py has the same formulas. */
 export const CSS_MODES = [
-    "normal", "multiply", "screen", "overlay", "darken", "lighten", "color-dodge", "color-burn", "hard-light", "soft-light",
-    "difference", "exclusion", "hue", "saturation", "color", "luminosity",
+    "normal", "multiply", "screen", "overlay", "darken", "lighten", "color-dodge", "color-burn", "hard-light",
+    "soft-light", "difference", "exclusion", "hue", "saturation", "color", "luminosity",
 ];
 export const MAX_SIDE = 16384;
 
@@ -17,14 +18,15 @@ const between = (low, high) => (value) => typeof value === "number" && value >= 
 const flag = (value) => typeof value === "boolean";
 const FITS = {
     x: between(-MAX_SIDE, MAX_SIDE), y: between(-MAX_SIDE, MAX_SIDE), w: between(1, MAX_SIDE), h: between(1, MAX_SIDE),
-    rotation: between(-360, 360), flip_h: flag, flip_v: flag, opacity: between(0, 1), blend_mode: (value) => typeof value === "string",
-    visible: flag, name: (value) => typeof value === "string" && tidyName(value) === value && value.trim() !== "",
+    rotation: between(-360, 360), flip_h: flag, flip_v: flag, opacity: between(0, 1),
+    blend_mode: (value) => typeof value === "string", visible: flag,
+    name: (value) => typeof value === "string" && tidyName(value) === value && value.trim() !== "",
 };
 export const FIELDS = Object.keys(FITS);
 const WHOLE = ["x", "y", "w", "h"];
 const whole = (value) => Math.floor(value + 0.5); // as the node does
 
-const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
+export const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 const tenth = (value) => Math.round(value * 10) / 10;
 
 /** Degrees in -180 < angle <= 180, of which the node keeps tenths. */
@@ -46,8 +48,8 @@ function find(layers, { layer, number }) {
 }
 
 /**
- * The state that a text makes of the layers, as the node does it; `missing` are the layers that it names and that are not there. Null
- * when the text cannot be read, which the node refuses.
+ * The state that a text makes of the layers, as the node does it; `missing` are the layers that it names and that are
+ * not there. Null when the text cannot be read, which the node refuses.
  */
 export function readEdits(text, layers) {
     const state = { ...untouched(layers), missing: [] };
@@ -65,7 +67,9 @@ export function readEdits(text, layers) {
         if (!FIELDS.every((field) => entry?.[field] === undefined || FITS[field](entry[field]))) return null;
         const value = state.values[find(layers, entry)];
         if (!value) state.missing.push(String(entry.layer));
-        else for (const field of FIELDS) value[field] = WHOLE.includes(field) ? whole(entry[field] ?? value[field]) : entry[field] ?? value[field];
+        else for (const field of FIELDS.filter((name) => entry[name] !== undefined)) {
+            value[field] = WHOLE.includes(field) ? whole(entry[field]) : entry[field];
+        }
     }
     const wanted = order.map((one) => find(layers, one?.layer ? one : { layer: one })).filter((i) => i >= 0);
     // Layers that the order leaves out keep their places
@@ -77,7 +81,7 @@ export function readEdits(text, layers) {
 export function writeEdits({ values, order }, layers) {
     const unique = layers.every(({ name }, i) => layers.every((other, j) => i === j || !sameName(name, other.name)));
     const changed = layers.map((layer, i) => {
-        const fields = FIELDS.filter((field) => values[i][field] !== layer[field]).map((field) => [field, values[i][field]]);
+        const fields = Object.entries(values[i]).filter(([field, value]) => value !== layer[field]);
         return fields.length ? JSON.stringify({ layer: layer.name, number: i + 1, ...Object.fromEntries(fields) }) : "";
     }).filter(Boolean);
     const reference = (i) => (unique ? layers[i].name : { layer: layers[i].name, number: i + 1 });
@@ -87,9 +91,9 @@ export function writeEdits({ values, order }, layers) {
     return parts.length > 1 ? `{${parts.join(", ")}}` : "";
 }
 
-// Places on the canvas. A box is a layer's content there: its centre x, y, its sides w, h and its angle in degrees clockwise.
+// Places on the canvas. A box is a layer's content there: centre x, y, sides w, h, and angle in degrees clockwise.
 
-const rotated = ([x, y], degrees) => {
+export const rotated = ([x, y], degrees) => {
     const [cos, sin] = [Math.cos((degrees * Math.PI) / 180), Math.sin((degrees * Math.PI) / 180)];
     return [x * cos - y * sin, x * sin + y * cos];
 };
@@ -103,7 +107,8 @@ function offset({ box: [left, top, right, bottom] }, { w, h, rotation, flip_h, f
 export function boxOf(layer, value) {
     const [dx, dy] = offset(layer, value);
     const [left, top, right, bottom] = layer.box;
-    return { x: value.x + value.w / 2 + dx, y: value.y + value.h / 2 + dy, w: (right - left) * value.w, h: (bottom - top) * value.h, angle: value.rotation };
+    const { x, y, w, h, rotation } = value;
+    return { x: x + w / 2 + dx, y: y + h / 2 + dy, w: (right - left) * w, h: (bottom - top) * h, angle: rotation };
 }
 
 /** The values that put the layer's content into a box; whole pixels, as the node keeps them. */
@@ -130,13 +135,14 @@ export function handleAt(box, [across, down]) {
     return [box.x + dx, box.y + dy];
 }
 
-/** The box with a handle pulled to a point; the opposite one stays. A corner keeps the proportions unless it is free. */
+/** The box with a handle pulled to a point; the opposite one stays. A corner keeps the proportions unless `free`. */
 export function pulled(box, [across, down], [x, y], free) {
     const [fixedX, fixedY] = handleAt(box, [-across, -down]);
     const [u, v] = rotated([x - fixedX, y - fixedY], -box.angle);
     let [w, h] = [across ? Math.max(across * u, 0.5) : box.w, down ? Math.max(down * v, 0.5) : box.h];
     if (across && down && !free) {
-        const scale = Math.max((across * u * box.w + down * v * box.h) / (box.w ** 2 + box.h ** 2), 0.5 / Math.min(box.w, box.h));
+        const along = (across * u * box.w + down * v * box.h) / (box.w ** 2 + box.h ** 2);
+        const scale = Math.max(along, 0.5 / Math.min(box.w, box.h));
         [w, h] = [box.w * scale, box.h * scale];
     }
     const [dx, dy] = rotated([(across * w) / 2, (down * h) / 2], box.angle);
@@ -153,9 +159,10 @@ export function bounds(box) {
     return [Math.min(...xs), Math.min(...ys), Math.max(...xs), Math.max(...ys)];
 }
 
-/** How far a span must move for an end or its middle to meet those of 0 to length, and where; null when all are farther than `reach`. */
+/** How far a span must move for an end or its middle to meet those of 0 to length, and where; null beyond `reach`. */
 function nearestMeeting(low, high, length, reach) {
-    const meetings = [[low, 0], [high, length], [(low + high) / 2, length / 2]].map(([from, to]) => ({ by: to - from, at: to }));
+    const pairs = [[low, 0], [high, length], [(low + high) / 2, length / 2]];
+    const meetings = pairs.map(([from, to]) => ({ by: to - from, at: to }));
     const best = meetings.reduce((a, b) => (Math.abs(b.by) < Math.abs(a.by) ? b : a));
     return Math.abs(best.by) <= reach ? best : null;
 }
