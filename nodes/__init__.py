@@ -8,6 +8,7 @@ from . import (
     compositing,
     decompose,
     depth,
+    edit_layers,
     fusion,
     generate,
     harmonize,
@@ -21,6 +22,7 @@ mini_family.register(decomposer.UNETS)
 MODULES = (
     layers_io,
     layers_edit,
+    edit_layers,
     depth,
     transparency,
     fusion,

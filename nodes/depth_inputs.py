@@ -90,7 +90,7 @@ def depth_layer(value: torch.Tensor, image: torch.Tensor, notes: list[str]) -> L
     if isinstance(value, torch.Tensor) and not bool(((value >= 0) & (value <= 1) | ~value.isfinite()).all()):
         span = deglad.RANGES[0]
         notes.append("The depth's values go beyond 0 to 1; its layer shows them stretched to that range.")
-    depth = read_depth(value, image, "black", "NaN only", range=span)[0]
+    depth = DepthReader("black", "NaN only", range=span).read(value, image)[0]
     return Layer(depth[..., None].expand(-1, -1, 3), "Depth", visible=False)
 
 

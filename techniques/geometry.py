@@ -289,3 +289,16 @@ def filled_up(image: Tensor, multiple: int) -> Tensor:
     # An image that is smaller than what is added cannot be mirrored so far.
     mode = "reflect" if down < height and across < width else "replicate"
     return F.pad(image, (0, across, 0, down), mode=mode)
+
+
+def content_box(alpha: Tensor) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of what can be seen of alpha [H,W] in 0..1 in 8 bits, right and bottom exclusive; all of
+    it when nothing can.
+
+    Source: ours, bounding box of what is opaque.
+    """
+    seen = alpha >= 0.5 / 255
+    rows, columns = seen.any(1).nonzero(), seen.any(0).nonzero()
+    if not len(rows):
+        return 0, 0, alpha.shape[1], alpha.shape[0]
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

@@ -1,49 +1,16 @@
 // Puts the depth picker on "Slice by depth" and keeps it in step with the node: its `thresholds` widget, its last run, its links.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { after, LastRun } from "./last_run.js";
 import { formatThresholds, parseThresholds, pointThresholds } from "./depth_view.js";
+import { showLarge } from "./large_view.js";
 import { DepthPicker } from "./picker_widget.js";
 
 const NODE = "Strata_SliceByDepth";
-const PROPERTY = "strata_slice"; // where the last run's pictures are: saved with the workflow, so that they are found after a reload
 const SEEN = ["near_is", "missing_depth"]; // widgets that change what the views show
+const runs = new LastRun("strata_slice", ["image", "depth"], SEEN);
 const RUN_FIRST = "Run the graph once to see the depth here.";
 const GONE = "The images of the last run are gone (ComfyUI clears them when it restarts).\nRun the graph again to see the depth here.";
-
-// Undo goes back to a node from before its run, which has not the property: it is known by all that its pictures depend on,
-// not by its graph's id, which undo may change. Writing the property again would be a step of undo itself.
-const lastRun = new Map();
-const keyOf = (node) => `${node.id} ${sourceOf(node)}`;
-const runOf = (node) => node.properties[PROPERTY] ?? (node.graph ? lastRun.get(keyOf(node)) : undefined); // new nodes are in no graph yet
-
-/** What the views depend on, as one number: these widgets, and all nodes behind the picture and the depth. */
-function sourceOf(node) {
-    const seen = new Set();
-    const plain = ({ name, value }) => !name.startsWith("$$") && typeof value !== "object"; // no previews, no elements
-    const parts = (widgets) => (widgets ?? []).filter(plain).map(({ name, value }) => [name, value]);
-    const behind = (other) => {
-        if (!other || seen.has(other)) return [];
-        seen.add(other);
-        const before = (other.inputs ?? []).map((_, slot) => behind(other.getInputNode(slot)));
-        return [other.id, other.type, other.mode, parts(other.widgets), before];
-    };
-    const inputs = ["image", "depth"].map((name) => {
-        const slot = node.findInputSlot(name);
-        return [node.getInputLink(slot)?.origin_slot, behind(node.getInputNode(slot))];
-    });
-    const text = JSON.stringify([parts(node.widgets?.filter(({ name }) => SEEN.includes(name))), inputs]);
-    return [...text].reduce((sum, letter) => (Math.imul(sum, 31) + letter.codePointAt(0)) | 0, text.length);
-}
-
-/** Chain a handler behind one that may be there already. */
-function after(object, name, handler) {
-    const before = object[name];
-    object[name] = function (...args) {
-        const result = before?.apply(this, args);
-        handler.apply(this, args);
-        return result;
-    };
-}
 
 async function fetchPixels({ filename, subfolder = "", type = "temp" }) {
     const answer = await api.fetchApi(`/view?${new URLSearchParams({ filename, subfolder, type })}`, { cache: "no-store" });
@@ -60,8 +27,8 @@ async function fetchPixels({ filename, subfolder = "", type = "temp" }) {
 
 /** In the classic canvas a DOM widget lies over the canvas and would swallow zooming and panning; Nodes 2.0 handles both itself. */
 function passOnToCanvas(element) {
-    const inVueNode = () => Boolean(element.closest("[data-node-id]"));
-    const pass = (name, when) => (event) => { if (!inVueNode() && when(event)) app.canvas[name]?.(event); };
+    const elsewhere = () => Boolean(element.closest("[data-node-id], dialog"));
+    const pass = (name, when) => (event) => { if (!elsewhere() && when(event)) app.canvas[name]?.(event); };
     element.addEventListener("wheel", pass("processMouseWheel", () => true));
     element.addEventListener("pointerdown", pass("processMouseDown", (event) => event.button === 1));
     element.addEventListener("pointermove", pass("processMouseMove", (event) => event.buttons & 4));
@@ -79,9 +46,23 @@ function takePlace(node, element, frames = 120) {
     requestAnimationFrame(() => takePlace(node, element, frames - 1));
 }
 
+let reopen = null; // id of a node whose views were shown large when undo took the node away
+
+/** Undo makes the node anew: its views are shown large again as soon as they are on the page. */
+function showAgain(node, picker, frames = 120) {
+    if (reopen !== node.id) return;
+    if (!picker.element.isConnected && frames > 0) {
+        requestAnimationFrame(() => showAgain(node, picker, frames - 1));
+        return;
+    }
+    reopen = null;
+    if (frames > 0) picker.onEnlarge();
+}
+
 function attach(node) {
     const widget = (name) => node.widgets?.find((candidate) => candidate.name === name);
     let newest = 0; // a slow answer must not replace a newer one
+    let shrink = null; // puts views that are shown large back into the node
     let shown; // the run whose pictures the views have
 
     const picker = new DepthPicker((values, finished) => {
@@ -94,20 +75,25 @@ function attach(node) {
         }
         if (finished) app.canvas.emitAfterChange?.(); // one step for undo
         node.setDirtyCanvas(true, true);
+    }, () => {
+        picker.largeEl.hidden = true;
+        shrink = showLarge(picker.element, "Slice by depth", () => {
+            shrink = null;
+            picker.largeEl.hidden = false;
+        });
     });
 
     const follow = () => {
-        const slice = runOf(node);
+        const slice = runs.of(node);
         if (slice !== shown) load();
         const linked = node.inputs?.some((input) => input.name === "thresholds" && input.link != null);
         const fixed = picker.scene ? pointThresholds(picker.scene, widget("points")?.value ?? "") : [];
         const values = linked ? slice?.thresholds ?? [] : parseThresholds(widget("thresholds")?.value ?? "");
-        const stale = slice?.source !== undefined && slice.source !== sourceOf(node);
-        picker.setThresholds(values, { fixed: linked ? [] : fixed, locked: linked, stale });
+        picker.setThresholds(values, { fixed: linked ? [] : fixed, locked: linked, stale: runs.stale(node) });
     };
 
     const load = async () => {
-        const slice = shown = runOf(node);
+        const slice = shown = runs.of(node);
         const turn = ++newest;
         if (!slice?.front || !slice?.depth) {
             picker.say(RUN_FIRST);
@@ -133,18 +119,20 @@ function attach(node) {
 
     for (const name of ["thresholds", "points", ...SEEN]) if (widget(name)) after(widget(name), "callback", follow);
     after(node, "onExecuted", (output) => {
-        if (!output?.[PROPERTY]?.[0]) return;
-        const slice = { ...output[PROPERTY][0], source: sourceOf(node) };
-        node.properties[PROPERTY] = slice;
-        lastRun.set(keyOf(node), slice);
-        load();
+        if (runs.keep(node, output)) load();
     });
     after(node, "onConfigure", () => { load(); follow(); });
     after(node, "onAfterGraphConfigured", follow); // the nodes behind it have their values now
     after(node, "onConnectionsChange", follow);
-    after(node, "onAdded", () => takePlace(node, picker.element));
+    after(node, "onAdded", () => { takePlace(node, picker.element); showAgain(node, picker); });
     api.addEventListener("graphChanged", follow);
-    after(node, "onRemoved", () => { newest++; picker.dispose(); api.removeEventListener("graphChanged", follow); });
+    after(node, "onRemoved", () => {
+        if (shrink) reopen = node.id;
+        shrink?.();
+        newest++;
+        picker.dispose();
+        api.removeEventListener("graphChanged", follow);
+    });
     const least = node.computeSize(); // the frontend widens a loaded node to it: undo would find another graph
     node.setSize([Math.max(node.size[0], least[0], 400), Math.max(node.size[1], least[1] + 120)]);
     load();

@@ -43,8 +43,8 @@ button:focus-visible { outline: 2px solid #5aa9ff; }
 `;
 
 export class DepthPicker {
-    constructor(onChange) {
-        this.onChange = onChange;
+    constructor(onChange, onEnlarge) {
+        Object.assign(this, { onChange, onEnlarge });
         this.scene = null; // {width, height, picture, depth}
         this.thresholds = [];
         this.fixed = []; // thresholds that come from elsewhere: shown, not dragged
@@ -70,10 +70,11 @@ export class DepthPicker {
                     <canvas></canvas><div class="bands" aria-hidden="true"></div><div class="lines"></div><div class="ghost" hidden></div>
                     <span class="end" style="top: 2px" aria-hidden="true">far</span><span class="end" style="bottom: 2px" aria-hidden="true">near</span>
                 </div>
-                <div class="bar" hidden><span class="hint" role="status"></span><button type="button" class="tint" aria-pressed="true">Tint</button></div>
+                <div class="bar" hidden><span class="hint" role="status"></span><button type="button" class="tint" aria-pressed="true">Tint</button>
+                    <button type="button" class="large">Enlarge</button></div>
                 <div class="message" role="status"></div>
             </div>`;
-        for (const name of ["frame", "front", "top", "bands", "lines", "ghost", "bar", "hint", "message", "tint"]) this[`${name}El`] = root.querySelector(`.${name}`);
+        for (const name of ["frame", "front", "top", "bands", "lines", "ghost", "bar", "hint", "message", "tint", "large"]) this[`${name}El`] = root.querySelector(`.${name}`);
         this.frontCanvas = this.frontEl.querySelector("canvas");
         this.topCanvas = this.topEl.querySelector("canvas");
     }
@@ -88,6 +89,7 @@ export class DepthPicker {
         this.topEl.addEventListener("dblclick", (event) => this.doubleClick(event));
         this.linesEl.addEventListener("keydown", (event) => this.key(event));
         this.linesEl.addEventListener("focusin", (event) => this.select(this.lines().indexOf(event.target)));
+        this.largeEl.addEventListener("click", () => this.onEnlarge());
         this.tintEl.addEventListener("click", () => {
             this.tinted = !this.tinted;
             this.tintEl.setAttribute("aria-pressed", String(this.tinted));

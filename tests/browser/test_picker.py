@@ -402,6 +402,32 @@ def test_a_side_panel_leaves_its_width_alone(picker):
         picker.page.evaluate(set_open, False)
 
 
+def test_the_views_are_shown_large_and_undo_stays_there(picker, no_run):
+    """From the button to the drag, its undo, and Escape, which brings the views back into the node."""
+    page, large = picker.page, picker.page.locator(".strata-large")
+    before = picker.front.bounding_box()
+    picker.root.get_by_role("button", name="Enlarge").click()
+    large.wait_for()
+    page.wait_for_timeout(300)
+    assert picker.front.bounding_box()["height"] > 1.5 * before["height"]
+    scale = page.evaluate("() => app.canvas.ds.scale")
+    picker.drag(0.3, 0.6)
+    picker.wait_value(0.6)
+    page.mouse.wheel(0, -100)
+    picker.editor.picture(f"picker_large_{picker.editor.mode}")
+    picker.undo(0.3)
+    large.wait_for()
+    assert picker.value() == "0.3" and page.evaluate("() => app.canvas.ds.scale") == scale
+    page.keyboard.press("Escape")
+    large.wait_for(state="detached")
+    picker.front.wait_for()
+    page.wait_for_timeout(300)
+    assert picker.front.bounding_box()["height"] == pytest.approx(before["height"], rel=0.2)
+    picker.drag(0.3, 0.5)
+    picker.wait_value(0.5)
+    assert picker.editor.errors == []
+
+
 def test_run_then_reload_keeps_the_views(picker):
     picker.page.keyboard.down("Shift")
     picker.page.mouse.click(*picker.at(0.8))

@@ -51,6 +51,7 @@ CASES = {  # further ways through a node: inputs by their type, or as they are
         {"method": "noise only"},
         {"disk_cache": "on"},
     ],
+    "Strata_EditLayers": [{"edits": '{"layers": [{"layer": 1, "rotation": 20, "w": 40}]}'}],
     "Strata_LayersFromImages": [{"masks": "MASK", "layers": "LAYERS"}],
     "Strata_LayersSampler": [{"harmonize": False}, {"decoder": None, "model": "maps"}],
     "Strata_LayersToBatch": [{"at_canvas_size": False}],
