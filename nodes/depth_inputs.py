@@ -23,7 +23,7 @@ NEAR = io.Combo.Input(
     tooltip=(
         "What near pixels are in the depth image: white for Depth Anything, MiDaS and disparity, black for depth "
         "cameras and metric depth. auto guesses: near is what the lower edge shows more of. It says so on the node, "
-        "and is wrong for views from above and of ceilings."
+        "and can be wrong for views from above and of ceilings."
     ),
 )
 MISSING = io.Combo.Input(
