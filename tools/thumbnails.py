@@ -14,6 +14,7 @@ import demo
 import host
 import run
 from PIL import Image, ImageOps
+from psd_tools import PSDImage
 
 WORKFLOWS = host.PACK / "workflows"
 SCREENSHOTS = host.PACK / "output" / "browser"
@@ -22,9 +23,17 @@ CANVAS = (60, 190, 1600, 1110)  # of a window of 1600 × 1400, without the front
 QUALITY = 80
 
 
+def shown(files: list[Path]) -> list[Image.Image]:
+    """The images first, or what the layers make together where none is saved; then the layers."""
+    layered = [path for path in files if path.suffix == ".psd"]
+    images = [image for path in files if path not in layered for _, image in demo.pictures(path)]
+    layers = [image for path in layered for _, image in demo.pictures(path)]
+    return (images or [PSDImage.open(path).composite().convert("RGBA") for path in layered]) + layers
+
+
 def collage(images: list[Image.Image]) -> Image.Image:
-    """The last ones, one, two or four of them; what is partly transparent lies on a checkerboard."""
-    images = images[-4:] if len(images) != 3 else images[-2:]
+    """The first and the last ones, one, two or four of them; what is partly transparent lies on a checkerboard."""
+    images = {3: [images[0], images[-1]]}.get(len(images), images[:1] + images[1:][-3:])
     across, down = {1: (1, 1), 2: (2, 1)}.get(len(images), (2, 2))
     side = (SIDE - GAP * (across - 1)) // across
     sheet = Image.new("RGB", (SIDE, side * down + GAP * (down - 1)), "white")
@@ -53,7 +62,7 @@ def main(names: list[str]) -> int:
                 continue
             try:
                 files = run.run_file(client, path, [], Path(out) / path.stem, sys.stderr.isatty())
-                image = collage([image for file in files for _, image in demo.pictures(Path(file))])
+                image = collage(shown([Path(file) for file in files]))
             except run.RunError as error:
                 print(f"{path.stem}: the graph itself ({str(error)[:100]})")
                 with Image.open(SCREENSHOTS / f"{path.stem}_canvas.png") as shot:
