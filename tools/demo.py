@@ -55,6 +55,8 @@ RUNS = [
     ("decompose", "decompose_scene_mini", []),
     ("decompose_several", "decompose_several_mini", []),
     ("decompose_photograph", "decompose_photo_mini", []),
+    ("foreground_on_background", "foreground_on_background_mini", []),
+    ("extract_foreground", "extract_foreground_mini", []),
     ("object_insertion", "object_insertion_mini", []),
     ("scene_composition", "scene_composition_mini", []),
     ("harmonize_layers", "harmonize_layers_mini", []),
