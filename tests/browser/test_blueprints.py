@@ -31,7 +31,7 @@ def test_means_what_the_workflow_means(part, editor, comfy):
     assert written == blueprints.text(carving.blueprint()), "run tools/blueprints.py"
     editor.load(blueprints.read(part.workflow), part.workflow)
     plain = editor.prompt()
-    editor.load(whole, part.name)
+    editor.load(whole, f"{part.workflow}, carved")
     assert flat(editor.prompt(), whole["last_node_id"]) == flat(plain, -1)
     names = editor.page.evaluate("(id) => app.graph.getNodeById(id).widgets.map((w) => w.name)", whole["last_node_id"])
     labels = [label for *_, label in part.widgets]

@@ -73,7 +73,7 @@ def test_model_files_are_named_with_their_place_for_people_and_for_the_frontend(
 
 
 def without_file(prompt: dict, comfy) -> set[str]:
-    """Types of the nodes that name a model file which this ComfyUI does not have."""
+    """Types of the nodes that name a model which this ComfyUI does not have."""
     there = {
         name
         for folder in ("checkpoints", "diffusion_models", "layer_model")
@@ -82,7 +82,8 @@ def without_file(prompt: dict, comfy) -> set[str]:
     return {
         node["class_type"]
         for node in prompt.values()
-        if any(str(value).endswith(MODELS) and value not in there for value in node["inputs"].values())
+        if node["class_type"] == "Strata_EstimateDepth"  # a folder, which no test has
+        or any(str(value).endswith(MODELS) and value not in there for value in node["inputs"].values())
     }
 
 
@@ -180,7 +181,8 @@ def test_graphs_of_the_first_version_open_with_the_new_inputs_at_their_defaults(
         for key, value in node["inputs"].items()
         if key not in saved[node_id]["inputs"]
     }
-    assert new == (
+    saving = {"bits": "8", "trim": False, "alpha_as_mask": False}
+    assert new == saving | (
         {"groups": "leaves"}
         if name == "layers_roundtrip"
         else {"range": "each image", "range_low": 0, "range_high": 1, "names": ""}
