@@ -48,9 +48,9 @@ def test_are_found_by_search_and_added_whole(editor, comfy):
     editor.page.get_by_role("combobox").last.fill(name)
     offered = editor.page.get_by_role("option").filter(has_text=name).first
     offered.wait_for()
-    while not editor.page.evaluate(
-        "() => app.graph.nodes.length"
-    ):  # a click into a list that is still changing is lost
+    for _ in range(20):  # a click into a list that is still changing is lost
+        if editor.page.evaluate("() => app.graph.nodes.length"):
+            break
         if offered.is_visible():
             offered.click()
         editor.page.wait_for_timeout(500)
