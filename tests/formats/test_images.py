@@ -48,17 +48,20 @@ def test_an_animation_gives_its_first_frame_and_a_note(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("size", [(64, 48), (640, 480), (300, 1)])
+@pytest.mark.parametrize("size", [(64, 48), (640, 480), (300, 1), (48, 64)])
 def test_a_sheet_shows_every_picture_with_room_for_its_name(size):
     pictures = np.zeros((5, size[1], size[0], 3), np.uint8)
     pictures[:, :, :, 0] = np.arange(5)[:, None, None] * 50 + 5
     sheet = contact_sheet(pictures, ["", "a", "x" * 200, "漢", "e"])
-    side = (320, 240) if size[0] > 300 else (320, 240) if size == (64, 48) else (300, 1)
+    side = {(300, 1): (300, 1), (48, 64): (240, 320)}.get(size, (320, 240))
     row = side[1] + TEXT + 2 * GAP
     assert sheet.shape == (2 * row + GAP, 3 * (CELL + GAP) + GAP, 3)
     for number in range(5):
         left, top = GAP + number % 3 * (CELL + GAP) + CELL // 2, GAP + number // 3 * row
         assert sheet[top + side[1] // 2, left].tolist() == [number * 50 + 5, 0, 0]
+        cell = sheet[top + side[1] // 2, left - CELL // 2 : left + CELL // 2]
+        drawn = np.flatnonzero((cell == [number * 50 + 5, 0, 0]).all(-1))
+        assert (drawn[0], drawn[-1] + 1) == ((CELL - side[0]) // 2, (CELL + side[0]) // 2), "in the middle"
     names = sheet[GAP + side[1] : row].max(-1) > 128
     cells = [names[:, GAP + n * (CELL + GAP) : (n + 1) * (CELL + GAP)] for n in range(3)]
     assert not cells[0].any() and 0 < cells[1].sum() < cells[2].sum()

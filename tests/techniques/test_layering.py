@@ -42,6 +42,8 @@ def test_what_is_seen_whole_is_copied_and_nothing_else(scene):
     assert torch.equal(behind[..., :2], image[..., :2]) and torch.equal(behind[..., 2:], background[..., 2:])
     almost = torch.full_like(alpha, 1 - 1 / 600)  # what an 8-bit mask cannot tell from 1
     assert torch.equal(layering.copy_visible(image, almost, foreground, background)[0], image)
+    for value, copied in ((layering.OPAQUE, image), (1 - 1.5 / 510, foreground)):  # half a step of 8 bits, and more
+        assert torch.equal(layering.copy_visible(image, alpha * 0 + value, foreground, background)[0], copied)
 
 
 def test_exact_layers_add_up_within_their_range(scene):

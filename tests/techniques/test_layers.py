@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strata.techniques.layers import BLEND_MODES, MAX_LAYERS, Layer, LayerStack, read_layers, write_layers
+from strata.techniques.layers import BLEND_MODES, MAX_LAYERS, MAX_SIDE, Layer, LayerStack, read_layers, write_layers
 
 IMAGE = torch.rand(1, 4, 5, 4, generator=torch.Generator().manual_seed(0))
 
@@ -132,3 +132,11 @@ def test_a_bad_document_is_named_in_one_sentence(given, words):
     message = str(raised.value)
     assert "\n" not in message and message.endswith(".")
     assert all(word in message for word in words), message
+
+
+def test_a_side_may_be_as_long_as_the_limit_and_no_longer():
+    document = {"version": 1, "layers": [{"image": torch.zeros(1, 1, MAX_SIDE, 3)}], "canvas": (8, 8)}
+    assert read_layers(document).layers[0].image.shape[1] == MAX_SIDE
+    document["layers"][0]["image"] = torch.zeros(1, MAX_SIDE + 1, 1, 3)
+    with pytest.raises(ValueError, match=f"image of 1×{MAX_SIDE + 1}; sides must be at most {MAX_SIDE} pixels"):
+        read_layers(document)
