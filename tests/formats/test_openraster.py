@@ -123,7 +123,7 @@ def test_groups_become_their_leaves(tmp_path):
         '<layer name="top" src="data/one.png" opacity="0.5"/><stack name="g" opacity="0.5" visibility="hidden">'
         '<stack opacity="0.5"><layer name="deep" src="data/one.png" opacity="0.5" x="-2"/></stack></stack>'
     )
-    deep, top = files.load(archive(tmp_path, STACK.format(nested))).layers
+    deep, top = openraster.read(archive(tmp_path, STACK.format(nested))).layers
     assert (deep.name, deep.opacity, deep.visible, deep.x) == ("deep", 0.125, False, -2)
     assert (top.name, top.opacity, top.visible) == ("top", 0.5, True)
 

@@ -103,3 +103,10 @@ def test_a_file_that_is_there_stays(tmp_path, format):
             tmp_path, "x_", LayerStack((1, 1), (Layer(pixels(1, 1, 1, 4), "Back"),)), pixels(2, 1, 1, 4), format, {}
         )
     assert first.read_bytes() == content
+
+
+def test_what_cameras_write_is_no_metadata_of_ours(tmp_path):
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0110], exif[0x0131], exif[0x0112] = 'seed:{"a": 1}', "a camera", "software: 3", 1
+    Image.new("RGB", (4, 3)).save(tmp_path / "camera.webp", exif=exif)
+    assert png.read_metadata(tmp_path / "camera.webp") == {"seed": {"a": 1}}

@@ -573,6 +573,17 @@ def test_fill_opacity_and_disabled_masks(tmp_path):
     assert stack.layers[1].rgba()[..., 3].min() == 1 and not notes
 
 
+def test_a_groups_fill_opacity_weakens_its_layers(tmp_path):
+    document = PSDImage.new("RGB", (4, 4))
+    layer = document.create_pixel_layer(block((9, 9, 9)), name="inside")
+    document.create_group([layer], name="group", opacity=128)
+    document.save(tmp_path / "first.psd")
+    document = PSDImage.open(tmp_path / "first.psd")
+    document[0].fill_opacity = 64
+    (layer,) = loaded(document, tmp_path / "second.psd")[0].layers
+    assert layer.opacity == pytest.approx(128 / 255 * 64 / 255, abs=1e-6)
+
+
 def test_a_colour_profile_is_applied_and_lost_bits_are_told(tmp_path):
     """A profile of linear light: a middle value comes out brighter, by sRGB's own formula."""
     for depth in (8, 16):

@@ -265,3 +265,12 @@ def test_fractions_count_only_for_the_place_they_belong_to():
     assert geometry.transform(replace(layer, x=5), move=(0.2, 0.0)).x == 5, "moved by another node"
     for odd in ({"exact": "far"}, {"exact": [float("nan")] * 4}, [], None):
         assert geometry.transform(replace(layer, extra={"strata": odd}), move=(0.2, 0.0)).x == 0
+
+
+@pytest.mark.parametrize("size", [(4, 4), (5, 7), (8, 16), (3, 20)])
+def test_sides_are_filled_up_by_what_is_beside_them(size):
+    image = picture(*size).movedim(-1, 0)[None]
+    found = geometry.filled_up(image, 8)[0].movedim(0, -1).numpy()
+    added = [(0, -side % 8) for side in size]
+    mode = "reflect" if all(more < side for (_, more), side in zip(added, size, strict=True)) else "edge"
+    assert np.array_equal(found, np.pad(image[0].movedim(0, -1).numpy(), [*added, (0, 0)], mode=mode))
