@@ -61,30 +61,32 @@ class RGBAVAE(comfy.sd.VAE):
 
 def choices() -> list[str]:
     """The files of the folder that have alpha, or may have; the shipped one where there is none."""
-    return layer_files.fitting(KIND, lambda shapes: _ends(shapes) is not None) or [SHIPPED]
+    return layer_files.fitting(KIND, lambda shapes: bool(ends := _ends(shapes)) and _has_alpha(shapes, ends)) or [
+        SHIPPED
+    ]
 
 
 def _ends(weights: dict[str, Tensor]) -> tuple[str, str] | None:
-    """The ends of an autoencoder whose images have four channels."""
-    for first, last in ENDS:
-        ends = weights.get(f"{first}.weight"), weights.get(f"{last}.weight")
-        if all(end is not None and end.ndim == 4 for end in ends) and (ends[0].shape[1], ends[1].shape[0]) == (4, 4):
-            return first, last
-    return None
+    """The names of an autoencoder's first and last layer."""
+    return next((ends for ends in ENDS if all(f"{end}.weight" in weights for end in ends)), None)
+
+
+def _has_alpha(weights: dict[str, Tensor], ends: tuple[str, str]) -> bool:
+    first, last = (weights[f"{end}.weight"] for end in ends)
+    return first.ndim == last.ndim == 4 and (first.shape[1], last.shape[0]) == (4, 4)
 
 
 def load(name: str) -> RGBAVAE:
     """Raises ValueError with one sentence for a missing or damaged file, and for one without alpha."""
     weights = layer_files.read(name, KIND)
-    ends = next((ends for ends in ENDS if all(f"{end}.weight" in weights for end in ends)), None)
-    if ends is None:
+    if (ends := _ends(weights)) is None:
         raise ValueError(
             f"file: {name} is no autoencoder in the form of Flux's or TAESD's; choose one that the help page names."
         )
-    first, last = (weights[f"{end}.weight"] for end in ends)
-    if first.ndim != 4 or (first.shape[1], last.shape[0]) != (4, 4):
+    if not _has_alpha(weights, ends):
+        channels = weights[f"{ends[0]}.weight"].shape[1]
         raise ValueError(
-            f"file: {name} is an autoencoder of {first.shape[1]} channels without alpha; load it by Load VAE, or "
+            f"file: {name} is an autoencoder of {channels} channels without alpha; load it by Load VAE, or "
             "choose one with four channels."
         )
     try:

@@ -9,7 +9,6 @@ that PARTS names are shown on it.
 from __future__ import annotations
 
 import copy
-import json
 import sys
 import tempfile
 import uuid
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import host
+import node_files
 import run
 
 WORKFLOWS, FOLDER = host.PACK / "workflows", host.PACK / "subgraphs"
@@ -138,33 +138,20 @@ PARTS = (
 
 
 def read(name: str) -> dict:
-    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+    return run.read_workflow(WORKFLOWS / f"{name}.json")
 
 
 def ordered(node: dict, object_info: dict) -> dict:
     """The node with its inputs as the frontend orders them, sockets before widgets; optional ones may not be saved."""
     widgets = {slot["name"] for slot in node["inputs"] if "widget" in slot}
-    inputs = object_info[node["type"]]["input"]
     sockets = [
-        {"name": name, "type": spec[0], "link": None}
-        for group in ("required", "optional")
-        for name, spec in inputs.get(group, {}).items()
-        if name not in widgets and spec[0] not in WIDGETS and isinstance(spec[0], str)
+        {"name": name, "type": kind, "link": None}
+        for name, kind, *_ in node_files.inputs(object_info[node["type"]])
+        if name not in widgets and isinstance(kind, str) and kind not in WIDGETS
     ]
     saved = {slot["name"]: slot for slot in node["inputs"]}
     sockets = [saved.pop(slot["name"], slot) for slot in sockets]
     return {**copy.deepcopy(node), "inputs": copy.deepcopy([*sockets, *saved.values()])}
-
-
-def values(node: dict) -> dict:
-    """Widget values by name. ComfyUI keeps a list; seeds and uploads have one more entry, behind their own."""
-    found, left = {}, list(node.get("widgets_values") or [])
-    for slot in node["inputs"]:
-        if "widget" in slot and left:
-            found[slot["name"]] = left.pop(0)
-            if left and left[0] in ("fixed", "randomize", "increment", "decrement"):
-                left.pop(0)
-    return found
 
 
 def unique(name: str, taken: list[dict]) -> str:
@@ -175,10 +162,11 @@ def unique(name: str, taken: list[dict]) -> str:
 class Carving:
     """A part of a workflow on its way into a subgraph: the node that stands for it outside, and what is inside."""
 
-    def __init__(self, part: Part, object_info: dict):
+    def __init__(self, part: Part, client: run.Client):
         self.part, self.workflow = part, read(part.workflow)
+        self.prompt = client.to_api(self.workflow)
         self.nodes = {node["id"]: node for node in self.workflow["nodes"]}
-        self.inner = {number: ordered(self.nodes[number], object_info) for number in part.inside}
+        self.inner = {number: ordered(self.nodes[number], client.object_info()) for number in part.inside}
         self.last = self.workflow["last_link_id"]
         self.root = self.workflow["last_node_id"] + 1
         self.inputs, self.outputs = [], []  # slots of the subgraph
@@ -257,7 +245,7 @@ class Carving:
             ],
             "outputs": [{"name": slot["name"], "type": slot["type"], "links": None} for slot in self.outputs],
             "properties": {"proxyWidgets": [["-1", label] for label in labels]},
-            "widgets_values": [values(self.nodes[number])[widget] for number, widget, _ in self.part.widgets],
+            "widgets_values": [self.prompt[str(number)]["inputs"][widget] for number, widget, _ in self.part.widgets],
         }
 
     def identity(self, what: str) -> str:
@@ -314,19 +302,16 @@ class Carving:
         return copy.deepcopy({**self.workflow, **numbers, "nodes": nodes, "links": links, **inside})
 
 
-def text(blueprint: dict) -> str:
-    return json.dumps(blueprint, indent=1, ensure_ascii=False) + "\n"
-
-
 def main() -> int:
     found = host.find_or_install()
     with tempfile.TemporaryDirectory() as base, host.Server(found, Path(base)) as server:
-        object_info = run.Client(server.url).object_info()
+        client = run.Client(server.url)
+        made = {part.name: node_files.text(Carving(part, client).blueprint()) for part in PARTS}
     FOLDER.mkdir(exist_ok=True)
     for path in FOLDER.glob("*.json"):
         path.unlink()
-    for part in PARTS:
-        (FOLDER / f"{part.name}.json").write_text(text(Carving(part, object_info).blueprint()), encoding="utf-8")
+    for name, content in made.items():
+        (FOLDER / f"{name}.json").write_text(content, encoding="utf-8")
     return 0
 
 

@@ -428,13 +428,13 @@ def main() -> int:
         if options.verb == "install":
             print(f"ComfyUI {host.version} in {host.root}\nPython: {host.python}")
             return 0
+        environment = {
+            **os.environ,
+            "COMFYUI_PYTHON": str(host.python),
+            "STRATA_HOST": str(host.root),
+            "STRATA_CACHE": str(cache_dir()),
+        }
         for command in commands(options.verb, options.rest):
-            environment = {
-                **os.environ,
-                "COMFYUI_PYTHON": str(host.python),
-                "STRATA_HOST": str(host.root),
-                "STRATA_CACHE": str(cache_dir()),
-            }
             if status := subprocess.call([str(host.python), *command], env=environment):
                 return status
     except HostError as error:

@@ -1,9 +1,10 @@
 // Puts the depth picker on "Slice by depth" and keeps it in step with the node: its `thresholds` widget, its last run, its links.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { after, LastRun } from "./last_run.js";
+import { LastRun } from "./last_run.js";
 import { formatThresholds, parseThresholds, pointThresholds } from "./depth_view.js";
 import { showLarge } from "./large_view.js";
+import { after } from "./nodes.js";
 import { DepthPicker } from "./picker_widget.js";
 
 const NODE = "Strata_SliceByDepth";

@@ -1,8 +1,9 @@
 // Puts the button of the layer editor on "Edit layers", and gives the editor the node's last run and its `edits`.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { after, LastRun } from "./last_run.js";
+import { LastRun } from "./last_run.js";
 import { LayerEditor } from "./layer_editor.js";
+import { after, change } from "./nodes.js";
 
 const runs = new LastRun("strata_layers", ["layers"]);
 const RUN_FIRST = "Run the graph once to edit its layers here.";
@@ -18,20 +19,11 @@ async function withPicture({ image, ...layer }) {
     return { ...layer, picture };
 }
 
-function write(node, widget, text) {
-    if (widget.value === text) return;
-    app.canvas.emitBeforeChange?.(); // one step for undo
-    widget.value = text;
-    widget.callback?.(text, app.canvas, node);
-    app.canvas.emitAfterChange?.();
-    node.setDirtyCanvas(true, true);
-}
-
 async function open(node) {
     if (document.querySelector(".strata-layer-editor")) return;
     const widget = node.widgets.find(({ name }) => name === "edits");
     const run = runs.of(node);
-    const editor = new LayerEditor((text) => write(node, widget, text));
+    const editor = new LayerEditor((text) => widget.value !== text && change(node, widget, text));
     if (node.inputs?.some(({ name, link }) => name === "edits" && link != null)) return editor.say(LINKED);
     if (!run) return editor.say(RUN_FIRST);
     const layers = await Promise.all(run.layers.map(withPicture)).catch(() => null);

@@ -1,16 +1,6 @@
 // What a node's last run gave its view, kept with the node: in a property, so that it is saved with the workflow and
 // found after a reload.
 
-/** Chain a handler behind one that may be there already. */
-export function after(object, name, handler) {
-    const before = object[name];
-    object[name] = function (...args) {
-        const result = before?.apply(this, args);
-        handler.apply(this, args);
-        return result;
-    };
-}
-
 export class LastRun {
     /** property: of the node, and of its output. inputs, widgets: names of those that the view depends on. */
     constructor(property, inputs, widgets = []) {

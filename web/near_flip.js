@@ -1,5 +1,6 @@
 // A button on every node that reads depth: near and far the other way round. What auto took for near comes with the run.
 import { app } from "../../scripts/app.js";
+import { after, change } from "./nodes.js";
 
 const AUTO = "auto";
 
@@ -7,18 +8,10 @@ function attach(node, near) {
     let guess = "white"; // what auto took it for in the last run
     const button = node.addWidget("button", "flip near and far", null, () => {
         const now = near.value === AUTO ? guess : near.value;
-        app.canvas.emitBeforeChange?.(); // one step for undo
-        near.value = now === "white" ? "black" : "white";
-        near.callback?.(near.value, app.canvas, node);
-        app.canvas.emitAfterChange?.();
-        node.setDirtyCanvas(true, true);
+        change(node, near, now === "white" ? "black" : "white");
     }, { serialize: false });
     button.serialize = false;
-    const executed = node.onExecuted;
-    node.onExecuted = function (output) {
-        guess = output?.strata_near?.[0] ?? guess;
-        return executed?.apply(this, arguments);
-    };
+    after(node, "onExecuted", (output) => { guess = output?.strata_near?.[0] ?? guess; });
 }
 
 app.registerExtension({

@@ -1,6 +1,7 @@
 // What a node tells of its run, a sentence a line: no frontend shows the text of any node but Preview Any by itself.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { after } from "./nodes.js";
 
 const NAME = "strata_notes";
 const LINE = 15;
@@ -63,11 +64,6 @@ app.registerExtension({
     },
     nodeCreated(node) {
         if (!node.comfyClass?.startsWith("Strata_")) return;
-        const executed = node.onExecuted;
-        node.onExecuted = function (output) {
-            const result = executed?.apply(this, arguments);
-            show(this, output?.text?.join("\n"));
-            return result;
-        };
+        after(node, "onExecuted", (output) => show(node, output?.text?.join("\n")));
     },
 });

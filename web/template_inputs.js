@@ -1,6 +1,7 @@
 // What our workflows load lies beside them. Where ComfyUI's input folder lacks it, it is copied there when one opens.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { upload } from "./upload.js";
 
 const OURS = /^strata_\w+\.(png|jpg|ora)$/;
 const PACK = decodeURIComponent(new URL(import.meta.url).pathname.split("/").at(-2));
@@ -18,9 +19,8 @@ function named(graph) {
 async function copy(name) {
     const shipped = await api.fetchApi(`/workflow_templates/${encodeURIComponent(PACK)}/input/${name}`);
     if (!shipped.ok) return false; // a file of the user's own that is called like ours
-    const body = new FormData();
-    body.append("image", await shipped.blob(), name);
-    return (await api.fetchApi("/upload/image", { method: "POST", body })).ok;
+    await upload(new File([await shipped.blob()], name));
+    return true;
 }
 
 app.registerExtension({

@@ -34,7 +34,8 @@ export function addUpload(node, { label, suffixes, multiple, done }) {
     };
 }
 
-async function upload(file) {
+/** Puts a file into ComfyUI's input folder; gives its name there. Throws an Error with one sentence. */
+export async function upload(file) {
     const body = new FormData();
     body.append("image", file);
     const answer = await api.fetchApi("/upload/image", { method: "POST", body }).catch((error) => {

@@ -167,3 +167,21 @@ def editor(request, browser, site, pages) -> Editor:
     found.page.evaluate("() => app.graph.clear()")
     found.errors.clear()
     return found
+
+
+CALCULATE = """async ([script, call, ...args]) => {
+    const result = (await import(script))[call](
+        ...args.map((arg) => (arg?.floats ? Float32Array.from(arg.floats) : arg)));
+    return ArrayBuffer.isView(result) ? [...result] : result;
+}"""
+
+
+@pytest.fixture(scope="module")
+def calculate(request, browser, site):
+    """calculate(name, *arguments) calls a function of the script that the test module names as SCRIPT;
+    {"floats": [...]} becomes a Float32Array.
+    """
+    script, page = f"/extensions/ComfyUI-Strata/{request.module.SCRIPT}", browser.new_page()
+    page.goto(site + script)
+    yield lambda *call: page.evaluate(CALCULATE, [script, *call])
+    page.close()

@@ -3,6 +3,7 @@ made of.
 """
 
 import blueprints
+import node_files
 import pytest
 
 
@@ -26,9 +27,9 @@ def flat(prompt: dict, root: int) -> dict:
 
 @pytest.mark.parametrize("part", blueprints.PARTS, ids=lambda part: part.name)
 def test_means_what_the_workflow_means(part, editor, comfy):
-    carving = blueprints.Carving(part, comfy.object_info())
+    carving = blueprints.Carving(part, comfy)
     whole, written = carving.whole(), (blueprints.FOLDER / f"{part.name}.json").read_text(encoding="utf-8")
-    assert written == blueprints.text(carving.blueprint()), "run tools/blueprints.py"
+    assert written == node_files.text(carving.blueprint()), "run tools/blueprints.py"
     editor.load(blueprints.read(part.workflow), part.workflow)
     plain = editor.prompt()
     editor.load(whole, f"{part.workflow}, carved")

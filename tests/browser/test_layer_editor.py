@@ -18,6 +18,8 @@ from strata.techniques.geometry import transform
 from strata.techniques.layer_edits import apply_edits, read_edits
 from strata.techniques.layers import Layer, LayerStack
 
+SCRIPT = "layer_edits.js"  # whose functions `calculate` calls
+
 EDIT = "Strata_EditLayers"
 CANVAS = (240, 160)
 # Left, top, right, bottom of what can be seen of each layer; the plate's own image is as large as the canvas
@@ -708,18 +710,6 @@ def test_blend_modes_as_flatten_layers_has_them(editor):
     # The browser keeps eight bits of what is behind, and of a faint colour times its alpha
     assert all(most <= 4 and share < 1e-3 for most, share in found.values()), found
     assert editor.errors == []
-
-
-CALCULATE = """async ([call, ...args]) => (await import('/extensions/ComfyUI-Strata/layer_edits.js'))[call](...args)"""
-
-
-@pytest.fixture(scope="module")
-def calculate(browser, site):
-    """calculate(name, *arguments) calls a function of web/layer_edits.js."""
-    page = browser.new_page()
-    page.goto(site + "/extensions/ComfyUI-Strata/layer_edits.js")
-    yield lambda *call: page.evaluate(CALCULATE, list(call))
-    page.close()
 
 
 def described(layer: Layer) -> dict:

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from strata.techniques import depth as technique
 
+SCRIPT = "depth_view.js"  # whose functions `calculate` calls
+
 SLICE = "Strata_SliceByDepth"
 SIZE = (240, 160)
 # A wall with a ramp of floor before it, a box in the middle distance and a pole in front; white is near
@@ -522,22 +524,6 @@ def test_it_resizes_and_leaves_with_its_node(picker):
     picker.page.evaluate("() => app.graph.remove(app.graph.nodes.find((n) => n.type === 'Strata_SliceByDepth'))")
     picker.root.wait_for(state="detached")
     assert picker.editor.errors == []
-
-
-CALCULATE = """async ([call, ...args]) => {
-    const view = await import('/extensions/ComfyUI-Strata/depth_view.js');
-    const result = view[call](...args.map((arg) => (arg?.floats ? Float32Array.from(arg.floats) : arg)));
-    return ArrayBuffer.isView(result) ? [...result] : result;
-}"""
-
-
-@pytest.fixture(scope="module")
-def calculate(browser, site):
-    """calculate(name, *arguments) calls a function of web/depth_view.js; {"floats": [...]} becomes a Float32Array."""
-    page = browser.new_page()
-    page.goto(site + "/extensions/ComfyUI-Strata/depth_view.js")
-    yield lambda *call: page.evaluate(CALCULATE, list(call))
-    page.close()
 
 
 def test_thresholds_as_text(calculate):
