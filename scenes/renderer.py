@@ -38,6 +38,7 @@ PLACE_WORDS = {
 ARRANGEMENTS = ("{what} {where}", "{what} {where}", "a picture of {what} {where}", "a photo of {what} {where}")
 MOST_OBJECTS = 6
 SIZE = 0.58  # height of an object of size 1 at the lower edge, in picture heights
+FALLOFF = 0.28  # share of the light that is lost on the way across a place with a bright side
 NEAREST, FARTHEST = 0.97, 0.42  # where feet may stand, as t of the ground plane
 
 
@@ -59,7 +60,8 @@ class ObjectKind:
 @dataclass(frozen=True)
 class Request:
     """What to render; None is drawn from the seed. train: leave out the objects and pairs kept for tests; held_out:
-    only those pairs.
+    only those pairs. bright_side: the place is brighter on the side that its light comes from. Without it an empty
+    place does not show where a shadow would fall.
     """
 
     kind: str | None = None
@@ -67,6 +69,7 @@ class Request:
     count: int | None = None
     train: bool = False
     held_out: bool = False
+    bright_side: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,8 @@ def render(request: Request, height: int, width: int, seed: int, light: Light | 
     kind, names = choose(request, rng)
     place = backgrounds.render(kind, height, width, rng)
     place = replace(place, light=light or place.light)
+    if request.bright_side:
+        place = replace(place, image=place.image * _falloff(width, place.light))
     spots = _arrange([catalogue()[name] for name in names], place.horizon, height, width, rng)
     composite, depth, covered = place.image, place.depth, np.zeros((height, width), bool)
     drawn = []
@@ -326,6 +331,12 @@ def _sprite(name: str, flip: bool, size: tuple[int, int]) -> np.ndarray:
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC), np.float32) / 255
+
+
+def _falloff(width: int, light: Light) -> np.ndarray:
+    """[1,W,1]: from 1 on the side that the light comes from down to what reaches the other."""
+    share = np.linspace(0, 1, width, dtype=np.float32) if light.shadow[0] > 0 else np.linspace(1, 0, width)
+    return (1 - FALLOFF * share.astype(np.float32))[None, :, None]
 
 
 def _lit(sprite: np.ndarray, entry: ObjectKind, light: Light) -> np.ndarray:

@@ -6,6 +6,7 @@ do not learn.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from ..techniques import diffusion as formulas
 from ..techniques import layering
 from . import data, latents, loop, oracle, published, sampling, settings, text
 
+SIDE = 128  # of the images that sigma_mean speaks of
 CHECK = 64  # the last scenes of the pool are kept for validation
 EMPTY_EVERY = 12  # of so many scenes one has no object
 OBJECT, BOX, EVERYTHING = range(3)  # what a hole is
@@ -77,13 +79,13 @@ class FillPool(data.ScenePool):
         folder.mkdir(parents=True, exist_ok=True)
         self.autoencoder, self.count, self.side = autoencoder, count, side
         size = side // latents.FACTOR
-        path = folder / f"fills-{data.RENDERER}-{side}-{count}-{latents.digest(autoencoder.taesd_encoder)}"
+        path = folder / f"fills-bright-{data.RENDERER}-{side}-{count}-{latents.digest(autoencoder.taesd_encoder)}"
         self.values = self._open(path, (count, 8, size, size), np.float16)
         self.boxes = self._open(path.with_name(path.name + "-boxes"), (count, 6), np.int16)
         self.blank = autoencoder.encode(torch.full((1, 3, side, side), 0.5))[0].half().numpy()
 
     def request(self, index: int) -> renderer.Request:
-        return renderer.Request(train=True, count=0 if index % EMPTY_EVERY == 0 else None)
+        return renderer.Request(train=True, count=0 if index % EMPTY_EVERY == 0 else None, bright_side=True)
 
     def hole(self, index: int) -> Hole:
         scene = renderer.render(self.request(index), self.side, self.side, index)
@@ -202,9 +204,11 @@ def loss_of(model: nn.Module, batch: Batch, words: Words, config: dict, rng: np.
     Source: bfs, Eq. 5 (one branch)
     Source: cfg, Alg. 1 (training with prompts left out)
     Differs: sigma is the sigmoid of a normal number, and what lies outside the hole counts `outside_weight`.
+    Differs: a larger image needs more noise to hide the same, by the ratio of the sides (SD3's shift).
     """
     device, size = next(model.parameters()).device, len(batch.prompts)
-    sigma = torch.from_numpy(rng.normal(config["sigma_mean"], config["sigma_deviation"], size)).float().sigmoid()
+    mean = config["sigma_mean"] + math.log(batch.latent.shape[-1] * latents.FACTOR / SIDE)
+    sigma = torch.from_numpy(rng.normal(mean, config["sigma_deviation"], size)).float().sigmoid()
     noise = torch.from_numpy(rng.standard_normal(batch.latent.shape, np.float32))
     kept = rng.random(size) >= config["empty_prompt"]
     states, pooled = words([prompt if keep else "" for prompt, keep in zip(batch.prompts, kept, strict=True)])

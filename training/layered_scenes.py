@@ -58,12 +58,12 @@ class LayeredScenes(data.ScenePool):
         self.autoencoder, self.rgba, self.count, self.side = autoencoder, rgba, count, side
         size = side // latents.FACTOR
         both = latents.digest(autoencoder.taesd_encoder) + latents.digest(rgba.taesd_encoder)
-        path = folder / f"layered-{data.RENDERER}-{side}-{count}-{both}"
+        path = folder / f"layered-bright-{data.RENDERER}-{side}-{count}-{both}"
         self.values = self._open(path, (count, self.PARTS, 4, size, size), np.float16)
         self.boxes = self._open(path.with_name(path.name + "-boxes"), (count, 5), np.int16)
 
     def request(self, index: int) -> renderer.Request:
-        return renderer.Request(train=True, count=1 + index % 3)
+        return renderer.Request(train=True, count=1 + index % 3, bright_side=True)
 
     def layers(self, index: int, shadow: int) -> Layers:
         scene = renderer.render(self.request(index), self.side, self.side, index)
