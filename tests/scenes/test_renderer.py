@@ -110,6 +110,25 @@ def test_a_shadow_touches_the_foot_of_what_stands():
         assert below.max() > 0.3, name
 
 
+def test_a_bright_side_is_where_the_shadows_come_from():
+    sides = []
+    for seed in SEEDS:
+        size = SIZES[seed % 3]
+        plain = renderer.render(Request(count=1), *size, seed)
+        bright = renderer.render(Request(count=1, bright_side=True), *size, seed)
+        (item,), (same,) = plain.objects, bright.objects
+        assert np.array_equal(item.rgba_with_shadow, same.rgba_with_shadow)
+        left, right = np.array_split(bright.background / plain.background.clip(1e-3), 2, axis=1)
+        assert max(left.mean(), right.mean()) > 1.1 * min(left.mean(), right.mean())
+        across = np.arange(size[1])
+        centres = [
+            (alpha * across).sum() / alpha.sum() for alpha in (item.shadow[..., 3], item.rgba[..., 3]) if alpha.any()
+        ]
+        if len(centres) == 2 and abs(centres[0] - centres[1]) > 3:
+            sides.append((left.mean() > right.mean()) == (centres[0] > centres[1]))
+    assert len(sides) > 15 and np.mean(sides) > 0.9  # a shadow that the image's edge cuts may seem to fall the other way
+
+
 def test_words_match_the_content():
     known = renderer.catalogue()
     for scene in many():
