@@ -14,6 +14,7 @@ from . import (
     harmonize,
     layers_edit,
     layers_io,
+    redraw,
     shared_layers,
     transparency,
 )
@@ -32,6 +33,7 @@ MODULES = (
     generate,
     decompose,
     back_to_front,
+    redraw,
 )
 
 

@@ -1,15 +1,11 @@
 """BFS: a foreground with its shadow for a given background, or the foreground of an image and its background."""
 
-import node_helpers
 import torch
-import torch.nn.functional as F
 from comfy_api.latest import io
 
 from ..patches import back_to_front as method
 from ..patches import layer_files
-from ..patches.rgba_vae import FILLED_UP
 from ..techniques.back_to_front import box_of
-from ..techniques.geometry import filled_up
 from .inputs import encodable
 from .sampling import cfg_input, sampler_input, scheduler_input, seed_input, steps_input
 from .sockets import LayerModelFile, Node, schema
@@ -57,10 +53,7 @@ class FillBackground(Node):
     def execute(cls, positive, negative, vae, background, mask, box):
         mask = _checked(encodable(background, vae, "background"), mask)
         mask = box_of(mask) if box else mask
-        latent = vae.encode(filled_up(background[..., :3].movedim(-1, 1), FILLED_UP).movedim(1, -1))
-        values = {"concat_latent_image": latent, "concat_mask": _with_border(mask[:, None])}
-        told = [node_helpers.conditioning_set_values(one, values) for one in (positive, negative)]
-        return io.NodeOutput(*told, {"samples": torch.zeros_like(latent)})
+        return io.NodeOutput(*method.fill_background(positive, negative, vae, background, mask))
 
 
 def _checked(background: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -74,12 +67,6 @@ def _checked(background: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     if not (mask > 0.5).flatten(1).any(1).all():
         raise ValueError("mask: it marks nothing above one half; paint where the foreground is to stand.")
     return mask.expand(len(background), -1, -1)
-
-
-def _with_border(mask: torch.Tensor) -> torch.Tensor:
-    """[B,1,H,W] as large as the background that is filled up; nothing is painted there."""
-    height, width = mask.shape[-2:]
-    return F.pad(mask, (0, -width % FILLED_UP, 0, -height % FILLED_UP))
 
 
 class BackToFront(LayerModelFile):

@@ -12,7 +12,9 @@ from functools import partial
 from typing import Any
 
 import comfy.ldm.flux.math as flux_math
+import node_helpers
 import torch
+import torch.nn.functional as F
 from comfy.ldm.common_dit import rms_norm
 from comfy.ldm.flux.model import Flux
 from comfy.model_patcher import ModelPatcher
@@ -23,9 +25,11 @@ from torch import Tensor, nn
 from ..networks import back_to_front as networks
 from ..networks import flux
 from ..networks.back_to_front import BackToFront, Place, Sharing
+from ..techniques.geometry import filled_up
 from . import foreground, transparency_model
 from .kept import Kept
 from .layer_rows import Rows, sample_rows
+from .rgba_vae import FILLED_UP
 
 KEY, GIVEN = "strata_back_to_front", "strata_given_composite"
 NOISE = {"same for both": 0.0, "one each": 1.0}  # how much is each branch's own
@@ -225,6 +229,25 @@ class _Double(_Call):
         out = projection.forward if "to_out" in self.sharing.terms else None
         self.done = True
         return output.add_(self.sharing.added(messages, out), alpha=self.strength)
+
+
+def fill_background(
+    positive: list, negative: list, vae, background: Tensor, mask: Tensor
+) -> tuple[list, list, dict[str, Tensor]]:
+    """Both conditionings with the background [B,H,W,C], whole, and the mask [B,H,W] of where the foreground goes; and
+    an empty latent of that size.
+
+    Source: bfs, Sec. 3 (the condition of both branches)
+    """
+    height, width = mask.shape[-2:]
+    latent = vae.encode(
+        rearrange(filled_up(rearrange(background[..., :3], "b h w c -> b c h w"), FILLED_UP), "b c h w -> b h w c")
+    )
+    # nothing is painted into what is filled up
+    border = F.pad(mask[:, None], (0, -width % FILLED_UP, 0, -height % FILLED_UP))
+    values = {"concat_latent_image": latent, "concat_mask": border}
+    told = [node_helpers.conditioning_set_values(one, values) for one in (positive, negative)]
+    return told[0], told[1], {"samples": torch.zeros_like(latent)}
 
 
 def sample(

@@ -343,9 +343,16 @@ class Progress:
 
 
 def draw(
-    model: ModelPatcher | None, vae, decomposer: Decomposer, image: Tensor, alpha: Tensor, run: Run, progress: Progress
+    model: ModelPatcher | None,
+    vae,
+    decomposer: Decomposer,
+    image: Tensor,
+    alpha: Tensor,
+    run: Run,
+    progress: Progress,
+    wanted: tuple[str, ...] = networks.LAYERS,
 ) -> list[Tensor]:
-    """What FBDD draws of foreground and background of images [B,3,H,W] with alphas [B,1,H,W], decoded [B,3,H,W].
+    """What FBDD draws of the wanted layers of images [B,3,H,W] with alphas [B,1,H,W], decoded [B,3,H,W].
 
     Source: layeringdiff, Sec. 3.3 (FBDD)
     """
@@ -353,7 +360,7 @@ def draw(
     whole, behind = filled_up(image, MULTIPLE), F.pad(alpha, _padding(alpha))
     latent, cells = vae.encode(whole.movedim(1, -1)), layering.alpha_cells(behind)
     layers = []
-    for layer in networks.LAYERS:
+    for layer in wanted:
         clone = denoiser(model, decomposer, layer, latent, cells)
         found = _sample(clone, decomposer.null, latent, run, progress)
         made = vae.decode(found)[..., :3].movedim(-1, 1)

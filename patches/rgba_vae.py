@@ -16,7 +16,7 @@ from ..techniques.transparency import extend_colours
 from . import layer_files
 
 KIND = "vae"
-FILLED_UP = 16  # pixels: fewer than this were added to a side, see nodes/back_to_front.py
+FILLED_UP = 16  # pixels: fewer than this were added to a side, see patches/back_to_front.py
 SHIPPED = "strata_mini_rgba.safetensors"
 # The layer that an image enters by, and the one that it leaves by: TAESD's layout, and the KL autoencoder's.
 ENDS = (("taesd_encoder.0", f"taesd_decoder.{LAST}"), ("encoder.conv_in", "decoder.conv_out"))
