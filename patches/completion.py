@@ -128,10 +128,7 @@ class Inpainting:
 
 @dataclass(frozen=True)
 class Decomposing:
-    """LayeringDiff's denoiser of the background, which takes all nearer layers away at once.
-
-    Source: layeringdiff, Sec. 3.3 (the background's half of FBDD)
-    """
+    """LayeringDiff's denoiser of the background, which takes all nearer layers away at once."""
 
     model: ModelPatcher | None
     vae: object
