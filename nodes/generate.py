@@ -49,6 +49,13 @@ class RenderScene(Node):
                     tooltip="Whether the layers bring their shadows along. Off, they are bare cut-outs, "
                     "as for Harmonize layers; the image has its shadows either way.",
                 ),
+                io.Boolean.Input(
+                    "bright_side",
+                    default=False,
+                    optional=True,
+                    tooltip="on: the place is brighter on the side that the light comes from, so that an empty place "
+                    "shows where shadows fall. The Flux-Fill and BFS of the mini family know such places.",
+                ),
             ],
             outputs=[
                 io.Image.Output("IMAGE", display_name="image", tooltip="The whole image."),
@@ -76,9 +83,9 @@ class RenderScene(Node):
         )
 
     @classmethod
-    def execute(cls, kind, objects, count, width, height, seed, shadows=True):
+    def execute(cls, kind, objects, count, width, height, seed, shadows=True, bright_side=False):
         names = tuple(name.strip().lower() for name in objects.split(",") if name.strip())
-        request = Request(None if kind == "random" else kind, names or None, count)
+        request = Request(None if kind == "random" else kind, names or None, count, bright_side=bright_side)
         scene = render(request, height, width, seed)
         layers = write_layers(_scene_layers(scene, (width, height), shadows))
         depth = _tensor(scene.depth)[None, ..., None].expand(-1, -1, -1, 3)

@@ -27,12 +27,13 @@ def pictures(comfy, entry):
     }
 
 
-def test_the_node_returns_the_renderers_picture_and_truth(comfy):
+@pytest.mark.parametrize("bright", [False, True])
+def test_the_node_returns_the_renderers_picture_and_truth(comfy, bright):
     import numpy as np
     from strata.scenes import renderer
 
-    found = pictures(comfy, comfy.run(graph()))
-    scene = renderer.render(renderer.Request("beach", ("house", "dog"), 2), 80, 96, 4)
+    found = pictures(comfy, comfy.run(graph(**({"bright_side": True} if bright else {}))))
+    scene = renderer.render(renderer.Request("beach", ("house", "dog"), 2, bright_side=bright), 80, 96, 4)
     for node, truth in (
         ("2", scene.composite),
         ("3", scene.background),
