@@ -262,7 +262,7 @@ class TransformLayer(Node):
             display_name="Transform layer",
             category="Strata/Layers",
             description="Fits, flips, scales, turns and moves layers, in this order. Pixels are not resampled until "
-            "the layers are flattened.",
+            "the layers are flattened. An object's effects come along.",
             search_aliases=["move layer", "scale layer", "rotate layer", "flip layer", "fit layer"],
             inputs=[
                 layers_input(),

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .compositing import TRANSPARENT, flatten_image
-from .geometry import fit, place, rasterise, transform
-from .layers import MAX_LAYERS, Layer, LayerStack
+from .geometry import fit, fitted_along, place, rasterise, transform
+from .layers import MAX_LAYERS, Layer, LayerStack, bound_to
 
 ACTIONS = ("pick", "drop", "reorder", "bring to front", "send to back", "reverse", "rename", "merge")
 _PART = re.compile(r'\s*(?:"([^"]*)"|([^",]*))\s*(?:,|$)')
@@ -55,12 +55,15 @@ def arrange(stack: LayerStack, action: str, text: str, names: str = "") -> Layer
     front.
     bring to front, send to back: these, in the order written. reverse: these swap places, front to back. rename: one
     line of `names` for each. merge: neighbouring layers become one, named by `names` or after the nearest.
+    Effects go with the object that they are bound to (see `with_effects`), but for rename and reverse.
     Raises ValueError naming the input.
     Source: ours, what layer panels of image editors do.
     """
     if action not in ACTIONS:
         raise ValueError(f"action: {action!r} is not known; use one of {', '.join(ACTIONS)}.")
     indices = select(stack, text)
+    if action not in ("rename", "reverse"):
+        indices = with_effects(stack, indices)
     chosen = [stack.layers[index] for index in indices]
     others = [layer for index, layer in enumerate(stack.layers) if index not in indices]
     if action == "merge":
@@ -81,6 +84,19 @@ def arrange(stack: LayerStack, action: str, text: str, names: str = "") -> Layer
     return stack.with_layers(
         {"drop": others, "bring to front": others + chosen, "send to back": chosen + others}.get(action, chosen)
     )
+
+
+def with_effects(stack: LayerStack, indices: Sequence[int]) -> list[int]:
+    """These layers, each with the effects that are bound to it around it as they lie; effects that are named
+    themselves stay where they are named.
+
+    Source: ours, shadows and light go where their object goes
+    """
+    found: list[int] = []
+    for index in indices:
+        bound = [number for number in bound_to(stack, index) if number not in indices]
+        found += sorted([index, *bound])
+    return found
 
 
 def rename(stack: LayerStack, indices: Sequence[int], names: str) -> LayerStack:
@@ -219,14 +235,23 @@ def change(
 
 def transform_layers(stack: LayerStack, text: str, how: str = "none", **changes: Any) -> LayerStack:
     """The stack with the selected layers fitted (see `fit`) and then transformed with these arguments of `transform`.
+    Effects that are bound to them come along.
 
     Raises ValueError naming the input.
     Source: ours, similarity transform of ComfyUI's layer fields.
     """
     indices = select(stack, text)
-    return stack.with_layers(
-        _put(stack.layers, indices, [transform(fit(stack.layers[i], stack.canvas, how), **changes) for i in indices])
-    )
+    changed = {}
+    for index in indices:
+        layer = stack.layers[index]
+        fitted = fit(layer, stack.canvas, how)
+        changed[index] = transform(fitted, **changes)
+        about = changes.get("pivot") or (fitted.x + fitted.size[0] / 2, fitted.y + fitted.size[1] / 2)
+        for number in bound_to(stack, index):
+            if number not in indices:
+                along = fitted_along(stack.layers[number], layer, fitted)
+                changed[number] = transform(along, **{**changes, "pivot": about})
+    return stack.with_layers(changed.get(number, layer) for number, layer in enumerate(stack.layers))
 
 
 def chosen_fields(values: dict[str, Any], text: str) -> dict[str, Any]:

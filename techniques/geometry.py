@@ -128,6 +128,18 @@ def fit(layer: Layer, canvas: tuple[int, int], how: str) -> Layer:
     return replace(layer, w=width, h=height, x=(canvas[0] - width) // 2, y=(canvas[1] - height) // 2)
 
 
+def fitted_along(layer: Layer, lead: Layer, fitted: Layer) -> Layer:
+    """A layer that is moved and scaled as `lead` was when it became `fitted`, before rotation.
+
+    Source: ours, one box carried into another
+    """
+    if (lead.x, lead.y, *lead.size) == (fitted.x, fitted.y, *fitted.size):
+        return layer
+    across, down = (new / old for new, old in zip(fitted.size, lead.size, strict=True))
+    x, y = fitted.x + (layer.x - lead.x) * across, fitted.y + (layer.y - lead.y) * down
+    return replace(layer, x=round(x), y=round(y), w=_side(layer.size[0] * across), h=_side(layer.size[1] * down))
+
+
 def transform(
     layer: Layer,
     pivot: tuple[float, float] | None = None,

@@ -197,6 +197,27 @@ def in_group(layer: Layer, name: str) -> Layer:
     return replace(layer, extra=layer.extra | {"strata": (ours if isinstance(ours, dict) else {}) | {"parent": parent}})
 
 
+def effect_of(layer: Layer) -> str | None:
+    """What a layer does to the object of its group: shadow, glow, shade or light; None for a layer that is no effect.
+
+    Source: ours, a mark `effect` under "strata" in ComfyUI's layer document
+    """
+    ours = layer.extra.get("strata")
+    return ours.get("effect") if isinstance(ours, dict) else None
+
+
+def bound_to(stack: LayerStack, index: int) -> list[int]:
+    """Indices of the effects that go where an object goes: those of its own group; none for an effect itself.
+
+    Source: ours, effects and the object they belong to share a group
+    """
+    layer = stack.layers[index]
+    parent = parent_of(layer)
+    if not parent or effect_of(layer):
+        return []
+    return [number for number, other in enumerate(stack.layers) if effect_of(other) and parent_of(other) == parent]
+
+
 def _check_count(count: int, socket: str) -> None:
     if not 1 <= count <= MAX_LAYERS:
         raise ValueError(

@@ -1,0 +1,198 @@
+"""Shadows and light as layers of their own: what turns a plain stack into a picture of the same things, split into
+layers that darken and brighten the ground and each object.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from .depth import push_pull
+from .geometry import content_box
+from .harmonization import colours_and_alphas, visible_shares
+from .layers import Layer, LayerStack, in_group
+
+STEPS = 24  # of bisection: finer than float32 shows
+NEUTRAL = 0.25 / 255  # a change below it is none
+SOLID = 0.05  # alpha over which a pixel throws shadows
+NEAR = 0.02  # of the canvas's longer side: over this distance the ground goes from one object to the next
+SHADOW, GLOW, SHADE, LIGHT = "shadow", "glow", "shade", "light"  # of an object: on the ground, and on itself
+
+
+def darken_or_brighten(colour: Tensor, gain: Tensor) -> Tensor:
+    """Colours in 0..1 after a gain of -1..1: below 0 they are multiplied by 1 + gain, above 0 screened with it.
+
+    Source: w3c, section 10 Blending (multiply, screen)
+    """
+    return torch.where(gain < 0, colour * (1 + gain), colour + (1 - colour) * gain)
+
+
+def gain_between(colour: Tensor, wanted: Tensor) -> Tensor:
+    """The gain that makes colours what is wanted of them, both in 0..1; -1..1.
+
+    Source: w3c, section 10 Blending (multiply, screen), solved for the source
+    """
+    darker = wanted / colour.clamp(min=1e-6) - 1
+    brighter = (wanted - colour) / (1 - colour).clamp(min=1e-6)
+    return torch.where(wanted < colour, darker, brighter).clamp(-1, 1)
+
+
+def shared_gain(gain: Tensor, share: Tensor) -> Tensor:
+    """The part of a gain of a layer that has a share of it, 0..1; the parts of all shares one after the other, which
+    sum to 1, do what the gain does.
+
+    Source: ours, factors whose product is the multiplication, and likewise of what screening leaves
+    """
+    low, high = gain.clamp(max=0), gain.clamp(min=0)
+    return torch.where(gain < 0, (1 + low) ** share - 1, 1 - (1 - high) ** share)
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Gains in -1..1 by object, back to front. ground: [K,3,H,W], on all that lies behind it. own: [K,3,H,W], on it.
+    error: [H,W], what the layers are off from the picture, the largest of the channels.
+    """
+
+    ground: Tensor
+    own: Tensor
+    error: Tensor
+
+
+def find_effects(stack: LayerStack, picture: Tensor, reach: float) -> Effects:
+    """What darkens and brightens a stack of an opaque background and objects so that it is the picture [H,W,3].
+
+    reach: how far from an object, as a share of the canvas's longer side, what changes on the ground is its doing; 0
+    for any distance. Each pixel's change goes to what is seen most there, the ground or one object, and runs on
+    smoothly below the others. On the ground it is the nearest object's; what of an object's shadow falls on another
+    one is the other one's shade.
+    Source: ours, layers as light on things: what was multiplied or screened, pixel by pixel
+    """
+    colours, alphas = colours_and_alphas(stack)
+    behind, front = visible_shares(alphas[1:])
+    shares = torch.cat([behind, front[:, 0]])
+    seen = shares.argmax(0)
+    picture = rearrange(picture, "h w c -> c h w").clamp(0, 1)
+    parts, within = _ground_shares(alphas[1:], reach * max(stack.canvas))
+    gains = torch.stack(
+        [
+            _run_on(gain_between(colour, picture), (share >= 1) & within)
+            for colour, share in zip(colours, shares, strict=True)
+        ]
+    )
+    scene = _Scene(colours, alphas[:, 0], parts, seen)
+    scene.solve(gains, seen, within & (shares.amax(0) < 1), picture)
+    # Where a layer that is seen in part cannot make up for it, the frontmost object's own light can.
+    top = (len(colours) - 1) - (alphas[:, 0].flip(0) > 0).int().argmax(0)
+    scene.solve(gains, top, within & (top > 0) & (scene.error(gains, picture) > NEUTRAL), picture)
+    return Effects(*scene.split(gains), scene.error(gains, picture))
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """colours: [N,3,...] of background and objects. alphas: [N,...]. parts: [K,...], of the objects in what happens to
+    the ground. seen: [...], the layer that is seen most. Of all pixels, [H,W], or of some, [M].
+    """
+
+    colours: Tensor
+    alphas: Tensor
+    parts: Tensor
+    seen: Tensor
+
+    def at(self, where: Tensor) -> _Scene:
+        return _Scene(*(value[..., where] for value in (self.colours, self.alphas, self.parts, self.seen)))
+
+    def split(self, gains: Tensor) -> tuple[Tensor, Tensor]:
+        """[K,3,...] on the ground and on themselves, of gains [N,3,...] of ground and objects."""
+        numbers = torch.arange(1, len(self.colours), device=gains.device).view(-1, *[1] * self.seen.ndim)
+        farther = (self.seen > 0) & (self.seen < numbers)  # what falls on another object is that one's shade
+        ground = torch.where(farther[:, None], 0, shared_gain(gains[:1], self.parts[:, None]))
+        return ground, torch.where(self.alphas[1:, None] > 0, gains[1:], 0)
+
+    def image(self, gains: Tensor) -> Tensor:
+        """[3,...]"""
+        shown = self.colours[0]
+        for colour, alpha, ground, own in zip(self.colours[1:], self.alphas[1:], *self.split(gains), strict=True):
+            shown = torch.lerp(darken_or_brighten(shown, ground), colour, alpha.expand_as(colour))
+            shown = darken_or_brighten(shown, own)
+        return shown
+
+    def error(self, gains: Tensor, picture: Tensor) -> Tensor:
+        return (self.image(gains) - picture).abs().amax(0)
+
+    def solve(self, gains: Tensor, whose: Tensor, where: Tensor, picture: Tensor) -> None:
+        """Set one layer's gain, that of the number `whose` [H,W], where it is wanted [H,W], so that the image comes
+        nearest to the picture. The brighter the gain, the brighter the image, so bisection finds it.
+        """
+        if not where.any():
+            return
+        own, wanted, chosen = self.at(where), picture[..., where], whose[where]
+        found, pixels = gains[..., where], torch.arange(len(chosen), device=gains.device)
+        low, high = -torch.ones_like(wanted), torch.ones_like(wanted)
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            found[chosen, :, pixels] = middle.T
+            darker = own.image(found) < wanted
+            low, high = torch.where(darker, middle, low), torch.where(darker, high, middle)
+        gains[..., where] = found
+
+
+def _run_on(gain: Tensor, known: Tensor) -> Tensor:
+    """[3,H,W]: a gain that goes on smoothly from where it is known [H,W]; 0 when it is nowhere."""
+    weights = known.to(gain)[None, None]
+    return rearrange(push_pull(rearrange(gain, "c h w -> 1 1 h w c"), weights), "1 1 h w c -> c h w")
+
+
+def _ground_shares(alphas: Tensor, reach: float) -> tuple[Tensor, Tensor]:
+    """Each object's share of what happens to the ground [K,H,W], which sum to 1 within reach of any, and where that is
+    [H,W]. alphas: [K,1,H,W].
+    """
+    from scipy.ndimage import distance_transform_edt
+
+    far = [
+        torch.from_numpy(distance_transform_edt((alpha <= SOLID).cpu().numpy())).to(alpha)
+        if (alpha > SOLID).any()
+        else torch.full_like(alpha, torch.inf)
+        for alpha in alphas[:, 0]
+    ]
+    apart = torch.stack(far)
+    inside = apart <= (reach or torch.inf)
+    width = max(1.0, NEAR * max(alphas.shape[-2:]))
+    nearest = torch.where(inside, apart, torch.inf).amin(0)
+    weights = torch.where(inside, torch.exp((nearest - apart).nan_to_num(0) / width), 0)
+    return weights / weights.sum(0).clamp(min=1e-6), inside.any(0)
+
+
+def effect_layers(stack: LayerStack, effects: Effects) -> LayerStack:
+    """The stack with its effects as layers, each object's with it in a group of its own: what darkens the ground
+    (multiply) and brightens it (screen) below the object, what darkens and brightens itself above it. Layers of no
+    effect are left out, and nothing is drawn where an effect is none.
+
+    Source: ours, effects as ordinary layers that any program shows the same
+    """
+    background, *objects = stack.layers
+    layers = [background]
+    for layer, ground, own in zip(objects, effects.ground, effects.own, strict=True):
+        below = _pair(ground, layer.name, SHADOW, GLOW)
+        above = _pair(own, layer.name, SHADE, LIGHT)
+        group = [*below, layer, *above]
+        layers += [in_group(one, layer.name) for one in group] if len(group) > 1 else group
+    return stack.with_layers(layers)
+
+
+def _pair(gain: Tensor, name: str, darker: str, brighter: str) -> list[Layer]:
+    found = []
+    for kind, mode, factor in ((darker, "multiply", 1 + gain.clamp(max=0)), (brighter, "screen", gain.clamp(min=0))):
+        neutral = 1.0 if mode == "multiply" else 0.0
+        alpha = ((factor - neutral).abs() > NEUTRAL).any(0).to(factor)
+        if not alpha.any():
+            continue
+        pixels = rearrange(torch.cat([factor, alpha[None]]), "c h w -> h w c")
+        left, top, right, bottom = content_box(alpha)
+        mark = {"strata": {"effect": kind}}
+        found.append(
+            Layer(pixels[top:bottom, left:right], f"{name} {kind}", x=left, y=top, blend_mode=mode, extra=mark)
+        )
+    return found
