@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from comfy_api.latest import io
 
+from ..patches import autoencoder, layer_files
 from ..patches import back_to_front as method
-from ..patches import layer_files
 from ..patches.rgba_vae import FILLED_UP
 from ..techniques.back_to_front import box_of
 from ..techniques.geometry import filled_up
@@ -57,7 +57,8 @@ class FillBackground(Node):
     def execute(cls, positive, negative, vae, background, mask, box):
         mask = _checked(encodable(background, vae, "background"), mask)
         mask = box_of(mask) if box else mask
-        latent = vae.encode(filled_up(background[..., :3].movedim(-1, 1), FILLED_UP).movedim(1, -1))
+        whole = filled_up(background[..., :3].movedim(-1, 1), FILLED_UP)
+        latent = autoencoder.encode(vae, whole.movedim(1, -1))
         values = {"concat_latent_image": latent, "concat_mask": _with_border(mask[:, None])}
         told = [node_helpers.conditioning_set_values(one, values) for one in (positive, negative)]
         return io.NodeOutput(*told, {"samples": torch.zeros_like(latent)})
