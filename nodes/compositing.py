@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 import nodes as comfyui_nodes
 
-from ..patches import inversion_cache
+from ..patches import autoencoder, inversion_cache
 from ..patches.feature_guidance import STARTS, UNCONDITIONAL, Plane, Planes, Settings, guider, insertion_guider
 from ..patches.inversion import METHODS, Inversion, noise_levels
 from ..techniques.depth import RANGES, amodal_mask
@@ -152,11 +152,12 @@ class InvertImage(Node):
     ):
         image = encodable(image, vae)[..., :3]
         sigmas = noise_levels(model, steps, scheduler)
-        latent = vae.encode(image)
+        latent = autoencoder.encode(vae, image)
         found = inversion_cache.invert_once(
             model, latent, positive, negative, sigmas, method, cfg, inner_steps, seed, checkpointing, disk_cache == "on"
         )
-        after = vae.decode(latent if found.reconstruction is None else found.reconstruction)[..., :3].cpu()
+        made = latent if found.reconstruction is None else found.reconstruction
+        after = autoencoder.decode(vae, made)[..., :3].cpu()
         report = _report(found, latent, image, after)
         shown = {"images": [_before_after(image[0].cpu(), after[0], report)]}
         return io.NodeOutput(found, found.sigmas, {"samples": latent}, after, report, ui=shown)

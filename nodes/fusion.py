@@ -2,13 +2,15 @@
 
 from comfy_api.latest import io
 
-from ..patches import transparency_model
+from ..patches import autoencoder, transparency_model
 from ..patches.fusion import BLOCKS, METHOD, ROWS, Settings, blend_attention
 from ..patches.layer_prompts import encode_prompts
 from ..patches.layer_rows import sample_rows
+from ..patches.sampled_layers import decode_layers
 from ..techniques.fusion import map_strips
+from ..techniques.layers import write_layers
 from .sampling import end_below_start, sampling_inputs
-from .sockets import Node, Transparency, schema, told
+from .sockets import Layers, Node, Transparency, schema, told
 
 STRUCTURE = ("prior pass at each step", "reuse previous step")
 BLENDED_TEXT = ("background prompt", "own prompt")
@@ -203,6 +205,12 @@ class LayerFusionSampler(Node):
                     default=next(iter(NOISE)),
                     tooltip="The same noise makes the three agree in their layout from the start.",
                 ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="An RGBA VAE in the model's latent space, for the output layers: it gives the foreground "
+                    "its alpha, without a decoder.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(
@@ -219,16 +227,32 @@ class LayerFusionSampler(Node):
                     display_name="priors",
                     tooltip="For each step, left to right: structure and content prior, soft and hard mask.",
                 ),
+                Layers.Output(
+                    "LAYERS",
+                    display_name="layers",
+                    is_output_list=True,
+                    tooltip="With an RGBA VAE at vae one document per image, foreground over background; else nothing.",
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, model, positive, noise, **sampling):
+    def execute(cls, model, positive, noise, vae=None, **sampling):
+        if vae is not None and not autoencoder.has_alpha(vae):
+            raise ValueError(
+                "vae: it has no alpha to make layers by; connect one from Load RGBA VAE, or decode the foreground "
+                "with Decode transparency."
+            )
         model = model.clone()
         notes = [] if METHOD.is_on(model) else [SIDE_BY_SIDE]
         record = METHOD.record(model)
         latents = sample_rows(model, positive, ROWS.count, **sampling, own_noise=NOISE[noise])
-        return io.NodeOutput(*latents, map_strips(record.steps), ui=told(notes) or None)
+        documents = [None]
+        if vae is not None:
+            foreground, background, _ = (latent["samples"] for latent in latents)
+            stacks = decode_layers(vae, ["background", "foreground"], [background, foreground], None, record)
+            documents = [write_layers(stack) for stack in stacks]
+        return io.NodeOutput(*latents, map_strips(record.steps), documents, ui=told(notes) or None)
 
 
 NODES = [EncodeLayerPrompts, AttentionBlend, LayerFusionSampler]

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..patches.harmonize import harmonize_layers
 from ..techniques.layers import read_layers, write_layers
 from . import sockets
-from .sampling import end_below_start, sampler_input, scheduler_input, seed_input
+from .sampling import never_put_back, noise_inputs, sampler_input, scheduler_input, seed_input
 from .sockets import Layers, Node, schema, told
 
 FOREGROUNDS = ("keep", "relight")
@@ -120,6 +120,7 @@ class HarmonizeLayers(Node):
                     tooltip="How far around the things the background may change, as a share of the canvas's longer "
                     "side; it fades out on the second half of the way. 0 lets all of it change.",
                 ),
+                *noise_inputs(),
             ],
             outputs=[
                 io.Image.Output("IMAGE", display_name="image", tooltip="The image, of the canvas's size."),
@@ -134,10 +135,26 @@ class HarmonizeLayers(Node):
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, vae, layers, foregrounds, feather, **settings):
-        notes = end_below_start(settings["start_percent"], settings["end_percent"], "the layers are never put back")
+    def execute(
+        cls,
+        model,
+        positive,
+        negative,
+        vae,
+        layers,
+        start_percent,
+        end_percent,
+        foregrounds,
+        feather,
+        start_noise=0.0,
+        end_noise=0.0,
+        **settings,
+    ):
+        ends = {"start_percent": start_percent, "end_percent": end_percent}
+        ends |= {"start_noise": start_noise, "end_noise": end_noise}
+        notes = never_put_back(model, ("start_percent", "end_percent", "end_noise"), **ends)
         relight = foregrounds == FOREGROUNDS[1]
-        harmonised = harmonize_layers(model, positive, negative, vae, read_layers(layers), **settings)
+        harmonised = harmonize_layers(model, positive, negative, vae, read_layers(layers), **ends, **settings)
         return io.NodeOutput(
             harmonised.picture(relight, feather),
             {"samples": harmonised.latent},

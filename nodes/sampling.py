@@ -3,6 +3,8 @@
 import comfy.samplers
 from comfy_api.latest import io
 
+from ..patches.harmonize import level
+
 
 def seed_input(tooltip: str):
     return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=tooltip)
@@ -56,3 +58,42 @@ def end_below_start(
     if start < end:
         return []
     return [f"{sockets[1]}: {end:g} is not above {sockets[0]}, {start:g}, so {what}; raise it."]
+
+
+def noise_inputs(prefix: str = "", percents: tuple[str, str] = ("start_percent", "end_percent")) -> list:
+    """start_noise and end_noise of harmonising, which take the places of two percents of the sampling."""
+    what = (
+        "How much of the image is noise at the start: 0.7 is seven parts of noise to three of image, and 0.4 of the "
+        "sampling with SD1.5 and SDXL.",
+        "How much of the image is noise when the layers are put back for the last time: 0.54 is 0.6 of the sampling "
+        "with SD1.5 and SDXL.",
+    )
+    return [
+        io.Float.Input(
+            f"{prefix}{end}_noise",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            optional=True,
+            tooltip=f"{told} It means the same with every model, which {percent} does not. 0 goes by {percent}.",
+        )
+        for end, percent, told in zip(("start", "end"), percents, what, strict=True)
+    ]
+
+
+def never_put_back(
+    model,
+    sockets: tuple[str, str, str],
+    start_percent: float,
+    end_percent: float,
+    start_noise: float = 0.0,
+    end_noise: float = 0.0,
+) -> list[str]:
+    """A note when harmonising puts the layers back at no noise level. sockets: of the percents and of end_noise."""
+    what = "the layers are never put back"
+    if start_noise == end_noise == 0:
+        return end_below_start(start_percent, end_percent, what, sockets[:2])
+    if level(model, end_percent, end_noise) < level(model, start_percent, start_noise):
+        return []
+    return [f"{sockets[2 if end_noise else 1]}: there is no less noise then than at the start, so {what}; end later."]

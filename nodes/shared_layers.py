@@ -6,7 +6,7 @@ import latent_preview
 import torch
 from comfy_api.latest import io
 
-from ..patches import layer_files, transparency_model, transparent_latents
+from ..patches import autoencoder, layer_files, transparency_model, transparent_latents
 from ..patches.harmonize import harmonize_layers, remaining_sigmas
 from ..patches.inversion import Inversion, invert, noise_levels
 from ..patches.layer_prompts import LAYERS, composite_prompt, encode_layers
@@ -28,7 +28,7 @@ from ..techniques.fusion import map_strips
 from ..techniques.layers import LayerStack, read_layers, write_layers
 from . import sockets
 from .inputs import centred, check_inversion, encodable, named
-from .sampling import end_below_start, sampling_inputs, scheduler_input
+from .sampling import end_below_start, never_put_back, noise_inputs, sampling_inputs, scheduler_input
 from .sockets import LayerModelFile, LayerModules, Layers, Node, Transparency, schema, told
 
 ALIASES = ["dreamlayer", "multi-layer generation", "layered generation"]
@@ -51,8 +51,8 @@ def transparency_inputs() -> list:
         Transparency.Input(
             "decoder",
             optional=True,
-            tooltip="Finds the objects' transparency, from Load transparency. Without one their alpha is the last "
-            "context map, which is coarse.",
+            tooltip="Finds the objects' transparency, from Load transparency. A VAE with alpha needs none; without "
+            "either their alpha is the last context map, which is coarse.",
         ),
     ]
 
@@ -255,7 +255,11 @@ class LayersSampler(Node):
                     tooltip="From Shared layers and Context maps. Without them the layers are sampled side by side "
                     "and know nothing of each other.",
                 ),
-                io.Vae.Input("vae", tooltip="The autoencoder of the model."),
+                io.Vae.Input(
+                    "vae",
+                    tooltip="The autoencoder of the model, or an RGBA VAE in its latent space, which gives the objects "
+                    "their alpha.",
+                ),
                 io.Conditioning.Input("positive", tooltip="From Layer prompts."),
                 *sampling_inputs(),
                 io.Combo.Input(
@@ -285,6 +289,7 @@ class LayersSampler(Node):
                     tooltip="end_percent of Harmonize layers: higher keeps the objects closer.",
                 ),
                 *transparency_inputs(),
+                *noise_inputs("harmonize_", ("harmonize_start", "harmonize_end")),
             ],
             outputs=[
                 Layers.Output(
@@ -328,25 +333,28 @@ class LayersSampler(Node):
         harmonize_end,
         adapter=None,
         decoder=None,
+        harmonize_start_noise=0.0,
+        harmonize_end_noise=0.0,
         **sampling,
     ):
-        names, recorded, notes = _layer_names(model, positive, sampling["negative"], decoder), {}, []
+        names, recorded, notes = _layer_names(model, vae, positive, sampling["negative"], decoder), {}, []
         count = layer_count(names)
+        ends = {"start_percent": harmonize_start, "end_percent": harmonize_end}
+        ends |= {"start_noise": harmonize_start_noise, "end_noise": harmonize_end_noise}
         if count > 1 and not METHOD.is_on(model):
             notes.append(SIDE_BY_SIDE)
         if harmonize and count > 1:
-            ends = "harmonize_start", "harmonize_end"
-            notes += end_below_start(harmonize_start, harmonize_end, "the layers are never put back", ends)
-        _check_sampling(model, count, decoder, harmonize, harmonize_start, sampling)
+            notes += never_put_back(model, ("harmonize_start", "harmonize_end", "harmonize_end_noise"), **ends)
+        maps_needed = count > 1 and decoder is None and not autoencoder.has_alpha(vae)
+        _check_sampling(model, maps_needed, ends if harmonize and count > 1 else None, sampling)
         layered, record = _prepared(model, adapter, count)
         branches = sample_rows(layered, positive, count, **sampling, own_noise=NOISE[noise], recorded=recorded)
         stacks = decode_layers(vae, names, [branch["samples"] for branch in branches], decoder, record)
-        composite = whole = vae.decode(branches[-1]["samples"])
+        composite = whole = autoencoder.decode(vae, branches[-1]["samples"])[..., :3]
         latent = all_rows(branches)
         retained = trajectories(model, positive, recorded, latent["samples"], names)
         if count > 1:
-            ends = harmonize_start, harmonize_end
-            draw = _harmonizer(model, vae, positive, sampling, *ends, notes) if harmonize else _stacked
+            draw = _harmonizer(model, vae, positive, sampling, ends, notes) if harmonize else _stacked
             composite = torch.cat([draw(*picture) for picture in zip(stacks, retained, strict=True)])
         documents, maps = [write_layers(stack) for stack in stacks], map_strips(record.steps)
         return io.NodeOutput(documents, composite, whole, maps, latent, retained, ui=told(notes) or None)
@@ -375,7 +383,11 @@ class ImageToLayers(Node):
                     tooltip="From Shared layers and Context maps. Without Shared layers the layers do not see the "
                     "image.",
                 ),
-                io.Vae.Input("vae", tooltip="The autoencoder of the model."),
+                io.Vae.Input(
+                    "vae",
+                    tooltip="The autoencoder of the model, or an RGBA VAE in its latent space, which gives the objects "
+                    "their alpha.",
+                ),
                 io.Image.Input(
                     "image", tooltip="The image; the first one of a batch. Sides are cut to multiples of 8."
                 ),
@@ -423,14 +435,14 @@ class ImageToLayers(Node):
 
     @classmethod
     def execute(cls, model, vae, image, positive, negative, steps, cfg, scheduler, adapter=None, decoder=None):
-        names = _object_names(model, positive, negative, decoder)
+        names = _object_names(model, vae, positive, negative, decoder)
         count, image = layer_count(names), encodable(image, vae)[:1, ..., :3]
         sigmas = noise_levels(model, steps, scheduler)
         callback = latent_preview.prepare_callback(model, 3 * steps)
         up, down = _part(callback, 0, 3 * steps), _part(callback, 2 * steps, 3 * steps)
         layered, record = _prepared(model, adapter, count)
         prompt = composite_prompt(positive)
-        trajectory = invert(without_layers(model), vae.encode(image), prompt, None, sigmas, callback=up)
+        trajectory = invert(without_layers(model), autoencoder.encode(vae, image), prompt, None, sigmas, callback=up)
         made = sample_along(layered, trajectory, count, positive, negative, cfg, sigmas, down)
         (stack,) = decode_layers(vae, names, list(made.split(1)), decoder, record)
         recomposed = flatten(stack)[0][None]
@@ -439,7 +451,7 @@ class ImageToLayers(Node):
         return io.NodeOutput(write_layers(stack), recomposed, map_strips(record.steps), error, ui=notes)
 
 
-def _layer_names(model, positive: list, negative: list, decoder) -> list[str]:
+def _layer_names(model, vae, positive: list, negative: list, decoder) -> list[str]:
     """The layers' prompts, back to front. Raises ValueError for other conditionings, and where nothing would tell what
     is transparent.
     """
@@ -456,38 +468,41 @@ def _layer_names(model, positive: list, negative: list, decoder) -> list[str]:
     if decoder is not None:  # before the sampling that it would come after
         with named("decoder"):
             decoder.part("decoder", transparent_latents.DECODER)
-            channels = model.get_model_object("latent_format").latent_channels
-            if decoder.latent["channels"] != channels:
+            form = model.get_model_object("latent_format")
+            if (decoder.latent["channels"], 2) != (form.latent_channels, form.latent_dimensions):
                 raise ValueError(
-                    f"transparency: {decoder.name} is {decoder.describe()} and the model's latents have {channels} "
-                    "channels; load the decoder of the model's family."
+                    f"transparency: {decoder.name} is {decoder.describe()} and the model's latents have "
+                    f"{form.latent_channels} channels{' and a frame axis' * (form.latent_dimensions == 3)}; load the "
+                    "decoder of the model's family, or connect a VAE with alpha."
                 )
-    if len(names) > 1 and decoder is None and MAPS not in model.model_options["transformer_options"]:
+    maps = MAPS in model.model_options["transformer_options"]
+    if len(names) > 1 and decoder is None and not maps and not autoencoder.has_alpha(vae):
         raise ValueError(
             "decoder: nothing tells where the objects are transparent; connect a transparent decoder from Load "
-            "transparency, or put Context maps on the model."
+            "transparency or a VAE with alpha, or put Context maps on the model."
         )
     return names
 
 
-def _object_names(model, positive: list, negative: list, decoder) -> list[str]:
+def _object_names(model, vae, positive: list, negative: list, decoder) -> list[str]:
     """The same of a picture that at least one object is to be taken out of."""
-    names = _layer_names(model, positive, negative, decoder)
+    names = _layer_names(model, vae, positive, negative, decoder)
     if len(names) < 2:
         raise ValueError("positive: there is no object to take out of the image; name at least one in Layer prompts.")
     return names
 
 
-def _check_sampling(model, count: int, decoder, harmonize: bool, start: float, sampling: dict) -> None:
-    """What would only be found out after the sampling. Raises ValueError."""
-    if count > 1 and decoder is None and sampling["denoise"] == 0:
+def _check_sampling(model, maps_needed: bool, ends: dict | None, sampling: dict) -> None:
+    """What would only be found out after the sampling. ends: of harmonising, None without it. Raises ValueError."""
+    if maps_needed and sampling["denoise"] == 0:
         raise ValueError(
             "denoise: at 0 nothing is sampled, so there are no maps to find the objects by; raise it, or connect "
-            "a decoder."
+            "a decoder or a VAE with alpha."
         )
-    if count > 1 and harmonize:
+    if ends:
         levels = {name: sampling[name] for name in ("steps", "sampler_name", "scheduler")}
-        remaining_sigmas(model, **levels, start_percent=start, socket="harmonize_start")
+        starts = {name: ends[name] for name in ("start_percent", "start_noise")}
+        remaining_sigmas(model, **levels, **starts, socket="harmonize_start")
 
 
 def _part(callback, first: int, total: int):
@@ -510,7 +525,7 @@ def _stacked(stack: LayerStack, trajectory: Inversion | None) -> torch.Tensor:
     return flatten(stack)[0][None]
 
 
-def _harmonizer(model, vae, positive: list, sampling: dict, start: float, end: float, notes: list[str]):
+def _harmonizer(model, vae, positive: list, sampling: dict, ends: dict, notes: list[str]):
     """Harmonises a stack with the whole picture's conditioning; one that is refused stays stacked, and a note says
     why.
     """
@@ -520,8 +535,7 @@ def _harmonizer(model, vae, positive: list, sampling: dict, start: float, end: f
     def draw(stack: LayerStack, trajectory: Inversion | None) -> torch.Tensor:
         try:
             document, trajectory = write_layers(stack), trajectory and check_inversion(trajectory, "retained")
-            stack, settings = read_layers(document), {"start_percent": start, "end_percent": end}
-            return harmonize_layers(stack=stack, retained=trajectory, **settings, **given).picture()
+            return harmonize_layers(stack=read_layers(document), retained=trajectory, **ends, **given).picture()
         except ValueError as error:
             notes.append(f"Not harmonised: {error}")
             return _stacked(stack, trajectory)

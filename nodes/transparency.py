@@ -3,8 +3,8 @@
 import torch
 from comfy_api.latest import io
 
+from ..patches import autoencoder, rgba_vae, transparency_model, transparent_latents
 from ..patches import layer_files as files
-from ..patches import rgba_vae, transparency_model, transparent_latents
 from ..patches.attention_sharing import together
 from ..patches.layer_rows import sample_rows
 from ..techniques.compositing import flatten
@@ -74,8 +74,8 @@ class LoadRGBAVAE(LayerModelFile):
                 io.Combo.Input(
                     "file",
                     options=rgba_vae.choices(),
-                    tooltip="A file below models/vae with four image channels: the pack's own, or one of AlphaVAE's "
-                    "form. Of a diffusers folder choose its diffusion_pytorch_model.safetensors.",
+                    tooltip="A file below models/vae with four image channels: the pack's own, or one of AlphaVAE's or "
+                    "Qwen-Image-Layered's form. Of a diffusers folder choose its diffusion_pytorch_model.safetensors.",
                 )
             ],
             outputs=[io.Vae.Output("VAE", display_name="VAE", tooltip="For any node that takes a VAE.")],
@@ -252,7 +252,7 @@ def _picture_of(latent: torch.Tensor, image: torch.Tensor | None, vae) -> torch.
     """The picture [B,H,W,3] of a latent, decoded here when there is none. Raises ValueError for that of another one."""
     if image is None and vae is None:
         raise ValueError("image: connect the decoded image, or connect the model's VAE to vae.")
-    image = (vae.decode(latent) if image is None else image)[..., :3]
+    image = (autoencoder.decode(vae, latent) if image is None else image)[..., :3]
     if image.shape[:3] != (len(latent), latent.shape[2] * 8, latent.shape[3] * 8):
         raise ValueError(
             f"image: {_sizes(image, 'image')} and {len(latent)} of {latent.shape[3] * 8}×{latent.shape[2] * 8} "

@@ -26,7 +26,7 @@ from ..networks import back_to_front as networks
 from ..networks import flux
 from ..networks.back_to_front import BackToFront, Place, Sharing
 from ..techniques.geometry import filled_up
-from . import foreground, transparency_model
+from . import autoencoder, foreground, transparency_model
 from .kept import Kept
 from .layer_rows import Rows, sample_rows
 from .rgba_vae import FILLED_UP
@@ -240,9 +240,8 @@ def fill_background(
     Source: bfs, Sec. 3 (the condition of both branches)
     """
     height, width = mask.shape[-2:]
-    latent = vae.encode(
-        rearrange(filled_up(rearrange(background[..., :3], "b h w c -> b c h w"), FILLED_UP), "b c h w -> b h w c")
-    )
+    whole = filled_up(rearrange(background[..., :3], "b h w c -> b c h w"), FILLED_UP)
+    latent = autoencoder.encode(vae, rearrange(whole, "b c h w -> b h w c"))
     # nothing is painted into what is filled up
     border = F.pad(mask[:, None], (0, -width % FILLED_UP, 0, -height % FILLED_UP))
     values = {"concat_latent_image": latent, "concat_mask": border}

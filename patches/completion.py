@@ -20,6 +20,7 @@ from ..techniques import completion
 from ..techniques.compositing import flatten
 from ..techniques.geometry import filled_up, rasterise
 from ..techniques.layers import LayerStack
+from . import autoencoder
 from . import decomposer as layeringdiff
 
 MULTIPLE = 16  # of sides, as Flux's patches of latents want them
@@ -103,7 +104,7 @@ class Inpainting:
         image = filled_up(rearrange(hole.image, "h w c -> 1 c h w"), MULTIPLE)
         mask = F.pad(hole.region[None, None], (0, -width % MULTIPLE, 0, -height % MULTIPLE))
         gray = torch.where(mask > 0, 0.5, image)
-        latent, given = (self.vae.encode(rearrange(one, "b c h w -> b h w c")) for one in (image, gray))
+        latent, given = (autoencoder.encode(self.vae, rearrange(one, "b c h w -> b h w c")) for one in (image, gray))
         values = {"concat_latent_image": given, "concat_mask": mask}
         positive = self.positive
         if self.clip is not None:
@@ -123,7 +124,7 @@ class Inpainting:
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=self.seed,
         )
-        return self.vae.decode(found)[0, :height, :width, :3].to(hole.image)
+        return autoencoder.decode(self.vae, found)[0, :height, :width, :3].to(hole.image)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from ..networks.alignment import Alignment
 from ..networks.decomposer import ALIGNMENT, NULL
 from ..techniques import layering
 from ..techniques.geometry import filled_up
-from . import foreground
+from . import autoencoder, foreground
 from .layer_rows import Rows
 from .mini_family import UNET, StrataMini
 from .transparency_model import further_channels, unpatched
@@ -358,12 +358,12 @@ def draw(
     """
     height, width = image.shape[-2:]
     whole, behind = filled_up(image, MULTIPLE), F.pad(alpha, _padding(alpha))
-    latent, cells = vae.encode(whole.movedim(1, -1)), layering.alpha_cells(behind)
+    latent, cells = autoencoder.encode(vae, whole.movedim(1, -1)), layering.alpha_cells(behind)
     layers = []
     for layer in wanted:
         clone = denoiser(model, decomposer, layer, latent, cells)
         found = _sample(clone, decomposer.null, latent, run, progress)
-        made = vae.decode(found)[..., :3].movedim(-1, 1)
+        made = autoencoder.decode(vae, found)[..., :3].movedim(-1, 1)
         layers.append(made[..., :height, :width].to(image))
     return layers
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -17,6 +18,7 @@ from comfy.model_patcher import ModelPatcher
 from einops import rearrange
 from torch import Tensor
 
+from ..techniques.diffusion import sigma_of_noise
 from ..techniques.feature_guidance import masks_at_level
 from ..techniques.geometry import rasterise
 from ..techniques.harmonization import (
@@ -31,6 +33,7 @@ from ..techniques.harmonization import (
 )
 from ..techniques.inversion import ode_step
 from ..techniques.layers import LayerStack
+from . import autoencoder
 from .inversion import Inversion, noise_levels
 
 
@@ -96,19 +99,31 @@ class HarmonizingSampler(comfy.samplers.Sampler):
         )
 
 
+def level(model: ModelPatcher, percent: float, noise: float) -> float:
+    """The sigma of a model at a percent of its sampling, or, with noise above 0, at that share of noise."""
+    sampling = model.get_model_object("model_sampling")
+    if noise == 0:
+        return float(sampling.percent_to_sigma(percent))
+    flow = isinstance(sampling, comfy.model_sampling.CONST)
+    return min(sigma_of_noise(noise, flow, getattr(sampling, "sigma_data", 1.0)), float(sampling.sigma_max))
+
+
 def remaining_sigmas(
     model: ModelPatcher,
     steps: int,
     sampler_name: str,
     scheduler: str,
     start_percent: float,
+    start_noise: float = 0.0,
     socket: str = "start_percent",
 ) -> Tensor:
-    """The noise levels of a whole denoising that come after start_percent. Raises ValueError, naming the socket, when
-    no step is left.
+    """The noise levels of a whole denoising that come after start_percent, or, with start_noise above 0, that level and
+    those below it. Raises ValueError, naming the socket, when no step is left.
     """
-    start = float(model.get_model_object("model_sampling").percent_to_sigma(start_percent))
+    start = level(model, start_percent, start_noise)
     sigmas = noise_levels(model, steps, scheduler, sampler_name)
+    if start_noise:  # a schedule's own next level may be far below
+        return torch.cat([sigmas.new_tensor([start]), sigmas[sigmas < start * (1 - 1e-4)]])
     sigmas = sigmas[int((sigmas[:-1] > start * (1 + 1e-4)).sum()) :]
     if len(sigmas) < 2:
         raise ValueError(
@@ -133,15 +148,20 @@ def harmonize(
     end_percent: float,
     callback,
     retained: Callable[[float], Tensor] | None = None,
+    start_noise: float = 0.0,
+    end_noise: float = 0.0,
 ) -> Tensor:
     """The harmonised latent [1,C,...,h,w].
 
     background: [1,C,...,h,w]. foregrounds: [K,C,...,h,w]. alphas: [K,1,H,W] in pixels. The noise added is that of
-    start_percent of the sampling, and the layers are put back until end_percent. retained: see HarmonizingSampler.
+    start_percent of the sampling, and the layers are put back until end_percent; start_noise and end_noise above 0 take
+    their places, see `level`. retained: see HarmonizingSampler.
     """
-    background = comfy.sample.fix_empty_latent_channels(model, background)
-    sigmas = remaining_sigmas(model, steps, sampler_name, scheduler, start_percent)
-    until = float(model.get_model_object("model_sampling").percent_to_sigma(end_percent))
+    background, foregrounds = (
+        comfy.sample.fix_empty_latent_channels(model, latents) for latents in (background, foregrounds)
+    )
+    sigmas = remaining_sigmas(model, steps, sampler_name, scheduler, start_percent, start_noise)
+    until = level(model, end_percent, end_noise)
     alphas = masks_at_level(alphas[:, 0], background.shape[-2:])[:, None]
     sampler = HarmonizingSampler(comfy.samplers.sampler_object(sampler_name), foregrounds, alphas, until, retained)
     return comfy.sample.sample_custom(
@@ -195,18 +215,22 @@ def harmonize_layers(
     detail: float = 0.0,
     retained: Inversion | None = None,
     reach: float = 0.0,
+    start_noise: float = 0.0,
+    end_noise: float = 0.0,
 ) -> Harmonised:
     """The visible layers of a stack encoded, harmonised and decoded.
 
     detail: keep_detail's radius, 0 for none. reach: of the band around the things that the background may change in, as
     a share of the canvas's longer side, 0 for all of it. retained: the trajectory of all layers, hidden ones too.
+    start_noise, end_noise: see harmonize.
     Raises ValueError naming layers, retained or start_percent.
     """
     side = vae.spacial_compression_encode()
     trajectory = None if retained is None else _retained(retained, stack, side)
     stack = _shown(stack)
     colours, alphas = colours_and_alphas(stack)
-    latents = [vae.encode(rearrange(_padded(colour, side), "b c h w -> b h w c")) for colour in colours.split(1)]
+    pixels = rearrange(_padded(colours, side), "n c h w -> n h w c")
+    latents = [autoencoder.encode(vae, image) for image in pixels.split(1)]
     latent = harmonize(
         model,
         positive,
@@ -223,6 +247,8 @@ def harmonize_layers(
         end_percent,
         lambda count: latent_preview.prepare_callback(model, count),
         trajectory,
+        start_noise,
+        end_noise,
     )
     drawn = _decoded(vae, latent, stack.canvas)
     free = visible_shares(alphas[1:])[0]
@@ -275,9 +301,10 @@ def _retained(trajectory: Inversion, stack: LayerStack, side: int) -> Callable[[
                 f"retained: its latents are of {width * side}×{height * side} pixels and layer {layer.name!r} is "
                 f"{own[1]}×{own[0]}; connect layers and path of the same run."
             )
-    levels, rows = len(trajectory.latents), rearrange(trajectory.latents, "level row c h w -> row (level c) h w")
+    rows = rearrange(trajectory.latents, "level row ... h w -> row (level ...) h w")
+    inner = trajectory.latents[:, 0, ..., 0, 0].shape  # level, channel, and the frame axis of some families
     placed = [
-        rearrange(on_canvas(latents, layer, stack.canvas, side), "(level c) h w -> level c h w", level=levels)
+        on_canvas(latents, layer, stack.canvas, side).unflatten(0, inner)
         for latents, layer in zip(rows, stack.layers, strict=True)
         if layer.visible
     ]
@@ -291,7 +318,6 @@ def _padded(pixels: Tensor, side: int) -> Tensor:
 
 
 def _decoded(vae, latent: Tensor, canvas: tuple[int, int]) -> Tensor:
-    """[1,3,H,W] of the first frame, cut to the canvas."""
-    pixels = vae.decode(latent)
-    pixels = pixels.reshape(-1, *pixels.shape[-3:])[:1, : canvas[1], : canvas[0]]
+    """[1,3,H,W] of the first frame, cut to the canvas: a stack is harmonised as one opaque image."""
+    pixels = autoencoder.decode(vae, latent)[:1, : canvas[1], : canvas[0], :3]
     return rearrange(pixels, "b h w c -> b c h w")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import comfy.model_management
 import comfy.model_sampling
+import comfy.sample
 import comfy.samplers
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -26,7 +27,7 @@ METHODS = ("ddim", "null-text", "noise only")
 
 @dataclass(frozen=True, eq=False)
 class Inversion(Kept):
-    """latents [N,B,C,H,W] at descending sigmas [N], in the model's scale, on the CPU; the last is the picture.
+    """latents [N,B,C,...,H,W] at descending sigmas [N], in the model's scale, on the CPU; the last is the picture.
 
     positive: the CONDITIONING that the path was taken with. null: one unconditional embedding per step [N-1,B,T,D], of
     null-text.
@@ -83,12 +84,13 @@ def invert(
     callback: Callable | None = None,
     checkpointing: bool = False,
 ) -> Inversion:
-    """The path of a latent [B,C,H,W] from the VAE. negative, cfg and inner_steps are of use to null-text, seed to noise
-    only.
+    """The path of a latent [B,C,...,H,W] from the VAE. negative, cfg and inner_steps are of use to null-text, seed to
+    noise only.
 
     checkpointing: of null-text, as patches.gradients.differentiable takes it.
     """
     flow = is_flow(model)
+    latent = comfy.sample.fix_empty_latent_channels(model, latent)
     if len(sigmas) < 2 or sigmas[-1] != 0 or (sigmas.diff() >= 0).any():
         raise ValueError("steps: the noise levels must fall to 0 in at least one step; take another scheduler.")
     if method == "noise only":

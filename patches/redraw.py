@@ -13,7 +13,7 @@ from torch import Tensor
 from ..techniques.compositing import flatten
 from ..techniques.geometry import content_box, rasterise
 from ..techniques.layers import LayerStack
-from . import back_to_front, rgba_vae, transparency_model, transparent_latents
+from . import autoencoder, back_to_front, rgba_vae, transparency_model, transparent_latents
 from .attention_sharing import together
 from .layer_rows import sample_rows
 
@@ -97,7 +97,7 @@ def around_layer(
     latent = {"samples": torch.zeros(1, 4, *(side // 8 for side in size))}
     prompts = together([("positive", positive), ("positive", positive)])
     drawn, _ = sample_rows(shared, prompts, 2, negative, latent, denoise=1.0, **sampling)
-    colours = rearrange(vae.decode(drawn["samples"])[..., :3], "b h w c -> b c h w")
+    colours = rearrange(autoencoder.decode(vae, drawn["samples"])[..., :3], "b h w c -> b c h w")
     colour, alpha = transparent_latents.decode(decoder, colours, drawn["samples"])
     rgba = F.interpolate(torch.cat([colour * alpha, alpha], 1), behind.shape[-2:], mode="bicubic", antialias=True)
     alpha = rgba[:, 3:].clamp(0, 1)

@@ -1,10 +1,9 @@
-"""Autoencoders with alpha as ComfyUI's VAE: the mini family's, and Flux's KL autoencoder with four channels (AlphaVAE's
-form) under diffusers' or the host's names.
+"""Autoencoders with alpha as ComfyUI's VAE: the mini family's, Flux's KL autoencoder with four channels (AlphaVAE's
+form) under diffusers' or the host's names, and Qwen-Image-Layered's, which older hosts do not know.
 """
 
 from __future__ import annotations
 
-import comfy.ops
 import comfy.sd
 import comfy.utils
 import torch
@@ -13,13 +12,18 @@ from torch import Tensor, nn
 
 from ..networks.autoencoder import LAST
 from ..techniques.transparency import extend_colours
-from . import layer_files
+from . import autoencoder, layer_files
 
 KIND = "vae"
 FILLED_UP = 16  # pixels: fewer than this were added to a side, see patches/back_to_front.py
 SHIPPED = "strata_mini_rgba.safetensors"
-# The layer that an image enters by, and the one that it leaves by: TAESD's layout, and the KL autoencoder's.
-ENDS = (("taesd_encoder.0", f"taesd_decoder.{LAST}"), ("encoder.conv_in", "decoder.conv_out"))
+# The layer that an image enters by, and the one that it leaves by: TAESD's layout, the KL autoencoder's, and Wan's,
+# which Qwen-Image has.
+ENDS = (
+    ("taesd_encoder.0", f"taesd_decoder.{LAST}"),
+    ("encoder.conv_in", "decoder.conv_out"),
+    ("encoder.conv1", "decoder.head.2"),
+)
 
 
 class RGBAVAE(comfy.sd.VAE):
@@ -28,8 +32,8 @@ class RGBAVAE(comfy.sd.VAE):
     def __init__(self, weights: dict[str, Tensor], ends: tuple[str, str]):
         super().__init__(sd=_of_colours(weights, ends))
         self.throw_exception_if_invalid()
-        for name, sizes in zip(ends, ((4, None), (None, 4)), strict=True):
-            _widen(self.first_stage_model, name, weights, *sizes)
+        for name in ends:
+            _widen(self.first_stage_model, name, weights)
         self.first_stage_model.to(self.vae_dtype)
         self.output_channels = 4
         self.process_input = lambda image: _with_alpha(image) * 2 - 1
@@ -73,7 +77,7 @@ def _ends(weights: dict[str, Tensor]) -> tuple[str, str] | None:
 
 def _has_alpha(weights: dict[str, Tensor], ends: tuple[str, str]) -> bool:
     first, last = (weights[f"{end}.weight"] for end in ends)
-    return first.ndim == last.ndim == 4 and (first.shape[1], last.shape[0]) == (4, 4)
+    return min(first.ndim, last.ndim) >= 4 and (first.shape[1], last.shape[0]) == (4, 4)
 
 
 def load(name: str) -> RGBAVAE:
@@ -81,7 +85,8 @@ def load(name: str) -> RGBAVAE:
     weights = layer_files.read(name, KIND)
     if (ends := _ends(weights)) is None:
         raise ValueError(
-            f"file: {name} is no autoencoder in the form of Flux's or TAESD's; choose one that the help page names."
+            f"file: {name} is no autoencoder in the form of Flux's, Qwen-Image's or TAESD's; choose one that the help "
+            "page names."
         )
     if not _has_alpha(weights, ends):
         channels = weights[f"{ends[0]}.weight"].shape[1]
@@ -100,12 +105,13 @@ def load(name: str) -> RGBAVAE:
 
 
 def encode(vae: comfy.sd.VAE, colour: Tensor, alpha: Tensor) -> Tensor:
-    """colour: [B,3,H,W] in 0..1, alpha: [B,1,H,W] -> [B,C,⌈H/8⌉,⌈W/8⌉]; sides are filled up with transparency.
+    """colour: [B,3,H,W] in 0..1, alpha: [B,1,H,W] -> [B,C,⌈H/8⌉,⌈W/8⌉], with a frame axis if the VAE has one; sides are
+    filled up with transparency.
 
     Colours run on under what is transparent, as the autoencoder has learnt them. Raises ValueError for a VAE without
     alpha.
     """
-    if vae.output_channels != 4:
+    if not autoencoder.has_alpha(vae):
         raise ValueError(
             "transparency: nothing is connected and the VAE has no alpha; connect an encoder from Load transparency, "
             "or a VAE from Load RGBA VAE."
@@ -114,21 +120,20 @@ def encode(vae: comfy.sd.VAE, colour: Tensor, alpha: Tensor) -> Tensor:
     padding = (0, -colour.shape[-1] % stride, 0, -colour.shape[-2] % stride)
     colour, alpha = F.pad(colour, padding), F.pad(alpha, padding)
     whole = torch.cat([extend_colours(colour, alpha), alpha], 1)
-    return vae.encode(whole.movedim(1, -1))
+    return autoencoder.encode(vae, whole.movedim(1, -1))
 
 
 def decode(vae: comfy.sd.VAE | None, latent: Tensor, tile_size: int = 0, like: Tensor | None = None) -> Tensor:
-    """[B,H,W,4] of latents [B,C,h,w]. like: an image [B,H,W,C] whose size they were filled up from, at the right and
-    below, and are cut to again. Raises ValueError for a VAE without alpha.
+    """[B,H,W,4] of latents [B,C,h,w] or [B,C,1,h,w]. like: an image [B,H,W,C] whose size they were filled up from, at
+    the right and below, and are cut to again. Raises ValueError for a VAE without alpha.
     """
-    if vae is None or vae.output_channels != 4:
+    if vae is None or not autoencoder.has_alpha(vae):
         lacking = "there is no VAE" if vae is None else "the VAE has no alpha"
         raise ValueError(
             f"transparency: nothing is connected and {lacking}; connect a decoder from Load transparency, or a VAE "
             "from Load RGBA VAE."
         )
-    tile = tile_size // vae.spacial_compression_decode()
-    image = vae.decode_tiled(latent, tile_x=tile, tile_y=tile) if tile else vae.decode(latent)
+    image = autoencoder.decode(vae, latent, tile_size)
     if like is not None and all(0 <= image.shape[axis] - like.shape[axis] < FILLED_UP for axis in (1, 2)):
         image = image[:, : like.shape[1], : like.shape[2]]
     return image
@@ -144,14 +149,12 @@ def _of_colours(weights: dict[str, Tensor], ends: tuple[str, str]) -> dict[str, 
     }
 
 
-def _widen(network: nn.Module, name: str, weights: dict[str, Tensor], inputs: int | None, outputs: int | None) -> None:
-    """Put a convolution with the file's four channels in the place of the one with three."""
-    old = network.get_submodule(name)
-    wide = comfy.ops.disable_weight_init.Conv2d(
-        inputs or old.in_channels, outputs or old.out_channels, old.kernel_size, old.stride, old.padding
-    )
-    wide.load_state_dict({"weight": weights[f"{name}.weight"], "bias": weights[f"{name}.bias"]})
-    network.set_submodule(name, wide.requires_grad_(False).eval())
+def _widen(network: nn.Module, name: str, weights: dict[str, Tensor]) -> None:
+    """Give a convolution of three channels the file's weights for four."""
+    layer = network.get_submodule(name)
+    for end in ("weight", "bias"):
+        setattr(layer, end, nn.Parameter(weights[f"{name}.{end}"], requires_grad=False))
+    layer.out_channels, layer.in_channels = layer.weight.shape[:2]
 
 
 def _with_alpha(image: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..techniques.layers import Layer, LayerStack
 from ..techniques.shared_layers import map_alphas
-from . import transparent_latents
+from . import autoencoder, transparent_latents
 from .inversion import Inversion
 from .kept import Record
 from .shared_layers import TRAJECTORY, layer_count
@@ -33,11 +33,11 @@ def sample_along(
     sigmas: Tensor,
     callback: Callable,
 ) -> Tensor:
-    """[count,C,h,w]: layers from the noise of a picture's trajectory down to none, with DDIM, while the whole picture
-    follows the trajectory. layered: a clone, which gets it.
+    """[count,C,...,h,w]: layers from the noise of a picture's trajectory down to none, with DDIM, while the whole
+    picture follows the trajectory. layered: a clone, which gets it.
     """
     layered.model_options["transformer_options"][TRAJECTORY] = trajectory.at
-    start = trajectory.latents[0].repeat(count, 1, 1, 1)
+    start = trajectory.latents[0].repeat_interleave(count, 0)
     nothing = torch.zeros_like(start)
     # ComfyUI scales noise at the highest level by sqrt(1 + sigma²), 1.0023 times as loud as the trajectory; a
     # latent it leaves alone
@@ -86,9 +86,15 @@ def trajectories(
 
 
 def decode_layers(vae, names: list[str], latents: list[Tensor], decoder, record: Record) -> list[LayerStack]:
-    """One stack per picture from the latents [N,C,h,w] of background and objects; what follows them is left alone."""
-    background, *objects = (vae.decode(latent) for latent in latents[: len(names)])
-    objects = [_with_alpha(pixels, latents, decoder, record, number) for number, pixels in enumerate(objects)]
+    """One stack per picture from the latents [N,C,...,h,w] of background and objects; what follows them is left alone.
+
+    An object's alpha is the decoder's, without one the autoencoder's, and where that has none the last map. The
+    background is opaque.
+    """
+    background, *objects = (autoencoder.decode(vae, latent) for latent in latents[: len(names)])
+    background = background[..., :3]
+    if decoder is not None or not autoencoder.has_alpha(vae):
+        objects = [_with_alpha(pixels, latents, decoder, record, number) for number, pixels in enumerate(objects)]
     canvas = background.shape[2], background.shape[1]
     return [
         LayerStack(canvas, tuple(Layer(pixels, name or "background") for name, pixels in zip(names, own, strict=True)))

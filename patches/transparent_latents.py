@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..techniques.transparency import clean_alpha, clean_colours, extend_colours, median_of_passes, over_gray
+from . import autoencoder
 from .transparency import Transparency
 
 DECODER = "a decoder such as vae_transparent_decoder.safetensors"
@@ -70,8 +71,9 @@ def check_latent(samples: dict, transparency: Transparency) -> Tensor:
     latent, settings = samples["samples"], transparency.latent
     if settings is not None and (latent.ndim != 4 or latent.shape[1] != settings["channels"]):
         raise ValueError(
-            f"samples: the latent has {latent.shape[1]} channels and {transparency.name} is {transparency.describe()}, "
-            f"which has {settings['channels']}; load the decoder of the model's family."
+            f"samples: the latent has {latent.shape[1]} channels{' and a frame axis' * (latent.ndim == 5)} and "
+            f"{transparency.name} is {transparency.describe()}, which has {settings['channels']}; load the decoder of "
+            "the model's family, or leave it out where the VAE has alpha."
         )
     return latent
 
@@ -122,7 +124,7 @@ def posterior(vae, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
     """
     network = vae.first_stage_model
     if not hasattr(network, "regularization"):
-        return vae.encode(rearrange(pictures, "b c h w -> b h w c")), None
+        return autoencoder.encode(vae, rearrange(pictures, "b c h w -> b h w c")), None
     comfy.model_management.load_models_gpu(
         [vae.patcher], memory_required=vae.memory_used_encode(pictures[:1].shape, vae.vae_dtype)
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,19 @@ def flow_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """
     sigma = sigma.reshape(-1, *[1] * (clean.ndim - 1)).to(clean)
     return (1 - sigma) * clean + sigma * noise
+
+
+def sigma_of_noise(share: float, flow: bool, deviation: float = 1.0) -> float:
+    """The sigma, as ComfyUI counts it, at which a noised image is noise to this share, 0..1, infinite for a diffusion
+    model's 1. Equal shares are equal signal-to-noise ratios, (1 / share - 1)², whatever the model and its schedule.
+
+    flow: noised images are (1 - sigma) clean + sigma noise, and sigma is the share. Otherwise they are clean + sigma
+    noise, with clean latents of this standard deviation, and the share is sigma / (deviation + sigma).
+    Source: ours, the signal-to-noise ratio of minsnr's Sec. 3.4 set equal for DDPM's Eq. 4 and flow matching
+    """
+    if flow:
+        return share
+    return deviation * share / (1 - share) if share < 1 else math.inf
 
 
 def flow_velocity(clean: Tensor, noise: Tensor) -> Tensor:

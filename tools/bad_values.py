@@ -87,7 +87,7 @@ class Good:
         from mini_models import MODELS, Family
         from strata.nodes import compositing, decompose, fusion, shared_layers, transparency
 
-        for kind in ("checkpoints", "diffusion_models", "layer_model"):
+        for kind in ("checkpoints", "diffusion_models", "layer_model", "vae"):
             folder_paths.add_model_folder_path(kind, str(MODELS / kind))
         mini = Family()
         generator = torch.Generator().manual_seed(0)
@@ -134,7 +134,8 @@ class Good:
             "Strata_EncodeTransparency": {"transparency": files["encoder"]},
             "Strata_AttentionBlend": {"transparency": files["attn"]},
             "Strata_LayerFusionSampler": {
-                "positive": fusion.EncodeLayerPrompts.execute(mini.clip, "an apple", "a beach", "").args[0]
+                "positive": fusion.EncodeLayerPrompts.execute(mini.clip, "an apple", "a beach", "").args[0],
+                "vae": transparency.LoadRGBAVAE.execute("strata_mini_rgba.safetensors").args[0],
             },
             "Strata_LayersSampler": {"decoder": files["decoder"]},
             "Strata_ImageToLayers": {"decoder": files["decoder"]},

@@ -2,11 +2,15 @@
 between them.
 """
 
+import types
+
+import comfy.model_base
 import comfy.sample
 import comfy.samplers
+import comfy.supported_models
 import pytest
 import torch
-from strata.patches.harmonize import harmonize
+from strata.patches.harmonize import harmonize, level, remaining_sigmas
 from strata.patches.inversion import is_flow
 from strata.techniques.feature_guidance import masks_at_level
 from strata.techniques.harmonization import fuse_latents
@@ -48,6 +52,7 @@ def run(
     callback=lambda count: None,
     alphas=None,
     retained=None,
+    **noise,
 ):
     model, positive, negative, background, foregrounds, given = case
     return harmonize(
@@ -66,6 +71,7 @@ def run(
         end,
         callback,
         retained,
+        **noise,
     )
 
 
@@ -175,3 +181,85 @@ def test_retained_latents_take_the_place_of_noise(case):
 def test_nothing_left_to_do_is_said(case):
     with pytest.raises(ValueError, match="start_percent: no step of 10 is left after 1.0"):
         run(case, 1.0, 1.0)
+
+
+FAMILIES = {  # as ComfyUI makes each family's noise, shifts included
+    "SD1.5": (comfy.supported_models.SD15, comfy.model_base.ModelType.EPS),
+    "SD2 v": (comfy.supported_models.SD20, comfy.model_base.ModelType.V_PREDICTION),
+    "SDXL": (comfy.supported_models.SDXL, comfy.model_base.ModelType.EPS),
+    "Playground 2.5": (comfy.supported_models.SDXL, comfy.model_base.ModelType.EDM),
+    "SD3": (comfy.supported_models.SD3, comfy.model_base.ModelType.FLOW),
+    "Flux": (comfy.supported_models.Flux, comfy.model_base.ModelType.FLUX),
+    "Flux schnell": (comfy.supported_models.FluxSchnell, comfy.model_base.ModelType.FLOW),
+    "Qwen-Image": (comfy.supported_models.QwenImage, comfy.model_base.ModelType.FLUX),
+    "Z-Image": (comfy.supported_models.ZImage, comfy.model_base.ModelType.FLOW),
+}
+
+
+class Noise:
+    """Of a model what its noise levels are made of."""
+
+    def __init__(self, name: str):
+        config, kind = FAMILIES[name]
+        values = dict(config.sampling_settings)
+        if name == "Playground 2.5":
+            values |= {"sigma_data": 0.5, "sigma_max": 80.0, "sigma_min": 0.002}
+        self.sampling = comfy.model_base.model_sampling(types.SimpleNamespace(sampling_settings=values), kind)
+        self.model_options, self.load_device = {}, torch.device("cpu")
+        self.model = types.SimpleNamespace(model_sampling=self.sampling)
+
+    def get_model_object(self, name: str):
+        assert name == "model_sampling"
+        return self.sampling
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_a_share_of_noise_means_the_same_in_every_family(family, share):
+    noise = Noise(family)
+    sigma = torch.tensor(level(noise, 0.0, share))
+    zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+    of_image = float(noise.sampling.noise_scaling(sigma, zero.clone(), one))
+    of_noise = float(noise.sampling.noise_scaling(sigma, one.clone(), zero))
+    spread = getattr(noise.sampling, "sigma_data", 1.0)
+    assert of_noise / (of_noise + spread * of_image) == pytest.approx(share, rel=1e-5)
+    sigmas = remaining_sigmas(noise, STEPS, "euler", "simple", 0.0, share)
+    assert float(sigmas[0]) == pytest.approx(float(sigma), rel=1e-6) and (sigmas.diff() < 0).all() and sigmas[-1] == 0
+    whole = comfy.samplers.calculate_sigmas(noise.sampling, "simple", STEPS)
+    assert torch.equal(sigmas[1:], whole[whole < sigma])
+
+
+def test_percents_mean_other_noise_in_each_family():
+    """What the share is for: DreamLayer's 0.4 of the sampling."""
+    shares = {}
+    for name in ("SD1.5", "Flux", "Z-Image"):
+        noise = Noise(name)
+        sigma = float(noise.sampling.percent_to_sigma(0.4))
+        shares[name] = sigma if name != "SD1.5" else sigma / (1 + sigma)
+    assert shares["SD1.5"] == pytest.approx(0.695, abs=1e-3)
+    assert shares["Flux"] == pytest.approx(0.826, abs=1e-3) and shares["Z-Image"] == pytest.approx(0.818, abs=1e-3)
+
+
+def test_all_noise_is_where_the_sampling_begins():
+    for name in ("SD1.5", "Flux"):
+        noise = Noise(name)
+        assert level(noise, 0.0, 1.0) == pytest.approx(float(noise.sampling.sigma_max))
+
+
+def test_noise_takes_the_place_of_percents(case):
+    """At the levels of the percents the share gives the same run, but for the first step, which starts at that very
+    level.
+    """
+    sampling, flow = case[0].model.model_sampling, is_flow(case[0])
+    levels = schedule(case[0], 0.4)
+    at = [float(levels[0]), float(levels[2]) * 0.999]
+    start, end = at if flow else [sigma / (1 + sigma) for sigma in at]
+    expected = run(case, 0.4, percent_of(sampling, at[1]))
+    found = run(case, 0.0, 0.0, start_noise=start, end_noise=end)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-3 * float(expected.abs().max()))
+    assert not torch.allclose(found, run(case, 0.0, 0.0, start_noise=start, end_noise=start), rtol=1e-4, atol=1e-2)
+
+
+def percent_of(sampling, sigma: float) -> float:
+    """The first percent, in thousandths, whose level is below sigma."""
+    return next(number / 1000 for number in range(1, 1000) if float(sampling.percent_to_sigma(number / 1000)) < sigma)

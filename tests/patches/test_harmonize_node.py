@@ -244,3 +244,15 @@ def test_an_end_that_is_not_above_the_start_is_told(loaded):
     assert result.ui["text"] == (
         "end_percent: 0.3 is not above start_percent, 0.4, so the layers are never put back; raise it.",
     )
+
+
+def test_an_end_with_no_less_noise_than_the_start_is_told(loaded):
+    values = {**SETTINGS, "foregrounds": "keep", "feather": 0.0, "start_noise": 0.3}
+    for socket, changed in {"end_noise": {"end_noise": 0.3}, "end_percent": {"end_percent": 0.2}}.items():
+        with torch.inference_mode():
+            result = HarmonizeLayers.execute(*loaded, write_layers(stack()), **{**values, **changed})
+        assert result.ui["text"] == (
+            f"{socket}: there is no less noise then than at the start, so the layers are never put back; end later.",
+        )
+    with torch.inference_mode():
+        assert HarmonizeLayers.execute(*loaded, write_layers(stack()), **values, end_noise=0.2).ui is None

@@ -44,7 +44,7 @@ def test_from_the_model_to_the_layers(kind, tokens):
         return LayerFusionSampler.execute(blend, layered(model), **sampling).result
 
     with torch.inference_mode():
-        front, back, both, priors = sampled(file_for(kind, model))
+        front, back, both, priors = sampled(file_for(kind, model))[:4]
         background = vae.decode(back["samples"])
         rgba, mask, documents, composite = DecodeTransparency.execute(
             front, "8", 0, decoder, vae=vae, background=background

@@ -128,7 +128,7 @@ def test_the_hosts_key_names_are_read_too(folder, kl):
 @pytest.mark.parametrize(
     ("state", "expected"),
     [
-        ({"decoder.weight": torch.zeros(1)}, "is no autoencoder in the form of Flux's or TAESD's"),
+        ({"decoder.weight": torch.zeros(1)}, "is no autoencoder in the form of Flux's, Qwen-Image's or TAESD's"),
         (dict(Autoencoder().state_dict()), "is an autoencoder of 3 channels without alpha; load it by Load VAE"),
         (
             {key: value for key, value in Autoencoder(image_channels=4).state_dict().items() if "encoder.3" not in key}

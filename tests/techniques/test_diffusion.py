@@ -1,5 +1,7 @@
 """The noise process against the scheduler of diffusers, and the loss weight against its definition."""
 
+import math
+
 import pytest
 import torch
 from strata.techniques.diffusion import (
@@ -12,6 +14,7 @@ from strata.techniques.diffusion import (
     noise_loss_weight,
     noise_of_v,
     shifted_sigmas,
+    sigma_of_noise,
     v_target,
 )
 
@@ -117,3 +120,27 @@ def test_noise_of_a_flow_is_the_schedulers_and_its_velocity_leads_back(flow):
     for one, at, true, drawn in zip(noisy, sigma, clean, noise, strict=True):
         back = euler_step(one, flow_velocity(true, drawn), at, torch.tensor(0.0))
         assert torch.allclose(back, true, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.37, 0.5, 0.7, 0.95])
+def test_equal_shares_of_noise_are_equal_ratios_of_signal_to_noise(share):
+    """Measured on noised data: how much of the clean image and of the noise is in it."""
+    draw = torch.Generator().manual_seed(4)
+    clean, noise = (torch.randn(1000, generator=draw, dtype=torch.float64) for _ in "cn")
+    clean, noise = clean / clean.std(), noise / noise.std()
+    noised = {
+        "diffusion": (clean, clean + sigma_of_noise(share, False) * noise),
+        "narrow data": (clean / 2, clean / 2 + sigma_of_noise(share, False, 0.5) * noise),
+        "flow": (clean, flow_noise(clean[None], noise[None], torch.tensor([sigma_of_noise(share, True)]))[0]),
+    }
+    for name, (data, found) in noised.items():
+        of_image, of_noise = torch.linalg.lstsq(torch.stack([data, noise], 1), found[:, None]).solution.flatten()
+        assert float(of_noise / (of_image * data.std())) == pytest.approx(share / (1 - share), rel=1e-6), name
+
+
+def test_an_image_without_noise_and_noise_without_an_image():
+    assert sigma_of_noise(0.0, False) == sigma_of_noise(0.0, True) == 0
+    assert sigma_of_noise(1.0, True) == 1 and sigma_of_noise(1.0, False) == math.inf
+    level = noise_levels()[600]  # what DDPM leaves of the image's variance
+    share = (1 - level).sqrt() / (level.sqrt() + (1 - level).sqrt())
+    assert sigma_of_noise(float(share), False) == pytest.approx(float(((1 - level) / level).sqrt()))
