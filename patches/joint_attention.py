@@ -154,11 +154,13 @@ class Joint:
         """ComfyUI's attention `func` with its arguments. there: another pack's override."""
         run = partial(there, func) if there else func
         inside = bool(kw.get("skip_reshape"))
-        tokens = q.shape[2 if inside else 1]
-        if not self._is_joint(tokens):
+        tokens, keys = (rows.shape[2 if inside else 1] for rows in (q, k))
+        if max(tokens, keys) < self.image.stop:
             return self._of_text(run, q, k, v, heads, *args, **kw)
-        self._enter(tokens, len(q), k.shape[2 if inside else 1], kw.get("transformer_options") or {})
-        shaped = [q, k, v] if inside else [rows.view(*rows.shape[:2], heads, -1).transpose(1, 2) for rows in (q, k, v)]
+        self._enter(tokens, len(q), keys, kw.get("transformer_options") or {})
+        shaped = (
+            [q, k, v] if inside else [rows.reshape(*rows.shape[:2], heads, -1).transpose(1, 2) for rows in (q, k, v)]
+        )
         given = {name: value for name, value in kw.items() if name not in ("mask", "skip_reshape")}
         found = self.act(self, *shaped, lambda *qkv: run(*qkv, heads, mask=None, skip_reshape=True, **given))
         if found is None:
@@ -169,9 +171,6 @@ class Joint:
                 "out the node that has made it (Apply Style Model with a strength, for one)."
             )
         return found
-
-    def _is_joint(self, tokens: int) -> bool:
-        return tokens >= self.image.stop
 
     def _enter(self, tokens: int, rows: int, keys: int, options: dict) -> None:
         """Where this attention is. Raises ValueError for sequences that are not the family's own."""
@@ -299,8 +298,8 @@ def around(key: str, act: Callable) -> Callable:
 
 def _without_padding(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
     """Where nothing else acts, each row still reads its own prompt alone."""
-    options = transformer_options
-    if not options[KEY].lengths or isinstance(options.get(OVERRIDE), _Override):
+    options, run = transformer_options, transformer_options.get(KEY)
+    if run is None or not run.lengths or isinstance(options.get(OVERRIDE), _Override):
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     with hooked(executor.class_obj.diffusion_model, x, c_crossattn, options, apart) as options:
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)

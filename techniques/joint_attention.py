@@ -71,8 +71,12 @@ def of_layers(rows: int, layers: int, isolated: bool = False) -> list[Reads]:
     isolated: the whole picture reads itself only.
     Source: dreamlayer, Eq. 10 and 11; Eq. 15 when isolated
     """
-    reads = [Reads(row, range(row - row % layers, row - row % layers + layers)) for row in range(rows)]
-    return [alone(rows)[row] if isolated and row % layers == layers - 1 else read for row, read in enumerate(reads)]
+    found = []
+    for row in range(rows):
+        first = row - row % layers
+        by_itself = isolated and row == first + layers - 1
+        found.append(Reads(row, [row] if by_itself else range(first, first + layers)))
+    return found
 
 
 def of_blending(rows: int, own_prompt: bool = False) -> list[Reads]:

@@ -18,7 +18,7 @@ QWEN = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-CLIP = {"hidden_size": WIDTH, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+CLIP = {"hidden_size": WIDTH, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 CONFIGS = {
     "t5xxl_model_config": {"d_model": WIDTH, "d_kv": 8, "num_heads": 2, "d_ff": 16, "num_layers": 2},
     "clip_l_model_config": CLIP,

@@ -3,6 +3,8 @@
 import comfy.samplers
 import pytest
 import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.patcher_extension import WrappersMP
 from strata.patches.joint_attention import TEXT_LENGTHS
 from strata.patches.layer_prompts import LAYERS
 from strata.patches.shared_layers import Maps, Sharing, map_context, share_layers
@@ -149,6 +151,7 @@ def test_a_shorter_prompt_in_a_longer_batch_is_what_it_is_alone(models, kind):
 def test_cond_and_uncond_together_or_apart_and_cfg_1_are_the_same(models, monkeypatch):
     model, x = share_layers(models("Flux"), Sharing()), latents("Flux", COUNT)
     positive, negative = layered(), conditioning(2, 1, 7)
+    low_memory(monkeypatch, 2**40)
     together, result = calls(model, positive, negative, x)
     alone, _ = calls(model, positive, negative, x, cfg=1.0)
     low_memory(monkeypatch, 0)
@@ -207,6 +210,19 @@ def test_what_cannot_be_told_apart_is_refused(models):
     cut.set_model_patch_replace(halved, "dit", "double_block", 1)
     with pytest.raises(ValueError, match=r"^model: another patch or a cache on it cuts, merges or keeps"):
         run(cut, layered(), conditioning(2, 1, 7), x, cfg=1.0)
+
+    def with_keys_kept(args, rest):
+        """As a cache of the prompt's keys does it: the queries are the image's alone."""
+        image = torch.zeros(4, 2, 15, 16)
+        optimized_attention(image, *[torch.zeros(4, 2, 22, 16)] * 2, 2, skip_reshape=True, **options(args))
+
+    def options(args):
+        return {"transformer_options": args["transformer_options"]}
+
+    kept = ours.clone()
+    kept.set_model_patch_replace(with_keys_kept, "dit", "double_block", 1)
+    with pytest.raises(ValueError, match=r"^model: another patch or a cache on it cuts, merges or keeps"):
+        run(kept, layered(), conditioning(2, 1, 7), x, cfg=1.0)
     with pytest.raises(ValueError, match=r"^latent: a batch of 3 cannot be split"):
         run(ours, layered(), conditioning(2, 1, 7), x[:3])
 
@@ -245,3 +261,25 @@ def test_runs_leave_nothing_behind_and_are_equal(models):
     first, again = (run(ours, layered(), conditioning(2, 1, 7), x, sigmas=sigmas) for _ in range(2))
     assert torch.equal(first, again)
     assert not models("Z-Image").model.diffusion_model._forward_hooks
+
+
+def test_words_beyond_what_the_model_reads_do_not_count(models):
+    """The mini Flux reads the first tokens of a prompt alone."""
+    ours, x = map_context(share_layers(models("Flux"), Sharing()), Maps(1.0, 1.0)), latents("Flux", COUNT)
+    further = [(prompt, [*places, 7, 60]) for prompt, places in WORDS]
+    found = [run(ours, layered(**{LAYERS: words}), conditioning(2, 1, 7), x) for words in (WORDS, further)]
+    assert torch.equal(*found)
+
+
+def test_more_memory_is_asked_for(models):
+    """A tenth more than for a plain batch; test_joint_memory.py counts what is taken."""
+    shapes, x = [], latents("Flux", COUNT, (10, 15))
+
+    def watch(executor, model, shape, *args, **kwargs):
+        shapes.append(list(shape))
+        return executor(model, shape, *args, **kwargs)
+
+    ours = share_layers(models("Flux"), Sharing())
+    ours.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "watch", watch)
+    run(ours, layered(), conditioning(2, 1, 7), x)
+    assert shapes == [[COUNT, 16, 10, 17]]
