@@ -34,7 +34,10 @@ class EncodeLayerPrompts(Node):
             description="One conditioning for foreground, background and blended image, which knows where the "
             "foreground's prompt ends.",
             inputs=[
-                io.Clip.Input("clip", tooltip="Text encoder of SD1.5, SD2, SDXL or the mini family."),
+                io.Clip.Input(
+                    "clip",
+                    tooltip="Text encoder of SD1.5, SD2, SDXL, Flux, Qwen-Image, Z-Image, SD3.5 or the mini family.",
+                ),
                 io.String.Input(
                     "foreground",
                     **prompt,
@@ -78,8 +81,8 @@ class AttentionBlend(Node):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="SD1.5, SD2, SDXL or the mini family. Put LoRAs and other patches before or behind this "
-                    "node.",
+                    tooltip="SD1.5, SD2, SDXL, Flux, Qwen-Image, Z-Image, SD3.5 or the mini family. Put LoRAs and "
+                    "other patches before or behind this node.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -108,14 +111,14 @@ class AttentionBlend(Node):
                     options=list(BLOCKS),
                     default="all",
                     tooltip="Blocks of the model that blend: all as published; down is the "
-                    "half that looks, up the half that draws.",
+                    "half that looks, up the half that draws. Of transformers such as Flux each is a third.",
                 ),
                 io.Combo.Input(
                     "structure",
                     options=list(STRUCTURE),
                     default=STRUCTURE[0],
                     tooltip="Where the foreground's outline comes from. A prior "
-                    "pass, as published, costs up to a quarter of a step more (more at cfg 1); reuse takes the "
+                    "pass, as published, costs up to a quarter of a step more (a third at cfg 1); reuse takes the "
                     "outline of the step before.",
                 ),
                 io.Combo.Input(

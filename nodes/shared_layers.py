@@ -78,7 +78,10 @@ class LayerPrompts(Node):
             description="One conditioning for a background, any number of objects in front of it, and the whole "
             "image that they make.",
             inputs=[
-                io.Clip.Input("clip", tooltip="Text encoder of SD1.5, SD2, SDXL or the mini family."),
+                io.Clip.Input(
+                    "clip",
+                    tooltip="Text encoder of SD1.5, SD2, SDXL, Flux, Qwen-Image, Z-Image, SD3.5 or the mini family.",
+                ),
                 io.String.Input(
                     "background", **prompt, tooltip="The place without the objects, as in: an empty street."
                 ),
@@ -146,13 +149,13 @@ class SharedLayers(Node):
             display_name="Shared layers (DreamLayer)",
             category="Strata/Generate",
             search_aliases=[*ALIASES, "LSSA", "layer-shared self-attention"],
-            description="DreamLayer's LSSA: in the up blocks every layer sees all layers of its image, so that they "
-            "go together.",
+            description="DreamLayer's LSSA: in the up blocks, or the second half of a transformer, every layer sees "
+            "all layers of its image, so that they go together.",
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="SD1.5, SD2, SDXL or the mini family. Put LoRAs and other patches before or behind this "
-                    "node.",
+                    tooltip="SD1.5, SD2, SDXL, Flux, Qwen-Image, Z-Image, SD3.5 or the mini family. Put LoRAs and "
+                    "other patches before or behind this node.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -200,7 +203,11 @@ class ContextMaps(Node):
             description="DreamLayer's CACA: finds where the whole image puts each object, and lets the object's "
             "layer take over its place and size.",
             inputs=[
-                io.Model.Input("model", tooltip="SD1.5, SD2, SDXL or the mini family, most often from Shared layers."),
+                io.Model.Input(
+                    "model",
+                    tooltip="SD1.5, SD2, SDXL, Flux, Qwen-Image, Z-Image, SD3.5 or the mini family, most often from "
+                    "Shared layers.",
+                ),
                 io.Float.Input(
                     "strength",
                     default=1.0,

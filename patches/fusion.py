@@ -12,12 +12,15 @@ from pathlib import Path
 
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from einops import rearrange
 from torch import Tensor, nn
 
 from ..techniques import fusion
-from . import attention_blocks
+from ..techniques.joint_attention import alone, attend_rows, flat, of_blending
+from . import attention_blocks, joint_attention
 from .attention_blocks import Place, place_of, size_of, transformers, with_patches
+from .joint_attention import Joint
 from .kept import Record
 from .layer_prompts import END_TOKENS
 from .layer_rows import LAYERFUSION, Method, Rows, conditional_first, is_between, selected_rows_only
@@ -73,7 +76,7 @@ class Run:
     record: Record | None = None
     rows: Rows = ROWS
     structure: tuple[Tensor, tuple[int, int]] | None = None
-    masks: dict[tuple[str, Place], tuple[Tensor, ...]] = field(default_factory=dict)
+    masks: dict[tuple[str, Place | int], tuple[Tensor, ...]] = field(default_factory=dict)
 
 
 @dataclass
@@ -83,7 +86,7 @@ class Call:
     settings: Settings
     run: Run
     phase: str
-    structure_place: Place
+    structure_place: Place | int
     structure: tuple[Tensor, tuple[int, int]] | None = None
     entered: tuple[nn.Module, Tensor, Tensor] | None = None
 
@@ -96,16 +99,26 @@ def blend_attention(model: ModelPatcher, settings: Settings) -> ModelPatcher:
     if settings.strength == 0:
         return model
     model = model.clone()
-    METHOD.attach(model, _start, partial(_calculate, settings, place), _denoise)
+    calculate = partial(_calculate, settings, place)
+    if joint_attention.family_of(model.model.diffusion_model):
+        joint_attention.prepare(model)
+        act = joint_attention.around(METHOD.key, _attend_joint)
+        METHOD.attach(model, _start, calculate, act, WrappersMP.APPLY_MODEL)
+    else:
+        METHOD.attach(model, _start, calculate, _denoise)
     return model
 
 
-def structure_place(model: ModelPatcher) -> Place:
-    """The self-attention that shows the structure, by models_config/fusion.json. Raises ValueError for other families.
+def structure_place(model: ModelPatcher) -> Place | int:
+    """The self-attention that shows the structure, by models_config/fusion.json; of a transformer the number of its
+    last block. Raises ValueError for other families.
 
     Source: layerfusion, Appendix A.3 (the last self-attention)
     Differs: the mini family's last but one, which shows the object's outline (docs/layerfusion.md).
     """
+    network = model.model.diffusion_model
+    if family := joint_attention.family_of(network):
+        return sum(family.counts(network)) - 1
     config = getattr(model.model, "model_config", None)
     place = next(
         (tuple(STRUCTURE_LAYER[kind.__name__]) for kind in type(config).__mro__ if kind.__name__ in STRUCTURE_LAYER),
@@ -113,8 +126,8 @@ def structure_place(model: ModelPatcher) -> Place:
     )
     if place is None or place not in transformers(model.model.diffusion_model):
         raise ValueError(
-            f"model: {type(config).__name__} is not supported; LayerFusion works with SD1.5, SD2, SDXL and the Strata "
-            "mini family."
+            f"model: {type(config).__name__} is not supported; LayerFusion works with SD1.5, SD2, SDXL, "
+            f"{joint_attention.NAMES} and the Strata mini family."
         )
     return place
 
@@ -138,7 +151,7 @@ def _calculate(
     run: Run = options[METHOD.run_key]
     number = METHOD.conditional(conds)
 
-    def calculate(phase: str, conds: list, x: Tensor = x, timestep: Tensor = timestep):
+    def calculate(phase: str, conds: list, x: Tensor = x, timestep: Tensor = timestep, options: dict = options):
         call = Call(settings, run, phase, place)
         call_options = {**model_options, "transformer_options": {**options, METHOD.key: call}}
         found = executor(model, conds, x, timestep, call_options)
@@ -152,7 +165,8 @@ def _calculate(
         else:
             with selected_rows_only():
                 foreground = [[_foreground(conds[number][0], len(x))]]
-                calculate("prior", foreground, x[:: ROWS.count], timestep[:: ROWS.count])
+                own = joint_attention.of_rows(options, slice(0, None, ROWS.count))
+                calculate("prior", foreground, x[:: ROWS.count], timestep[:: ROWS.count], own)
     return conditional_first(
         conds, number, lambda conds, conditional: calculate("conditional" if conditional else "other", conds)
     )
@@ -161,10 +175,12 @@ def _calculate(
 def _foreground(entry: dict, batch: int) -> dict:
     """The conditioning with the foreground's rows alone."""
 
+    def of(value):
+        return value[:: ROWS.count] if isinstance(value, Tensor) and len(value) == batch else value
+
     def rows(cond):
         cond = cond.process_cond(batch_size=batch, area=None)
-        if isinstance(cond.cond, Tensor) and len(cond.cond) == batch:
-            cond.cond = cond.cond[:: ROWS.count]
+        cond.cond = [of(one) for one in cond.cond] if isinstance(cond.cond, list) else of(cond.cond)
         return cond
 
     return {**entry, "model_conds": {name: rows(cond) for name, cond in entry["model_conds"].items()}}
@@ -210,7 +226,8 @@ def _attend_self(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, 
     if call.phase == "conditional":  # by Alg. 3 the content prior is that of the block's cross-attention here too
         block, hidden, context = call.entered
         with selected_rows_only():
-            _remember(call, "attn1", block.attn2.to_q(block.norm2(hidden)), block.attn2.to_k(context), options)
+            rows = block.attn2.to_q(block.norm2(hidden)), block.attn2.to_k(context)
+        _remember(call, ("attn1", place), *rows, options["n_heads"], call.run.ends, size_of(options))
     branches = [_branches(values) for values in (q, k, v)]
     own = attend(q[:: ROWS.count], k[:: ROWS.count], v[:: ROWS.count], options)
     pair = attend(*map(fusion.shared_tokens, branches), options)
@@ -223,7 +240,9 @@ def _attend_self(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, 
 
 def _attend_cross(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
     if call.phase == "conditional":
-        _remember(call, "attn2", q[:: ROWS.count], k[:: ROWS.count], options)
+        place, rows = place_of(options), (q[:: ROWS.count], k[:: ROWS.count])
+        maps = _remember(call, ("attn2", place), *rows, options["n_heads"], call.run.ends, size_of(options))
+        _show(call, place, maps, options)
     if call.settings.own_prompt:
         return attend(q, k, v, options)
     shared = attend(q, *(fusion.shared_prompt(_branches(values)) for values in (k, v)), options)
@@ -238,24 +257,40 @@ def _mix(call: Call, shared: Tensor, apart: Callable[[], Tensor]) -> Tensor:
     return shared if call.settings.strength == 1 else torch.lerp(apart(), shared, call.settings.strength)
 
 
-def _remember(call: Call, name: str, q: Tensor, k: Tensor, options: dict) -> None:
-    """The masks of an attention layer, from its foreground's queries and the keys of the foreground's prompt."""
-    place, size = place_of(options), size_of(options)
+def _remember(
+    call: Call,
+    key: tuple[str, Place | int],
+    q: Tensor,
+    k: Tensor,
+    heads: int,
+    ends: list[int],
+    size: tuple[int, int],
+) -> Tensor:
+    """The masks of an attention layer, from its foreground's queries and the keys of the foreground's prompt. Gives
+    what the paper's Fig. 3 shows of them, [B,4,H,W].
+    """
     structure = fusion.resize_prior(*call.run.structure, size)
-    content = fusion.content_prior(q, k, options["n_heads"], call.run.ends)
+    content = fusion.content_prior(q, k, heads, ends)
     masks = fusion.blending_masks(structure, content, call.settings.boundary)
     wide = [fusion.wide_mask(masks[0], call.settings.boundary)] if call.settings.wide else []
-    call.run.masks[name, place] = *masks, *wide
-    if call.run.record is not None and name == "attn2" and place == call.structure_place:
-        # The paper's Fig. 3.
-        maps = torch.stack([structure, content, *masks], 1)
-        call.run.record.add(rearrange(maps, "b kind (h w) -> b kind h w", h=size[0]), options)
+    call.run.masks[key] = *masks, *wide
+    return rearrange(torch.stack([structure, content, *masks], 1), "b kind (h w) -> b kind h w", h=size[0])
+
+
+def _show(call: Call, place: Place | int, maps: Tensor, options: dict) -> None:
+    if call.run.record is not None and place == call.structure_place:
+        call.run.record.add(maps, options)
 
 
 def _blend(name: str, call: Call, hidden: Tensor, options: dict) -> Tensor:
-    masks = call.run.masks.get((name, place_of(options)))
-    if masks is None or place_of(options)[0] not in call.settings.blocks:
+    place = place_of(options)
+    if (name, place) not in call.run.masks or place[0] not in call.settings.blocks:
         return hidden
+    return _exchange(call, hidden, call.run.masks[name, place])
+
+
+def _exchange(call: Call, hidden: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
+    """Eq. 1 and 2 on attention outputs [B,M,C]."""
     foreground, background, blended = _branches(hidden).unbind(1)
     soft, hard, *wide = (mask.repeat(len(background) // len(mask), 1) * call.settings.strength for mask in masks)
     entered = fusion.blend_foreground_in(foreground, blended, soft)
@@ -263,3 +298,38 @@ def _blend(name: str, call: Call, hidden: Tensor, options: dict) -> Tensor:
     if wide:
         entered = fusion.blend_foreground_in(foreground, blended, *wide)
     return rearrange(torch.stack([returned, background, entered], 1), "scene branch token c -> (scene branch) token c")
+
+
+def _attend_joint(
+    call: Call, options: dict, joint: Joint, q: Tensor, k: Tensor, v: Tensor, attend: Callable
+) -> Tensor | None:
+    """A transformer's attention, self- and cross-attention in one: both exchanges are one.
+
+    Source: layerfusion, Alg. 1 to 3, on joint attention
+    Differs: the structure prior is of the image tokens' attention among themselves alone; the content prior is the
+    prompt's part of the whole attention.
+    Differs: outputs are blended before their projection, which is linear and the same for all three; an adapter's part
+    in it is each branch's own.
+    """
+    asking, image = ROWS.of(q[:, :, joint.image]), joint.image
+    if joint.number == call.structure_place and (
+        call.phase == "prior" or call.settings.reuse and call.phase == "conditional"
+    ):
+        keys = ROWS.of(k[:, :, image])
+        call.structure = fusion.structure_prior(flat(asking), flat(keys), q.shape[1]), joint.size
+    if call.phase == "prior" or joint.family.part(joint.network, joint.number) not in call.settings.blocks:
+        return joint_attention.apart(joint, q, k, v, attend)
+    if call.phase == "conditional":
+        keys = torch.cat([ROWS.of(k)[:, :, part] for part in [*joint.beside[0], image]], 2)
+        ends = [place for place in call.run.ends if place < joint.lengths[0]]
+        maps = _remember(call, ("joint", joint.number), flat(asking), flat(keys), q.shape[1], ends, joint.size)
+        _show(call, joint.number, maps, options)
+
+    def read(reads: list) -> Tensor:
+        return attend_rows(q, k, v, image, joint.beside, reads, attend)
+
+    shared = read(of_blending(joint.rows, call.settings.own_prompt))
+    shared = _mix(call, shared, lambda: read(alone(joint.rows)))
+    if ("joint", joint.number) in call.run.masks:
+        shared[:, image] = _exchange(call, shared[:, image], call.run.masks["joint", joint.number])
+    return shared

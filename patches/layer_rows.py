@@ -19,8 +19,15 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..techniques.shared_layers import share_noise
+from . import joint_attention
 from .kept import LEVEL, Record
 
+KINDS = (
+    WrappersMP.OUTER_SAMPLE,
+    WrappersMP.CALC_COND_BATCH,
+    WrappersMP.DIFFUSION_MODEL,
+    WrappersMP.APPLY_MODEL,
+)
 _selected_only = ContextVar("strata_selected_only", default=False)
 
 
@@ -103,9 +110,16 @@ class Method:
         record = model.model_options["transformer_options"][self.record_key] = Record()
         return record
 
-    def attach(self, model: ModelPatcher, start: Callable, calculate: Callable, denoise: Callable) -> None:
+    def attach(
+        self,
+        model: ModelPatcher,
+        start: Callable,
+        calculate: Callable,
+        denoise: Callable,
+        inside: str = WrappersMP.DIFFUSION_MODEL,
+    ) -> None:
         """Wrap the sampling of this clone. start(entry, options) makes a run's state from the conditioning's entry and
-        the transformer options; its `rows` are checked against the latent.
+        the transformer options; its `rows` are checked against the latent. denoise: the wrapper of the kind `inside`.
         """
 
         def start_run(executor, noise: Tensor, *args, **kwargs):
@@ -117,10 +131,10 @@ class Method:
 
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, self.key, start_run)
         model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, self.key, calculate)
-        model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, self.key, denoise)
+        model.add_wrapper_with_key(inside, self.key, denoise)
 
     def detach(self, model: ModelPatcher) -> None:
-        for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.CALC_COND_BATCH, WrappersMP.DIFFUSION_MODEL):
+        for kind in KINDS:
             model.remove_wrappers_with_key(kind, self.key)
 
     def is_on(self, model: ModelPatcher) -> bool:
@@ -199,6 +213,9 @@ def sample_rows(
     start, callback = latents.repeat_interleave(count, 0), latent_preview.prepare_callback(model, steps)
     noise = _noise(start, seed, latent_image.get("batch_index"), count, own_noise)
 
+    if joint_attention.TEXT_LENGTHS in positive[0][1] and joint_attention.family_of(model.model.diffusion_model):
+        model = model.clone()
+        joint_attention.prepare(model)
     if recorded is not None:
         model = watched(model, recorded)
     samples = comfy.sample.sample(

@@ -12,13 +12,16 @@ from functools import partial
 
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from einops import rearrange, repeat
 from torch import Tensor
 
 from ..networks.context_layers import ContextLayers
+from ..techniques import joint_attention as transformers_own
 from ..techniques import shared_layers as dreamlayer
-from . import foreground, layer_modules
+from . import foreground, joint_attention, layer_modules
 from .attention_blocks import Place, check_tokens, place_of, size_of, transformers, with_patches
+from .joint_attention import Joint
 from .kept import Kept, Record
 from .layer_prompts import LAYERS
 from .layer_rows import Method, Rows, conditional_first, is_between
@@ -90,7 +93,7 @@ class Call:
     run: Run
     sharing: float
     mixing: float
-    map_places: list[Place]
+    map_places: list[Place] | list[int]
     conditional: int | None
     terms: layer_modules.Terms | None = None
     refine: ContextLayers | None = None
@@ -122,8 +125,8 @@ def object_rows(count: int) -> Rows:
 def share_layers(
     model: ModelPatcher, settings: Sharing, modules: layer_modules.LayerModules | None = None
 ) -> ModelPatcher:
-    """The model with layer-shared self-attention in its up blocks; with strength 0 the model as it is. Raises
-    ValueError for models without them.
+    """The model with layer-shared self-attention in its up blocks, or in the later joint attention of a transformer;
+    with strength 0 the model as it is. Raises ValueError for models without them.
     """
     if modules is None:
         return _attach(model, SHARING, settings)
@@ -148,15 +151,18 @@ def without_layers(model: ModelPatcher) -> ModelPatcher:
     return model
 
 
-def map_places(model: ModelPatcher) -> list[Place]:
+def map_places(model: ModelPatcher) -> list[Place] | list[int]:
     """The cross-attentions of the down blocks at their lowest resolution, which is the published one on SD1.5: 16×16
-    for 512 pixels.
+    for 512 pixels. Of a transformer the numbers of the blocks that its family takes them from. Raises ValueError.
     """
+    if family := joint_attention.family_of(model.model.diffusion_model):
+        return list(family.maps(model.model.diffusion_model))
     blocks = [place for place in transformers(model.model.diffusion_model) if place[0] == "input"]
     if not blocks:
         raise ValueError(
-            f"model: {type(model.model.model_config).__name__} has no cross-attention in down and up blocks; layers "
-            "that share attention work with SD1.5, SD2, SDXL and the Strata mini family."
+            f"model: {type(model.model.model_config).__name__} has neither cross-attention in down and up blocks nor a "
+            "joint attention that is known; layers that share attention work with SD1.5, SD2, SDXL, "
+            f"{joint_attention.NAMES} and the Strata mini family."
         )
     parts, level, levels = model.model.diffusion_model.input_blocks, 0, []
     for part in parts:
@@ -174,7 +180,13 @@ def _attach(model: ModelPatcher, key: str, settings: Sharing | Maps, networks: l
     if networks:
         foreground.load_with(model, networks)
     model.model_options["transformer_options"][key] = settings
-    if not METHOD.is_on(model):
+    if METHOD.is_on(model):
+        return model
+    if joint_attention.family_of(model.model.diffusion_model):
+        joint_attention.prepare(model)
+        act = joint_attention.around(METHOD.key, _attend_joint)
+        METHOD.attach(model, _start, _calculate, act, WrappersMP.APPLY_MODEL)
+    else:
         METHOD.attach(model, _start, _calculate, _denoise)
     return model
 
@@ -292,13 +304,17 @@ def _take_maps(call: Call, attend: Callable, q: Tensor, k: Tensor, v: Tensor, op
         )
     )
     if place_of(options) == call.map_places[-1]:
-        maps = dreamlayer.context_maps(torch.stack(call.shares).sum(0))
-        if call.refine is not None:
-            maps = call.refine(maps, torch.stack(call.hidden).sum(0).to(maps))
-        call.run.maps = rearrange(maps, "b object (h w) -> b object h w", h=size_of(options)[0])
-        if call.run.record is not None:
-            call.run.record.add(call.run.maps, options)
+        _make_maps(call, size_of(options)[0], options)
     return attend(q, k, v, options)
+
+
+def _make_maps(call: Call, height: int, options: dict) -> None:
+    maps = dreamlayer.context_maps(torch.stack(call.shares).sum(0))
+    if call.refine is not None:
+        maps = call.refine(maps, torch.stack(call.hidden).sum(0).to(maps))
+    call.run.maps = rearrange(maps, "b object (h w) -> b object h w", h=height)
+    if call.run.record is not None:
+        call.run.record.add(call.run.maps, options)
 
 
 def _mix(call: Call, n: Tensor, context: Tensor, value: Tensor, options: dict) -> tuple[Tensor, Tensor, Tensor]:
@@ -319,3 +335,50 @@ def _mix(call: Call, n: Tensor, context: Tensor, value: Tensor, options: dict) -
 
     same = {id(rows): mixed(rows) for rows in (n, context, value)}  # most often all three are one
     return same[id(n)], same[id(context)], same[id(value)]
+
+
+def _attend_joint(
+    call: Call, options: dict, joint: Joint, q: Tensor, k: Tensor, v: Tensor, attend: Callable
+) -> Tensor | None:
+    """A transformer's attention in which both are one: the same in it."""
+    if joint.seen == 1:
+        call.shares.clear()
+    if joint.number in call.map_places and call.conditional in joint.chunks:
+        _take_joint_maps(call, options, joint, q, k)
+    later = joint.number in joint.family.later(joint.network)
+    sharing, mixing = (call.sharing, call.mixing) if later else (0.0, 0.0)
+    mixed = _mixed(call, joint, q, k, v) if mixing and call.run.maps is not None else None
+    if not (sharing or mixed or joint.padded):
+        return None
+
+    def read(reads: list) -> Tensor:
+        return transformers_own.attend_rows(q, k, v, joint.image, joint.beside, reads, attend, mixed)
+
+    layers = transformers_own.of_layers(joint.rows, call.run.layers, call.run.trajectory is not None)
+    if sharing == 1:
+        return read(layers)
+    apart = read(transformers_own.alone(joint.rows))
+    return torch.lerp(apart, read(layers), sharing) if sharing else apart
+
+
+def _mixed(call: Call, joint: Joint, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Eq. 9 on the queries, keys and values of the image tokens."""
+    maps = (rearrange(call.run.maps, "b object h w -> b object (h w)") * call.mixing).to(rows[0])
+    maps = maps.repeat(joint.rows // call.run.layers // len(maps), 1, 1)
+    return tuple(transformers_own.mix_layers(one[:, :, joint.image], maps) for one in rows)
+
+
+def _take_joint_maps(call: Call, options: dict, joint: Joint, q: Tensor, k: Tensor) -> None:
+    """The same from the rows of the image and the columns of the prompt in a joint attention.
+
+    Source: dreamlayer, Eq. 3, on joint attention
+    Differs: the attention is over prompt and image together, and the prompt's part of it is taken as it is.
+    """
+    rows = joint.of_estimate(list(range(joint.rows)), call.conditional)[call.run.layers - 1 :: call.run.layers]
+    own, length = joint.beside[rows[0]], joint.lengths[rows[0]]
+    keys = torch.cat([k[rows, :, part] for part in [*own, joint.image]], 2)
+    tokens = [[place for place in places if place < length] for places in call.run.token_indices[1:]]
+    asking, keys = transformers_own.flat(q[rows, :, joint.image]), transformers_own.flat(keys)
+    call.shares.append(dreamlayer.token_shares(asking, keys, q.shape[1], tokens))
+    if joint.number == call.map_places[-1]:
+        _make_maps(call, joint.size[0], options)

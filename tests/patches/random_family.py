@@ -45,9 +45,9 @@ def randomised(module: torch.nn.Module) -> dict:
     return {key: value.half().contiguous() for key, value in module.state_dict().items()}
 
 
-def autoencoder() -> dict:
+def autoencoder(channels: int = 4) -> dict:
     """Weak residual branches, wide latents and mid gray, so that pictures differ and are neither black nor white."""
-    model = comfy.taesd.taesd.TAESD(latent_channels=4)
+    model = comfy.taesd.taesd.TAESD(latent_channels=channels)
     weights = randomised(model)
     for key in weights:
         if ".conv.4." in key:

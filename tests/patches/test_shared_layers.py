@@ -34,7 +34,7 @@ from .sampling_helpers import (
     watching,
     with_layers,
 )
-from .small_models import small_flux
+from .small_transformers import unknown
 
 COUNT = 4
 # Numbers of the attention blocks of the way down at its lowest resolution.
@@ -350,8 +350,8 @@ def test_wrong_inputs_are_named(models, positive, negative, count, words):
 
 def test_a_model_without_cross_attention_is_refused():
     for make in (lambda model: share_layers(model, Sharing()), lambda model: map_context(model, Maps(0.0))):
-        with pytest.raises(ValueError, match="model: Flux has no cross-attention in down and up blocks"):
-            make(small_flux())
+        with pytest.raises(ValueError, match="model: AuraFlow has neither cross-attention in down and up blocks"):
+            make(unknown())
 
 
 @pytest.fixture(scope="module")
