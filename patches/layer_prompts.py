@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..networks.layered_unet import joined_prompt
 from ..techniques.shared_layers import global_embedding
 
 END_TOKENS = "strata_end_tokens"  # positions of the ends of the foreground's prompt
@@ -41,7 +42,7 @@ def encode_layers(clip, background: str, objects: list[str]) -> list:
     ends = [_chunk_ends(end_tokens(one, clip.tokenizer), chunk) for one in tokens]
     if not objects:
         return [[cond, {**values, LAYERS: [(background, [])]}] for cond, values in encoded[0]]
-    together = clip.encode_from_tokens_scheduled(clip.tokenize(", ".join(filter(None, [*objects[::-1], background]))))
+    together = clip.encode_from_tokens_scheduled(clip.tokenize(joined_prompt(prompts)))
     found = []
     for *entries, (_, joined) in zip(*encoded, together, strict=True):
         embedding, token_indices = global_embedding([cond[0] for cond, _ in entries], ends, chunk)
