@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from ..techniques import shared_layers as dreamlayer
 from .context_layers import ContextLayers
 from .text_to_image import TextToImage
-from .unet import Attention, Downsample, TransformerBlock, UNet
+from .unet import Downsample, TransformerBlock, UNet
 
 LEARNING = ("to_k", "to_v")
 
@@ -84,32 +85,56 @@ class Call:
 
 
 class RowLinear(nn.Module):
-    """A frozen projection. Background and whole picture add `shared` to its weight, objects `foreground`, where it
-    learns, and `adapter`.
+    """A frozen projection of any precision. Background and whole picture add `shared` to its weight, objects
+    `foreground`, where it learns, and `adapter`.
 
     Source: dreamlayer, Sec. 4.1 Training (keys and values are tuned, those of the objects' layers apart)
     """
 
-    adapter: Tensor
+    adapter: Tensor | None
 
     def __init__(self, plain: nn.Linear, adapter: Tensor | None, learns: bool):
         super().__init__()
         self.weight, self.bias = plain.weight, plain.bias
-        self.register_buffer("adapter", torch.zeros_like(plain.weight) if adapter is None else adapter)
+        self.register_buffer("adapter", adapter)
         self.shared, self.foreground = (
-            nn.Parameter(torch.zeros_like(plain.weight)) if learns else None for _ in range(2)
+            nn.Parameter(torch.zeros_like(plain.weight, dtype=torch.float32)) if learns else None for _ in range(2)
         )
 
     def forward(self, x: Tensor, layers: int) -> Tensor:
         """x: [B·L,T,C]"""
-        others, objects = self.weight, self.weight + self.adapter
+        others, objects = self.weight, self.weight if self.adapter is None else self.weight + self.adapter
         if self.shared is not None and self.foreground is not None:
             others, objects = others + self.shared, objects + self.foreground
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         x = rearrange(x, "(scene layer) token c -> scene layer token c", layer=layers)
         first, between, last = x.split([1, layers - 2, 1], 1)
         parts = (first, others), (between, objects), (last, others)
-        x = torch.cat([F.linear(part, weight, self.bias) for part, weight in parts], 1)
+        x = torch.cat([F.linear(part, weight.to(part.dtype), bias) for part, weight in parts], 1)
         return rearrange(x, "scene layer token c -> (scene layer) token c")
+
+
+def split_rows(module: Any, adapter: dict[str, Tensor]) -> None:
+    """An attention's projections become RowLinear; keys and values learn. adapter: by the names of projections."""
+    for part in ("to_q", *LEARNING):
+        setattr(module, part, RowLinear(getattr(module, part), adapter.get(part), part in LEARNING))
+    module.to_out[0] = RowLinear(module.to_out[0], adapter.get("to_out.0"), False)
+
+
+def attend(module: Any, n: Tensor, context: Tensor, call: Call, jointly: bool, gives_maps: bool = False) -> Tensor:
+    """[B·L,M,C] from an attention with split rows, of this repository's class or diffusers'. jointly: all layers of a
+    scene see one another's keys.
+    """
+    q, k, v = module.to_q(n, call.layers), module.to_k(context, call.layers), module.to_v(context, call.layers)
+    if gives_maps:
+        call.record_attention(n, q, k, module.heads)
+
+    def heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (rearrange(part, "b token (head c) -> b head token c", head=module.heads) for part in (q, k, v))
+        return rearrange(F.scaled_dot_product_attention(q, k, v), "b head token c -> b token (head c)")
+
+    out = dreamlayer.joint_attention(q, k, v, call.layers, heads) if jointly else heads(q, k, v)
+    return module.to_out[0](out, call.layers)
 
 
 class LayerBlock(nn.Module):
@@ -122,33 +147,34 @@ class LayerBlock(nn.Module):
         self.attn1, self.attn2, self.ff, self.up, self.gives_maps = plain.attn1, plain.attn2, plain.ff, up, gives_maps
         self.norm1, self.norm2, self.norm3 = plain.norm1, plain.norm2, plain.norm3
         for name in ("attn1", "attn2"):
-            module = getattr(self, name)
-            for part in ("to_q", *LEARNING):
-                setattr(module, part, RowLinear(getattr(module, part), adapter.get(f"{name}.{part}"), part in LEARNING))
-            module.to_out[0] = RowLinear(module.to_out[0], adapter.get(f"{name}.to_out.0"), False)
+            own = {key.removeprefix(f"{name}."): term for key, term in adapter.items() if key.startswith(name)}
+            split_rows(getattr(self, name), own)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         n = self.norm1(x)
         if self.up:
             n = call.mix(n)
-        x = x + self._attend(self.attn1, n, n, call, self.up)
+        x = x + attend(self.attn1, n, n, call, self.up)
         n = self.norm2(x)
-        x = x + self._attend(self.attn2, n, call.tokens, call, False, self.gives_maps)
+        x = x + attend(self.attn2, n, call.tokens, call, False, self.gives_maps)
         return x + self.ff(self.norm3(x))
 
-    def _attend(
-        self, module: Attention, n: Tensor, context: Tensor, call: Call, jointly: bool, gives_maps: bool = False
-    ) -> Tensor:
-        q, k, v = module.to_q(n, call.layers), module.to_k(context, call.layers), module.to_v(context, call.layers)
-        if gives_maps:
-            call.record_attention(n, q, k, module.heads)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (rearrange(part, "b token (head c) -> b head token c", head=module.heads) for part in (q, k, v))
-            return rearrange(F.scaled_dot_product_attention(q, k, v), "b head token c -> b token (head c)")
-
-        out = dreamlayer.joint_attention(q, k, v, call.layers, attend) if jointly else attend(q, k, v)
-        return module.to_out[0](out, call.layers)
+def layer_tokens(
+    encoded: Tensor, ends: list[list[int]], embedding: Tensor
+) -> tuple[Tensor, list[list[list[int]]], list[list[int]]]:
+    """A Call's tokens, token_indices and ends. encoded: [B,L-1,77,D], the layers' prompts, which end there; embedding:
+    [N,D], the trained one, for scenes with words.
+    """
+    tokens, token_indices = [], []
+    for layers, own in zip(encoded, ends, strict=True):
+        joined, own_indices = dreamlayer.global_embedding(list(layers), [[end] for end in own])
+        scene = torch.cat([layers, joined[None]])
+        if any(own_indices):
+            scene = scene + dreamlayer.layer_offsets(embedding, own_indices, len(joined))
+        tokens.append(scene)
+        token_indices.append(own_indices)
+    return torch.cat(tokens), token_indices, ends
 
 
 def map_blocks(unet: UNet) -> list[str]:
@@ -216,18 +242,7 @@ class LayeredDenoiser(nn.Module):
         unique, place = rearrange(rows, "scene layer token -> (scene layer) token").unique(dim=0, return_inverse=True)
         encode = self.cond_stage_model.get_submodule("transformer.text_model")
         encoded = rearrange(encode(unique)[place], "(scene layer) token c -> scene layer token c", scene=len(rows))
-        ends = (rows == self.end).int().argmax(-1).tolist()
-        tokens, token_indices = [], []
-        for layers, own in zip(encoded, ends, strict=True):
-            joined, own_indices = dreamlayer.global_embedding(list(layers), [[end] for end in own])
-            scene = torch.cat([layers, joined[None]])
-            tokens.append(
-                scene + dreamlayer.layer_offsets(self.layer_embedding, own_indices, len(joined))
-                if any(own_indices)
-                else scene
-            )
-            token_indices.append(own_indices)
-        return torch.cat(tokens), token_indices, ends
+        return layer_tokens(encoded, (rows == self.end).int().argmax(-1).tolist(), self.layer_embedding)
 
 
 def published_form(state: dict[str, Tensor]) -> dict[str, Tensor]:

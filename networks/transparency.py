@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -201,6 +202,28 @@ class OffsetEncoder(nn.Module):
     def forward(self, rgba: Tensor) -> Tensor:
         """[B,4,H,W], channels as the family orders them -> [B,C,H/8,W/8]."""
         return self.blocks(rgba)
+
+
+def decoder_shape(weights: dict[str, Tensor]) -> dict:
+    """The options of TransparentDecoder for a file's weights. Raises KeyError or ValueError for others."""
+    levels = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("down_blocks."))
+    return {
+        "widths": [weights[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)],
+        "attention_levels": len(
+            {key.split(".")[1] for key in weights if re.match(r"down_blocks\.\d+\.attentions\.", key)}
+        ),
+        "layers": len({key.split(".")[3] for key in weights if key.startswith("down_blocks.0.resnets.")}),
+        "latent_channels": weights["latent_conv_in.weight"].shape[1],
+    }
+
+
+def encoder_shape(weights: dict[str, Tensor]) -> dict:
+    """The options of OffsetEncoder for a file's weights. Raises KeyError or ValueError for others."""
+    last = max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
+    return {
+        "widths": [weights[f"blocks.{i}.weight"].shape[0] for i in range(0, last, 4)],
+        "latent_channels": weights[f"blocks.{last}.weight"].shape[0],
+    }
 
 
 def published_adapter(state: dict[str, Tensor]) -> dict[str, Tensor]:

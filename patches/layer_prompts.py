@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..networks.layered_unet import joined_prompt
 from ..techniques.shared_layers import global_embedding
 from .joint_attention import TEXT_LENGTHS
 
@@ -65,7 +66,7 @@ def encode_layers(clip, background: str, objects: list[str]) -> list:
     if not objects:
         return [[cond, {**values, LAYERS: [(background, [])]}] for cond, values in encoded[0]]
     parts = [prompt for prompt in [*objects[::-1], background] if prompt]
-    together = clip.encode_from_tokens_scheduled(clip.tokenize(", ".join(parts)))
+    together = clip.encode_from_tokens_scheduled(clip.tokenize(joined_prompt(prompts)))
     rows = zip(*encoded, together, strict=True)
     if name:
         words, _, count = _words(clip, name, parts)

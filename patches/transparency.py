@@ -16,7 +16,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, channels_last, float16, nn
 
 from ..networks.attention_sharing import AttentionSharing, read_shape
-from ..networks.transparency import OffsetEncoder, TransparentDecoder
+from ..networks.transparency import OffsetEncoder, TransparentDecoder, decoder_shape, encoder_shape
 
 CONFIGS = Path(__file__).parent.parent / "models_config"
 CONFIG = json.loads((CONFIGS / "transparency.json").read_text(encoding="utf-8"))
@@ -192,26 +192,6 @@ def _latent(kind: str, options: dict, trained_here: bool) -> str:
     return next(
         (key for key in same if LATENTS[key].get(f"{kind}_widths") == options["widths"] and not trained_here), same[-1]
     )
-
-
-def decoder_shape(weights: dict[str, Tensor]) -> dict:
-    levels = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("down_blocks."))
-    return {
-        "widths": [weights[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)],
-        "attention_levels": len(
-            {key.split(".")[1] for key in weights if re.match(r"down_blocks\.\d+\.attentions\.", key)}
-        ),
-        "layers": len({key.split(".")[3] for key in weights if key.startswith("down_blocks.0.resnets.")}),
-        "latent_channels": weights["latent_conv_in.weight"].shape[1],
-    }
-
-
-def encoder_shape(weights: dict[str, Tensor]) -> dict:
-    last = max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
-    return {
-        "widths": [weights[f"blocks.{i}.weight"].shape[0] for i in range(0, last, 4)],
-        "latent_channels": weights[f"blocks.{last}.weight"].shape[0],
-    }
 
 
 # Of a pair's networks: name, a weight that only it has, class, what its shape is read by

@@ -25,7 +25,7 @@ ALLOWED_ROOMS = {
     "networks": {"networks", "techniques"},
     "formats": {"formats", "techniques"},
     "scenes": {"scenes"},
-    "training": {"training", "scenes", "techniques", "networks", "models_config"},
+    "training": {"training", "scenes", "techniques", "networks", "formats", "models_config"},
 }
 SEES_HOST = {"nodes", "patches"}
 # techniques/ is mathematics: torch, numpy and einops, and the few others that one of them needs, imported where they

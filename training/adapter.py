@@ -1,9 +1,11 @@
-"""Trains the low-rank adapter that makes the denoiser draw one object with hidden transparency, in LayerDiffuse's
-attention form.
+"""Trains the low-rank adapter that makes a denoiser draw one object with hidden transparency, in LayerDiffuse's
+attention form: the mini family's on rendered scenes, or a model of the user's own on RGBA images.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from ..networks.autoencoder import Autoencoder
-from ..networks.transparency import OffsetEncoder
+from ..networks.transparency import OffsetEncoder, published_adapter
 from ..scenes import renderer
 from ..techniques import diffusion as formulas
-from . import data, diffusion, latents, loop, text
+from . import data, diffusion, export, image_folders, latents, loop, settings, text, text_base
 from .cutouts import CutOuts, checkerboard, hidden, load_pair
+from .transparent_images import TransparentImages, load_encoder
 
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
+FILE = "transparent_adapter.safetensors"
+SHOWN = 4  # images of a user's own model in a grid
 
 
 class CutOutLatents:
@@ -46,6 +51,20 @@ class CutOutLatents:
         return text.PLAIN.format(what=what) if rng.random() < 0.3 else what
 
 
+@dataclass(frozen=True)
+class Task:
+    """batch: of numbers below `count`, and of those to check, and of a draw. words: as diffusion.loss_of takes them.
+    show: the images of a grid [N,3,S,S], so many in a row.
+    """
+
+    model: nn.Module
+    batch: Callable[[np.ndarray, int], latents.Batch]
+    count: int
+    check: np.ndarray
+    words: diffusion.Words | None
+    show: Callable[[nn.Module], tuple[Tensor, int]]
+
+
 def build(config: dict, folder: Path) -> nn.Module:
     """The trained denoiser, frozen, with low-rank terms on every attention's projections, which are all that learns."""
     from peft import LoraConfig, inject_adapter_in_model
@@ -60,32 +79,73 @@ def build(config: dict, folder: Path) -> nn.Module:
     return model
 
 
-def train(config: dict, folder: Path, minutes: float | None, save_every: float) -> nn.Module:
-    root = folder.parent
+def _mini(config: dict, root: Path) -> Task:
     autoencoder = latents.load_autoencoder(root)
     encoder, decoder = load_pair(root / "transparency")
     pool = CutOutLatents(
         CutOuts(root / "scenes", config["cutouts"], config["side"], config["longer_side"]), autoencoder, encoder
     )
-    levels = formulas.noise_levels()
 
-    def loss(model, step, rank):
-        rng = np.random.default_rng((config["seed"], step, rank))
-        return diffusion.loss_of(
-            model, pool.batch(rng.integers(0, config["cutouts"], config["batch"]), step), config, levels, rng
-        )
-
-    @torch.no_grad()
-    def validate(model, step):
-        batch = pool.batch(np.arange(64), 0)
-        error = diffusion.loss_of(
-            model, batch, {**config, "empty_prompt": 0, "unknown_words": 0}, levels, np.random.default_rng(0)
-        )
+    def show(model: nn.Module) -> tuple[Tensor, int]:
         names = [entry.prompts[0] for entry in renderer.catalogue().values() if not entry.held_out]
         latent = diffusion.sample(model, names[::2][:24], config["side"]).cpu()
         found = decoder(autoencoder.decode(latent).clamp(0, 1), latent).clamp(0, 1)
         board = checkerboard(config["side"])
-        loop.save_grid(folder / "grid.png", found[:, 1:] * found[:, :1] + board * (1 - found[:, :1]), 8)
+        return found[:, 1:] * found[:, :1] + board * (1 - found[:, :1]), 8
+
+    return Task(build(config, root), pool.batch, config["cutouts"], np.arange(64), None, show)
+
+
+def _own(config: dict, root: Path, base: text_base.Base) -> Task:
+    """Of a user's own model and images. Raises TrainingError."""
+    folder = settings.given(config, "foregrounds")
+    settings.given(config, "transparent_encoder")
+    pool = TransparentImages(root / "scenes", base, load_encoder(config), folder, config["side"])
+    count = image_folders.learnt(len(pool.paths), config["held_out"])
+    known = base.words(pool.captions, root / "scenes")
+
+    def words(prompts: list[str]) -> tuple[Tensor, ...]:
+        return known(prompts)[:2]
+
+    def show(model: nn.Module) -> tuple[Tensor, int]:
+        prompts = pool.captions[count:][:SHOWN]
+        latent = diffusion.sample(model, prompts, config["side"], steps=config["sampling_steps"], words=words)
+        return base.decode(latent).cpu(), len(prompts)
+
+    torch.manual_seed(config["seed"])
+    model = text_base.Denoiser(base, config["rank"], config["gradient_checkpointing"])
+    return Task(model, pool.batch, count, np.arange(count, len(pool.paths)), words, show)
+
+
+def train(config: dict, folder: Path, minutes: float | None, save_every: float) -> nn.Module:
+    from accelerate import PartialState
+
+    base = text_base.load(config) if "base" in config else None
+    task = _mini(config, folder.parent) if base is None else _own(config, folder.parent, base)
+    levels = formulas.noise_levels()
+
+    def loss(model, step, rank):
+        rng = np.random.default_rng((config["seed"], step, rank))
+        batch = task.batch(rng.integers(0, task.count, config["batch"]), step)
+        return diffusion.loss_of(model, batch, config, levels, rng, task.words)
+
+    @torch.no_grad()
+    def validate(model, step):
+        plain = {**config, "empty_prompt": 0, "unknown_words": 0}
+        batch = task.batch(task.check, 0)
+        error = diffusion.loss_of(model, batch, plain, levels, np.random.default_rng(0), task.words)
+        loop.save_grid(folder / "grid.png", *task.show(model))
         return {key: value.item() for key, value in error.items()}
 
-    return loop.fit(build(config, root), loss, validate, config, folder, minutes, save_every)
+    trained = loop.fit(task.model, loss, validate, config, folder, minutes, save_every)
+    if base is not None and PartialState().is_main_process:  # `publish` writes the mini family's
+        write(folder, trained, config, base)
+    return trained
+
+
+def write(folder: Path, model: nn.Module, config: dict, base: text_base.Base) -> None:
+    """The file that users load."""
+    state = {f"model.{text_base.host_key(key, base.names)}": value for key, value in model.state_dict().items()}
+    about = export.describe("adapter", folder, config, f"RGBA images of {Path(config['foregrounds']).name}")
+    export.save(folder / FILE, published_adapter(state), about | {"base": base.family, "licence": base.licence})
+    print(f"{folder / FILE}: put it into ComfyUI's models/layer_model.", flush=True)

@@ -1,5 +1,5 @@
 """An inpainting model to fine-tune, read from its single file into diffusers' classes: Stable Diffusion 1.5 and 2, and
-the mini family's own.
+the mini family's own. What text_base.py needs of such files too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -51,21 +52,10 @@ def load(path: Path | None) -> Base:
     """
     if path is None:
         return _mini()
-    try:
-        state = {key: value.float() for key, value in _stored(path).items() if value.is_floating_point()}
-    except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError) as error:
-        reason = str(error).split("\n")[0][:160]
-        raise settings.TrainingError(
-            f"base: {path} cannot be read ({reason}); give a .safetensors or .ckpt checkpoint."
-        ) from error
-    if f"{UNET}{FIRST}" not in state:
-        raise settings.TrainingError(
-            f"base: {path} holds no UNet under {UNET}*; give the whole checkpoint of an inpainting model, with its "
-            "autoencoder and text encoder."
-        )
+    state = {key: value.float() for key, value in read(path).items()}
     family, entry = _family(path, state)
     card = device()
-    autoencoder = _autoencoder(path, state).to(card)
+    autoencoder = autoencoder_of(path, state).to(card)
     scale = autoencoder.config.scaling_factor
 
     def encode(images: Tensor) -> Tensor:
@@ -77,6 +67,25 @@ def load(path: Path | None) -> Base:
     return Base(
         family, _unet(state, entry["unet"]), encode, decode, _null(path, state, entry["text"]), entry["licence"]
     )
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """A checkpoint's numbers as precise as they are stored. Raises TrainingError for a file that is not there, damaged,
+    or holds no UNet.
+    """
+    try:
+        state = {key: value for key, value in _stored(path).items() if value.is_floating_point()}
+    except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError) as error:
+        reason = str(error).split("\n")[0][:160]
+        raise settings.TrainingError(
+            f"base: {path} cannot be read ({reason}); give a .safetensors or .ckpt checkpoint."
+        ) from error
+    if f"{UNET}{FIRST}" not in state:
+        raise settings.TrainingError(
+            f"base: {path} holds no UNet under {UNET}*; give the whole checkpoint, with its autoencoder and text "
+            "encoder."
+        )
+    return state
 
 
 def _stored(path: Path) -> dict[str, Tensor]:
@@ -141,11 +150,12 @@ def _unet(state: dict[str, Tensor], shape: dict) -> nn.Module:
     return unet.eval().requires_grad_(False)
 
 
-def _autoencoder(path: Path, state: dict[str, Tensor]) -> nn.Module:
+def autoencoder_of(path: Path, state: dict[str, Tensor], **options) -> nn.Module:
+    """Stable Diffusion's, in diffusers' class, from a checkpoint's weights. Raises TrainingError."""
     from diffusers import AutoencoderKL
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    autoencoder = AutoencoderKL(**AUTOENCODER)
+    autoencoder = AutoencoderKL(**AUTOENCODER, **options)
     _fill(autoencoder, convert_ldm_vae_checkpoint(state, autoencoder.config), path, "autoencoder")
     return autoencoder.eval().requires_grad_(False)
 
@@ -153,22 +163,31 @@ def _autoencoder(path: Path, state: dict[str, Tensor]) -> nn.Module:
 @torch.no_grad()
 def _null(path: Path, state: dict[str, Tensor], shape: dict) -> Tensor:
     """[1,77,D]: the empty prompt's states, from the checkpoint's own text encoder."""
-    from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_open_clip_checkpoint
-    from transformers import CLIPTextConfig, CLIPTextModel
+    encoder = text_encoder(path, state, shape)
+    tokens = torch.full((1, LENGTH), encoder.config.pad_token_id)
+    tokens[0, :2] = torch.tensor([BEGIN, END])
+    return encoder(tokens).last_hidden_state
 
-    shape = dict(shape)
-    padding = shape.pop("pad_token_id", END)  # Stable Diffusion 2 fills up with "!"
-    encoder = CLIPTextModel(CLIPTextConfig(**shape, bos_token_id=BEGIN, eos_token_id=END, pad_token_id=padding))
-    if any(key.startswith("cond_stage_model.model.") for key in state):
-        found = convert_open_clip_checkpoint(encoder, state)
+
+def text_encoder(path: Path, state: dict[str, Tensor], shape: dict, prefix: str = "cond_stage_model.") -> nn.Module:
+    """CLIP's, in transformers' class, from a checkpoint's weights under OpenAI's or OpenCLIP's names. shape: of
+    transformers' config; with a projection_dim it gives pooled vectors too. Raises TrainingError.
+    """
+    from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_open_clip_checkpoint
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    kind = CLIPTextModelWithProjection if "projection_dim" in shape else CLIPTextModel
+    padding = {"pad_token_id": END} | shape  # Stable Diffusion 2 and OpenCLIP fill up with "!"
+    encoder = kind(CLIPTextConfig(**padding, bos_token_id=BEGIN, eos_token_id=END))
+    own = {key: value for key, value in state.items() if key.startswith(prefix)}
+    if any(key.startswith(f"{prefix}model.") for key in own):
+        found = convert_open_clip_checkpoint(encoder, own, f"{prefix}model.")
     else:
-        found = convert_ldm_clip_checkpoint(state)
+        found = convert_ldm_clip_checkpoint(own)
     known = encoder.state_dict()  # transformers 5 has dropped the prefix
     found = {key if key in known else key.removeprefix("text_model."): value for key, value in found.items()}
     _fill(encoder, {key: value for key, value in found.items() if key in known}, path, "text encoder")
-    tokens = torch.full((1, LENGTH), padding)
-    tokens[0, :2] = torch.tensor([BEGIN, END])
-    return encoder.eval()(tokens).last_hidden_state
+    return encoder.eval().requires_grad_(False)
 
 
 def _fill(network: nn.Module, state: dict[str, Tensor], path: Path, what: str) -> None:
@@ -178,3 +197,25 @@ def _fill(network: nn.Module, state: dict[str, Tensor], path: Path, what: str) -
         raise settings.TrainingError(
             f"base: {path} lacks the {what}'s weights, such as {missing[0]}; give the whole checkpoint."
         )
+
+
+class Stored(nn.Linear):
+    """Weights of any precision, fp8 too, taken in the precision that is computed in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
+
+def fill_as_stored(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """A model without contents gets these: frozen, linear layers as precise as they come, all else in float32."""
+    state = dict(state)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.__class__ = Stored
+        else:
+            keys = (f"{name}.{part}" for part in ("weight", "bias"))
+            state |= {key: state[key].float() for key in keys if key in state}
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)

@@ -66,7 +66,26 @@ REAL = {
     "composites": "folder of images with the objects, each with a background of the same name",
     "masks": "folder of masks of the same names, white where the object is; found by comparison when there is none",
 }
+LAYERS = {
+    "base": "text-to-image checkpoint of Stable Diffusion 1.5 or SDXL, one .safetensors or .ckpt file; the mini "
+    "family's when there is none. Sizes and rates are then those of models_config, not of models_config/mini, and the "
+    "next options are needed",
+    "transparent_encoder": "LayerDiffuse's transparent encoder for that model: layer_sd15_vae_transparent_encoder or "
+    "vae_transparent_encoder.safetensors",
+}
 OPTIONS = {
+    "adapter": LAYERS
+    | {
+        "foregrounds": "folder of RGBA images, one object each; captions lie beside them in .txt files of the same "
+        "name, or are the images' own names"
+    },
+    "dreamlayer": LAYERS
+    | {
+        "scenes": "folder of layered files, PSD or OpenRaster: the lowest layer is the background, the layers' names "
+        "are their prompts",
+        "adapter": "file that makes the objects transparent, of python -m training adapter or "
+        "layer_xl_transparent_attn.safetensors; objects on gray when there is none",
+    },
     "latent_composition": FILL,
     "back_to_front": FILL | TEXT,
     "back_to_front_real": FILL | TEXT | REAL,
@@ -87,6 +106,7 @@ OPTIONS = {
     },
 }
 FOR_BASES = CONFIGS.parent
+NEED_A_BASE = ("adapter", "dreamlayer")  # before they take anything else of a user's own
 # With its default settings glibc gives memory back and takes it again on every step, which costs seconds at random.
 # mallopt's numbers of M_MMAP_MAX, M_TRIM_THRESHOLD (-1 is never) and M_TOP_PAD.
 ALLOCATOR = {-4: 0, -1: -1, -2: 2**28}
@@ -215,6 +235,8 @@ def run(arguments: list[str] | None) -> int:
     if options.what in OTHERS:
         return OTHERS[options.what](options)
     given = {key: getattr(options, key) for key in OPTIONS.get(options.what, {}) if getattr(options, key)}
+    if options.what in NEED_A_BASE and given and "base" not in given:
+        raise TrainingError(f"--{next(iter(given)).replace('_', '-')} goes with a model of your own; give --base too.")
     standard = options.config == CONFIGS / f"{options.what}.json"
     config = read_config(
         FOR_BASES / f"{options.what}.json" if standard and "base" in given else options.config, options.set
@@ -222,7 +244,7 @@ def run(arguments: list[str] | None) -> int:
     config |= {key: str(path.resolve()) for key, path in given.items()}
     trainer = importlib.import_module(f".{MODULES.get(options.what, options.what)}", __package__)
     least = 2 * getattr(trainer, "CHECK", 0)  # scenes kept for validation
-    if config.get("scenes", least) < least:
+    if isinstance(config.get("scenes"), int) and config["scenes"] < least:
         raise SystemExit(
             f"error: scenes is {config['scenes']}, and {trainer.CHECK} of them are kept for validation; set it to "
             f"{least} or more."

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from ..scenes import renderer
 from ..techniques import diffusion
 from . import latents, loop, sampling, settings, text
 
+Words = Callable[[list[str]], tuple[Tensor, ...]]  # prompts to what a model takes for them, one row each
 CHECK = 64  # the last scenes of the pool are kept for validation
 
 
@@ -24,12 +26,18 @@ def build(config: dict) -> TextToImage:
 
 
 def loss_of(
-    model: nn.Module, batch: latents.Batch, config: dict, levels: Tensor, rng: np.random.Generator
+    model: nn.Module,
+    batch: latents.Batch,
+    config: dict,
+    levels: Tensor,
+    rng: np.random.Generator,
+    words: Words | None = None,
 ) -> dict[str, Tensor]:
     """Weighted squared error of the predicted noise; one prompt in `1 / empty_prompt` is left out, for classifier-free
     guidance.
 
-    levels: [timesteps], the share of variance left at each. Scalars: what is minimised, and the plain error.
+    levels: [timesteps], the share of variance left at each. words: what the model takes for prompts; the mini family's
+    rows of tokens when there are none. Scalars: what is minimised, and the plain error.
     Source: ddpm, Eq. 14, weighted by minsnr
     Source: cfg, Alg. 1 (training with prompts left out)
     """
@@ -37,13 +45,13 @@ def loss_of(
     timesteps = torch.from_numpy(rng.integers(0, len(levels), size))
     noise = torch.from_numpy(rng.standard_normal(batch.latent.shape, np.float32))
     kept = rng.random(size) >= config["empty_prompt"]
-    rows = text.rows([prompt if keep else "" for prompt, keep in zip(batch.prompts, kept, strict=True)])
-    rows = text.with_unknown(rows, config["unknown_words"], rng)
+    prompts = [prompt if keep else "" for prompt, keep in zip(batch.prompts, kept, strict=True)]
+    said = words(prompts) if words else (text.with_unknown(text.rows(prompts), config["unknown_words"], rng),)
     level = levels[timesteps]
     given = diffusion.add_noise(batch.latent, noise, level)
     if batch.condition is not None:
         given = torch.cat([given, batch.condition], 1)
-    predicted = model(given.to(device), timesteps.to(device), rows.to(device))
+    predicted = model(given.to(device), timesteps.to(device), *(part.to(device) for part in said))
     error = (predicted - noise.to(device)).square().mean((1, 2, 3))
     weight = diffusion.noise_loss_weight(level, config["snr_gamma"]).float().to(device)
     return {"loss": (weight * error).mean(), "error": error.mean().detach()}
@@ -58,17 +66,21 @@ def sample(
     steps: int = 20,
     guidance: float = 4.0,
     seed: int = 0,
+    words: Words | None = None,
 ) -> Tensor:
-    """[B,4,side/8,side/8] of B prompts. condition: [B,5,side/8,side/8] of a model that inpaints."""
+    """[B,4,side/8,side/8] of B prompts. condition: [B,5,side/8,side/8] of a model that inpaints. words: as for
+    loss_of.
+    """
     device = next(model.parameters()).device
     latent = torch.randn(
         len(prompts), 4, side // latents.FACTOR, side // latents.FACTOR, generator=torch.Generator().manual_seed(seed)
     ).to(device)
-    rows = text.rows(prompts + [""] * len(prompts)).to(device)
+    both = prompts + [""] * len(prompts)
+    said = [part.to(device) for part in (words(both) if words else (text.rows(both),))]
 
     def noise(latent, timestep):
         given = latent if condition is None else torch.cat([latent, condition.to(device)], 1)
-        return model(torch.cat([given] * 2), torch.full((2 * len(prompts),), timestep, device=device), rows).chunk(2)
+        return model(torch.cat([given] * 2), torch.full((len(both),), timestep, device=device), *said).chunk(2)
 
     return sampling.ddim(noise, latent, steps, guidance)
 

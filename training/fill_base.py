@@ -4,16 +4,15 @@ autoencoders and text encoders, read from a user's own files into diffusers' and
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from ..networks import flux
 from . import base as bases
 from . import flux_fill, published, rgba_autoencoder, settings
+from .captions import Captions, fill
 
 CONFIG = settings.PACK / "models_config" / "fill_bases.json"
 MINI, FLUX = "Strata mini", "FLUX.1-Fill [dev]"
@@ -28,7 +28,6 @@ OPTIONS = ("base", "vae", "rgba_vae", "text_encoders", "foregrounds", "backgroun
 ENCODERS = ("text_encoder", "text_encoder_2")  # CLIP's and T5's, in a diffusers folder
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 CLIP_TOKENS = 77
-AT_ONCE = 8
 KERNELS = ("encoder.down_blocks.{}.resnets.0.conv1.weight", "encoder.down.{}.block.0.conv1.weight")
 
 Words = Callable[[list[str]], tuple[Tensor, Tensor]]  # captions to states [B,T,D] and pooled [B,P]
@@ -55,7 +54,7 @@ def load(config: dict) -> Base:
     """
     if not any(name in config for name in OPTIONS):
         return _mini()
-    paths = {name: _given(config, name) for name in OPTIONS[: 4 if "stage" in config else 3]}
+    paths = {name: settings.given(config, name) for name in OPTIONS[: 4 if "stage" in config else 3]}
     entry = json.loads(CONFIG.read_text())[FLUX]
     shape = entry["transformer"] | _depths(paths["base"], entry["transformer"])
     encoders = paths.get("text_encoders")
@@ -69,7 +68,7 @@ def load(config: dict) -> Base:
         FLUX,
         KL(paths["vae"], "vae", 3, entry["latent"]),
         KL(paths["rgba_vae"], "rgba-vae", 4, entry["latent"]),
-        lambda captions, folder: Captions(folder, encoders, captions, config["text_tokens"]),
+        lambda captions, folder: encode(encoders, captions, folder, config["text_tokens"]),
         lambda: _transformer(paths["base"], shape),
         entry["licence"],
     )
@@ -81,17 +80,6 @@ def _mini() -> Base:
     rgba = rgba_autoencoder.build("published").eval().requires_grad_(False)
     words = flux_fill.Words(encoder, settings.family()["flux_tokens"])
     return Base(MINI, autoencoder, rgba, lambda captions, folder: words, published.flux_fill, "GPL-3.0, as the pack")
-
-
-def _given(config: dict, name: str) -> Path:
-    """Raises TrainingError."""
-    option = name.replace("_", "-")
-    if not config.get(name):
-        raise settings.TrainingError(f"--{option} is needed for a base of your own; docs/training.md says what it is.")
-    path = Path(config[name])
-    if not path.exists():
-        raise settings.TrainingError(f"--{option}: {path} is not there; give another path.")
-    return path
 
 
 def _plain(key: str) -> str:
@@ -126,19 +114,10 @@ def _depths(path: Path, shape: dict) -> dict[str, int]:
     }
 
 
-class Stored(nn.Linear):
-    """Weights of any precision, fp8 too, taken in the precision that is computed in."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
-
-
 def to_fp8(model: nn.Module) -> None:
     """The blocks' stored matrices. Low-rank terms come first: they take their first values in the base's precision."""
     for name, module in model.named_modules():
-        if isinstance(module, Stored) and "transformer_blocks." in name:
+        if isinstance(module, bases.Stored) and "transformer_blocks." in name:
             module.weight.data = module.weight.data.to(torch.float8_e4m3fn)
 
 
@@ -152,13 +131,7 @@ def _transformer(path: Path, shape: dict) -> nn.Module:
     missing = sorted(model.state_dict().keys() - state.keys())
     if missing:
         raise settings.TrainingError(f"--base: {path} lacks {missing[0]}; it is damaged, so get it again.")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            module.__class__ = Stored
-        elif f"{name}.weight" in state:
-            state[f"{name}.weight"] = state[f"{name}.weight"].float()  # norms
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(False)
+    return bases.fill_as_stored(model, state)
 
 
 class KL(nn.Module):
@@ -212,56 +185,22 @@ class KL(nn.Module):
         return (images / 2 + 0.5).to(latents.device)
 
 
-class Captions:
-    """Captions as T5's states and CLIP's pooled vector, encoded once and kept on disk in fp16; the text encoders are
-    gone after that. No token is masked, as in Flux itself.
-    """
+def encode(encoders: Path, captions: list[str], folder: Path, tokens: int) -> Captions:
+    """Captions as T5's states and CLIP's pooled vector. No token is masked, as in Flux itself."""
+    pooled, states = (json.loads((encoders / name / "config.json").read_text()) for name in ENCODERS)
+    weights = [(str(path), path.stat().st_size) for name in ENCODERS for path in sorted((encoders / name).iterdir())]
+    shapes = {"states": (tokens, states["d_model"]), "pooled": (pooled["hidden_size"],)}
+    return Captions(folder, captions, shapes, [tokens, weights], partial(_encode, encoders, tokens))
 
-    def __init__(self, folder: Path, encoders: Path, captions: list[str], tokens: int):
-        from accelerate import PartialState
 
-        found = sorted({"", *captions})
-        self.rows = {caption: row for row, caption in enumerate(found)}
-        weights = [
-            (str(path), path.stat().st_size) for name in ENCODERS for path in sorted((encoders / name).iterdir())
-        ]
-        digest = hashlib.sha256(json.dumps([found, tokens, weights]).encode()).hexdigest()[:10]
-        pooled, states = (json.loads((encoders / name / "config.json").read_text()) for name in ENCODERS)
-        shapes = {"states": (len(found), tokens, states["d_model"]), "pooled": (len(found), pooled["hidden_size"])}
-        paths = {kind: folder / f"captions-{digest}.{kind}" for kind in shapes}
-        with PartialState().main_process_first():
-            if not all(path.exists() for path in paths.values()):
-                folder.mkdir(parents=True, exist_ok=True)
-                self._encode(encoders, found, tokens, paths, shapes)
-        self.states, self.pooled = (np.memmap(paths[kind], np.float16, "r", shape=shapes[kind]) for kind in shapes)
+def _encode(encoders: Path, tokens: int, captions: list[str], arrays: dict[str, np.ndarray]) -> None:
+    from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        rows = [self.rows[prompt] for prompt in prompts]
-        return torch.from_numpy(self.states[rows]).float(), torch.from_numpy(self.pooled[rows]).float()
-
-    @staticmethod
-    @torch.no_grad()
-    def _encode(encoders: Path, captions: list[str], tokens: int, paths: dict, shapes: dict) -> None:
-        from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
-
-        card = bases.device()
-        dtype = torch.float32 if card.type == "cpu" else torch.bfloat16
-        for kind, network, name, tokenizer, length in (
-            ("pooled", CLIPTextModel, ENCODERS[0], TOKENIZERS[0], CLIP_TOKENS),
-            ("states", T5EncoderModel, ENCODERS[1], TOKENIZERS[1], tokens),
-        ):
-            split = AutoTokenizer.from_pretrained(encoders / tokenizer, local_files_only=True)
-            encoder = network.from_pretrained(encoders / name, local_files_only=True).to(card, dtype).eval()
-            partial = paths[kind].with_suffix(".partial")
-            values = np.memmap(partial, np.float16, "w+", shape=shapes[kind])
-            for start in range(0, len(captions), AT_ONCE):
-                part = captions[start : start + AT_ONCE]
-                ids = split(part, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-                made = encoder(ids.input_ids.to(card))
-                made = made.pooler_output if kind == "pooled" else made.last_hidden_state
-                values[start : start + len(part)] = made.float().cpu().numpy()
-            values.flush()
-            partial.replace(paths[kind])
-            del encoder
-        if card.type == "cuda":
-            torch.cuda.empty_cache()
+    for kind, network, name, tokenizer, length, output in (
+        ("pooled", CLIPTextModel, ENCODERS[0], TOKENIZERS[0], CLIP_TOKENS, "pooler_output"),
+        ("states", T5EncoderModel, ENCODERS[1], TOKENIZERS[1], tokens, "last_hidden_state"),
+    ):
+        split = AutoTokenizer.from_pretrained(encoders / tokenizer, local_files_only=True)
+        ids = split(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        encoder = network.from_pretrained(encoders / name, local_files_only=True)
+        fill([arrays[kind]], encoder, ids, bases.device(), lambda encoder, ids: [encoder(ids)[output]])  # noqa: B023

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -42,3 +43,24 @@ def check_sizes(paths: Iterable[Path], option: str) -> None:
     if len(set(sizes.values())) > 1:
         words = ", ".join(f"{path} has {width}×{height}" for path, (width, height) in sizes.items())
         raise settings.TrainingError(f"--{option}: images of one name need one size, and {words}; scale one of them.")
+
+
+def caption(path: Path) -> str:
+    """From the .txt file beside the image, or its own name. Raises TrainingError for names that say nothing."""
+    beside = path.with_suffix(".txt")
+    found = beside.read_text(encoding="utf-8") if beside.exists() else re.sub(r"[_\W]+", " ", path.stem)
+    if not any(character.isalpha() for character in found):
+        raise settings.TrainingError(
+            f"{path} has no caption; write one into {beside.name} beside it, or name the image after what it shows."
+        )
+    return found.strip()
+
+
+def learnt(count: int, held_out: int, what: str = "images") -> int:
+    """How many are left to learn from. Raises TrainingError."""
+    if count <= held_out:
+        raise settings.TrainingError(
+            f"there are {count} {what} and {held_out} of them are kept for validation; give more, or set held_out "
+            "lower."
+        )
+    return count - held_out

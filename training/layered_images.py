@@ -61,12 +61,7 @@ def samples(config: dict, folder: Path, base: fill_base.Base, check: int) -> dic
 
 
 def _of_items(config: dict, folder: Path, base: fill_base.Base, items: list[Item]) -> Samples:
-    count = len(items) - config["held_out"]
-    if count < 1:
-        raise settings.TrainingError(
-            f"there are {len(items)} images and {config['held_out']} of them are kept for validation; give more, or "
-            "set held_out lower."
-        )
+    count = image_folders.learnt(len(items), config["held_out"])
     pool = LayeredImages(folder, base, items, config["side"])
     captions = [item.caption for item in items]
     return Samples(pool.batch, lambda step: count, np.arange(count, len(items)), items[0].layer, captions)
@@ -96,7 +91,7 @@ def any_pairs(fronts: dict[str, Path], backgrounds: dict[str, Path], count: int)
     """So many random pairs."""
     rng = np.random.default_rng(0)
     (*front,), (*behind,) = fronts.values(), backgrounds.values()
-    _check_alpha(front)
+    check_alpha(front)
     draws = zip(rng.integers(0, len(behind), count), rng.integers(0, len(front), count), strict=True)
     return [Item(behind[one], front[other], layer=True) for one, other in draws]
 
@@ -116,7 +111,7 @@ def same_names(config: dict, option: str) -> list[Item]:
         fronts, {name for name, caption in captions.items() if caption}, "caption in a .txt file beside it", option
     )
     if layer:
-        _check_alpha(fronts.values())
+        check_alpha(fronts.values())
     items = [Item(backgrounds[name], path, layer, masks.get(name), captions[name]) for name, path in fronts.items()]
     for item in items:
         image_folders.check_sizes((path for path in (item.front, item.background, item.mask) if path), option)
@@ -132,7 +127,8 @@ def _all_have(wanted: dict[str, Path], having: set[str], what: str, option: str)
         )
 
 
-def _check_alpha(paths) -> None:
+def check_alpha(paths) -> None:
+    """Raises TrainingError for images of --foregrounds that have none."""
     for path in paths:
         image = image_folders.header(path)
         if "A" not in image.getbands() and "transparency" not in image.info:
@@ -170,12 +166,12 @@ class LayeredImages(data.ScenePool):
             where = difference(np.asarray(front)[..., :3], np.asarray(behind))
         if not where.any():
             raise settings.TrainingError(f"{item.mask or item.front} shows no object; take it away.")
-        box = _bounds(where)
-        cut = _square(front.size, box)
-        square = cut if behind.size == front.size else _square(behind.size, (0, 0, *behind.size))
+        box = bounds(where)
+        cut = square(front.size, box)
+        whole = cut if behind.size == front.size else square(behind.size, (0, 0, *behind.size))
         background, image = (
             np.asarray(one.resize((self.side,) * 2, Image.Resampling.BICUBIC, edges), np.float32) / 255
-            for one, edges in ((behind, square), (front, cut))
+            for one, edges in ((behind, whole), (front, cut))
         )
         box = _scaled(box, cut, self.side)
         if item.layer:
@@ -219,13 +215,13 @@ def difference(composite: np.ndarray, background: np.ndarray) -> np.ndarray:
     return whole[: apart.shape[0], : apart.shape[1]]
 
 
-def _bounds(where: np.ndarray) -> tuple[int, int, int, int]:
+def bounds(where: np.ndarray) -> tuple[int, int, int, int]:
     """Left, top, right, bottom."""
     rows, columns = (np.nonzero(where.any(axis))[0] for axis in (1, 0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def _square(size: tuple[int, int], box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+def square(size: tuple[int, int], box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
     """As large as the image (width, height) allows, with the box as near the middle as can be."""
     edge = min(size)
     left, top = (min(max((box[axis] + box[axis + 2] - edge) // 2, 0), whole - edge) for axis, whole in enumerate(size))

@@ -88,6 +88,21 @@ def shared(model: nn.Module) -> dict:
     return {id(value): value for value in model.parameters() if not value.requires_grad}
 
 
+def save_what_learns(model: nn.Module) -> None:
+    """From now on the model's state, in checkpoints too, is what it learns; what is frozen is not missed there."""
+    learnt = {name for name, value in model.named_parameters() if value.requires_grad}
+
+    def drop(model: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+        for key in [key for key in state if key.startswith(prefix) and key.removeprefix(prefix) not in learnt]:
+            del state[key]
+
+    def miss(model: nn.Module, keys) -> None:
+        keys.missing_keys[:] = [key for key in keys.missing_keys if key in learnt]
+
+    model.register_state_dict_post_hook(drop)
+    model.register_load_state_dict_post_hook(miss)
+
+
 class Progress:
     """How far the run is; a part of the checkpoint."""
 

@@ -15,6 +15,17 @@ class TrainingError(RuntimeError):
     """One sentence for the person who trains: what is missing or wrong, and what to do."""
 
 
+def given(config: dict, name: str) -> Path:
+    """What a user names for a base of their own. Raises TrainingError when it is not named or not there."""
+    option = name.replace("_", "-")
+    if not config.get(name):
+        raise TrainingError(f"--{option} is needed for a base of your own; docs/training.md says what it is.")
+    path = Path(config[name])
+    if not path.exists():
+        raise TrainingError(f"--{option}: {path} is not there; give another path.")
+    return path
+
+
 def family() -> dict:
     """The sizes that all models of the family share."""
     return json.loads((CONFIGS / "sd.json").read_text())

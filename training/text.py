@@ -36,11 +36,16 @@ def token_ids() -> list[int]:
     return sorted({-1} | {number for row in tokenizer()(words)["input_ids"] for number in row})
 
 
+def clip_ids(prompts: list[str]) -> Tensor:
+    """[B,77] of CLIP's numbers, cut after 75 words and filled up with the end token as ComfyUI does."""
+    found = tokenizer()(prompts, padding="max_length", max_length=LENGTH, truncation=True)
+    return torch.tensor(found["input_ids"])
+
+
 def rows(prompts: list[str]) -> Tensor:
     """[B,77] rows of the embedding, filled up with the end token as ComfyUI does; 0 for a word that was not trained."""
     place = {number: row for row, number in enumerate(token_ids())}
-    numbers = tokenizer()(prompts, padding="max_length", max_length=LENGTH, truncation=True)["input_ids"]
-    return torch.tensor([[place.get(number, 0) for number in row] for row in numbers])
+    return torch.tensor([[place.get(number, 0) for number in row] for row in clip_ids(prompts).tolist()])
 
 
 def with_unknown(rows: Tensor, share: float, rng: np.random.Generator) -> Tensor:

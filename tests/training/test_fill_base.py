@@ -146,14 +146,14 @@ def test_captions_are_what_fluxs_pipeline_makes_of_them(files, tmp_path):
         transformer=None,
     )
     captions = ["a red apple", "two pears, lying on a table that is much too small for them"]
-    words = fill_base.Captions(tmp_path, folder, captions, 8)
+    words = fill_base.encode(folder, captions, tmp_path, 8)
     prompts = [*captions, ""]
     states, pooled, _ = pipeline.encode_prompt(prompts, None, max_sequence_length=8)
     found = words(prompts)
     for own, wanted in zip(found, (states, pooled), strict=True):
         assert own.shape == wanted.shape and torch.allclose(own, wanted, rtol=1e-3, atol=2e-3) and wanted.std() > 0.1
     times = [path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())]
-    again = fill_base.Captions(tmp_path, folder, captions[::-1], 8)(prompts)
+    again = fill_base.encode(folder, captions[::-1], tmp_path, 8)(prompts)
     assert times == [path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())] and len(times) == 2
     assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
 
