@@ -1,5 +1,7 @@
 """Fitted layers against float64 loops over pixels, least squares with constraints, and cases whose answer is known."""
 
+import figures
+import figures_fit
 import numpy as np
 import pytest
 import torch
@@ -233,3 +235,13 @@ def test_any_size_and_shape(size):
     stack = LayerStack((7, 9), (Layer(draw(9, 7, 3)), Layer(draw(9, 7, 4, seed=1)), Layer(draw(2, 1, 4), x=6, y=3)))
     fitted = fitting.fit_stack(stack, image)
     assert fitted.stack.canvas == (size[1], size[0]) and error(fitted.stack, image) < 1 / 255
+
+
+@pytest.mark.slow
+def test_the_figures_of_simulated_decomposers_hold():
+    """A sample of them is too small for how often faults are found."""
+    measured = figures_fit.measure(figures.sample(figures_fit))
+    for column in measured.values():
+        for figure in [name for name in column if name.endswith(("precision", "recall"))]:
+            del column[figure]
+    figures.check("fit", measured)
