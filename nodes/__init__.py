@@ -9,6 +9,7 @@ from . import (
     decompose,
     depth,
     edit_layers,
+    finish,
     fusion,
     generate,
     harmonize,
@@ -33,6 +34,7 @@ MODULES = (
     generate,
     decompose,
     back_to_front,
+    finish,
     redraw,
 )
 

@@ -118,7 +118,11 @@ def _typed(name: str, value, kinds, wanted: str):
 
 
 def check_image(image: torch.Tensor, socket: str) -> torch.Tensor:
-    """[B,H,W,3|4], finite, about 0..1; returned as float32. Raises ValueError."""
+    """[B,H,W,3|4], finite, about 0..1; returned as float32. Frames of videos, [B,T,H,W,C] as autoencoders of video give
+    them, become images. Raises ValueError.
+    """
+    if isinstance(image, torch.Tensor) and image.ndim == 5:
+        image = image.flatten(0, 1)
     if not isinstance(image, torch.Tensor) or image.ndim != 4 or image.shape[-1] not in (3, 4) or 0 in image.shape:
         raise ValueError(f"{socket}: {_what(image)} is not an image of 3 or 4 channels; connect an IMAGE output.")
     return _in_range(image, socket, "an image", IMAGE_RANGE)

@@ -10,7 +10,7 @@ from PIL import ImageColor
 
 from ..formats.raster import modes_note, to_bytes, with_formulas
 from ..formats.sheet import contact_sheet
-from ..techniques import arrange, geometry
+from ..techniques import arrange, geometry, received
 from ..techniques.compositing import flatten_image, preview
 from ..techniques.layers import BLEND_MODES, MAX_SIDE, LayerStack, read_layers, write_layers
 from .inputs import named, save_temporary
@@ -60,14 +60,61 @@ class LayersFromImages(Node):
                     tooltip="Layer names, one per line, back to front. Layers with an empty line or none are "
                     "called Layer 1, Layer 2 and so on.",
                 ),
+                io.Image.Input(
+                    "original",
+                    optional=True,
+                    tooltip="For layers of a decomposer: the image that they are of, of any size. It helps to find "
+                    "what their alpha means, which of them is the whole image, and their order.",
+                ),
+                io.Combo.Input(
+                    "alpha",
+                    options=list(received.ALPHAS),
+                    default=received.ALPHAS[0],
+                    optional=True,
+                    tooltip="What the alpha of the images means. straight: colours are as they are. premultiplied: "
+                    "colours are darkened by it. inverted: 1 is transparent, in masks 1 is opaque. auto finds it.",
+                ),
+                io.Boolean.Input(
+                    "drop",
+                    default=False,
+                    optional=True,
+                    tooltip="Leave out images that are blank, there twice, or the whole image among its layers, as "
+                    "Qwen-Image-Layered gives it first. The node says which.",
+                ),
+                io.Combo.Input(
+                    "order",
+                    options=list(received.ORDERS),
+                    default=received.ORDERS[0],
+                    optional=True,
+                    tooltip="as given: the first image at the back. reversed: the last one. by recomposition: the "
+                    "order in which they make up the original best.",
+                ),
+                io.Boolean.Input(
+                    "crop",
+                    default=False,
+                    optional=True,
+                    tooltip="Cut every layer to what is seen of it. It stays where it is on the canvas.",
+                ),
             ],
             outputs=[layers_output()],
         )
 
     @classmethod
-    def execute(cls, images, names, masks=None, layers=None):
+    def execute(cls, images, names, masks=None, layers=None, original=None, **wishes):
         below = None if layers is None else read_layers(layers)
-        return shown_layers(arrange.from_images(images, masks, names, below))
+        grown = arrange.from_images(images, masks, names, below)
+        before = len(grown.layers) - len(images)
+        of_images = LayerStack((images.shape[2], images.shape[1]), grown.layers[before:])
+        new, notes = received.take_in(of_images, _only(original), received.Wishes(**wishes))
+        return shown_layers(grown.with_layers((*grown.layers[:before], *new.layers)), notes=notes)
+
+
+def _only(original: torch.Tensor | None) -> torch.Tensor | None:
+    if original is not None and len(original) != 1:
+        raise ValueError(
+            f"original: there are {len(original)} images and the layers are of one; connect a single image."
+        )
+    return None if original is None else original[0]
 
 
 def image_inputs(image: str, mask: str, optional: bool) -> list:

@@ -64,17 +64,20 @@ def spread_residual(image: Tensor, alpha: Tensor, foreground: Tensor, background
     return foreground, background
 
 
-def exact_layers(image: Tensor, alpha: Tensor, foreground: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
+def exact_layers(
+    image: Tensor, alpha: Tensor, foreground: Tensor, background: Tensor, give: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Layers in 0..1 near the given ones that make up the image in every pixel; all [B,3,H,W], alpha [B,1,H,W].
 
     The smallest change of both that adds up, then the foreground within what the image allows, and the background as
     what is left. Where a layer is not seen at all it stays, within 0..1.
+    give: how readily the background changes beside the foreground; for several layers the sum of their squared shares.
     Source: ours, the projection onto Eq. 1 of LayeringDiff, which leaves the sum to the networks
     """
     alpha, behind = alpha.double(), 1 - alpha.double()
     image, foreground, background = image.double().clamp(0, 1), foreground.double(), background.double()
     missing = image - alpha * foreground - behind * background
-    foreground = foreground + alpha * missing / (alpha.square() + behind.square())
+    foreground = foreground + alpha * missing / (alpha.square() + behind.square() * give)
     seen = alpha.clamp(min=1e-9)
     low = ((image - behind) / seen).clamp(0, 1)
     high = (image / seen).clamp(0, 1)

@@ -27,6 +27,7 @@ SCRIPTED = (
     "decompose_sd15",
     "object_insertion_inpaint",
     "foreground_flux_fill",
+    "score_gate_api",
 )
 # Inputs whose choices are what lies in a folder, or what this ComfyUI has.
 FROM_DISK = {

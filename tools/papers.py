@@ -39,6 +39,8 @@ PAPERS = {
     "ssim": "SSIM (Wang et al. 2004, Image quality assessment)",
     "matting": "Alpha matting benchmark (Rhemann et al., CVPR 2009)",
     "layerd": "LayerD (Suzuki et al., ICCV 2025)",
+    "immerkaer": "Fast noise variance estimation (Immerkaer 1996)",
+    "sigmafilter": "The sigma filter (Lee 1983, Digital image smoothing and the sigma filter)",
     "fid": "FID (arXiv 1706.08500)",
     "kid": "KID (arXiv 1801.01401)",
     "w3c": "W3C Compositing and Blending Level 1",
