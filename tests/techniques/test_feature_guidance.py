@@ -65,7 +65,8 @@ def test_half_precision_features_are_compared_in_single():
     ]
 
 
-def test_with_linear_features_the_updates_go_straight_to_the_composition():
+@pytest.mark.parametrize("flow", [False, True])
+def test_with_linear_features_the_updates_go_straight_to_the_composition(flow):
     """Psi = z: each iteration takes the share 2 eta w / C of the way, to one scene where its mask is and to the other
     elsewhere.
     """
@@ -76,7 +77,7 @@ def test_with_linear_features_the_updates_go_straight_to_the_composition():
         torch.tensor(2.0, dtype=torch.float64),
     )
     masks = torch.stack([1 - torch.eye(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)])
-    scale = (1 + sigma**2).sqrt()
+    scale = 1 if flow else (1 + sigma**2).sqrt()
     wanted = featglac.composite_latent(front, back, masks[1])
     assert torch.equal(wanted[..., 1, 1], front[..., 1, 1]) and torch.equal(wanted[..., 0, 1], back[..., 0, 1])
     z, energies = latent / scale, []
@@ -85,7 +86,7 @@ def test_with_linear_features_the_updates_go_straight_to_the_composition():
         energy = featglac.composition_energy({0: z}, {0: torch.stack([back, front])}, masks, {0: 1.5}, [1.0, 1.0])
         (gradient,) = torch.autograd.grad(energy.sum(), z)
         energies.append(energy.item())
-        x = featglac.guided_update(z.detach() * scale, gradient, sigma, 0.4)
+        x = featglac.guided_update(z.detach() * scale, gradient, sigma, 0.4, flow)
         assert torch.allclose(
             x / scale - wanted, (z.detach() - wanted) * (1 - 2 * 0.4 * 1.5 / 4), rtol=0, atol=1e-12
         ), iteration
@@ -139,3 +140,37 @@ def test_level_weights_count_from_the_finest():
     ):
         with pytest.raises(ValueError, match=f"level_weights: .*{word}"):
             featglac.parse_level_weights(text, 3)
+
+
+def test_block_weights_name_blocks_or_count_from_the_last_usual_one():
+    blocks, usual = ["double 0", "double 1", "single 0"], ["double 1", "single 0"]
+    assert featglac.parse_block_weights("0.2, 8.5", blocks, usual) == {"double 1": 0.2, "single 0": 8.5}
+    assert featglac.parse_block_weights(" 3 ", blocks, usual) == {"single 0": 3.0}
+    assert featglac.parse_block_weights("", blocks, usual) == {}
+    assert featglac.parse_block_weights("Double  0: 2, single 0:0,", blocks, usual) == {"double 0": 2.0}
+    for text, word in (
+        ("double 2: 1", "'double 2' is no block"),
+        ("double 1: 1, 8.5", "'' is no block"),
+        ("double 1:", "'double 1' is no block of this model with a weight"),
+        ("double 1: -1", "negative"),
+        ("double 1: a", "not a list"),
+        ("1, 1, 1", "2 levels"),
+    ):
+        with pytest.raises(ValueError, match=f"level_weights: .*{word}"):
+            featglac.parse_block_weights(text, blocks, usual)
+
+
+def test_features_in_units_of_the_scenes_deviation():
+    draw = torch.Generator().manual_seed(3)
+    own, scenes = torch.randn(2, 5, 3, 4, generator=draw), torch.randn(3, 2, 5, 3, 4, generator=draw)
+    features, sources = featglac.relative_to_scenes({"a": own}, {"a": scenes})
+    for batch in range(2):
+        deviation = np.std(scenes[:, batch].double().numpy(), axis=(0, 2, 3), ddof=1)
+        assert torch.allclose(features["a"][batch], own[batch] / torch.tensor(deviation).view(5, 1, 1).float())
+    scaled = featglac.relative_to_scenes({"a": own.half()}, {"a": scenes * 2.0})
+    assert torch.allclose(scaled[0]["a"], features["a"] / 2, atol=2e-3) and torch.allclose(scaled[1]["a"], sources["a"])
+    still = scenes.clone()
+    still[:, :, 0] = 4.0  # a channel that shows nothing counts by a tenth of the mean deviation
+    unit = 0.1 * still.std((0, 3, 4)).mean(1)
+    found = featglac.relative_to_scenes({"a": own}, {"a": still})[0]["a"]
+    assert torch.allclose(found[:, 0], own[:, 0] / unit.view(2, 1, 1))
