@@ -296,6 +296,7 @@ class FeatureGuider(comfy.samplers.CFGGuider):
         settings, used = self.settings, [number for number, weight in enumerate(self.weights) if weight]
         sources = self._sources(used, x, sigma, options)
         network, energies = self.inner_model.diffusion_model, []
+        units = self._units(sources)
         with differentiable(network, settings.checkpointing):
             for iteration in range(settings.iterations):
                 comfy.model_management.throw_exception_if_processing_interrupted()
@@ -303,15 +304,14 @@ class FeatureGuider(comfy.samplers.CFGGuider):
                 call_unet(probe, self.inner_model, self.conds["positive"], x, sigma, options)
                 probe.check(len(x), "positive")
                 with torch.inference_mode(False), torch.enable_grad():
-                    masks, features = self.level_masks[used].clone(), (probe.features, sources)
-                    if isinstance(network, Flux):
-                        features = featglac.relative_to_scenes(*features)
                     energy = featglac.composition_energy(
-                        *features,
-                        masks,
+                        probe.features,
+                        sources,
+                        self.level_masks[used].clone(),
                         self.level_weights,
                         [self.weights[number] for number in used],
                         settings.norm,
+                        units,
                     ) * featglac.iteration_factor(iteration, settings.norm)
                     (gradient,) = torch.autograd.grad(energy.sum(), probe.latent)
                 energies.append(energy.sum().item())
@@ -323,6 +323,13 @@ class FeatureGuider(comfy.samplers.CFGGuider):
                 x = featglac.guided_update(x, gradient, sigma, settings.step_size, self.flow)
         self.energies.append(energies)
         return x
+
+    def _units(self, sources: dict[featglac.Level, Tensor]) -> dict[featglac.Level, Tensor]:
+        """Of Flux's channels; none of a UNet's, whose features count as they are."""
+        if not isinstance(self.inner_model.diffusion_model, Flux):
+            return {}
+        with torch.inference_mode(False):  # autograd keeps them
+            return {level: featglac.channel_units(values) for level, values in sources.items()}
 
     def _sources(self, used: list[int], x: Tensor, sigma: Tensor, options: dict) -> dict[featglac.Level, Tensor]:
         """Features [P,B,C,h,w] of the scenes at this noise level, for each level."""

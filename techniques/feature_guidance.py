@@ -68,11 +68,13 @@ def composition_energy(
     level_weights: dict[Level, float],
     plane_weights: list[float],
     norm: str = "l2",
+    units: dict[Level, Tensor] | None = None,
 ) -> Tensor:
     """[B]: G of a composite; features {level: [B,C,h,w]}, sources {level: [P,B,C,h,w]}, masks [P,H,W] of what is seen
     of each plane.
 
-    plane_weights [P]: 1 for the background and lambda for the foreground in the paper.
+    plane_weights [P]: 1 for the background and lambda for the foreground in the paper. units {level: [B,C,1,1]}: what
+    features are divided by, see channel_units.
     Source: featglac, Eq. 4
     """
     term = {"l2": feature_energy_l2, "l1": feature_energy_l1}[norm]
@@ -80,10 +82,11 @@ def composition_energy(
     precise = torch.promote_types(first.dtype, torch.float32)
     energy = first.new_zeros(len(first), dtype=precise)
     for level, weight in level_weights.items():
-        own = features[level].to(precise)
+        unit = units[level] if units else 1
+        own = features[level].to(precise) / unit
         at_level = masks_at_level(masks, (own.shape[2], own.shape[3])).to(own)
         for source, mask, share in zip(sources[level], at_level, plane_weights, strict=True):
-            energy = energy + weight * share * term(own, source.to(own), mask)
+            energy = energy + weight * share * term(own, source.to(own) / unit, mask)
     return energy
 
 
@@ -163,21 +166,14 @@ def parse_block_weights(text: str, blocks: list[str], usual: list[str]) -> dict[
     return {names[place]: weight for place, weight in parse_level_weights(",".join(numbers), len(names)).items()}
 
 
-def relative_to_scenes(
-    features: dict[str, Tensor], sources: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Both in units of each channel's deviation over the places of the scenes; features {block: [B,C,h,w]}, sources
-    {block: [P,B,C,h,w]}, in float32 or more.
+def channel_units(sources: Tensor) -> Tensor:
+    """[B,C,1,1]: each channel's deviation over the places of the scenes, which a transformer's features are measured
+    in; sources [P,B,C,h,w], of more than one place. The result is in float32 or more.
 
     A channel that hardly differs over the scenes counts by a tenth of the mean deviation.
     Source: ours, one step size for channels of any size
     Differs: a transformer adds its blocks' results to one stream, whose channels differ in size by orders of magnitude,
     and from model to model; a UNet's features are taken as they are, as in the paper.
     """
-    precise = {level: source.to(torch.promote_types(source.dtype, torch.float32)) for level, source in sources.items()}
-    found = {}
-    for level, source in precise.items():
-        deviation = source.std((0, 3, 4), keepdim=True)
-        unit = deviation.maximum(0.1 * deviation.mean(2, keepdim=True))
-        found[level] = features[level].to(unit) / unit[0], source / unit
-    return {level: own for level, (own, _) in found.items()}, {level: source for level, (_, source) in found.items()}
+    deviation = sources.to(torch.promote_types(sources.dtype, torch.float32)).std((0, 3, 4))[..., None, None]
+    return deviation.maximum(0.1 * deviation.mean(1, keepdim=True))

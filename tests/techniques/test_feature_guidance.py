@@ -53,6 +53,10 @@ def test_the_energy_is_the_weighted_sum_over_levels_and_planes(norm):
             expected += level_weights[level] * plane_weights[plane] * term
     found = featglac.composition_energy(features, sources, masks, level_weights, plane_weights, norm)
     assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-12)
+    units = {level: values(20 + level, 2, 5 - level, 1, 1).abs() for level in sizes}
+    scaled = ({level: value[level] * units[level] for level in sizes} for value in (features, sources))
+    found = featglac.composition_energy(*scaled, masks, level_weights, plane_weights, norm, units)
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-12)
 
 
 def test_half_precision_features_are_compared_in_single():
@@ -160,17 +164,14 @@ def test_block_weights_name_blocks_or_count_from_the_last_usual_one():
             featglac.parse_block_weights(text, blocks, usual)
 
 
-def test_features_in_units_of_the_scenes_deviation():
+def test_a_channels_unit_is_its_deviation_over_the_scenes():
     draw = torch.Generator().manual_seed(3)
-    own, scenes = torch.randn(2, 5, 3, 4, generator=draw), torch.randn(3, 2, 5, 3, 4, generator=draw)
-    features, sources = featglac.relative_to_scenes({"a": own}, {"a": scenes})
+    scenes = torch.randn(3, 2, 5, 3, 4, generator=draw) * torch.tensor([1.0, 90.0, 40.0, 7.0, 10.0]).view(5, 1, 1)
+    units = featglac.channel_units(scenes.half())
+    assert units.shape == (2, 5, 1, 1) and units.dtype == torch.float32
     for batch in range(2):
-        deviation = np.std(scenes[:, batch].double().numpy(), axis=(0, 2, 3), ddof=1)
-        assert torch.allclose(features["a"][batch], own[batch] / torch.tensor(deviation).view(5, 1, 1).float())
-    scaled = featglac.relative_to_scenes({"a": own.half()}, {"a": scenes * 2.0})
-    assert torch.allclose(scaled[0]["a"], features["a"] / 2, atol=2e-3) and torch.allclose(scaled[1]["a"], sources["a"])
-    still = scenes.clone()
-    still[:, :, 0] = 4.0  # a channel that shows nothing counts by a tenth of the mean deviation
-    unit = 0.1 * still.std((0, 3, 4)).mean(1)
-    found = featglac.relative_to_scenes({"a": own}, {"a": still})[0]["a"]
-    assert torch.allclose(found[:, 0], own[:, 0] / unit.view(2, 1, 1))
+        deviation = np.std(scenes[:, batch].half().double().numpy(), axis=(0, 2, 3), ddof=1)
+        # A channel that shows next to nothing counts by a tenth of the mean deviation.
+        wanted = np.maximum(deviation, deviation.mean() / 10)
+        assert wanted[0] > deviation[0] and (wanted[1:] == deviation[1:]).all()
+        assert units[batch, :, 0, 0].numpy() == pytest.approx(wanted, rel=1e-5)
