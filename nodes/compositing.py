@@ -243,7 +243,8 @@ def level_weights_input():
         "level_weights",
         default=Settings.level_weights,
         tooltip="Weights of the decoder's levels, the last number for the finest; "
-        "earlier levels hold less of an image's look. The paper: 0.2 and 8.5 for the last two.",
+        "earlier levels hold less of an image's look. The paper: 0.2 and 8.5 for the last two. With Flux the numbers "
+        "are for two early blocks; or name blocks, as in double 1: 8.5, single 0: 2.",
     )
 
 
@@ -271,7 +272,7 @@ class FeatureGuidance(Node):
             "for the size.",
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="SD1.5, SD2, SDXL or the mini family, the one that inverted the scenes."
+                    "model", tooltip="SD1.5, SD2, SDXL, Flux.1 or the mini family, the one that inverted the scenes."
                 ),
                 io.Conditioning.Input(
                     "positive",
@@ -347,7 +348,7 @@ class FeatureGuidance(Node):
                     "checkpointing",
                     default=False,
                     tooltip="Computes activations twice in place of keeping them: a fraction of the memory, "
-                    "about a third more time.",
+                    "about a third more time. With Flux it is always so.",
                 ),
                 io.Combo.Input(
                     "unconditional",
@@ -388,8 +389,8 @@ class InsertAtDepth(Node):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="An inpainting model is best: SD1.5, SD2, SDXL or the mini family. IPAdapter and the like "
-                    "go in front.",
+                    tooltip="An inpainting model is best: SD1.5, SD2, SDXL, Flux.1-Fill or the mini family. IPAdapter "
+                    "and the like go in front.",
                 ),
                 io.Conditioning.Input(
                     "positive",

@@ -1,21 +1,27 @@
-"""FeatGLaC in ComfyUI's sampling: before each step the latent is moved until the decoder's features are those of the
-scenes that it is composed of.
+"""FeatGLaC in ComfyUI's sampling: before each step the latent is moved until the network's features are those of the
+scenes that it is composed of. They are the decoder's of a UNet, and what chosen blocks of Flux make of the image's
+tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import comfy.k_diffusion.sampling
 import comfy.model_management
+import comfy.patcher_extension
 import comfy.samplers
 import torch
+from comfy.ldm.flux.model import Flux
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel, Upsample
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from einops import rearrange
 from torch import Tensor, nn
 from tqdm.auto import trange
@@ -26,8 +32,10 @@ from .inversion import Inversion, is_flow, with_embedding
 
 STARTS = ("background inversion", "given latent")
 SAMPLERS = ("euler", "ddim")
+KEY, ROOM = "strata_feature_guidance", 2
 UNCONDITIONAL = ("negative", "null-text of the background")
 INPAINTING = ("concat_latent_image", "concat_mask")  # what InpaintModelConditioning leaves in a conditioning
+FLUX = json.loads((Path(__file__).parent.parent / "models_config" / "feature_guidance.json").read_text())["flux"]
 # Keys of a conditioning that no batch can share.
 APART = {"area", "mask", "control", "gligen", "hooks", "default", "timestep_start", "timestep_end"}
 
@@ -77,14 +85,41 @@ def decoder_levels(unet: nn.Module) -> list[nn.Module]:
     return [module for module in last[:-1] if isinstance(module, Upsample)] + last[-1:]
 
 
+def flux_blocks(flux: Flux) -> dict[str, nn.Module]:
+    """By name, in the order in which they run; numbers are ComfyUI's own, from 0."""
+    return {f"double {number}": block for number, block in enumerate(flux.double_blocks)} | {
+        f"single {number}": block for number, block in enumerate(flux.single_blocks)
+    }
+
+
+def levels_of(network: UNetModel | Flux) -> dict[featglac.Level, nn.Module]:
+    """What gives features, in the order in which it runs."""
+    return flux_blocks(network) if isinstance(network, Flux) else dict(enumerate(decoder_levels(network)))
+
+
+def level_weights(network: UNetModel | Flux, text: str) -> dict[featglac.Level, float]:
+    """Raises ValueError."""
+    names = list(levels_of(network))
+    if not isinstance(network, Flux):
+        return featglac.parse_level_weights(text, len(names))
+    usual = [names[round(share * len(names))] for share in FLUX["levels"]]
+    return featglac.parse_block_weights(text, names, usual)
+
+
+def is_supported(model: ModelPatcher) -> bool:
+    network = model.model.diffusion_model
+    if isinstance(network, Flux):
+        return not network.params.global_modulation
+    return isinstance(network, UNetModel) and not is_flow(model)
+
+
 def guider(
     model: ModelPatcher, positive: list, negative: list, cfg: float, planes: Planes, settings: Settings
 ) -> FeatureGuider:
     """Raises ValueError for a model that has no decoder of this kind, and for level weights that do not fit it."""
-    if not isinstance(model.model.diffusion_model, UNetModel) or is_flow(model):
+    if not is_supported(model):
         raise ValueError(
-            "model: feature guidance works with SD1.5, SD2, SDXL and the Strata mini family; load a checkpoint of one "
-            "of them."
+            "model: feature guidance works with SD1.5, SD2, SDXL, Flux.1 and the Strata mini family; load one of them."
         )
     if settings.unconditional == UNCONDITIONAL[1]:
         if planes.planes[0].inversion.null is None:
@@ -101,9 +136,8 @@ def guider(
     found.set_conds(positive, negative)
     found.set_cfg(cfg)
     found.planes, found.settings = planes, settings
-    found.level_weights = featglac.parse_level_weights(
-        settings.level_weights, len(decoder_levels(model.model.diffusion_model))
-    )
+    found.flow = is_flow(model)
+    found.level_weights = level_weights(model.model.diffusion_model, settings.level_weights)
     return found
 
 
@@ -124,7 +158,8 @@ class FeatureGuider(comfy.samplers.CFGGuider):
 
     planes: Planes
     settings: Settings
-    level_weights: dict[int, float]
+    level_weights: dict[featglac.Level, float]
+    flow: bool
     energies: list[list[float]]
 
     def sample(self, noise, latent_image, sampler, sigmas, *args, **kwargs):
@@ -169,6 +204,13 @@ class FeatureGuider(comfy.samplers.CFGGuider):
             settings.iterations and settings.step_size and self.level_weights and any(self.weights[1:] or self.weights)
         )
 
+    def outer_sample(self, *args, **kwargs):
+        if isinstance(self.model_patcher.model.diffusion_model, Flux) and self.guides():
+            comfy.patcher_extension.add_wrapper_with_key(
+                WrappersMP.PREPARE_SAMPLING, KEY, _with_room, self.model_options, is_model_options=True
+            )
+        return super().outer_sample(*args, **kwargs)
+
     def inner_sample(self, noise, latent_image, device, sampler, sigmas, denoise_mask, *args, **kwargs):
         """The scenes' conditionings are prepared apart: ComfyUI would hand them the composite's ControlNets.
 
@@ -201,10 +243,10 @@ class FeatureGuider(comfy.samplers.CFGGuider):
                     f"planes: an inversion of {shape[0]} images does not go with {len(latent)} latents; invert one "
                     "image, or one for each."
                 )
-            if plane.inversion.flow:
+            if plane.inversion.flow != self.flow:
+                kind = "flow matching" if plane.inversion.flow else "noise prediction"
                 raise ValueError(
-                    "planes: an inversion was made with a flow matching model; invert the image with the model that "
-                    "samples."
+                    f"planes: an inversion was made with a {kind} model; invert the image with the model that samples."
                 )
         return featglac.visible_masks([plane.mask for plane in self.planes.planes], *latent.shape[2:])
 
@@ -253,22 +295,23 @@ class FeatureGuider(comfy.samplers.CFGGuider):
         """K iterations at one noise level."""
         settings, used = self.settings, [number for number, weight in enumerate(self.weights) if weight]
         sources = self._sources(used, x, sigma, options)
-        unet, energies = self.inner_model.diffusion_model, []
-        with differentiable(unet, settings.checkpointing):
+        network, energies = self.inner_model.diffusion_model, []
+        units = self._units(sources)
+        with differentiable(network, settings.checkpointing):
             for iteration in range(settings.iterations):
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                probe = Probe(unet, self.level_weights, gradient=True)
+                probe = Probe(network, self.level_weights, gradient=True)
                 call_unet(probe, self.inner_model, self.conds["positive"], x, sigma, options)
                 probe.check(len(x), "positive")
                 with torch.inference_mode(False), torch.enable_grad():
-                    masks = self.level_masks[used].clone()
                     energy = featglac.composition_energy(
                         probe.features,
                         sources,
-                        masks,
+                        self.level_masks[used].clone(),
                         self.level_weights,
                         [self.weights[number] for number in used],
                         settings.norm,
+                        units,
                     ) * featglac.iteration_factor(iteration, settings.norm)
                     (gradient,) = torch.autograd.grad(energy.sum(), probe.latent)
                 energies.append(energy.sum().item())
@@ -277,11 +320,18 @@ class FeatureGuider(comfy.samplers.CFGGuider):
                         "step_size: the guidance grew beyond all numbers at this size of step; lower step_size or "
                         "level_weights."
                     )
-                x = featglac.guided_update(x, gradient, sigma, settings.step_size)
+                x = featglac.guided_update(x, gradient, sigma, settings.step_size, self.flow)
         self.energies.append(energies)
         return x
 
-    def _sources(self, used: list[int], x: Tensor, sigma: Tensor, options: dict) -> dict[int, Tensor]:
+    def _units(self, sources: dict[featglac.Level, Tensor]) -> dict[featglac.Level, Tensor]:
+        """Of Flux's channels; none of a UNet's, whose features count as they are."""
+        if not isinstance(self.inner_model.diffusion_model, Flux):
+            return {}
+        with torch.inference_mode(False):  # autograd keeps them
+            return {level: featglac.channel_units(values) for level, values in sources.items()}
+
+    def _sources(self, used: list[int], x: Tensor, sigma: Tensor, options: dict) -> dict[featglac.Level, Tensor]:
         """Features [P,B,C,h,w] of the scenes at this noise level, for each level."""
         if not self.settings.cache:
             return self._record(used, x, sigma, options)
@@ -302,7 +352,7 @@ class FeatureGuider(comfy.samplers.CFGGuider):
         for key in [key for key in recorded if key[1] not in levels]:
             del recorded[key]
 
-    def _record(self, used: list[int], x: Tensor, sigma: Tensor, options: dict) -> dict[int, Tensor]:
+    def _record(self, used: list[int], x: Tensor, sigma: Tensor, options: dict) -> dict[featglac.Level, Tensor]:
         """In one batch where the scenes' conditionings allow it, else one scene after the other."""
         latents = [self._scene(number, sigma, x) for number in used]
         joined = _join([self.plane_conds[number] for number in used], len(x))
@@ -324,21 +374,26 @@ class FeatureGuider(comfy.samplers.CFGGuider):
 
 
 class Probe:
-    """Around one call of the UNet: keeps the features of the levels that have a weight, and stops behind the last of
+    """Around one call of the network: keeps the features of the levels that have a weight, and stops behind the last of
     them.
     """
 
-    def __init__(self, unet: nn.Module, levels, gradient: bool):
-        modules = decoder_levels(unet)
-        self.modules = {level: modules[level] for level in levels}
-        self.gradient, self.calls = gradient, 0
-        self.features: dict[int, Tensor] = {}
+    def __init__(self, network: UNetModel | Flux, levels: Collection, gradient: bool):
+        self.network, self.gradient, self.calls = network, gradient, 0
+        self.modules = {level: module for level, module in levels_of(network).items() if level in levels}
+        self.features: dict[featglac.Level, Tensor] = {}
         self.latent: Tensor | None = None  # the network's input, which the features are a function of
 
     def __call__(self, executor, x: Tensor, *args, **kwargs) -> Tensor:
         self.calls += 1
         hooks = [module.register_forward_hook(partial(self._keep, level)) for level, module in self.modules.items()]
-        channels = executor.class_obj.out_channels
+        channels = self.network.out_channels
+        if isinstance(self.network, Flux):
+            patch = self.network.patch_size
+            channels //= patch**2
+            self.size = [-(-side // patch) for side in x.shape[2:]]
+            first = self.network.double_blocks[0]
+            hooks.append(first.register_forward_pre_hook(self._count_text, with_kwargs=True))
         try:
             with torch.inference_mode(False) if self.gradient else nullcontext(), torch.set_grad_enabled(self.gradient):
                 network_input = x
@@ -353,10 +408,19 @@ class Probe:
                 hook.remove()
         return torch.zeros_like(x[:, :channels])
 
-    def _keep(self, level: int, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self.features[level] = output
-        if level == max(self.modules):
+    def _count_text(self, block: nn.Module, args: tuple, given: dict) -> None:
+        self.text = given["txt"].shape[1]
+
+    def _keep(self, level: featglac.Level, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        self.features[level] = self._grid(output) if isinstance(self.network, Flux) else output
+        if level == list(self.modules)[-1]:
             raise _Enough
+
+    def _grid(self, output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """[B,C,h,w] of a block's tokens, the image's own alone; a copy, since the next block adds to them in place."""
+        tokens = output[0] if isinstance(output, tuple) else output[:, self.text :]
+        height, width = self.size
+        return rearrange(tokens[:, : height * width], "b (h w) c -> b c h w", h=height).clone()
 
     def check(self, rows: int, socket: str) -> None:
         if self.calls != 1 or any(len(values) != rows for values in self.features.values()):
@@ -364,10 +428,23 @@ class Probe:
                 f"{socket}: several conditionings are combined, or none is for this step; feature guidance needs one "
                 "for the whole image."
             )
+        missing = self.modules.keys() - self.features.keys()
+        if missing:
+            raise ValueError(
+                f"model: a patch on it skips or replaces the block {min(missing)}, whose features guide; remove that "
+                "patch, or name another block in level_weights."
+            )
 
 
 class _Enough(Exception):
-    """The features are there; the rest of the UNet need not run."""
+    """The features are there; the rest of the network need not run."""
+
+
+def _with_room(executor, model: ModelPatcher, shape: tuple, *args, **kwargs):
+    """ComfyUI keeps free what twice the batch would take: what waits for the backward pass, the blocks' inputs and one
+    block's activations, is about as much as a plain step takes.
+    """
+    return executor(model, (ROOM * shape[0], *shape[1:]), *args, **kwargs)
 
 
 def _join(scenes: list[list[dict]], batch: int) -> list[dict] | None:

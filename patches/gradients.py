@@ -1,4 +1,4 @@
-"""Gradients through a UNet in ComfyUI's executor, which runs in inference mode and loads weights that autograd
+"""Gradients through a UNet or Flux in ComfyUI's executor, which runs in inference mode and loads weights that autograd
 refuses.
 """
 
@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
+import comfy.model_management
 import comfy.samplers
 import torch
+from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
 from comfy.ldm.modules.attention import SpatialTransformer, attention_pytorch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.patcher_extension import WrappersMP
@@ -26,6 +28,7 @@ BLOCK_PATCHES = (
     "output_block_patch",
 )
 MISSING = object()
+ADDING = (DoubleStreamBlock, SingleStreamBlock)  # blocks that add to what they are given, in place
 
 
 @contextmanager
@@ -35,31 +38,38 @@ def differentiable(unet: nn.Module, checkpointing: bool = False) -> Iterator[Non
     Parameters that layers use as they lie are views of the same memory, made outside of inference mode, so nothing is
     copied. Layers that cast or fetch theirs (manual cast, fp8, offloading, dynamic VRAM) get them as copies, because
     the host may use that memory again.
-    checkpointing: blocks compute their activations again in the backward pass in place of keeping them.
+    checkpointing: blocks compute their activations again in the backward pass in place of keeping them. Flux's always
+    do: a step at 1024 pixels would keep some 40 GB, and a second copy of all weights that are cast.
     Afterwards, also after an exception, the module holds the very objects that it held before.
     """
     with ExitStack() as undo:
         with torch.inference_mode(False):
             for module in unet.modules():
-                if _casts(module):
+                fetched = ("weight", "bias") if _casts(module) else ()
+                if fetched:
                     for name in ("weight_function", "bias_function"):
                         _swap(undo, module.__dict__, name, [*getattr(module, name), _copied])
                     _swap(undo, module.__dict__, "training", True)  # fp8 layers multiply without autograd otherwise
-                    continue
                 for table in (module._parameters, module._buffers):
                     for name, value in table.items():
-                        if type(value) in (Tensor, nn.Parameter) and (value.is_inference() or value.requires_grad):
+                        if (
+                            name not in fetched
+                            and type(value) in (Tensor, nn.Parameter)
+                            and (value.is_inference() or value.requires_grad)
+                        ):
                             view = _view(value)
                             own = nn.Parameter(view, requires_grad=False) if isinstance(value, nn.Parameter) else view
                             _swap(undo, table, name, own)
-        if checkpointing:
-            for table, name, block in [
-                (parent._modules, name, block)
-                for parent in unet.modules()
-                for name, block in parent._modules.items()
-                if isinstance(block, ResBlock | SpatialTransformer)
-            ]:
-                _swap(undo, table, name, _checkpointed(block))
+        if hasattr(comfy.model_management, "in_training"):  # newer hosts: a switch to positions that have a gradient
+            _swap(undo, vars(comfy.model_management), "in_training", True)
+        recomputed = (*ADDING, ResBlock, SpatialTransformer) if checkpointing else ADDING
+        for table, name, block in [
+            (parent._modules, name, block)
+            for parent in unet.modules()
+            for name, block in parent._modules.items()
+            if isinstance(block, recomputed)
+        ]:
+            _swap(undo, table, name, _checkpointed(block))
         yield
 
 
@@ -90,19 +100,46 @@ def _view(value: Tensor) -> Tensor:
 
 def _checkpointed(block: nn.Module) -> nn.Module:
     """The same block, hooks and all, under another forward. The host's own object is not touched."""
-    kind = type(block)
-    alias = object.__new__(type(f"Checkpointed{kind.__name__}", (kind,), {"forward": _recomputing}))
+    kind, parents = type(block), (_Adding,) if isinstance(block, ADDING) else ()
+    alias = object.__new__(type(f"Checkpointed{kind.__name__}", (_Recomputing, *parents, kind), {}))
     object.__setattr__(alias, "__dict__", block.__dict__)
     return alias
 
 
-def _recomputing(self, *args, **kwargs):
-    forward = super(type(self), self).forward
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(
-        forward, *map(_kept, args), use_reentrant=False, **{name: _kept(value) for name, value in kwargs.items()}
-    )
+class _Recomputing:
+    def forward(self, *args, **kwargs):
+        forward = super().forward
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(
+            forward, *map(_kept, args), use_reentrant=False, **{name: _kept(value) for name, value in kwargs.items()}
+        )
+
+
+class _Adding:
+    """A block of Flux whose sums are new tensors: autograd and the backward pass need the old ones, too."""
+
+    def forward(self, *args, **kwargs):
+        named = {name: _summing(value) if name in ("img", "txt", "x") else value for name, value in kwargs.items()}
+        found = super().forward(*map(_summing, args), **named)
+        return tuple(map(_plain, found)) if isinstance(found, tuple) else _plain(found)
+
+
+class _Sum(Tensor):
+    """`+=` gives a new one; everything else with it gives plain tensors."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __iadd__(self, other):
+        return _summing(self + other)
+
+
+def _summing(value):
+    return value.as_subclass(_Sum) if isinstance(value, Tensor) else value
+
+
+def _plain(value: Tensor) -> Tensor:
+    return value.as_subclass(Tensor)
 
 
 def _kept(value):
@@ -126,7 +163,7 @@ def call_unet(around: Callable, model, conds: list[dict], x: Tensor, sigma: Tens
     unet_wrappers = {**wrappers.get(WrappersMP.DIFFUSION_MODEL, {}), KEY: [around]}
     replaced = {
         name: {place: partial(_checked, patch) for place, patch in patches.items()}
-        if name.startswith("attn")
+        if name == "dit" or name.startswith("attn")
         else patches
         for name, patches in options.get("patches_replace", {}).items()
     }
@@ -151,6 +188,8 @@ def call_unet(around: Callable, model, conds: list[dict], x: Tensor, sigma: Tens
 
 def _attention(override: Callable | None, own: Callable, q: Tensor, *args, **kwargs) -> Tensor:
     """What another pack put in the place of ComfyUI's attention stays, as long as it lets the gradient through."""
+    if torch.is_grad_enabled():  # a mask comes from outside
+        args, kwargs = list(map(_kept, args)), {name: _kept(value) for name, value in kwargs.items()}
     if override is None:
         return attention_pytorch(q, *args, **kwargs)
     found = override(attention_pytorch, q, *args, **kwargs)
@@ -162,9 +201,11 @@ def _cut(found: Tensor, *inputs) -> bool:
     return not found.requires_grad and any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
 
 
-def _checked(patch: Callable, *args, **kwargs) -> Tensor:
+def _checked(patch: Callable, *args, **kwargs):
+    """The patch's result; those of Flux's blocks take and give dicts."""
+    inputs = list(args[0].values()) if isinstance(args[0], dict) else args
     found = patch(*args, **kwargs)
-    if _cut(found, *args):
+    if _cut(found["img"] if isinstance(found, dict) else found, *inputs):
         raise ValueError(
             "model: a patch on it replaces an attention block by one without gradients, which guidance and null-text "
             "need; remove that patch, or start ComfyUI with --use-pytorch-cross-attention."

@@ -14,6 +14,8 @@ NORMS = ("l2", "l1")
 RELEASED_FACTORS = (3.5, 1.25, 2.5, 2.5, 1.5)  # of the iterations of a step; the last one stays
 RELEASED_GAIN = 30 * 1.5
 
+Level = int | str  # of a UNet's decoder, 0 the deepest; of Flux a block's name
+
 
 def visible_masks(masks: list[Tensor | None], height: int, width: int) -> Tensor:
     """[P,H,W] in 0..1: where each plane is seen, from masks [H,W] back to front (1 = in the plane, any size, None =
@@ -60,17 +62,19 @@ def feature_energy_l1(features: Tensor, source: Tensor, mask: Tensor) -> Tensor:
 
 
 def composition_energy(
-    features: dict[int, Tensor],
-    sources: dict[int, Tensor],
+    features: dict[Level, Tensor],
+    sources: dict[Level, Tensor],
     masks: Tensor,
-    level_weights: dict[int, float],
+    level_weights: dict[Level, float],
     plane_weights: list[float],
     norm: str = "l2",
+    units: dict[Level, Tensor] | None = None,
 ) -> Tensor:
     """[B]: G of a composite; features {level: [B,C,h,w]}, sources {level: [P,B,C,h,w]}, masks [P,H,W] of what is seen
     of each plane.
 
-    plane_weights [P]: 1 for the background and lambda for the foreground in the paper.
+    plane_weights [P]: 1 for the background and lambda for the foreground in the paper. units {level: [B,C,1,1]}: what
+    features are divided by, see channel_units.
     Source: featglac, Eq. 4
     """
     term = {"l2": feature_energy_l2, "l1": feature_energy_l1}[norm]
@@ -78,10 +82,11 @@ def composition_energy(
     precise = torch.promote_types(first.dtype, torch.float32)
     energy = first.new_zeros(len(first), dtype=precise)
     for level, weight in level_weights.items():
-        own = features[level].to(precise)
+        unit = units[level] if units else 1
+        own = features[level].to(precise) / unit
         at_level = masks_at_level(masks, (own.shape[2], own.shape[3])).to(own)
         for source, mask, share in zip(sources[level], at_level, plane_weights, strict=True):
-            energy = energy + weight * share * term(own, source.to(own), mask)
+            energy = energy + weight * share * term(own, source.to(own) / unit, mask)
     return energy
 
 
@@ -94,14 +99,16 @@ def iteration_factor(iteration: int, norm: str) -> float:
     return 1.0 if norm == "l2" else RELEASED_GAIN * RELEASED_FACTORS[min(iteration, len(RELEASED_FACTORS) - 1)]
 
 
-def guided_update(latent: Tensor, gradient: Tensor, sigma: Tensor, step_size: float) -> Tensor:
-    """The latent [B,C,H,W] after one iteration, in ComfyUI's scale clean + sigma * noise; gradient: of G by the
-    network's input z.
+def guided_update(latent: Tensor, gradient: Tensor, sigma: Tensor, step_size: float, flow: bool = False) -> Tensor:
+    """The latent [B,C,H,W] after one iteration, in ComfyUI's scale clean + sigma * noise, or with flow (1 - sigma) *
+    clean + sigma * noise, sigma in 0..1; gradient: of G by the network's input z.
 
-    The paper's z is the latent divided by sqrt(1 + sigma²), and z - eta grad G is what is taken here.
+    z - eta grad G is what is taken. The paper's z is the latent divided by sqrt(1 + sigma²); of flow matching it is the
+    latent itself.
     Source: featglac, Sec. 3.3 (z - grad G, K times at each step), with the released code's step size
     """
-    return latent - step_size * (1 + sigma**2).sqrt() * gradient.to(latent)
+    scale = 1 if flow else (1 + sigma**2).sqrt()
+    return latent - step_size * scale * gradient.to(latent)
 
 
 def composite_latent(front: Tensor, back: Tensor, mask: Tensor) -> Tensor:
@@ -135,3 +142,38 @@ def parse_level_weights(text: str, levels: int) -> dict[int, float]:
             f"level_weights: {text[:60]!r} has a number that is negative or not finite; weights start at 0."
         )
     return {levels - len(values) + index: value for index, value in enumerate(values) if value}
+
+
+def parse_block_weights(text: str, blocks: list[str], usual: list[str]) -> dict[str, float]:
+    """{block: weight} of a transformer from `block: weight` pairs with commas between them, or from numbers alone,
+    which are for its usual blocks as parse_level_weights has them. blocks: the names of all, in the order in which they
+    run.
+
+    Raises ValueError.
+    Source: ours, the paper has levels of a UNet's decoder alone
+    """
+    parts = [part for part in text.split(",") if part.strip()]
+    if not any(":" in part for part in parts):
+        return {usual[level]: weight for level, weight in parse_level_weights(text, len(usual)).items()}
+    names, numbers = zip(*(part.rpartition(":")[::2] for part in parts), strict=True)
+    names = [" ".join(name.lower().split()) for name in names]
+    for name, number in zip(names, numbers, strict=True):
+        if name not in blocks or not number.strip():
+            raise ValueError(
+                f"level_weights: {name[:40]!r} is no block of this model with a weight behind it; write {blocks[0]} to "
+                f"{blocks[-1]} with a colon and a number, like {usual[-1]}: 8.5."
+            )
+    return {names[place]: weight for place, weight in parse_level_weights(",".join(numbers), len(names)).items()}
+
+
+def channel_units(sources: Tensor) -> Tensor:
+    """[B,C,1,1]: each channel's deviation over the places of the scenes, which a transformer's features are measured
+    in; sources [P,B,C,h,w], of more than one place. The result is in float32 or more.
+
+    A channel that hardly differs over the scenes counts by a tenth of the mean deviation.
+    Source: ours, one step size for channels of any size
+    Differs: a transformer adds its blocks' results to one stream, whose channels differ in size by orders of magnitude,
+    and from model to model; a UNet's features are taken as they are, as in the paper.
+    """
+    deviation = sources.to(torch.promote_types(sources.dtype, torch.float32)).std((0, 3, 4))[..., None, None]
+    return deviation.maximum(0.1 * deviation.mean(1, keepdim=True))

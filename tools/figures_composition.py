@@ -42,7 +42,7 @@ def photographs(number):
     )
 
 
-def composed(family, number):
+def composed(family, number, cfg):
     """What each method makes of a pair, [4,3,H,W], and photo, new place, truth, alpha and shadow, [1,·,H,W] each."""
     (words, photo), (place, background), truth = photographs(number)
     sigmas = family.sigmas(STEPS)
@@ -58,7 +58,7 @@ def composed(family, number):
     for start in (LATE, EARLY):
         plain = comfy.samplers.CFGGuider(family.model)
         plain.set_conds(positive, family.negative)
-        plain.set_cfg(CFG)
+        plain.set_cfg(cfg)
         back, front = (inversion.at(float(sigmas[start])) for inversion in inversions)
         pasted = composite_latent(front, back, masks_at_level(mask[None], back.shape[2:])[:, None])
         latents.append(plain.sample(pasted / sigmas[start], nothing, euler, sigmas[start:], disable_pbar=True))
@@ -66,7 +66,7 @@ def composed(family, number):
         family.model,
         positive,
         family.negative,
-        CFG,
+        cfg,
         Planes((Plane(inversions[0]), Plane(inversions[1], mask))),
         Settings(),
     )
@@ -83,14 +83,16 @@ def composed(family, number):
 
 
 @torch.inference_mode()
-def measure(seeds: range) -> dict[str, dict[str, list[float]]]:
+def measure(
+    seeds: range, family=None, cfg: float = CFG, sheet: str = "composition.png"
+) -> dict[str, dict[str, list[float]]]:
     """{method: {figure: one value a seed}}: less is better for all but features, the likeness of the cut-out to the
     photo's for the classifier.
     """
-    judge, family, rows = oracle.load(), Family(), []
+    judge, family, rows = oracle.load(), family or Family(), []
     found = {method: {} for method in METHODS}
     for seed in seeds:
-        pair = composed(family, seed)
+        pair = composed(family, seed, cfg)
         made, count = pair["made"], len(METHODS)
         truth, photo, alpha, shadow = (
             pair[key].expand(count, -1, -1, -1) for key in ("truth", "photo", "alpha", "shadow")
@@ -108,5 +110,5 @@ def measure(seeds: range) -> dict[str, dict[str, list[float]]]:
             for method, value in zip(METHODS, one.tolist(), strict=True):
                 found[method].setdefault(figure, []).append(value)
         rows.append(torch.cat([pair["photo"], pair["place"], made, pair["truth"]]))
-    loop.save_grid(OUTPUT / "composition.png", torch.cat(rows), len(rows[0]))
+    loop.save_grid(OUTPUT / sheet, torch.cat(rows), len(rows[0]))
     return found

@@ -7,7 +7,7 @@ from strata.patches import feature_guidance
 from strata.patches.feature_guidance import Plane, Planes, Settings
 from strata.patches.inversion import invert
 
-from . import fusion_reference
+from . import fusion_reference, small_models
 from .sampling_helpers import calm, conditioning, picture, sigmas_of
 
 STEPS, SIDE = 4, 8
@@ -22,6 +22,8 @@ def half_mask(side=SIDE):
 class Case:
     """A model with two inverted pictures, composed half and half."""
 
+    channels = 4
+
     def __init__(self, kind="mini", dtype=None, **changes):
         self.model = calm(fusion_reference.patcher(kind, **changes))
         if dtype is not None:
@@ -35,6 +37,13 @@ class Case:
         ]
         self.planes = Planes((Plane(self.inversions[0]), Plane(self.inversions[1], half_mask())))
 
+    def scale(self, sigma):
+        """What a latent is divided by for the network."""
+        return float((1 + sigma.double() ** 2).sqrt())
+
+    def picture(self, seed, batch=1, side=SIDE):
+        return torch.randn(batch, self.channels, side, side, generator=torch.Generator().manual_seed(seed))
+
     def guider(self, planes=None, model=None, positive=None, cfg=3.0, **settings):
         settings = {"step_size": 0.001, "iterations": 3, **settings}
         return feature_guidance.guider(
@@ -47,8 +56,8 @@ class Case:
         )
 
     def sample(self, guider, noise=None, latent=None, sampler="euler", mask=None, **more):
-        noise = picture(9) if noise is None else noise
-        latent = torch.zeros(len(noise), 4, *noise.shape[2:]) if latent is None else latent
+        noise = self.picture(9) if noise is None else noise
+        latent = torch.zeros_like(noise) if latent is None else latent
         return guider.sample(
             noise,
             latent,
@@ -65,6 +74,35 @@ class Case:
         guider.set_conds(self.positive, self.negative)
         guider.set_cfg(3.0)
         return self.sample(guider, **more)
+
+
+class FluxCase(Case):
+    """Flux's whole structure, small and random, or Flux-Fill's."""
+
+    channels = 16
+
+    def __init__(self, dtype=torch.float32, fill=False, **changes):
+        self.model = small_models.small_flux(**({"in_channels": 96} if fill else {}), **changes)
+        network = self.model.model.diffusion_model
+        with torch.no_grad():
+            network.final_layer.linear.weight *= 0.1  # as calm has it
+        network.to(dtype)
+        network.dtype = dtype
+        self.sigmas = sigmas_of(self.model, STEPS, "simple")
+        self.positive, self.negative = self.text(1), self.text(2)
+        self.inversions = [
+            invert(self.model, self.picture(seed), self.text(10 + seed), None, self.sigmas) for seed in (3, 4, 5)
+        ]
+        self.planes = Planes((Plane(self.inversions[0]), Plane(self.inversions[1], half_mask())))
+
+    def scale(self, sigma):
+        return 1.0
+
+    def text(self, seed, tokens=7, **extra):
+        generator = torch.Generator().manual_seed(seed)
+        width, pooled = (self.model.model.model_config.unet_config[key] for key in ("context_in_dim", "vec_in_dim"))
+        words = torch.randn(1, tokens, width, generator=generator)
+        return [[words, {"pooled_output": torch.randn(1, pooled, generator=generator), **extra}]]
 
 
 def with_adapter(model):

@@ -98,7 +98,7 @@ def sample(model, batch=1, steps=2, positive=None, latent=None, cfg=3.0, seed=1,
     )
 
 
-def small_flux():
+def small_flux(**changes):
     options = {
         "image_model": "flux",
         "in_channels": 16,
@@ -116,6 +116,7 @@ def small_flux():
         "qkv_bias": True,
         "guidance_embed": True,
         "dtype": torch.float32,
+        **changes,
         **({"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}),
     }
     model = comfy.model_base.Flux(comfy.supported_models.Flux(options))

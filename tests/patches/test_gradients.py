@@ -81,7 +81,7 @@ def gradient_and_differences(case, model, **settings):
     model.set_model_sampler_post_cfg_function(
         lambda args: recorded.update(x=args["input"].clone()) or args["denoised"], disable_cfg1_optimization=True
     )
-    scale = float((1 + sigma.double() ** 2).sqrt())
+    scale = case.scale(sigma)
     sigmas, euler = torch.stack([sigma, torch.tensor(0.0)]), comfy.samplers.sampler_object("euler")
 
     def energy(start, step_size=STEP):
@@ -91,7 +91,7 @@ def gradient_and_differences(case, model, **settings):
         guider.sample(start / sigma.double(), torch.zeros_like(start), euler, sigmas, disable_pbar=True)
         return guider.energies[0][0]
 
-    start = picture(9).double() * float(sigma)
+    start = case.picture(9).double() * float(sigma)
     energy(start)
     gradient = (start - recorded["x"]) / STEP / scale
     pairs = []

@@ -53,6 +53,10 @@ def test_the_energy_is_the_weighted_sum_over_levels_and_planes(norm):
             expected += level_weights[level] * plane_weights[plane] * term
     found = featglac.composition_energy(features, sources, masks, level_weights, plane_weights, norm)
     assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-12)
+    units = {level: values(20 + level, 2, 5 - level, 1, 1).abs() for level in sizes}
+    scaled = ({level: value[level] * units[level] for level in sizes} for value in (features, sources))
+    found = featglac.composition_energy(*scaled, masks, level_weights, plane_weights, norm, units)
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-12)
 
 
 def test_half_precision_features_are_compared_in_single():
@@ -65,7 +69,8 @@ def test_half_precision_features_are_compared_in_single():
     ]
 
 
-def test_with_linear_features_the_updates_go_straight_to_the_composition():
+@pytest.mark.parametrize("flow", [False, True])
+def test_with_linear_features_the_updates_go_straight_to_the_composition(flow):
     """Psi = z: each iteration takes the share 2 eta w / C of the way, to one scene where its mask is and to the other
     elsewhere.
     """
@@ -76,7 +81,7 @@ def test_with_linear_features_the_updates_go_straight_to_the_composition():
         torch.tensor(2.0, dtype=torch.float64),
     )
     masks = torch.stack([1 - torch.eye(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)])
-    scale = (1 + sigma**2).sqrt()
+    scale = 1 if flow else (1 + sigma**2).sqrt()
     wanted = featglac.composite_latent(front, back, masks[1])
     assert torch.equal(wanted[..., 1, 1], front[..., 1, 1]) and torch.equal(wanted[..., 0, 1], back[..., 0, 1])
     z, energies = latent / scale, []
@@ -85,7 +90,7 @@ def test_with_linear_features_the_updates_go_straight_to_the_composition():
         energy = featglac.composition_energy({0: z}, {0: torch.stack([back, front])}, masks, {0: 1.5}, [1.0, 1.0])
         (gradient,) = torch.autograd.grad(energy.sum(), z)
         energies.append(energy.item())
-        x = featglac.guided_update(z.detach() * scale, gradient, sigma, 0.4)
+        x = featglac.guided_update(z.detach() * scale, gradient, sigma, 0.4, flow)
         assert torch.allclose(
             x / scale - wanted, (z.detach() - wanted) * (1 - 2 * 0.4 * 1.5 / 4), rtol=0, atol=1e-12
         ), iteration
@@ -139,3 +144,34 @@ def test_level_weights_count_from_the_finest():
     ):
         with pytest.raises(ValueError, match=f"level_weights: .*{word}"):
             featglac.parse_level_weights(text, 3)
+
+
+def test_block_weights_name_blocks_or_count_from_the_last_usual_one():
+    blocks, usual = ["double 0", "double 1", "single 0"], ["double 1", "single 0"]
+    assert featglac.parse_block_weights("0.2, 8.5", blocks, usual) == {"double 1": 0.2, "single 0": 8.5}
+    assert featglac.parse_block_weights(" 3 ", blocks, usual) == {"single 0": 3.0}
+    assert featglac.parse_block_weights("", blocks, usual) == {}
+    assert featglac.parse_block_weights("Double  0: 2, single 0:0,", blocks, usual) == {"double 0": 2.0}
+    for text, word in (
+        ("double 2: 1", "'double 2' is no block"),
+        ("double 1: 1, 8.5", "'' is no block"),
+        ("double 1:", "'double 1' is no block of this model with a weight"),
+        ("double 1: -1", "negative"),
+        ("double 1: a", "not a list"),
+        ("1, 1, 1", "2 levels"),
+    ):
+        with pytest.raises(ValueError, match=f"level_weights: .*{word}"):
+            featglac.parse_block_weights(text, blocks, usual)
+
+
+def test_a_channels_unit_is_its_deviation_over_the_scenes():
+    draw = torch.Generator().manual_seed(3)
+    scenes = torch.randn(3, 2, 5, 3, 4, generator=draw) * torch.tensor([1.0, 90.0, 40.0, 7.0, 10.0]).view(5, 1, 1)
+    units = featglac.channel_units(scenes.half())
+    assert units.shape == (2, 5, 1, 1) and units.dtype == torch.float32
+    for batch in range(2):
+        deviation = np.std(scenes[:, batch].half().double().numpy(), axis=(0, 2, 3), ddof=1)
+        # A channel that shows next to nothing counts by a tenth of the mean deviation.
+        wanted = np.maximum(deviation, deviation.mean() / 10)
+        assert wanted[0] > deviation[0] and (wanted[1:] == deviation[1:]).all()
+        assert units[batch, :, 0, 0].numpy() == pytest.approx(wanted, rel=1e-5)
