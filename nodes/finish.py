@@ -1,4 +1,4 @@
-"""Nodes of the menu category Strata/Finish: layers of any decomposer made exact, and judged."""
+"""Nodes of the menu category Strata/Finish: layers made exact, layers judged, shadow and light as layers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from comfy_api.latest import io
 
 from ..formats.raster import to_bytes
-from ..techniques import fitting, received, scoring
+from ..techniques import effects, fitting, received, scoring
 from ..techniques.compositing import TRANSPARENT, flatten
 from ..techniques.geometry import rasterise
-from ..techniques.layers import LayerStack, read_layers, write_layers
-from .layers_edit import layers_output
+from ..techniques.layers import Layer, LayerStack, read_layers, write_layers
+from .layers_edit import layers_input, layers_output
 from .sockets import Layers, Node, schema, told
 
 DECOMPOSERS = ["Qwen-Image-Layered", "LayerD", "See-through", "Seedream", "decompose"]
@@ -199,4 +199,77 @@ def _stretched(stack: LayerStack, image: torch.Tensor) -> list[str]:
     return [f"The layers are {width}×{height} and the image is {wide}×{tall}, so they were stretched."]
 
 
-NODES = [FitLayers, ScoreLayers]
+class EffectLayers(Node):
+    """Shadows and light of a picture as layers, bound to the objects that throw and catch them."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Strata_EffectLayers",
+            display_name="Effect layers (shadow and light)",
+            category="Strata/Finish",
+            search_aliases=["shadow layer", "extract shadow", "separate shadow", "multiply layer", "light layer"],
+            description="Takes the shadows and the light that a picture has and its plain layers lack, as layers of "
+            "their own: multiply for what is darker, screen for what is brighter. Each goes with its object.",
+            inputs=[
+                layers_input("Background and cut-outs without shadows. The background at the back has to be opaque."),
+                io.Image.Input(
+                    "image",
+                    tooltip="The same things with shadow and light, of the canvas's size: from Harmonize layers, or a "
+                    "photograph.",
+                ),
+                io.Image.Input(
+                    "background",
+                    optional=True,
+                    tooltip="The place without the things, of the canvas's size, where the layers have none. It goes "
+                    "to the back.",
+                ),
+                io.Float.Input(
+                    "reach",
+                    default=0.5,
+                    min=0.0,
+                    max=2.0,
+                    step=0.01,
+                    tooltip="How far from a thing its shadow and light may lie on the ground, as a share of the "
+                    "canvas's longer side. 0 is any distance.",
+                ),
+            ],
+            outputs=[
+                layers_output(),
+                io.Float.Output(
+                    "error",
+                    display_name="error",
+                    tooltip="Largest difference between the layers over each other and the image, 0 to 1.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, layers, image, reach, background=None):
+        stack = _on_ground(read_layers(layers), image, background)
+        found = effects.find_effects(stack, image[0, ..., :3], reach)
+        notes = []
+        if share := (found.error > 1 / 255).float().mean().item():
+            notes.append(
+                f"{100 * share:.2f} % of the image lies farther than reach from every thing and is other than the "
+                "background there; raise reach, or connect the background of this image."
+            )
+        made = write_layers(effects.effect_layers(stack, found))
+        return io.NodeOutput(made, found.error.max().item(), ui=told(notes) or None)
+
+
+def _on_ground(stack: LayerStack, image: torch.Tensor, background: torch.Tensor | None) -> LayerStack:
+    """The visible layers, over the background where there is one. Raises ValueError for images of another size."""
+    for name, one in (("image", image), ("background", background)):
+        if one is not None and (one.shape[2], one.shape[1]) != stack.canvas:
+            raise ValueError(
+                f"{name}: it is {one.shape[2]}×{one.shape[1]} and the canvas {stack.canvas[0]}×{stack.canvas[1]}; "
+                "scale it to the canvas."
+            )
+    own = [layer for layer in stack.layers if layer.visible]
+    if background is not None:
+        own = [Layer(background[0, ..., :3], "background"), *own]
+    return stack.with_layers(own)
+
+
+NODES = [FitLayers, ScoreLayers, EffectLayers]

@@ -3,12 +3,14 @@
 from comfy_api.latest import io
 
 from ..patches.harmonize import harmonize_layers
+from ..techniques.effects import with_effect_layers
 from ..techniques.layers import read_layers, write_layers
 from . import sockets
 from .sampling import never_put_back, noise_inputs, sampler_input, scheduler_input, seed_input
 from .sockets import Layers, Node, schema, told
 
 FOREGROUNDS = ("keep", "relight")
+REACH = 0  # effects may lie anywhere: `reach` has said where the model may draw them
 
 
 class HarmonizeLayers(Node):
@@ -121,6 +123,14 @@ class HarmonizeLayers(Node):
                     "side; it fades out on the second half of the way. 0 lets all of it change.",
                 ),
                 *noise_inputs(),
+                io.Boolean.Input(
+                    "effects",
+                    default=False,
+                    optional=True,
+                    tooltip="on: shadow and light come as layers of their own, in a group with the thing that they "
+                    "belong to, and the background stays as it was (see Effect layers). off: they are drawn into the "
+                    "background.",
+                ),
             ],
             outputs=[
                 io.Image.Output("IMAGE", display_name="image", tooltip="The image, of the canvas's size."),
@@ -148,6 +158,7 @@ class HarmonizeLayers(Node):
         feather,
         start_noise=0.0,
         end_noise=0.0,
+        effects=False,
         **settings,
     ):
         ends = {"start_percent": start_percent, "end_percent": end_percent}
@@ -155,10 +166,12 @@ class HarmonizeLayers(Node):
         notes = never_put_back(model, ("start_percent", "end_percent", "end_noise"), **ends)
         relight = foregrounds == FOREGROUNDS[1]
         harmonised = harmonize_layers(model, positive, negative, vae, read_layers(layers), **ends, **settings)
+        picture = harmonised.picture(relight, feather)
+        stack = with_effect_layers(harmonised.stack, picture[0], REACH) if effects else harmonised.layers(relight)
         return io.NodeOutput(
-            harmonised.picture(relight, feather),
+            picture,
             {"samples": harmonised.latent},
-            write_layers(harmonised.layers(relight)),
+            write_layers(stack),
             ui=told(notes) or None,
         )
 

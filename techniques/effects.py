@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .depth import push_pull
-from .geometry import content_box
+from .geometry import content_box, rasterise
 from .harmonization import colours_and_alphas, visible_shares
 from .layers import Layer, LayerStack, in_group
 
@@ -68,8 +68,10 @@ def find_effects(stack: LayerStack, picture: Tensor, reach: float) -> Effects:
     for any distance. Each pixel's change goes to what is seen most there, the ground or one object, and runs on
     smoothly below the others. On the ground it is the nearest object's; what of an object's shadow falls on another
     one is the other one's shade.
+    Raises ValueError for layers that are no plain things on a ground.
     Source: ours, layers as light on things: what was multiplied or screened, pixel by pixel
     """
+    _check_plain(stack)
     colours, alphas = colours_and_alphas(stack)
     behind, front = visible_shares(alphas[1:])
     shares = torch.cat([behind, front[:, 0]])
@@ -88,6 +90,20 @@ def find_effects(stack: LayerStack, picture: Tensor, reach: float) -> Effects:
     top = (len(colours) - 1) - (alphas[:, 0].flip(0) > 0).int().argmax(0)
     scene.solve(gains, top, within & (top > 0) & (scene.error(gains, picture) > NEUTRAL), picture)
     return Effects(*scene.split(gains), scene.error(gains, picture))
+
+
+def _check_plain(stack: LayerStack) -> None:
+    for layer in stack.layers:
+        if layer.blend_mode != "normal":
+            raise ValueError(
+                f"layers: {layer.name!r} has the blend mode {layer.blend_mode!r}, and effects are found for plain "
+                "layers; merge it with the layer behind it (Order layers), or hide it."
+            )
+    if len(stack.layers) < 2 or not (rasterise(stack.layers[0], stack.canvas)[..., 3] >= 1).all():
+        raise ValueError(
+            "layers: effects need an opaque background at the back and a thing in front of it; put the place without "
+            "the things there."
+        )
 
 
 @dataclass(frozen=True)
@@ -180,6 +196,14 @@ def effect_layers(stack: LayerStack, effects: Effects) -> LayerStack:
         group = [*below, layer, *above]
         layers += [in_group(one, layer.name) for one in group] if len(group) > 1 else group
     return stack.with_layers(layers)
+
+
+def with_effect_layers(stack: LayerStack, picture: Tensor, reach: float) -> LayerStack:
+    """The stack with what makes it the picture [H,W,3] as layers, see find_effects and effect_layers.
+
+    Source: ours, effects as ordinary layers that any program shows the same
+    """
+    return effect_layers(stack, find_effects(stack, picture[..., :3], reach))
 
 
 def _pair(gain: Tensor, name: str, darker: str, brighter: str) -> list[Layer]:

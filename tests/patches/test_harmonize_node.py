@@ -12,7 +12,7 @@ from strata.nodes.harmonize import HarmonizeLayers
 from strata.patches import mini_family
 from strata.patches.inversion import invert
 from strata.techniques.compositing import flatten
-from strata.techniques.layers import Layer, LayerStack, read_layers, write_layers
+from strata.techniques.layers import Layer, LayerStack, effect_of, read_layers, write_layers
 
 WIDTH, HEIGHT = 100, 76  # no multiples of eight
 SETTINGS = {
@@ -235,6 +235,19 @@ def test_beyond_its_reach_the_background_keeps_its_pixels(loaded):
     assert not torch.allclose(whole[0, :8, 72:], ground[:8, 72:], rtol=0, atol=0.05)
     assert torch.allclose(image[0, 16:19, 12:38], whole[0, 16:19, 12:38], rtol=0, atol=1e-6), "near the things"
     assert torch.allclose(flatten(found)[0][:1, 90:], ground[:1, 90:], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("foregrounds", ["keep", "relight"])
+def test_shadow_and_light_can_be_layers_over_the_same_background(loaded, foregrounds):
+    layers = stack()
+    image, latent, _ = run(loaded, layers, foregrounds)
+    again, same, found = run(loaded, layers, foregrounds, effects=True)
+    assert torch.equal(again, image) and torch.equal(same, latent)
+    assert (flatten(found)[0] - image[0, ..., :3]).abs().max() < 2e-3
+    assert torch.equal(found.layers[0].image, layers.layers[0].image)
+    own = [layer for layer in found.layers if effect_of(layer) is None]
+    assert all(torch.equal(one.image, other.image) for one, other in zip(own, layers.layers, strict=True))
+    assert len(found.layers) > len(layers.layers)
 
 
 def test_an_end_that_is_not_above_the_start_is_told(loaded):
