@@ -126,7 +126,9 @@ def test_a_bright_side_is_where_the_shadows_come_from():
         ]
         if len(centres) == 2 and abs(centres[0] - centres[1]) > 3:
             sides.append((left.mean() > right.mean()) == (centres[0] > centres[1]))
-    assert len(sides) > 15 and np.mean(sides) > 0.9  # a shadow that the image's edge cuts may seem to fall the other way
+    assert (
+        len(sides) > 15 and np.mean(sides) > 0.9
+    )  # a shadow that the image's edge cuts may seem to fall the other way
 
 
 def test_words_match_the_content():
