@@ -109,8 +109,8 @@ class RowLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         x = rearrange(x, "(scene layer) token c -> scene layer token c", layer=layers)
         first, between, last = x.split([1, layers - 2, 1], 1)
-        parts = (first, others), (between, objects), (last, others)
-        x = torch.cat([F.linear(part, weight.to(part.dtype), bias) for part, weight in parts], 1)
+        first, last = F.linear(torch.cat([first, last], 1), others.to(x.dtype), bias).chunk(2, 1)
+        x = torch.cat([first, F.linear(between, objects.to(x.dtype), bias), last], 1)
         return rearrange(x, "scene layer token c -> (scene layer) token c")
 
 

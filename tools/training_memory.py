@@ -1,7 +1,8 @@
-"""What training LayeringDiff and BFS on a large base keeps in memory, computed on the meta device: nothing is loaded or
-run.
+"""What training on a large base keeps in memory (LayeringDiff, BFS, LayerDiffuse's adapter, DreamLayer's modules),
+computed on the meta device: nothing is loaded or run.
 
-    python tools/host.py exec tools/training_memory.py        # docs/training.md has its table
+    python tools/host.py exec tools/training_memory.py        # docs/training.md has its tables
+    python tools/host.py exec tools/training_memory.py layers # one of them: inpainting, flux, layers
 
 Weights, gradients, Adam's two moments and the moving average, and what the forward pass keeps for the backward pass,
 counted by autograd's own hooks. A card needs about 1 to 2 GB beside that for the driver and the autoencoder.
@@ -142,9 +143,71 @@ def inpainting_rows() -> None:
             print("| " + " | ".join([*map(str, row), *(f"{size / GIB:.1f}" for size in sizes)]) + " |", flush=True)
 
 
+def layers_model(what: str, family: str, checkpointing: bool):
+    """The adapter's or DreamLayer's network on a base, without contents."""
+    from diffusers import UNet2DConditionModel
+    from strata.networks import layered_unet
+    from strata.training import dreamlayer, text_base
+
+    config = json.loads((PACK / "models_config" / f"{what}.json").read_text())
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**json.loads(text_base.CONFIG.read_text())[family]["unet"])
+        own = text_base.Base(family, PACK, unet, {}, torch.nn.Identity(), {}, "")
+        if what == "adapter":
+            return text_base.Denoiser(own, config["rank"], checkpointing)
+        model = layered_unet.LayeredUNet(unet, {}, dreamlayer.MOST, config["context_layers"])
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    return model
+
+
+def layers_given(what: str, model, rows: int, side: int) -> list:
+    """What a step gives the network, without contents: of the adapter so many images, of DreamLayer so many layers in
+    scenes of three.
+    """
+    scenes = () if what == "adapter" else (rows // 3, 3)
+    width, pooled = model.unet.config.cross_attention_dim, 1280
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, device="meta")
+
+    if what == "adapter":
+        return [empty(rows, 4, side // 8, side // 8), empty(rows), empty(rows, 77, width), empty(rows, pooled)]
+    count, layers = scenes
+    words = empty(count, layers - 1, 77, width), torch.full((count, layers - 1), 5), empty(count, layers, pooled)
+    return [empty(count, layers, 4, side // 8, side // 8), empty(count), words, empty(count)]
+
+
+def layers_rows() -> None:
+    """Of the adapter, batch in images, and of DreamLayer's modules, batch in layers, with checkpointing."""
+    print("| what | base | side | batch | base | learnt, gradients, average | Adam | activations | sum |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for what, name, least in (("adapter", "adapter, rank 256", 4), ("dreamlayer", "layer modules", 3)):
+        for family, side, batch in (("SD1.5", 512, least), ("SDXL", 1024, least)):
+            model = layers_model(what, family, False)
+            learnt = sum(value.numel() for value in model.parameters() if value.requires_grad)
+            # matrices stay in fp16, kernels and norms are in float32
+            frozen = [value for value in model.parameters() if not value.requires_grad]
+            base = sum(value.numel() * (2 if value.ndim == 2 else 4) for value in frozen)
+            activations = steps_kept(
+                lambda checkpointing: layers_model(what, family, checkpointing),  # noqa: B023
+                lambda model: model(*layers_given(what, model, batch, side)),  # noqa: B023
+                True,
+                ("ResnetBlock2D", "BasicTransformerBlock"),
+            )
+            bytes_of = (base, 3 * 4 * learnt, 2 * learnt, activations)
+            row = (name, family, side, batch, *bytes_of, sum(bytes_of))
+            print(
+                "| " + " | ".join(str(one) if i < 4 else f"{one / GIB:.1f}" for i, one in enumerate(row)) + " |",
+                flush=True,
+            )
+
+
 def main() -> None:
-    inpainting_rows()
-    flux_rows()
+    """All tables, or those that are named: inpainting, flux, layers."""
+    tables = {"inpainting": inpainting_rows, "flux": flux_rows, "layers": layers_rows}
+    for name in sys.argv[1:] or tables:
+        tables[name]()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from . import data, diffusion, export, image_folders, latents, loop, settings, t
 from .cutouts import CutOuts, checkerboard, hidden, load_pair
 from .transparent_images import TransparentImages, load_encoder
 
-LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 FILE = "transparent_adapter.safetensors"
 SHOWN = 4  # images of a user's own model in a grid
 
@@ -73,9 +72,8 @@ def build(config: dict, folder: Path) -> nn.Module:
     model = diffusion.build({**config, "in_channels": 4})
     loop.start_from(model, folder / "diffusion" / "model.safetensors")
     model.requires_grad_(False)
-    inject_adapter_in_model(
-        LoraConfig(r=config["rank"], lora_alpha=config["rank"], target_modules=LAYERS), model.model["diffusion_model"]
-    )
+    terms = LoraConfig(r=config["rank"], lora_alpha=config["rank"], target_modules=text_base.PROJECTIONS)
+    inject_adapter_in_model(terms, model.model["diffusion_model"])
     return model
 
 

@@ -310,6 +310,7 @@ def _own(config: dict, root: Path, base: text_base.Base) -> Task:
         {count: part for count, own in files.items() if len(part := own[(own < first) == learns])}
         for learns in (True, False)
     )
+    check = {count: part[: max(1, config["rows"] // (count + 2))] for count, part in check.items()}  # as many as a step
     scenes = [names[: 1 + count] for names in pool.names for count in range(1, len(names))]
     prompts = [prompt for scene in scenes for prompt in (*scene, layered_unet.joined_prompt(scene))]
     encoded = base.words(prompts, root / "scenes")

@@ -13,7 +13,7 @@ KEPT = ("__init__.py", "training", "networks", "techniques", "scenes", "models_c
 def train(root: Path, *arguments) -> None:
     """By a copy below root, as below a ComfyUI."""
     pack = root / "custom_nodes" / "ComfyUI-Strata"
-    for name in KEPT:
+    for name in KEPT if not pack.exists() else ():
         source = PACK / name
         copy = shutil.copytree if source.is_dir() else shutil.copy
         pack.mkdir(parents=True, exist_ok=True)

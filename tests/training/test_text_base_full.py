@@ -60,7 +60,7 @@ def trained_layers(given, trained_adapter):
     """The folder of two steps of the layer modules, with the adapter on the objects."""
     _, root = given
     for number in range(3):
-        test_dreamlayer_base.save(root / "scenes", f"{number}", test_dreamlayer_base.stack(1 + number, number))
+        test_dreamlayer_base.save(root / "scenes", f"{number}", test_dreamlayer_base.stack(3 - number, number))
     run = root / "runs" / "dreamlayer"
     small = ["side=64", "held_out=1", "rows=3", "steps=2", "warmup=1", "sampling_steps=1", 'optimizer="adam"']
     changes = [word for value in (*small, "learning_rate=0.01") for word in ("--set", value)]
