@@ -227,8 +227,12 @@ def rastered(layer: Layer, canvas: tuple[int, int]) -> Layer | None:
     box = place(_enlarged(layer) if upright else layer, canvas)
     if box is None:
         return None
-    colour, alpha = box.rows(box.top, box.bottom)
-    image = rearrange(torch.cat([colour, alpha[None] * layer.opacity]), "c h w -> h w c").contiguous()
+    if box.inverse or box.mask is not None or box.image.shape[-1] == 3:
+        colour, alpha = box.rows(box.top, box.bottom)
+        image = rearrange(torch.cat([colour, alpha[None]]), "c h w -> h w c").contiguous()
+    else:  # a copy as it is
+        image = box.image.clone()
+    image[..., 3].clamp_(0, 1).mul_(layer.opacity)
     plain = Layer(image, layer.name, x=box.left, y=box.top)
     return replace(plain, blend_mode=layer.blend_mode, visible=layer.visible, extra=layer.extra)
 
@@ -237,10 +241,10 @@ def _enlarged(layer: Layer) -> Layer:
     width, height = layer.size
     pixels = rearrange(layer.rgba(), "h w c -> 1 c h w")
     pixels = torch.cat([pixels[:, :3] * pixels[:, 3:], pixels[:, 3:]], 1)
-    pixels = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)[0]
-    alpha = pixels[3:].clamp(0, 1)
-    colour = torch.minimum(pixels[:3].clamp(min=0), alpha) / alpha.clamp(min=1e-6)
-    return replace(layer, image=rearrange(torch.cat([colour, alpha]), "c h w -> h w c"), mask=None, w=0, h=0)
+    pixels = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)[0].clamp_(min=0)
+    colour, alpha = pixels[:3], pixels[3:].clamp_(max=1)
+    colour.clamp_(max=alpha).div_(alpha.clamp(min=1e-6))
+    return replace(layer, image=rearrange(pixels, "c h w -> h w c"), mask=None, w=0, h=0)
 
 
 def fit_stack(stack: LayerStack, image: Tensor, refine: bool = True) -> Fitted:
@@ -333,7 +337,9 @@ def _inside(layer: Layer, first: int, last: int) -> tuple[slice, slice, slice]:
 
 def _error(image: Tensor, alphas: Tensor, colours: Tensor) -> Tensor:
     """[h,W]: how far the composite is from the image, mean over RGB; what nothing covers is black."""
-    shown = (shares(alphas)[:, None] * colours).sum(0)
+    shown = torch.zeros_like(image)
+    for alpha, colour in zip(alphas, colours, strict=True):
+        shown.lerp_(colour, alpha.expand_as(colour))
     return (shown - image).abs().mean(0)
 
 
