@@ -309,7 +309,7 @@ def content_box(alpha: Tensor) -> tuple[int, int, int, int]:
 
     Source: ours, bounding box of what is opaque.
     """
-    seen = alpha >= 0.5 / 255
+    seen = alpha * 255 > 0.5  # a half is rounded to 0, as in every file of 8 bits
     rows, columns = seen.any(1).nonzero(), seen.any(0).nonzero()
     if not len(rows):
         return 0, 0, alpha.shape[1], alpha.shape[0]

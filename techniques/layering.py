@@ -132,14 +132,13 @@ def foreground_loss(prediction: Tensor, truth: Tensor, alpha: Tensor, hidden: fl
 
 
 def visible_to_own(shares: Tensor) -> Tensor:
-    """Alphas [K,...] of layers, front to back, from masks of what is seen of each; layer k covers its share of what the
-    ones before it leave. Masks that overlap, as whole objects do, are alphas already.
+    """Alphas [K,...] of layers, front to back, from masks in 0..1 of what is seen of each; layer k covers its share of
+    what the ones before it leave. Masks that overlap, as whole objects do, are alphas already.
 
     Source: layeringdiff, Eq. 1 for several layers
     """
     left, alphas = torch.ones_like(shares[0]), []
     for share in shares:
-        own = torch.where((share <= left) & (left > 0), share / left.clamp(min=1e-6), share)
-        alphas.append(own.clamp(0, 1))
+        alphas.append(torch.where(share <= left, share / left.clamp(min=1e-6), share))
         left = left * (1 - alphas[-1])
     return torch.stack(alphas)

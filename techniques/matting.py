@@ -153,7 +153,7 @@ def separate_colours(image: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     that nothing is lost.
     """
     front, back = _pymatting().estimate_foreground_ml(_numpy(image), _numpy(alpha), return_background=True)
-    front, back = (torch.from_numpy(value).to(image).clamp(0, 1) for value in (front, back))
+    front, back = (torch.from_numpy(value).to(image) for value in (front, back))
     rows = [rearrange(value, "h w c -> 1 c h w") for value in (image, front, back)]
     found = layering.exact_layers(rows[0], rearrange(alpha, "h w -> 1 1 h w"), *rows[1:])
     front, back = (rearrange(value, "1 c h w -> h w c") for value in found)

@@ -114,8 +114,8 @@ def beyond_shadow(picture: Tensor, background: Tensor, darkest: float = 0.5, win
     """[B,1,H,W], 0..1: how far a picture is from its background, and from the same background in any shadow down to
     `darkest` of its brightness.
 
-    The largest channel's difference at the shadow that fits the pixel best; then the median over a window, so that an
-    outline of the background that moved by a pixel does not count.
+    The largest channel's difference at that of 33 evenly spaced shades that fits the pixel best; then the median over a
+    window, so that an outline of the background that moved by a pixel does not count.
 
     Source: ours, an object is found in a picture without its alpha
     """

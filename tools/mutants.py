@@ -1,10 +1,11 @@
 """Do the tests notice a wrong result? A fixed sample of changes to the code, one at a time, against its tests.
 
-    python tools/host.py exec tools/mutants.py        # about half an hour on two cores
+    python tools/host.py exec tools/mutants.py
     python tools/host.py exec tools/mutants.py techniques/depth.py --count 40 --seed 3
 
 A change is another operator, comparison, number or condition in techniques/, formats/ and the parts of patches/ that
-need no sampling. What no test notices is a survivor. docs/mutants.md lists those that change no behaviour, and why;
+need no sampling. The tests that enter the changed function run, and where these notice nothing, all that name the
+file. What no test notices is a survivor. docs/mutants.md lists those that change no behaviour, and why;
 they do not count. Each entry is for one place, which it names by its line of source: an equal change elsewhere in the
 function still counts. Ends with status 1 when less than 97 % are noticed.
 """
@@ -13,16 +14,22 @@ from __future__ import annotations
 
 import argparse
 import ast
+import builtins
 import copy
 import importlib.machinery
+import inspect
+import json
 import os
 import random
 import signal
 import sys
+import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator
+import types
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 PACK = Path(__file__).resolve().parent.parent
@@ -97,9 +104,9 @@ def places(tree: ast.AST, inside: tuple = ()) -> Iterator[tuple[ast.AST, str, in
             yield from places(child, around)
 
 
-def mutants(path: Path) -> list[tuple[str, str]]:
-    """(what is changed, the module's source with it) for every change to a file. No two are named alike: of equal
-    changes in lines that read the same, the later ones have their number.
+def mutants(path: Path) -> list[tuple[str, str, str]]:
+    """(what is changed, the function around, the module's source with it) for every change to a file. No two are named
+    alike: of equal changes in lines that read the same, the later ones have their number.
     """
     text = path.read_text(encoding="utf-8")
     tree, lines, found, seen = ast.parse(text), text.splitlines(), [], Counter()
@@ -114,7 +121,7 @@ def mutants(path: Path) -> list[tuple[str, str]]:
             where = f"{path.relative_to(PACK).as_posix()} {around or 'module'}"
             what = f"{where}: `{before}` → `{after}` in `{lines[child.lineno - 1].strip()}`"
             seen[what] += 1
-            found.append((what if seen[what] == 1 else f"{what} ({seen[what]})", source))
+            found.append((what if seen[what] == 1 else f"{what} ({seen[what]})", around, source))
     return found
 
 
@@ -134,16 +141,39 @@ def tests_of(path: Path) -> list[str]:
     return [str(test) for test in sorted(named, key=lambda test: test.stem != f"test_{path.stem}")]
 
 
+def survivors(path: Path, changes: list[tuple[str, str, str]]) -> Iterator[tuple[str, bool | None]]:
+    """What is changed, and whether all tests pass all the same; None when they take too long. Raises SystemExit where
+    the tests fail as they are.
+    """
+    with tempfile.NamedTemporaryFile() as file:
+        session = Session(path, changes, Path(file.name))
+        _forked(session.run, LONGEST + len(changes) * LONGEST)
+        found = json.loads(Path(file.name).read_text() or "null")
+    if found is None:
+        raise SystemExit(f"error: the tests of {path} fail as it is; mend them first.")
+    for (what, _, source), passed in zip(changes, found["passed"], strict=True):
+        # What no test of the function notices may show elsewhere: in what is made while modules are imported.
+        yield what, survives(path, source, found["seconds"]) if passed else passed
+
+
 def survives(path: Path, source: str, seconds: float) -> bool | None:
-    """In a copy of this process, which has imported what takes long. Whether all tests pass with that source; None when
+    """Whether all tests pass with that source, in a copy of this process, which has imported what takes long; None when
     they took longer than that.
     """
+    return _forked(lambda: _pytest(path, source), seconds)
+
+
+def _forked(run: Callable[[], int], seconds: float) -> bool | None:
     child = os.fork()
     if child == 0:
-        null = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1, 2):
-            os.dup2(null, stream)
-        os._exit(_run(path, source))
+        status = 1
+        try:
+            null = os.open(os.devnull, os.O_RDWR)
+            for stream in (0, 1, 2):
+                os.dup2(null, stream)
+            status = run()
+        finally:
+            os._exit(status)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -155,15 +185,7 @@ def survives(path: Path, source: str, seconds: float) -> bool | None:
     return None
 
 
-def limit(path: Path) -> float:
-    """Seconds that a change to the file may take. Raises SystemExit where its tests fail as it is."""
-    started = time.monotonic()
-    if not survives(path, ast.unparse(ast.parse(path.read_text(encoding="utf-8"))), LONGEST):
-        raise SystemExit(f"error: the tests of {path} fail as it is; mend them first.")
-    return SECONDS + 3 * (time.monotonic() - started)
-
-
-def _run(path: Path, source: str) -> int:
+def _pytest(path: Path, source: str, *plugins) -> int:
     import pytest
 
     plain = importlib.machinery.SourceFileLoader.get_code
@@ -175,7 +197,77 @@ def _run(path: Path, source: str) -> int:
 
     importlib.machinery.SourceFileLoader.get_code = get_code
     options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
-    return int(pytest.main([*options, *tests_of(path)]))
+    return int(pytest.main([*options, *tests_of(path)], plugins=plugins))
+
+
+class Session:
+    """A plugin of pytest. It collects a file's tests once, sees which of them enter which function, and runs those that
+    enter the changed one, in a copy of the process for each change.
+    """
+
+    def __init__(self, path: Path, changes: list[tuple[str, str, str]], file: Path):
+        self.path, self.changes, self.file = path, changes, file
+        self.test, self.failed = "", False
+        self.entering: dict[str, set[str]] = defaultdict(set)
+
+    def run(self) -> int:
+        builtins.entered = lambda function: self.entering[function].add(self.test)
+        return _pytest(self.path, telling(self.path), self)
+
+    def pytest_runtest_logreport(self, report) -> None:
+        self.failed |= report.failed
+
+    def pytest_runtestloop(self, session) -> bool:
+        started = time.monotonic()
+        if not session.testsfailed and _forked(lambda: self._first(session.items), LONGEST):
+            entering = json.loads(self.file.read_text())
+            seconds = SECONDS + 3 * (time.monotonic() - started)
+            passed = []
+            for _, around, source in self.changes:
+                names = entering.get(around, [""])
+                items = [item for item in session.items if item.nodeid in names]
+                alone = "" not in names  # else modules use the function, or run the line, while they are imported
+                passed.append(_forked(partial(self._changed, items, around, source), seconds) if alone else True)
+            self.file.write_text(json.dumps({"seconds": seconds, "passed": passed}))
+        else:
+            self.file.write_text("")
+        return True
+
+    def _first(self, items: list) -> int:
+        status = self._tests(items)
+        self.file.write_text(json.dumps({name: sorted(tests) for name, tests in self.entering.items()}))
+        return status
+
+    def _changed(self, items: list, around: str, source: str) -> int:
+        old = sys.modules[f"strata.{self.path.parent.name}.{self.path.stem}"]
+        new = types.SimpleNamespace(**vars(old))
+        exec(compile(source, str(self.path), "exec"), vars(new))
+        for name in around.split("."):
+            if isinstance(old, types.FunctionType):  # one in it is changed with it
+                break
+            old, new = (inspect.unwrap(vars(within)[name]) for within in (old, new))
+        if not isinstance(old, types.FunctionType):  # a property, say
+            return 0
+        for part in ("__code__", "__defaults__", "__kwdefaults__"):
+            setattr(old, part, getattr(new, part))
+        return self._tests(items)
+
+    def _tests(self, items: list) -> int:
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            self.test = item.nodeid
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if self.failed:
+                return 1
+        return 0
+
+
+def telling(path: Path) -> str:
+    """The module's source with a call of `entered` at the beginning of every function."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for *_, child, around in list(places(tree)):
+        if isinstance(child, ast.FunctionDef):
+            child.body.insert(0, ast.parse(f"entered({around!r})").body[0])
+    return ast.unparse(tree)
 
 
 def judged(names: set[str], complete: bool) -> set[str]:
@@ -201,20 +293,20 @@ def main() -> int:
     paths = [path.resolve() for path in options.file] or files()
     everything = [(path, *mutant) for path in paths for mutant in mutants(path)]
     sample = random.Random(options.seed).sample(everything, min(options.count, len(everything)))
-    known = judged({what for _, what, _ in everything}, complete=not options.file)
+    known = judged({what for _, what, *_ in everything}, complete=not options.file)
     sample = [entry for entry in sample if entry[1] not in known]
     _import_what_takes_long(any(path.parent.name == "patches" for path, *_ in sample))
-    started, survivors = time.monotonic(), []
+    started, alive = time.monotonic(), 0
+    changes: dict[Path, list[tuple[str, str, str]]] = defaultdict(list)
+    for path, *change in sample:
+        changes[path].append(tuple(change))
     with ThreadPoolExecutor(options.jobs) as pool:
-        paths = sorted({path for path, *_ in sample})
-        limits = dict(zip(paths, pool.map(limit, paths), strict=True))
-        alive = pool.map(lambda entry: survives(entry[0], entry[2], limits[entry[0]]), sample)
-        for (_, what, _), passed in zip(sample, alive, strict=True):
-            if passed:
-                survivors.append(what)
-            if passed is not False:
-                print(f"{'survives' if passed else 'noticed, since it takes too long'}: {what}", flush=True)
-    noticed = 1 - len(survivors) / max(1, len(sample))
+        for found in pool.map(lambda entry: list(survivors(*entry)), changes.items()):
+            for what, passed in found:
+                alive += passed is True
+                if passed is not False:
+                    print(f"{'survives' if passed else 'noticed, since it takes too long'}: {what}", flush=True)
+    noticed = 1 - alive / max(1, len(sample))
     print(f"{len(sample)} of {len(everything)} changes, {noticed:.1%} noticed, {time.monotonic() - started:.0f} s")
     return int(noticed < WANTED)
 

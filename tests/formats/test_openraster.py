@@ -188,6 +188,14 @@ REFUSED = {
         "has 604 million pixels in its layers",
     ),
     "number": (lambda f: archive(f, STACK.format(LAYER.format('x="nan"'))), "has 'nan' as the x of 'one'"),
+    "number above 31 bits": (
+        lambda f: archive(f, STACK.format(LAYER.format('opacity="2147483648"'))),
+        "has '2147483648' as the opacity of 'one'",
+    ),
+    "number below 31 bits": (
+        lambda f: archive(f, STACK.format(LAYER.format('x="-2147483648"'))),
+        "has '-2147483648' as the x of 'one'",
+    ),
     "word": (lambda f: archive(f, STACK.format(LAYER.format('opacity="half"'))), "has 'half' as the opacity of 'one'"),
 }
 
@@ -512,14 +520,15 @@ def test_an_operator_with_nothing_below_it(tmp_path):
 
 def test_values_that_layers_cannot_hold_are_told(tmp_path):
     xml = (
-        "<layer src='a.png' name='a' x='1.6' y='-1.4' opacity='1.5'/><layer src='a.png' name='b' x='1.0' opacity='-2'/>"
+        "<layer src='a.png' name='a' x='1.6' y='-1.4' opacity='1.5'/>"
+        "<layer src='a.png' name='b' x='1.0' opacity='-2147483647'/>"
     )
     notes = []
     back, front = files.load(ora(tmp_path / "values.ora", xml, a=flat((1, 2, 3, 255))), notes=notes).layers
     assert (front.x, front.y, front.opacity, back.x, back.y, back.opacity) == (2, -1, 1, 1, 0, 0)
     assert sorted(notes) == [
         "'a' has the opacity 1.5, which is read as 1.",
-        "'b' has the opacity -2, which is read as 0.",
+        "'b' has the opacity -2.14748e+09, which is read as 0.",
         "Layer 'a' lies between pixels and is moved to whole ones.",
     ]
 

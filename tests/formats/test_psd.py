@@ -99,6 +99,17 @@ def test_merged_picture_is_over_white_where_transparent(tmp_path):
         assert np.array(image).tolist() == [[[255, 102, 102, 153], [255, 102, 102, 153], [255, 255, 255, 0]]] * 2
 
 
+@pytest.mark.parametrize("alpha", [1.0, 0.6])
+def test_the_merged_pictures_fourth_channel_is_its_transparency(tmp_path, alpha):
+    """The format says so by a negative number of layers, the first two bytes of their section's second length."""
+    layer = Layer(torch.full((2, 3, 4), alpha))
+    content = save(tmp_path, LayerStack((3, 2), (layer, layer))).read_bytes()
+    place = 26 + 4  # behind the header and an empty table of colours
+    place += 4 + struct.unpack(">I", content[place : place + 4])[0]  # behind the resources
+    (channels,), (count,) = struct.unpack(">H", content[12:14]), struct.unpack(">h", content[place + 8 : place + 10])
+    assert (channels, count) == ((3, 2) if alpha == 1 else (4, -2))
+
+
 @pytest.mark.skipif(not shutil.which("identify"), reason="ImageMagick is not installed")
 def test_imagemagick_reads_layers(tmp_path):
     stack, path = example(), save(tmp_path, example())
@@ -372,9 +383,16 @@ def test_files_that_were_shown_wrong(name, pixel, note):
     assert (note in " ".join(notes)) if note else not notes
 
 
+def with_alpha(document, pixels, as_mask, **options):
+    """A layer of pixels [H,W,4]. psd-tools makes a mask of a Pillow image's alpha, and transparency of an array's."""
+    if as_mask:
+        return document.create_pixel_layer(Image.fromarray(pixels), **options)
+    return document.create_pixel_layer_from_array(pixels, **options)
+
+
 def random_document(seed):
     """Pixel layers of random alpha, opacity, visibility and mode, some clipped, some in groups in groups: psd-tools'
-    own compositor knows what it shows.
+    own compositor knows what it shows. The alpha is a mask for every other seed.
     """
     random = np.random.default_rng(seed)
     document = PSDImage.new("RGB", (16, 12))
@@ -383,8 +401,10 @@ def random_document(seed):
         height, width = random.integers(4, 11, 2)
         pixels = random.integers(0, 256, (height, width, 4), np.uint8)
         pixels[..., 3] = 255 if opaque or random.random() < 0.4 else pixels[..., 3]
-        layer = document.create_pixel_layer(
-            Image.fromarray(pixels),
+        layer = with_alpha(
+            document,
+            pixels,
+            seed % 2 == 0,
             name=f"l{random.integers(99)}",
             top=int(random.integers(0, 6)),
             left=int(random.integers(0, 8)),
@@ -532,7 +552,7 @@ def test_a_base_with_a_real_alpha_channel_cuts_what_is_clipped_to_it(tmp_path):
     alpha = np.array([[0, 255, 128], [255, 0, 64]], np.uint8)
     base = np.dstack([np.full((2, 3, 3), 40, np.uint8), alpha])
     document = PSDImage.new("RGB", (6, 5))
-    document.create_pixel_layer(Image.fromarray(base), name="base", top=1, left=2)
+    with_alpha(document, base, False, name="base", top=1, left=2)
     document.create_pixel_layer(block((200, 100, 50), (6, 5)), name="clipped").clipping = True
     stack, _ = loaded(document, tmp_path / "base.psd")
     expected = np.zeros((5, 6), int)
@@ -542,20 +562,24 @@ def test_a_base_with_a_real_alpha_channel_cuts_what_is_clipped_to_it(tmp_path):
     assert np.abs(found[expected > 0][:, :3] - [200, 100, 50]).max() <= 1, "an opaque clipped layer hides its base"
 
 
-def test_a_half_transparent_layer_is_mixed_with_a_base_of_soft_alpha_as_clipping_does(tmp_path):
-    """Within the base's alpha: the clipped layer's share of its own colour, and of the base's the rest."""
+@pytest.mark.parametrize("as_mask", [True, False])
+@pytest.mark.parametrize("opacity", [255, 51])
+def test_a_half_transparent_layer_is_mixed_with_a_base_of_soft_alpha_as_clipping_does(tmp_path, opacity, as_mask):
+    """Within the base's alpha: the clipped layer's share of its own colour, and of the base's the rest. The base's
+    opacity weakens both.
+    """
     alpha, share = np.array([[0, 40, 128, 200, 255]] * 2), np.array([[0] * 5, [100] * 5])
     document = PSDImage.new("RGB", (5, 2))
     base = np.dstack([np.full((2, 5, 3), 40), alpha]).astype(np.uint8)
-    document.create_pixel_layer(Image.fromarray(base), name="base")
+    with_alpha(document, base, as_mask, name="base", opacity=opacity)
     for colour in (200, 120):
-        top = Image.fromarray(np.dstack([np.full((2, 5, 3), colour), share]).astype(np.uint8))
-        document.create_pixel_layer(top, name=f"clipped {colour}").clipping = True
+        top = np.dstack([np.full((2, 5, 3), colour), share]).astype(np.uint8)
+        with_alpha(document, top, as_mask, name=f"clipped {colour}").clipping = True
     stack, _ = loaded(document, tmp_path / "soft.psd")
     found, expected = picture(stack).double().numpy(), np.full((2, 5), 40.0)
     for colour in (200, 120):
         expected = share / 255 * colour + (1 - share / 255) * expected
-    assert np.abs(found[..., 3] * 255 - alpha).max() < 0.01
+    assert np.abs(found[..., 3] * 255 - alpha * opacity / 255).max() < 0.01
     assert np.abs(found[..., 0] * 255 - expected)[alpha > 0].max() < 0.01
 
 

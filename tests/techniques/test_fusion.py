@@ -132,7 +132,9 @@ def test_flat_priors_give_finite_masks():
     soft, hard = fusion.blending_masks(torch.ones(1, 6), torch.full((1, 6), 0.2), 10.0)
     assert torch.equal(soft, torch.zeros(1, 6)) and torch.isfinite(hard).all()
     for size in (1, 6):
-        assert fusion.wide_mask(torch.zeros(1, size), 10.0).max() < 0.01
+        flat = torch.tensor([0.0, 0.25, 0.5, 1.0]).double()[:, None].expand(-1, size)  # their sums are exact
+        expected = 1 / (1 + np.exp(-10 * (flat.numpy() - 0.5)))
+        assert np.allclose(fusion.wide_mask(flat, 10.0), expected, rtol=0, atol=1e-12), "parted at a half"
     flat = fusion.structure_prior(torch.zeros(1, 6, HEADS * WIDTH), torch.zeros(1, 6, HEADS * WIDTH), HEADS)
     assert torch.equal(flat, torch.ones(1, 6))
 

@@ -173,5 +173,9 @@ def test_shares_of_what_is_seen_become_alphas_and_whole_masks_stay():
     assert torch.allclose(layering.visible_to_own(torch.stack([own, seen]))[0], own, rtol=0, atol=1e-12)
     found = layering.visible_to_own(torch.stack([own, seen]))[1]
     assert torch.allclose(found[[0, 1, 3]], behind[[0, 1, 3]], rtol=0, atol=1e-12) and found[2] == 0
+    left = torch.tensor([4e-7, 1.2e-6], dtype=torch.float64)  # less than a millionth is noise, and counts as one
+    shares = torch.stack([1 - left, left / 2])
+    assert torch.allclose(layering.visible_to_own(shares)[1], torch.tensor([0.2, 0.5]).double(), rtol=1e-6, atol=0)
     whole = torch.tensor([[1.0, 0.6], [0.9, 0.9]], dtype=torch.float64)  # the second goes on behind the first
     assert torch.equal(layering.visible_to_own(whole), whole)
+    assert torch.equal(layering.visible_to_own(whole[:1]), whole[:1])

@@ -84,6 +84,17 @@ def test_separate_colours_holds_the_compositing_equation_for_any_picture_and_alp
     assert (share * front + (1 - share) * back - image).abs().max() < 1e-5
 
 
+def test_a_layer_takes_nothing_from_what_nearer_ones_hide():
+    """There the farthest layer has the colours that it has without the layer in the middle."""
+    image, alpha, _, _ = scene()
+    near = torch.zeros_like(alpha)
+    near[30:, :50] = 1
+    middle = (alpha > 0.5).float() * (1 - near)
+    (_, hides), (expected, _) = refine_slices(image, torch.stack([1 - near, near]), 8)
+    _, (found, _, _) = refine_slices(image, torch.stack([1 - near - middle, middle, near]), 8)
+    assert (hides == 1).sum() > 1000 and (found - expected)[hides == 1].abs().max() < 1e-6
+
+
 def test_two_cuts_at_one_edge_leave_nothing_in_the_layer_between():
     """A near disc before a far wall, and in the depth a ring of mixed values one pixel wide between them: it is no
     layer.

@@ -143,24 +143,17 @@ def test_shadow_error_grows_without_the_shadow_and_with_a_wrong_one(seed):
 
 
 def test_beyond_shadow_is_the_least_difference_to_a_shadowed_background_and_its_median():
-    shown, empty = random(1, 3, 9, 8), random(1, 3, 9, 8, seed=1)
-    least = np.array(
-        [
-            [
-                min(
-                    np.abs(shown[0, :, y, x].numpy() - share * empty[0, :, y, x].numpy()).max()
-                    for share in np.linspace(0.5, 1, 2001)
-                )
-                for x in range(8)
-            ]
-            for y in range(9)
-        ]
-    )
-    padded = np.pad(least, 1, mode="edge")
-    medians = [[np.median(padded[y : y + 3, x : x + 3]) for x in range(8)] for y in range(9)]
-    # It tries 33 shadows.
-    assert np.allclose(metrics.beyond_shadow(shown, empty, window=1)[0, 0].numpy(), least, rtol=0, atol=1 / 64)
-    assert np.allclose(metrics.beyond_shadow(shown, empty, window=3)[0, 0].numpy(), medians, rtol=0, atol=1 / 64)
+    shown, empty = random(2, 3, 9, 8), random(2, 3, 9, 8, seed=1)
+    shades = [0.5 + step / 64 for step in range(33)]
+    least, medians = np.zeros((2, 9, 8)), np.zeros((2, 9, 8))
+    for at in np.ndindex(least.shape):
+        one, other = (values[at[0], :, *at[1:]].numpy() for values in (shown, empty))
+        least[at] = min(np.abs(one - share * other).max() for share in shades)
+    for image, y, x in np.ndindex(least.shape):
+        medians[image, y, x] = np.median(np.pad(least[image], 1, mode="edge")[y : y + 3, x : x + 3])
+    for window, expected in ((1, least), (3, medians)):
+        found = metrics.beyond_shadow(shown, empty, window=window)[:, 0].numpy()
+        assert np.allclose(found, expected, rtol=0, atol=1e-6)
     assert (
         metrics.beyond_shadow(empty * 0.6, empty).max() < 1 / 64
         and metrics.beyond_shadow(empty * 0.3, empty).max() > 0.05

@@ -119,6 +119,9 @@ def test_maps_at_other_sizes():
     assert larger[0, 0, 0, 0] == 0 and torch.allclose(
         larger[0, 0, 0, :4], torch.tensor([0, 0.25, 0.75, 1.25]) / 7, rtol=1e-6, atol=1e-8
     )
+    wider = shared_layers.resize_maps(maps, (2, 8))[0, 0]
+    expected = [np.interp(np.arange(8) / 2 - 0.25, np.arange(4), row) for row in maps[0, 0].numpy()]
+    assert np.allclose(wider, expected, rtol=0, atol=1e-6), "linear where one side alone is larger"
     alphas = shared_layers.map_alphas(maps, (2, 4), low=1 / 7, high=3 / 7)
     assert torch.allclose(alphas.flatten(), torch.tensor([0, 0, 0.5, 1, 1, 1, 1, 1]), rtol=1e-6, atol=1e-8)
     # A straight line between the two, where nothing else is asked for.
