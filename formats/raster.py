@@ -229,7 +229,9 @@ def plain_name(name: str) -> str:
 def check_sides(what: str, width: int, height: int) -> None:
     """Raises Refused when a side is out of range."""
     if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
-        raise Refused(f"{what} is {width}×{height}; sides must be from 1 to {MAX_SIDE} pixels.")
+        raise Refused(
+            f"{what} is {width}×{height}; sides must be from 1 to {MAX_SIDE} pixels, so save it in such a size."
+        )
 
 
 def check_total(what: str, sizes: list[tuple[int, int]]) -> None:

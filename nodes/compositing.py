@@ -264,7 +264,7 @@ class FeatureGuidance(Node):
         percent = {"min": 0.0, "max": 1.0, "step": 0.01}
         return schema(
             node_id="Strata_FeatureGuidance",
-            display_name="Feature guidance (FeatGLaC, for a sampler)",
+            display_name="Feature guidance (sampler, FeatGLaC)",
             category="Strata/Compose",
             search_aliases=["FeatGLaC", "feature-guided compositing", "guider", "harmonize"],
             description="Composes scenes while sampling: each plane's features are held where it is seen, and the "

@@ -34,7 +34,7 @@ class DetectForeground(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_DetectForeground",
-            display_name="Detect foreground",
+            display_name="Detect foreground (text to mask)",
             category="Strata/Decompose",
             search_aliases=[*NAMES, "Grounding DINO", "SAM", "segment by words", "text to mask"],
             description="Finds what words name in an image and gives its mask. Any other mask does as well for the "
@@ -115,7 +115,7 @@ class MatteForeground(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_MatteForeground",
-            display_name="Matte foreground",
+            display_name="Matte foreground (remove background)",
             category="Strata/Decompose",
             search_aliases=[*NAMES, "matting", "trimap", "ViTMatte", "alpha from mask", "hair"],
             description="Finds the fine alpha of an object from its rough mask or a trimap: hair, glass, soft edges.",

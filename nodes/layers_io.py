@@ -155,7 +155,7 @@ class LoadLayers(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, file, groups=GROUPS[0]):
+    def validate_inputs(cls, file):
         return (
             True
             if (path := input_file(file)) and path.is_file()

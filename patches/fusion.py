@@ -126,8 +126,8 @@ def structure_place(model: ModelPatcher) -> Place | int:
     )
     if place is None or place not in transformers(model.model.diffusion_model):
         raise ValueError(
-            f"model: {type(config).__name__} is not supported; LayerFusion works with SD1.5, SD2, SDXL, "
-            f"{joint_attention.NAMES} and the Strata mini family."
+            f"model: this is {type(config).__name__}, and LayerFusion works with SD1.5, SD2, SDXL, "
+            f"{joint_attention.NAMES} and the Strata mini family; connect one of these."
         )
     return place
 

@@ -72,7 +72,7 @@ def read_edits(text: str, socket: str = "edits") -> Edits:
     try:
         written = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{socket}: this is not JSON ({error}); correct it, or leave it empty for no edits.") from None
+        raise ValueError(f"{socket}: this is not JSON ({error}); let the editor write it, or leave it empty.") from None
     written = _members(written, ("version", "layers", "order"), f"{socket}: the text")
     if written.get("version", VERSION) != VERSION:
         raise ValueError(

@@ -362,7 +362,7 @@ def test_wrong_inputs_are_named(models, positive, negative, count, words):
 def test_an_unknown_family_is_refused(models, monkeypatch):
     model = models("mini").clone()
     monkeypatch.setattr(fusion, "STRUCTURE_LAYER", {"SDXL": ["output", 5, 1]})
-    with pytest.raises(ValueError, match="StrataMini is not supported"):
+    with pytest.raises(ValueError, match="this is StrataMini, and LayerFusion works with"):
         blend_attention(model, Settings())
 
 

@@ -25,6 +25,11 @@ def prompt(entry, kind):
     return f"{entry.prompts[0]} {renderer.PLACE_WORDS[kind][0]}"
 
 
+def in_its_own_size(title):
+    """Settings that turn a workflow's enlarging off."""
+    return [f"{title}.upscale_method=nearest-exact", f"{title}.scale_by=1"]
+
+
 def pictures(comfy, folder, workflow, settings):
     made = run.run_file(comfy, WORKFLOWS / f"{workflow}.json", settings, folder, False)
     return torch.stack(
@@ -45,6 +50,7 @@ def test_pictures_show_the_place_and_the_object_of_the_prompt(comfy, judge, tmp_
                     "EmptyLatentImage.batch_size=1",
                     f"KSampler.seed={i}",
                     f"KSampler.sampler_name={SAMPLERS[i % 3]}",
+                    *in_its_own_size("Four times larger"),
                 ],
             )
             for i, pair in enumerate(asked)
@@ -61,12 +67,13 @@ def test_the_box_is_filled_with_the_object_and_the_rest_is_kept(comfy, judge, tm
     filled = []
     for i, (entry, kind) in enumerate(asked):
         settings = [
-            f"Picture to change.kind={kind}",
-            "Picture to change.objects=",
-            "Picture to change.count=0",
-            f"Picture to change.seed={i}",
+            f"Image to change.kind={kind}",
+            "Image to change.objects=",
+            "Image to change.count=0",
+            f"Image to change.seed={i}",
             f"KSampler.seed={i}",
-            f"The whole picture, new thing included.text={prompt(entry, kind)}",
+            f"The whole image, new thing included.text={prompt(entry, kind)}",
+            *in_its_own_size("Four times larger: After"),
         ]
         made = pictures(comfy, tmp_path / str(i), "mini_inpaint", settings)
         filled.append(made[-1])
@@ -101,9 +108,9 @@ def test_an_inserted_object_stands_behind_what_is_nearer(number, comfy, tmp_path
     x, y = max(0, left - 26), max(0, top - 20)
     width, height = (left + right) // 2 - x + 8, bottom - y - 4
     settings = [
-        f"The picture.kind={kind}",
-        f"The picture.objects={name}",
-        f"The picture.seed={number + 20}",
+        f"The image.kind={kind}",
+        f"The image.objects={name}",
+        f"The image.seed={number + 20}",
         f"RandomNoise.noise_seed={number}",
         f"Prompt with the object.text=a christmas tree {renderer.PLACE_WORDS[kind][0]}",
         f"Strata_InsertAtDepth.x={x}",
@@ -111,6 +118,7 @@ def test_an_inserted_object_stands_behind_what_is_nearer(number, comfy, tmp_path
         f"Strata_InsertAtDepth.width={width}",
         f"Strata_InsertAtDepth.height={height}",
         f"Strata_InsertAtDepth.threshold={float((front.depth + 0.05 - low) / (high - low)):.4f}",
+        *in_its_own_size("Four times larger"),
     ]
     made = run.run_file(comfy, WORKFLOWS / "object_insertion_mini.json", settings, tmp_path, False)
     after = np.array(Image.open(next(path for path in made if "insertion" in path.name)).convert("RGB")) / 255
