@@ -1,5 +1,5 @@
-"""Images through any autoencoder of ComfyUI: with and without alpha, with and without a frame axis. Whatever of the
-pack encodes or decodes does it here.
+"""Images through any autoencoder of ComfyUI: with and without alpha, with and without a frame axis. The pack's nodes
+encode and decode by these two functions.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ def encode(vae, images: Tensor) -> Tensor:
 
     An autoencoder without alpha takes the colours, for one with alpha an image without is opaque.
     """
-    images = images[..., :4] if has_alpha(vae) else images[..., :3]
-    if has_alpha(vae) and images.shape[-1] == 3:
+    if not has_alpha(vae):
+        images = images[..., :3]
+    elif images.shape[-1] == 3:
         images = F.pad(images, (0, 1), value=1.0)
     if not has_frames(vae):
         return vae.encode(images)
