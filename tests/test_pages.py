@@ -46,8 +46,9 @@ def test_every_workflow_is_listed():
     assert {path.stem for path in (PACK / "workflows").glob("*.json")} <= listed
 
 
-def test_every_node_is_in_the_readme_by_its_name():
-    nodes = json.loads((PACK / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8")).values()
+def test_every_node_is_in_the_readme_by_its_name_which_leads_to_its_help_page():
+    nodes = json.loads((PACK / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
     text = (PACK / "README.md").read_text(encoding="utf-8")
-    names = {node["display_name"].split(" (")[0] for node in nodes}  # the rest of a name is for the search
-    assert sorted(name for name in names if f"| {name} |" not in text) == []
+    # the rest of a name is for the search
+    rows = {f"| [{node['display_name'].split(' (')[0]}](web/docs/{kind}.md) |" for kind, node in nodes.items()}
+    assert sorted(row for row in rows if row not in text) == []
