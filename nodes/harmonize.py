@@ -29,7 +29,7 @@ class HarmonizeLayers(Node):
         percent = {"min": 0.0, "max": 1.0, "step": 0.01}
         return schema(
             node_id="Strata_HarmonizeLayers",
-            display_name="Harmonize layers (shadows, IRH harmonizer)",
+            display_name="Harmonize layers (shadow, IRH harmonizer)",
             category="Strata/Compose",
             search_aliases=["dreamlayer", "IRH", "harmonization", "contact shadow", "blend layers", "relight"],
             description="Draws the shadows and the light that a stack of layers lacks: the background is denoised "
