@@ -65,6 +65,8 @@ def test_ssim_is_the_formula_of_its_paper():
                     values.append((2 * mp * mq + 1e-4) * (2 * cov + 9e-4) / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4)))
         assert got.item() == pytest.approx(np.mean(values), rel=1e-6)
     assert metrics.ssim(a, a).tolist() == pytest.approx([1, 1])
+    with pytest.raises(ValueError):
+        metrics.ssim(a, a[:1])
 
 
 def test_alpha_measures_are_their_sums_over_pixels():
