@@ -17,10 +17,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..techniques import fusion
-from ..techniques.joint_attention import alone, attend_rows, flat, of_blending
+from ..techniques.joint_attention import attend_rows, of_blending, of_layers
 from . import attention_blocks, joint_attention
 from .attention_blocks import Place, place_of, size_of, transformers, with_patches
-from .joint_attention import Joint
+from .joint_attention import Joint, flat
 from .kept import Record
 from .layer_prompts import END_TOKENS
 from .layer_rows import LAYERFUSION, Method, Rows, conditional_first, is_between, selected_rows_only
@@ -329,7 +329,7 @@ def _attend_joint(
         return attend_rows(q, k, v, image, joint.beside, reads, attend)
 
     shared = read(of_blending(joint.rows, call.settings.own_prompt))
-    shared = _mix(call, shared, lambda: read(alone(joint.rows)))
+    shared = _mix(call, shared, lambda: read(of_layers(joint.rows, 1)))
     if ("joint", joint.number) in call.run.masks:
         shared[:, image] = _exchange(call, shared[:, image], call.run.masks["joint", joint.number])
     return shared

@@ -22,9 +22,10 @@ from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
+from einops import rearrange
 from torch import Tensor, nn
 
-from ..techniques.joint_attention import alone, attend_rows
+from ..techniques.joint_attention import attend_rows, of_layers
 from .kept import Kept
 
 KEY = "strata_joint_attention"
@@ -209,6 +210,11 @@ class Joint:
             row[length:] = token.to(row)
 
 
+def flat(tokens: Tensor) -> Tensor:
+    """[B,H,T,D] -> [B,T,H·D]."""
+    return rearrange(tokens, "b head token c -> b token (head c)")
+
+
 @contextmanager
 def hooked(network: nn.Module, x: Tensor, context: Tensor, options: dict, act: Callable) -> Iterator[dict]:
     """Transformer options for one call on latents x [B,C,…,h,w] and prompts [B,T,C], in which `act` gets the joint
@@ -307,4 +313,4 @@ def _without_padding(executor, x, t, c_concat=None, c_crossattn=None, control=No
 
 def apart(joint: Joint, q: Tensor, k: Tensor, v: Tensor, attend: Callable) -> Tensor | None:
     """Each row by itself, which only prompts of several lengths need the hook for."""
-    return attend_rows(q, k, v, joint.image, joint.beside, alone(joint.rows), attend) if joint.padded else None
+    return attend_rows(q, k, v, joint.image, joint.beside, of_layers(joint.rows, 1), attend) if joint.padded else None

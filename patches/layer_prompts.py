@@ -26,9 +26,6 @@ ENDS = {"t5xxl": 1, "qwen25_7b": 151645, "qwen3_4b": 151645}
 def encode_prompts(clip, prompts: tuple[str, str, str]) -> list:
     """CONDITIONING whose rows are foreground, background and blended. Raises ValueError for text encoders that are not
     known.
-
-    Source: layerfusion, Alg. 2, what the content prior is the attention to
-    Differs: for T5 and Qwen the foreground's words count with the end: T5's end sums nothing up, as CLIP's does.
     """
     tokens = [clip.tokenize(prompt) for prompt in prompts]
     encoded = [clip.encode_from_tokens_scheduled(one) for one in tokens]
@@ -53,10 +50,6 @@ def encode_layers(clip, background: str, objects: list[str]) -> list:
 
     The whole picture's embedding has the words of all; its pooled form (SDXL, Flux) is that of the prompts with commas
     between them. Raises ValueError for text encoders that are not known.
-
-    Source: dreamlayer, Sec. 3 Overview, the whole picture's embedding
-    Differs: for T5 and Qwen it is the embedding of the prompts with commas between them, the nearest object first, in
-    which each layer's tokens are found; these encoders were trained on whole prompts, Qwen's in one chat template.
     """
     prompts = [background, *objects]
     tokens = [clip.tokenize(prompt) for prompt in prompts]
@@ -168,6 +161,12 @@ def _words(clip, name: str, parts: list[str]) -> tuple[list[list[int]], int, int
     """Where the words of each part are in the tokens of all parts with commas between them, the place of their end, and
     the number of all tokens. Found by how far the tokens of longer and longer beginnings agree: a chat template's own
     words are the same in all of them.
+
+    Source: layerfusion, Alg. 2, what the content prior is the attention to
+    Differs: for T5 and Qwen the foreground's words count with the end: T5's end sums nothing up, as CLIP's does.
+    Source: dreamlayer, Sec. 3 Overview, the whole picture's embedding
+    Differs: for T5 and Qwen it is the embedding of the prompts with commas between them, the nearest object first, in
+    which each layer's tokens are found; these encoders were trained on whole prompts, Qwen's in one chat template.
     """
 
     def encode(text: str) -> list:

@@ -357,7 +357,7 @@ def _attend_joint(
     layers = transformers_own.of_layers(joint.rows, call.run.layers, call.run.trajectory is not None)
     if sharing == 1:
         return read(layers)
-    apart = read(transformers_own.alone(joint.rows))
+    apart = read(transformers_own.of_layers(joint.rows, 1))
     return torch.lerp(apart, read(layers), sharing) if sharing else apart
 
 
@@ -378,7 +378,7 @@ def _take_joint_maps(call: Call, options: dict, joint: Joint, q: Tensor, k: Tens
     own, length = joint.beside[rows[0]], joint.lengths[rows[0]]
     keys = torch.cat([k[rows, :, part] for part in [*own, joint.image]], 2)
     tokens = [[place for place in places if place < length] for places in call.run.token_indices[1:]]
-    asking, keys = transformers_own.flat(q[rows, :, joint.image]), transformers_own.flat(keys)
+    asking, keys = joint_attention.flat(q[rows, :, joint.image]), joint_attention.flat(keys)
     call.shares.append(dreamlayer.token_shares(asking, keys, q.shape[1], tokens))
     if joint.number == call.map_places[-1]:
         _make_maps(call, joint.size[0], options)

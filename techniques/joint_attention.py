@@ -60,13 +60,9 @@ def attend_rows(
     return found
 
 
-def alone(rows: int) -> list[Reads]:
-    """Every row reads itself, as without sharing."""
-    return [Reads(row, [row]) for row in range(rows)]
-
-
 def of_layers(rows: int, layers: int, isolated: bool = False) -> list[Reads]:
     """All layers of a scene read each other's images; rows: scenes × layers, the whole picture last of each scene.
+    With one layer a scene every row reads itself, as without sharing.
 
     isolated: the whole picture reads itself only.
     Source: dreamlayer, Eq. 10 and 11; Eq. 15 when isolated
@@ -102,8 +98,3 @@ def mix_layers(tokens: Tensor, maps: Tensor) -> Tensor:
     """
     layers = rearrange(tokens, "(scene layer) head token c -> scene layer head token c", layer=maps.shape[1] + 2)
     return rearrange(mix_global_in(layers, maps[:, :, None]), "scene layer head token c -> (scene layer) head token c")
-
-
-def flat(tokens: Tensor) -> Tensor:
-    """[B,H,T,D] -> [B,T,H·D]."""
-    return rearrange(tokens, "b head token c -> b token (head c)")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from strata.techniques.joint_attention import Reads, alone, attend_rows, flat, mix_layers, of_blending, of_layers
+from strata.techniques.joint_attention import Reads, attend_rows, mix_layers, of_blending, of_layers
 
 HEADS, WIDTH = 2, 4
 
@@ -16,7 +16,7 @@ def tokens(seed, rows, count):
 
 
 def attend(q, k, v):
-    return flat(torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def masked(q, k, v, seen):
@@ -62,7 +62,7 @@ def test_rows_read_what_they_are_told_and_nothing_else(image, count, mix):
 
 def test_rows_that_read_themselves_are_a_plain_batch():
     q, k, v = (tokens(seed, 4, 9) for seed in (1, 2, 3))
-    found = attend_rows(q, k, v, slice(2, 9), [[slice(2)]] * 4, alone(4), attend)
+    found = attend_rows(q, k, v, slice(2, 9), [[slice(2)]] * 4, of_layers(4, 1), attend)
     assert (found - attend(q, k, v)).abs().max() < 1e-12
 
 
