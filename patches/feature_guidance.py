@@ -442,7 +442,7 @@ class _Enough(Exception):
 
 def _with_room(executor, model: ModelPatcher, shape: tuple, *args, **kwargs):
     """ComfyUI keeps free what twice the batch would take: what waits for the backward pass, the blocks' inputs and one
-    block's activations, is about as much as a plain step takes.
+    block's activations, is by its numbers of about a plain step's size (estimated for 1024 pixels, not measured).
     """
     return executor(model, (ROOM * shape[0], *shape[1:]), *args, **kwargs)
 

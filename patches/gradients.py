@@ -39,7 +39,7 @@ def differentiable(unet: nn.Module, checkpointing: bool = False) -> Iterator[Non
     copied. Layers that cast or fetch theirs (manual cast, fp8, offloading, dynamic VRAM) get them as copies, because
     the host may use that memory again.
     checkpointing: blocks compute their activations again in the backward pass in place of keeping them. Flux's always
-    do: a step at 1024 pixels would keep some 40 GB, and a second copy of all weights that are cast.
+    do: all that they keep would be tens of GB at 1024 pixels, and a second copy of all weights that are cast.
     Afterwards, also after an exception, the module holds the very objects that it held before.
     """
     with ExitStack() as undo:

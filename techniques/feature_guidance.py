@@ -82,7 +82,7 @@ def composition_energy(
     precise = torch.promote_types(first.dtype, torch.float32)
     energy = first.new_zeros(len(first), dtype=precise)
     for level, weight in level_weights.items():
-        unit = units[level] if units else 1
+        unit: Tensor | float = units[level] if units else 1.0
         own = features[level].to(precise) / unit
         at_level = masks_at_level(masks, (own.shape[2], own.shape[3])).to(own)
         for source, mask, share in zip(sources[level], at_level, plane_weights, strict=True):
@@ -155,8 +155,8 @@ def parse_block_weights(text: str, blocks: list[str], usual: list[str]) -> dict[
     parts = [part for part in text.split(",") if part.strip()]
     if not any(":" in part for part in parts):
         return {usual[level]: weight for level, weight in parse_level_weights(text, len(usual)).items()}
-    names, numbers = zip(*(part.rpartition(":")[::2] for part in parts), strict=True)
-    names = [" ".join(name.lower().split()) for name in names]
+    pairs = [part.rpartition(":")[::2] for part in parts]
+    names, numbers = [" ".join(name.lower().split()) for name, _ in pairs], [number for _, number in pairs]
     for name, number in zip(names, numbers, strict=True):
         if name not in blocks or not number.strip():
             raise ValueError(
