@@ -135,6 +135,8 @@ def test_good_values_come_through():
         io.Mask.Input("m"), PICTURE[0, ..., 0]
     ).shape == (1, 8, 8)
     assert inputs.check(io.Mask.Input("m"), PICTURE[..., 0] > 0.5).dtype == torch.float32
+    frames = PICTURE[:, None].expand(-1, 3, -1, -1, -1)  # as an autoencoder of video gives them
+    assert torch.equal(inputs.check(io.Image.Input("i"), frames), PICTURE.expand(3, -1, -1, -1))
     latent = {"samples": LATENT, "batch_index": [4], "noise_mask": torch.ones(1, 64, 64)}
     assert inputs.check(io.Latent.Input("l"), latent) is latent
 
