@@ -45,7 +45,7 @@ def convex_hull(alpha: Tensor) -> Tensor:
 
     Source: ours, Andrew's monotone chain over the corners of pixels, then the half-planes that its edges bound
     """
-    inside = alpha > 0.5
+    inside = (alpha > 0.5).cpu()
     rows = inside.any(1).nonzero()[:, 0]
     if not len(rows):
         return torch.zeros_like(alpha)

@@ -32,6 +32,7 @@ SEES_HOST = {"nodes", "patches"}
 # are used.
 TECHNIQUE_PACKAGES = {"torch", "numpy", "einops"}
 LATE_PACKAGES = {
+    "techniques/effects.py": {"scipy"},
     "techniques/matting.py": {"pymatting", "scipy"},
     "techniques/metrics.py": {"scipy", "skimage"},
     "techniques/transparency.py": {"scipy"},

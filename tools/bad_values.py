@@ -149,6 +149,8 @@ class Good:
             },
             "Strata_BackToFront": None,
             "Strata_SampleForeground": None,
+            "Strata_RedrawLayer": None,
+            "Strata_CompleteLayers": {"decomposer": None},
             "Strata_DetectForeground": None,
             "Strata_MatteForeground": {"mask": (torch.arange(SIDE) < SIDE // 2).float().expand(1, SIDE, SIDE)},
             "Strata_SetLayer": {"action": "append"},

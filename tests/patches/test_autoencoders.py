@@ -246,7 +246,29 @@ def insert_at_depth(kind: Kind) -> None:
     assert latent["samples"].shape == kind.latent(1)["samples"].shape and visible.shape == (1, HEIGHT, WIDTH)
 
 
+def complete_layers(kind: Kind) -> None:
+    document = kind.stack()
+    place, thing = read_layers(document).layers
+    hole = torch.cat([place.image, 1 - thing.image[..., 3:]], -1)
+    document = write_layers(LayerStack((WIDTH, HEIGHT), (Layer(hole, "place"), thing)))
+    given = {"model": kind.model, "positive": kind.text, "negative": kind.text, "vae": kind.vae} | SAMPLING
+    found, drawn = kind.run("Strata_CompleteLayers", **given, layers=document, select="", grow=4)
+    whole = read_layers(found).layers[0].image
+    assert (whole[..., 3] == 1).all() and torch.equal(drawn[0], thing.image[..., 3])
+    seen = hole[..., 3] == 1
+    assert torch.equal(whole[seen], hole[seen]) and whole.isfinite().all()
+
+
+def redraw_layer(kind: Kind) -> None:
+    """What it draws goes through Fill background and Decode transparency, for Flux-Fill alone."""
+    given = {"model": kind.model, "positive": kind.text, "negative": kind.text, "vae": kind.vae} | SAMPLING
+    given |= {"layers": kind.stack(), "layer": "", "room": 0.2, "noise": "one each", "rgba_vae": kind.vae}
+    refused("model: there is no Back to front on it", lambda: kind.run("Strata_RedrawLayer", **given))
+
+
 CASES = {
+    "Strata_CompleteLayers": complete_layers,
+    "Strata_RedrawLayer": redraw_layer,
     "Strata_InvertImage": invert_image,
     "Strata_HarmonizeLayers": harmonize_layers,
     "Strata_LayersSampler": layers_sampler,

@@ -22,6 +22,7 @@ from strata import nodes
 from strata.networks import flux
 from strata.nodes import layers_io, shared_layers
 from strata.nodes.back_to_front import BackToFront, FillBackground
+from strata.nodes.transparency import LoadRGBAVAE
 from strata.patches import depth_model, detection
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -38,6 +39,7 @@ CASES = {  # further ways through a node: inputs by their type, or as they are
     "Strata_AddLayer": [{"mask": "MASK", "layers": None}],
     "Strata_AmodalMask": [{"region": "MASK"}],
     "Strata_ChangeLayer": [{"layer": "1", "mask": "MASK", "image": "IMAGE"}],
+    "Strata_CompleteLayers": [{"layers": "holes"}],
     "Strata_ComposeByDepth": [{"soft_edge": 0.0, "near_is": "auto"}],
     "Strata_DecodeTransparency": [{"background": "IMAGE", "passes": "4", "clean": "off"}, {"tile_size": 32}],
     "Strata_DecomposeImage": [{"exact": False, "align_details": False, "start": "image"}],
@@ -75,12 +77,17 @@ class Values(Good):
         super().__init__()
         image = self.values["IMAGE"]
         self.values["IMAGE,MASK"] = image * (image > 0.3)  # with holes
+        ground, thing = self.values["LAYERS"]["layers"]
+        hole = torch.cat([ground["image"], 1 - thing["image"][..., 3:]], -1)
+        self.values["holes"] = {**self.values["LAYERS"], "layers": [{**ground, "image": hole}, thing]}
         self.values["maps"] = shared_layers.ContextMaps.execute(
             self.own["Strata_LayersSampler"]["model"], 1.0, 1.0
         ).args[0]
         torch.manual_seed(0)
         fill = comfy.sd.load_diffusion_model_state_dict(flux.host_form(randomised_flux().state_dict()))
         text, mask = self.values["CONDITIONING"], self.values["MASK"]
+        coupled = BackToFront.execute(fill, "bfs.safetensors", "as in the file", 1.0).args[0]
+        rgba = LoadRGBAVAE.execute("strata_mini_rgba.safetensors").args[0]
         filled = FillBackground.execute(text, text, self.values["VAE"], image, mask, True).args
         model = small()
         words = {"positive": 1, "negative": 2, "foreground": 3, "background": 4, "blended": 5, "layer": 6}
@@ -103,11 +110,12 @@ class Values(Good):
             },
             "Strata_BackToFront": {"model": fill, "file": "bfs.safetensors"},
             "Strata_SampleForeground": {
-                "model": BackToFront.execute(fill, "bfs.safetensors", "as in the file", 1.0).args[0],
+                "model": coupled,
                 "positive": filled[0],
                 "negative": filled[1],
                 "latent_image": filled[2],
             },
+            "Strata_RedrawLayer": {"model": coupled, "layer": "2", "rgba_vae": rgba, "sharing": None, "decoder": None},
             "Strata_RenderScene": {"kind": "beach", "objects": "apple", "width": 64, "height": 64},
         }
 

@@ -51,8 +51,9 @@ def test_what_is_out_of_reach_is_told(plain):
     ],
 )
 def test_effects_need_images_of_the_canvas(plain, change, sentence):
+    stack, picture = plain
     with pytest.raises(ValueError, match=sentence):
-        lit(*plain, **change)
+        EffectLayers.execute(**{"layers": write_layers(stack), "image": picture[None], "reach": 0.5} | change)
 
 
 def test_effects_need_a_ground_and_plain_layers(plain):

@@ -161,6 +161,6 @@ def test_a_model_that_is_in_no_table_is_refused():
         (fusion.AttentionBlend, (0.0, 10.0, 0.0, 1.0, "all", fusion.STRUCTURE[0], fusion.BLENDED_TEXT[0])),
     ):
         with pytest.raises(
-            ValueError, match=r"^model: AuraFlow .*Flux, Qwen-Image, Z-Image, SD3.5 and the Strata mini"
+            ValueError, match=r"^model: this is AuraFlow, .*Flux, Qwen-Image, Z-Image, SD3.5 and the Strata mini"
         ):
             node.execute(small_transformers.unknown(), *values)
