@@ -4,6 +4,7 @@ same functions of the equations.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -245,13 +246,18 @@ class LayeredDenoiser(nn.Module):
         return layer_tokens(encoded, (rows == self.end).int().argmax(-1).tolist(), self.layer_embedding)
 
 
-def published_form(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What has been learnt under the keys that Load layer modules reads, which patches/layer_modules.py explains."""
+def published_form(
+    state: dict[str, Tensor], prefix: str = "model.", named: Callable[[str], str] = str
+) -> dict[str, Tensor]:
+    """What has been learnt under the keys that Load layer modules reads, which patches/layer_modules.py explains.
+
+    prefix: of the UNet's keys in the state. named: ComfyUI's name of a module of it ("diffusion_model.…").
+    """
     found = {}
     for key, value in state.items():
-        name, _, kind = key.removeprefix("model.").rpartition(".")
+        module, _, kind = key.removeprefix(prefix).rpartition(".")
         if kind in ("shared", "foreground"):
-            found[f"{kind}.{name}.weight"] = value
+            found[f"{kind}.{named(module)}.weight"] = value
         elif key.startswith(("layer_embedding", "context_layers.")):
             found[key] = value
     return found

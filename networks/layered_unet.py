@@ -106,17 +106,3 @@ class LayeredUNet(nn.Module):
             {"call": call},
         )
         return rearrange(noise, "(scene layer) c h w -> scene layer c h w", layer=layers), *call.maps
-
-
-def published_form(state: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
-    """What has been learnt under the keys that Load layer modules reads. names: of the UNet's modules, and ComfyUI's
-    ("diffusion_model.…").
-    """
-    found = {}
-    for key, value in state.items():
-        module, _, kind = key.removeprefix("unet.").rpartition(".")
-        if kind in ("shared", "foreground"):
-            found[f"{kind}.{names[module]}.weight"] = value
-        elif key.startswith(("layer_embedding", "context_layers.")):
-            found[key] = value
-    return found

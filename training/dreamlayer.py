@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..networks import layered_unet
+from ..networks import layered_denoiser, layered_unet
 from ..networks.autoencoder import Autoencoder
 from ..networks.layered_denoiser import LayeredDenoiser
 from ..networks.transparency import OffsetEncoder, published_adapter
@@ -375,7 +375,7 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
 def write(folder: Path, model: nn.Module, config: dict, base: text_base.Base) -> None:
     """The file that users load."""
     about = export.describe("dreamlayer", folder, config, f"layered files of {Path(config['scenes']).name}")
-    state = layered_unet.published_form(model.state_dict(), base.names)
+    state = layered_denoiser.published_form(model.state_dict(), "unet.", base.names.__getitem__)
     export.save(folder / FILE, state, about | {"base": base.family, "licence": base.licence})
     print(f"{folder / FILE}: put it into ComfyUI's models/layer_model.", flush=True)
 

@@ -108,4 +108,4 @@ def test_a_template_of_the_mini_family_runs(installed):
     sampler["inputs"]["steps"] = 2
     pictures = installed.files(installed.run(prompt))
     with Image.open(io.BytesIO(installed.download(pictures[0]))) as image:
-        assert image.size == (512, 512) and len(image.convert("RGB").getcolors(2**14)) > 100
+        assert image.size == (512, 512) and len(image.convert("RGB").getcolors(512**2)) > 100

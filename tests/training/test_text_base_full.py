@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from strata.networks import diffusers_unet, layered_unet
+from strata.networks import diffusers_unet, layered_denoiser, layered_unet
 from strata.networks.transparency import OffsetEncoder
 from strata.techniques.shared_layers import global_embedding
 from strata.training import adapter, dreamlayer, text_base
@@ -169,7 +169,7 @@ def test_the_layer_modules_give_in_the_nodes_what_they_give_in_diffusers(
     config = {"adapter": str(trained_adapter / adapter.FILE)}
     model = layered_unet.LayeredUNet(base.unet, dreamlayer.own_adapter(config, base), 3, 1).eval()
     state = load_file(trained_layers / dreamlayer.FILE)
-    for key, value in layered_unet.published_form(model.state_dict(), base.names).items():
+    for key, value in layered_denoiser.published_form(model.state_dict(), "unet.", base.names.__getitem__).items():
         value.copy_(state.pop(key))
     assert not state
     ends = [5, 4, 7]
