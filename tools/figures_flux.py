@@ -5,12 +5,15 @@ figures_flux_large.py is at 256, and figures_flux_words.py has whole images from
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import comfy.sd
 import numpy as np
 import torch
+from comfy_extras.nodes_model_advanced import ModelSamplingFlux
 from mini_models import MODELS, OUTPUT, Family, picture
+from strata.patches.mini_family import StrataMiniFlux
 from strata.scenes import renderer
 from strata.techniques import metrics
 from strata.training import flux_fill, loop, oracle
@@ -81,7 +84,7 @@ def measure(seeds: range, side: int = SIDE) -> dict[str, dict[str, list[float]]]
 def fill(family: Family, settings: tuple, scene: renderer.Scene, mask: torch.Tensor, seed: int) -> torch.Tensor:
     """[1,3,S,S] as the sampler leaves it: nothing is pasted back."""
     file, cfg, sampler, scheduler = settings
-    model = load(file)
+    model = load(file, scene.depth.shape[0])
     image = torch.from_numpy(scene.background)[None]
     positive, negative, latent = comfyui_nodes.InpaintModelConditioning().encode(
         family.text(scene.objects[0].prompt), family.negative, image, family.vae, mask, noise_mask=False
@@ -91,8 +94,13 @@ def fill(family: Family, settings: tuple, scene: renderer.Scene, mask: torch.Ten
 
 
 @cache
-def load(file: str):
-    return comfy.sd.load_diffusion_model(str(MODELS / "diffusion_models" / file))
+def load(file: str, side: int):
+    """A larger image needs more noise to hide the same: the flow model's shift is the trainer's."""
+    model = comfy.sd.load_diffusion_model(str(MODELS / "diffusion_models" / file))
+    if side == SIDE or "flux" not in file:
+        return model
+    shift = StrataMiniFlux.sampling_settings["shift"] + math.log(side / SIDE)
+    return ModelSamplingFlux().patch(model, shift, shift, side, side)[0]
 
 
 def steps(images: torch.Tensor, boxes: list, seeds: range) -> tuple[list[float], list[float]]:
