@@ -68,10 +68,7 @@ def complete(
         image = completion.continued(colour, around + (alpha <= 0))
         drawn = paint(Hole(image, around, layers[number].name, whole, cover[number]), progress)
         drawn = completion.matched(drawn, image, around)
-        filled = completion.filled_in(pixels[number], drawn, region)
-        layers[number] = replace(
-            layers[number], image=filled, mask=None, x=0, y=0, w=0, h=0, rotation=0.0, flip_h=False, flip_v=False
-        )
+        layers[number] = layers[number].with_pixels(completion.filled_in(pixels[number], drawn, region))
     return stack.with_layers(layers), added
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,9 @@ from einops import rearrange
 from torch import Tensor
 
 from ..techniques.compositing import flatten
+from ..techniques.fitting import rastered
 from ..techniques.geometry import content_box, rasterise
-from ..techniques.layers import LayerStack
+from ..techniques.layers import Layer, LayerStack
 from . import autoencoder, back_to_front, rgba_vae, transparency_model, transparent_latents
 from .attention_sharing import together
 from .layer_rows import sample_rows
@@ -71,7 +72,7 @@ def by_back_to_front(
             "model: there is no Back to front on it; connect its output, or, for an SD1.5 model, attention sharing "
             "(layer_sd15_bg2fg) and a decoder."
         )
-    if alpha_vae is None or alpha_vae.output_channels != 4:
+    if alpha_vae is None or not autoencoder.has_alpha(alpha_vae):
         raise ValueError("rgba_vae: BFS needs a VAE with alpha; connect one from Load RGBA VAE.")
     told = back_to_front.fill_background(positive, negative, vae, place.behind, place.mask)
     _, latent = back_to_front.sample(model, *told, noise, denoise=1.0, **sampling)
@@ -99,10 +100,9 @@ def around_layer(
     drawn, _ = sample_rows(shared, prompts, 2, negative, latent, denoise=1.0, **sampling)
     colours = rearrange(autoencoder.decode(vae, drawn["samples"])[..., :3], "b h w c -> b c h w")
     colour, alpha = transparent_latents.decode(decoder, colours, drawn["samples"])
-    rgba = F.interpolate(torch.cat([colour * alpha, alpha], 1), behind.shape[-2:], mode="bicubic", antialias=True)
-    alpha = rgba[:, 3:].clamp(0, 1)
-    colour = torch.minimum(rgba[:, :3].clamp(min=0), alpha) / alpha.clamp(min=1e-6)
-    return rearrange(torch.cat([colour, alpha], 1), "1 c h w -> h w c").to(place.behind)
+    pixels = rearrange(torch.cat([colour, alpha], 1), "1 c h w -> h w c").to(place.behind)
+    box = behind.shape[-1], behind.shape[-2]
+    return rastered(Layer(pixels, w=box[0], h=box[1]), box).image
 
 
 def drawn_size(height: int, width: int) -> tuple[int, int]:
@@ -116,16 +116,7 @@ def put(stack: LayerStack, number: int, place: Place, pixels: Tensor) -> LayerSt
     opacity, blend mode and group stay, and all other layers are the same objects.
     """
     left, top, right, bottom = content_box(pixels[..., 3])
-    new = replace(
-        stack.layers[number],
-        image=pixels[top:bottom, left:right].clone(),
-        mask=None,
-        x=place.box[0] + left,
-        y=place.box[1] + top,
-        w=0,
-        h=0,
-        rotation=0.0,
-        flip_h=False,
-        flip_v=False,
+    new = stack.layers[number].with_pixels(
+        pixels[top:bottom, left:right].clone(), place.box[0] + left, place.box[1] + top
     )
     return stack.with_layers([*stack.layers[:number], new, *stack.layers[number + 1 :]])

@@ -103,6 +103,10 @@ class Layer:
             alpha = alpha * (1 - self.mask)
         return torch.cat([self.image[..., :3], alpha[..., None]], dim=-1)
 
+    def with_pixels(self, image: Tensor, x: int = 0, y: int = 0) -> Layer:
+        """The layer with other pixels [H,W,3|4] at native size, upright, without a mask; all else stays."""
+        return replace(self, image=image, mask=None, x=x, y=y, w=0, h=0, rotation=0.0, flip_h=False, flip_v=False)
+
 
 @dataclass(frozen=True)
 class LayerStack:
