@@ -142,11 +142,13 @@ def names() -> list[str]:
     return sorted(path.stem.removeprefix("figures_") for path in Path(__file__).parent.glob("figures_*.py"))
 
 
-def prepare() -> None:
+def prepare(comfyui: bool = True) -> None:
     """The pack as `strata` and ComfyUI as a library in this process, as the tests have them."""
     sys.path.insert(0, str(PACK / "tests"))
     import conftest  # noqa: F401
-    import patches.conftest  # noqa: F401
+
+    if comfyui:
+        import patches.conftest  # noqa: F401
 
 
 if __name__ == "__main__":

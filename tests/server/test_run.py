@@ -2,6 +2,7 @@
 
 import json
 
+import evaluate
 import pytest
 import run
 from PIL import Image
@@ -135,3 +136,15 @@ def test_a_file_that_is_not_there_and_a_server_that_does_not_answer(tmp_path):
         run.read_workflow(tmp_path / "nothing.json")
     with pytest.raises(run.RunError, match="No ComfyUI answers"):
         run.Client("http://127.0.0.1:9").object_info()
+
+
+def test_prompts_of_a_file_become_samples_for_the_papers_measures(comfy, tmp_path):
+    path = workflow(tmp_path, API | {"2": {**API["2"], "inputs": API["2"]["inputs"] | {"filename_prefix": "run/many"}}})
+    (tmp_path / "prompts.txt").write_text("40\n\n48\n")
+    results, settings = tmp_path / "results", ["1.width={prompt}", "1.height=3{seed}"]
+    for _ in range(2):  # the second time everything is there
+        evaluate.make(path, tmp_path / "prompts.txt", settings, results, comfy.url)
+        assert sorted(one.name for one in results.iterdir()) == ["0000.png", "0000.txt", "0001.png", "0001.txt"]
+    with Image.open(results / "0001.png") as picture:
+        assert picture.size == (48, 31)
+    assert (results / "0001.txt").read_text() == "48"
