@@ -83,7 +83,7 @@ def shown(own: dict[str, float] | None) -> str:
     return f"{own['mean']:.4g} ± {figures.error(own):.2g} ({own['deviation']:.3g}, {own['count']})"
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="folder of the samples")
     parser.add_argument("--truth", type=Path, help="folder of the true ones, or of images that a set is compared with")
@@ -99,7 +99,7 @@ def main() -> int:
         "--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="for --run, see tools/run.py"
     )
     parser.add_argument("--server", help="for --run: URL of a running ComfyUI")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
         if options.run:
             if options.prompts is None:

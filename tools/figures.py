@@ -145,9 +145,9 @@ def names() -> list[str]:
 def prepare(comfyui: bool = True) -> None:
     """The pack as `strata` and ComfyUI as a library in this process, as the tests have them."""
     sys.path.insert(0, str(PACK / "tests"))
-    import conftest  # noqa: F401
-
-    if comfyui:
+    if "strata" not in sys.modules:
+        import conftest  # noqa: F401
+    if comfyui and "comfy" not in sys.modules:
         import patches.conftest  # noqa: F401
 
 

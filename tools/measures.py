@@ -154,8 +154,11 @@ class Table:
             self.add(column, {f"{kind} ({name})": measured for kind, measured in kinds.items()})
 
     def summaries(self) -> dict[str, Figures]:
+        """Of what is known of one sample at least."""
         return {
-            figure: {column: figures.summary(values) for column, values in columns.items()}
+            figure: {
+                column: figures.summary(values) for column, values in columns.items() if not np.isnan(values).all()
+            }
             for figure, columns in self.values.items()
         }
 

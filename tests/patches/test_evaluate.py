@@ -5,8 +5,6 @@ of rendered scenes are those computed another way. What is missing or wrong is t
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import evaluate
@@ -259,19 +257,16 @@ def test_the_truth_itself_is_perfect(scenes):
             assert values == pytest.approx([wanted] * 3, abs=1e-5), figure
 
 
-def test_the_command_prints_a_table_and_says_what_is_wrong_in_one_sentence(scenes, tmp_path):
+def test_the_command_prints_a_table_and_says_what_is_wrong_in_one_sentence(scenes, tmp_path, capsys):
     results, truth, _ = scenes
-
-    def command(*arguments):
-        script = Path(evaluate.__file__)
-        return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
-
-    done = command(results, "--truth", truth, "--mini", "--json", tmp_path / "table.json")
-    assert done.returncode == 0, done.stderr
-    assert "| alpha IoU | – | 0." in done.stdout and "Not measured:" in done.stdout
-    assert json.loads((tmp_path / "table.json").read_text())["figures"]["alpha IoU"]["foreground"]["count"] == 3
-    refused = command(tmp_path / "absent", "--mini")
-    assert refused.returncode == 1 and len(refused.stderr.strip().splitlines()) == 1 and "absent" in refused.stderr
+    file = tmp_path / "table.json"
+    assert evaluate.main([str(results), "--truth", str(truth), "--mini", "--json", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "| alpha IoU | – | 0." in shown and "Not measured:" in shown
+    assert json.loads(file.read_text())["figures"]["alpha IoU"]["foreground"]["count"] == 3
+    assert evaluate.main([str(tmp_path / "absent"), "--mini"]) == 1
+    words = capsys.readouterr().err.strip()
+    assert "absent" in words and "\n" not in words
 
 
 def test_results_of_another_size_than_the_truth_are_refused(scenes, tmp_path):
