@@ -25,6 +25,7 @@ from strata.training.flux_fill import object_box
 import nodes as comfyui_nodes
 
 COUNT, SAMPLE = 96, 2
+FROM = 2000  # the first file's figures were of the seeds from 1000 on, in places without a bright side
 BFS, APART, FILL = "BFS", "BFS without sharing", "Flux-Fill"
 INPAINT, PASTED = "inpainting", "LayerDiffuse, pasted"
 TRUTH, FOUND = "truth through the autoencoders", "BFS, extracted"
@@ -62,8 +63,9 @@ class Case:
 
 
 def case_of(seed: int) -> Case:
-    """An object in a place that is empty or has one other."""
-    scene = renderer.render(renderer.Request(train=True, count=1 + seed % 2), SIDE, SIDE, FIRST + seed)
+    """An object in a place that is empty or has one other, and that shows where its light comes from."""
+    request = renderer.Request(train=True, count=1 + seed % 2, bright_side=True)
+    scene = renderer.render(request, SIDE, SIDE, FIRST + seed)
     front = scene.objects[-1]
     foreground, background = picture(front.rgba_with_shadow), picture(scene.behind_nearest)
     left, top, right, bottom = object_box(front, np.random.default_rng((seed, 5)), shadowed=1.0)
