@@ -12,6 +12,7 @@ main.json. translated.json records of which English text each is a translation. 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import re
@@ -25,16 +26,18 @@ LOCALES = host.PACK / "locales"
 RECORD = host.PACK / "tools" / "translated.json"
 FILES = ("nodeDefs", "main")
 # Marks by which the frontend's messages (vue-i18n) would link, choose or fill in.
-SYNTAX = re.compile(r"[@{}|]")
-# What stays letter for letter: %placeholders%, file names and ids, names with two capitals or with digits, numbers.
+SIGNS = "@{}|"
+SYNTAX = re.compile(f"[{SIGNS}]")
+# What stays letter for letter: %placeholders%, file names and ids, names with two capitals or with digits, numbers, and
+# two names that people search by.
 KEPT = re.compile(
-    r"%[\w:-]+%|[\w./-]*[a-z]_[\w./-]*|\b\w+/\w+|\.?\b\w+\.(?:json|pt|safetensors)\b|"
-    r"(?<![\w.])\w*[A-Z][\w.+-]*[A-Z0-9][\w]*(?:[.-]\w+)*|\d+(?:\.\d+)?"
+    r"%[\w:-]+%|[\w./-]*[a-z]_[\w./-]*|\b\w+/[\w-]+|\.?\b\w+\.(?:json|pt|safetensors)\b|"
+    r"(?<![\w.])\w*[A-Z][\w.+-]*[A-Z0-9]\w*(?:[.-]\w+)*|\d+(?:\.\d+)?|Photoshop|Krita"
 )
 
 
 class LanguageError(RuntimeError):
-    """One sentence for the translator."""
+    """What a translator has to mend; written for the translator."""
 
 
 def leaves(tree: dict, path: tuple[str, ...] = ()):
@@ -80,19 +83,22 @@ def missing(language: str) -> dict[str, str]:
     }
 
 
-def choices(path: tuple[str, ...]) -> set[str]:
-    """The choices of the input that a tooltip belongs to."""
-    if path[0] != "nodeDefs" or path[2] != "inputs":
-        return set()
-    inputs = json.loads(GOLDEN.read_text(encoding="utf-8"))[path[1]]["inputs"]
-    return {str(choice) for entry in inputs if entry["id"] == path[3] for choice in entry.get("choices") or ()}
+@functools.cache
+def choices() -> dict[tuple[str, ...], list[str]]:
+    """{(file, key, …) of a tooltip: the choices of its input}"""
+    nodes = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    return {
+        ("nodeDefs", node, "inputs", entry["id"], "tooltip"): [str(choice) for choice in entry.get("choices") or ()]
+        for node, info in nodes.items()
+        for entry in info["inputs"]
+    }
 
 
 def lost(path: tuple[str, ...], english: str, translation: str) -> list[str]:
-    """What of the English text has to survive in a translation, and does not."""
-    options = {word for word in choices(path) if re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", english)}
-    # UNets and LoRAs are the English plurals of names.
-    kept = {re.sub(r"(?<=\w)s$", "", word.rstrip(".")) for word in KEPT.findall(english)} | options
+    """What of the English text has to survive in a translation and does not, and what the frontend would misread."""
+    kept = {word for word in choices().get(path, ()) if re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", english)}
+    for word in KEPT.findall(english):
+        kept.add(word.rstrip(".").removesuffix("s"))  # LoRAs and UNets are the English plurals of names
     return sorted(word for word in kept if word not in translation) + SYNTAX.findall(translation)
 
 
@@ -101,7 +107,7 @@ def take(language: str, given: dict) -> int:
     were taken.
 
     Raises:
-        LanguageError: for a text that English does not have, or one that lost something.
+        LanguageError: for texts that English does not have, and those that lost something. Nothing is written then.
     """
     english = texts("en")
     if any(isinstance(value, dict) for value in given.values()):
@@ -112,10 +118,11 @@ def take(language: str, given: dict) -> int:
         new = {path: given[value] for path, value in english.items() if given.get(value)}
         unknown = list(given.keys() - set(english.values()))
     if unknown:
-        raise LanguageError(f"No English text: {sorted(unknown)[0]!r}; `missing` prints the texts as they are now.")
-    for path, value in new.items():
-        if words := lost(path, english[path], value):
-            raise LanguageError(f"{'/'.join(path)}: {', '.join(words)} has to stay as in {english[path]!r}: {value!r}.")
+        raise LanguageError(f"English has no {sorted(unknown)}; `missing` prints the texts as they are now.")
+    wrong = {"/".join(path): words for path, value in new.items() if (words := lost(path, english[path], value))}
+    if wrong:
+        lines = [f"{name}: {', '.join(words)}" for name, words in wrong.items()]
+        raise LanguageError("\n".join([f"These have to stay as in English, and {SIGNS} may not be there:", *lines]))
     merged = texts(language) | new
     for name in FILES:
         tree: dict = {}
