@@ -90,7 +90,7 @@ def glossary(language):
 
 def stems(term):
     """What of a term's words every form has."""
-    return [word[: max(4, len(word) - BENT)].lower() for word in term.split()]
+    return [word[: max(3, len(word) - BENT)].lower() for word in term.split()]
 
 
 def test_the_glossary_has_sixty_terms_and_is_followed(language, translated):
