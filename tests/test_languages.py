@@ -83,7 +83,8 @@ def test_nodes_are_called_by_their_translated_names(translated):
 def glossary(language):
     """[(English term, [its translations], remark)]"""
     text = (GLOSSARIES / f"{language}.md").read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line] for line in lines]
     assert rows[0] == ["English", "term", "remark"]
     return [(english, term.split(" / "), remark) for english, term, remark in rows[1:]]
 
@@ -129,11 +130,11 @@ def test_a_changed_english_text_is_missing_until_it_is_taken(tmp_path, monkeypat
     # One by one, and as a whole file with names.
     assert languages.take("de", {"Left side in 2 pixels.": "Linke Seite in 2 Pixeln."}) == 1
     assert languages.missing("de") == {"Add layer": ""}
-    assert languages.take("de", {"Strata_AddLayer": {"display_name": "Ebene hinzufügen", "inputs": {"x": {"name": "x"}}}}) == 1
+    whole = {"Strata_AddLayer": {"display_name": "Ebene hinzufügen", "inputs": {"x": {"name": "x"}}}}
+    assert languages.take("de", whole) == 1
     assert languages.missing("de") == {}
-    assert json.loads((tmp_path / "de" / "nodeDefs.json").read_text(encoding="utf-8")) == {
-        "Strata_AddLayer": {"display_name": "Ebene hinzufügen", "inputs": {"x": {"tooltip": "Linke Seite in 2 Pixeln."}}}
-    }
+    whole["Strata_AddLayer"]["inputs"]["x"] = {"tooltip": "Linke Seite in 2 Pixeln."}
+    assert json.loads((tmp_path / "de" / "nodeDefs.json").read_text(encoding="utf-8")) == whole
     write("Right side in 2 pixels.")
     assert languages.missing("de") == {"Right side in 2 pixels.": "Linke Seite in 2 Pixeln."}
     languages.take("de", {"Right side in 2 pixels.": "Rechte Seite in 2 Pixeln."})

@@ -1,4 +1,4 @@
-"""Names and tooltips in the language that ComfyUI is set to, with frontends that see to it and with those that do not."""
+"""Names and tooltips in the language that ComfyUI is set to, with frontends that see to it and without."""
 
 import json
 
@@ -7,7 +7,8 @@ import host
 SHOWN = """() => {
     const node = app.graph.nodes.find(({ type }) => type === "Strata_SliceByDepth");
     return { title: node.title, category: node.constructor.category,
-        description: node.constructor.nodeData.description, inputs: node.inputs.map(({ label, name }) => label ?? name) };
+        description: node.constructor.nodeData.description,
+        inputs: node.inputs.map(({ label, name }) => label ?? name) };
 }"""
 # Where the middle of the node's first widget is in the window
 FIRST_WIDGET = """() => {

@@ -90,8 +90,8 @@ def test_every_language_is_served(comfy):
     served = comfy.get("/i18n").json()
     assert languages.languages()
     for language in languages.languages():
-        ours = {"nodeDefs": served[language]["nodeDefs"], "main": {"nodeCategories": served[language]["nodeCategories"]}}
-        assert dict(languages.leaves(ours)) == languages.texts(language)
+        nodes, menu = served[language]["nodeDefs"], {"nodeCategories": served[language]["nodeCategories"]}
+        assert dict(languages.leaves({"nodeDefs": nodes, "main": menu})) == languages.texts(language)
 
 
 def test_workflows_for_scripts_are_the_workflows(comfy):
