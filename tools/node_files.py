@@ -1,5 +1,5 @@
-"""Write the files that follow from the nodes' schemas: the English locale, the record of ids that old graphs depend
-on, and the main workflows in API format, for scripts.
+"""Write the files that follow from the nodes' schemas: the English locale, from which tools/languages.py says what has
+to be translated, the record of ids that old graphs depend on, and the main workflows in API format, for scripts.
 
 python tools/host.py exec tools/node_files.py
 """
@@ -14,6 +14,7 @@ import host
 import run
 
 LOCALE = host.PACK / "locales" / "en" / "nodeDefs.json"
+MENU = host.PACK / "locales" / "en" / "main.json"
 GOLDEN = host.PACK / "tests" / "server" / "object_info.json"
 WORKFLOWS = host.PACK / "workflows"
 SCRIPTED = (
@@ -74,6 +75,12 @@ def locale(object_info: dict) -> dict:
     }
 
 
+def menu(object_info: dict) -> dict:
+    """ComfyUI's main.json: the parts of the menu that our nodes lie in. Strata is a name."""
+    parts = {part for info in ours(object_info).values() for part in info["category"].split("/")} - {"Strata"}
+    return {"nodeCategories": {part: part for part in sorted(parts)}}
+
+
 def golden(object_info: dict) -> dict:
     """What a saved graph relies on: ids, the order of inputs and outputs, their types, defaults and choices."""
 
@@ -118,7 +125,8 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as base, host.Server(host.find_or_install(), Path(base)) as server:
         client = run.Client(server.url)
         object_info, graphs = client.object_info(), scripted(client)
-    for path, content in ({LOCALE: locale(object_info), GOLDEN: golden(object_info)} | graphs).items():
+    written = {LOCALE: locale(object_info), MENU: menu(object_info), GOLDEN: golden(object_info)}
+    for path, content in (written | graphs).items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text(content), encoding="utf-8")
         print(path)

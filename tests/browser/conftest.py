@@ -169,6 +169,17 @@ def editor(request, browser, site, pages) -> Editor:
     return found
 
 
+@pytest.fixture
+def japanese(browser, site) -> Editor:
+    """The page as somebody sees it who has set ComfyUI to Japanese."""
+    requests.post(f"{site}/settings/Comfy.Locale", json="ja", timeout=10).raise_for_status()
+    page = browser.new_context(viewport={"width": 1600, "height": 1000}).new_page()
+    page.set_default_timeout(20_000)
+    yield Editor(page, site, "canvas").open()
+    page.context.close()
+    requests.post(f"{site}/settings/Comfy.Locale", json="en", timeout=10).raise_for_status()
+
+
 CALCULATE = """async ([script, call, ...args]) => {
     const result = (await import(script))[call](
         ...args.map((arg) => (arg?.floats ? Float32Array.from(arg.floats) : arg)));

@@ -9,6 +9,7 @@ import re
 import sys
 
 import host
+import languages
 import node_files
 import pytest
 import strata
@@ -78,6 +79,19 @@ def test_the_locale_file_is_current_and_served(comfy):
     assert json.loads(node_files.LOCALE.read_text(encoding="utf-8")) == expected
     served = comfy.get("/i18n").json()["en"]["nodeDefs"]
     assert {name: served[name] for name in expected} == expected
+
+
+def test_the_menu_file_is_current():
+    recorded = json.loads(node_files.GOLDEN.read_text(encoding="utf-8"))
+    assert json.loads(node_files.MENU.read_text(encoding="utf-8")) == node_files.menu(recorded)
+
+
+def test_every_language_is_served(comfy):
+    served = comfy.get("/i18n").json()
+    assert languages.languages()
+    for language in languages.languages():
+        nodes, menu = served[language]["nodeDefs"], {"nodeCategories": served[language]["nodeCategories"]}
+        assert dict(languages.leaves({"nodeDefs": nodes, "main": menu})) == languages.texts(language)
 
 
 def test_workflows_for_scripts_are_the_workflows(comfy):
