@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..patches import autoencoder, layer_files, transparency_model, transparent_latents
 from ..patches.harmonize import harmonize_layers, remaining_sigmas
 from ..patches.inversion import Inversion, invert, noise_levels
-from ..patches.layer_prompts import LAYERS, composite_prompt, encode_layers
+from ..patches.layer_prompts import LAYERS, composite_prompt, encode_layers, split_prompts
 from ..patches.layer_rows import sample_rows
 from ..patches.sampled_layers import all_rows, decode_layers, sample_along, trajectories
 from ..patches.shared_layers import (
@@ -90,7 +90,8 @@ class LayerPrompts(Node):
                     **prompt,
                     tooltip="One object a line, as in: a red apple. The first line is farthest back, the last one in "
                     "front. Each becomes a layer; empty lines do not count, and no object at all gives the background "
-                    "alone.",
+                    "alone. A language model's list does as well: numbers and dashes in front of lines are left out, "
+                    "and a line that begins with 'background:' is the background's.",
                 ),
             ],
             outputs=[
@@ -102,9 +103,7 @@ class LayerPrompts(Node):
 
     @classmethod
     def execute(cls, clip, background, objects):
-        return io.NodeOutput(
-            encode_layers(clip, background.strip(), [line.strip() for line in objects.splitlines() if line.strip()])
-        )
+        return io.NodeOutput(encode_layers(clip, *split_prompts(background, objects)))
 
 
 class LoadLayerModules(LayerModelFile):

@@ -7,6 +7,8 @@ every token counts.
 
 from __future__ import annotations
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,12 +17,36 @@ from ..networks.layered_unet import joined_prompt
 from ..techniques.shared_layers import global_embedding
 from .joint_attention import TEXT_LENGTHS
 
+MARKER = re.compile(r"\s*(?:[-*•]|\d+[.)])\s+")
+BACKGROUND = re.compile(r"background\s*:\s*(.*)", re.IGNORECASE)
 END_TOKENS = "strata_end_tokens"  # positions of the ends of the foreground's prompt
 # (prompt, indices of its tokens in the whole picture's embedding) for each layer, back to front
 LAYERS = "strata_layers"
 # What ends a prompt, of text encoders whose tokens a transformer reads (beside CLIP's, of which Flux takes the pooled
 # form alone, and which stand in front with SD3.5): T5's end, and the end of Qwen's turn in its chat template.
 ENDS = {"t5xxl": 1, "qwen25_7b": 151645, "qwen3_4b": 151645}
+
+
+def split_prompts(background: str, objects: str) -> tuple[str, list[str]]:
+    """The background's prompt and the objects', back to front, of texts as people and language models write them: one
+    object a line, a number or a dash in front of it does not count, and a line `background: …` may stand among them.
+
+    Raises ValueError for two backgrounds.
+    Source: dreamlayer, Appendix A (a language model splits a sentence into the layers' prompts)
+    """
+    found, backgrounds = [], [background.strip()] if background.strip() else []
+    for line in objects.splitlines():
+        words = MARKER.sub("", line).strip()
+        if named := BACKGROUND.match(words):
+            backgrounds += [named[1]] if named[1] else []
+        elif words:
+            found.append(words)
+    if len(backgrounds) > 1:
+        raise ValueError(
+            f"background: there are several, {' and '.join(map(repr, backgrounds))}; leave one of them, the input or a "
+            "line of objects."
+        )
+    return (backgrounds or [""])[0], found
 
 
 def encode_prompts(clip, prompts: tuple[str, str, str]) -> list:

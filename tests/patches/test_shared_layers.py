@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from comfy.ldm.modules.attention import BasicTransformerBlock
 from strata.patches import foreground, mini_family, shared_layers
 from strata.patches.attention_blocks import attend
-from strata.patches.layer_prompts import LAYERS, encode_layers
+from strata.patches.layer_prompts import LAYERS, encode_layers, split_prompts
 from strata.patches.shared_layers import Maps, Sharing, map_context, object_rows, share_layers
 from strata.techniques.shared_layers import global_embedding
 
@@ -371,6 +371,32 @@ def test_prompts_are_rows_and_the_last_has_the_words_of_all(clip):
         values["pooled_output"][3:],
         clip.encode_from_tokens(clip.tokenize("a dog, a red apple, the beach"), return_pooled=True)[1],
     )
+
+
+@pytest.mark.parametrize(
+    ("background", "objects", "wanted"),
+    [
+        (" a beach ", "a dog\n\n  a cat ", ("a beach", ["a dog", "a cat"])),
+        (
+            "",
+            "Background: a beach\n1. a dog\n2) a cat\n- an apple\n* 3 cups",
+            ("a beach", ["a dog", "a cat", "an apple", "3 cups"]),
+        ),
+        ("a beach", "a dog\nbackground:", ("a beach", ["a dog"])),
+        (
+            "",
+            "a dog on a background: blue\n3-legged cat\n1.5 litres",
+            ("", ["a dog on a background: blue", "3-legged cat", "1.5 litres"]),
+        ),
+    ],
+)
+def test_a_list_of_a_language_model_is_read_as_its_prompts(background, objects, wanted):
+    assert split_prompts(background, objects) == wanted
+
+
+def test_two_backgrounds_are_refused():
+    with pytest.raises(ValueError, match="background: there are several, 'a beach' and 'a street'"):
+        split_prompts("a beach", "background: a street\na dog")
 
 
 def test_a_background_alone_is_its_ordinary_encoding(clip):
