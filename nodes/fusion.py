@@ -7,7 +7,7 @@ from ..patches.fusion import BLOCKS, METHOD, ROWS, Settings, blend_attention
 from ..patches.layer_prompts import encode_prompts
 from ..patches.layer_rows import sample_rows
 from ..patches.sampled_layers import decode_layers
-from ..techniques.fusion import map_strips
+from ..techniques.fusion import PRIORS, map_strips
 from ..techniques.layers import write_layers
 from .sampling import end_below_start, sampling_inputs
 from .sockets import Layers, Node, Transparency, schema, told
@@ -145,6 +145,14 @@ class AttentionBlend(Node):
                     "through the soft mask as published, or through a wide one, whole up to its rim (the mini "
                     "family's objects agree better so).",
                 ),
+                io.Combo.Input(
+                    "priors",
+                    options=list(PRIORS),
+                    default=PRIORS[0],
+                    optional=True,
+                    tooltip="What the masks are made of: outline times meaning, as published, or one of the two, for "
+                    "comparison.",
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -169,11 +177,12 @@ class AttentionBlend(Node):
         blended_text,
         transparency=None,
         entry=ENTRY[0],
+        priors=PRIORS[0],
     ):
         if transparency is not None:
             model = transparency_model.apply_to_foreground(model, transparency)
         switches = structure == STRUCTURE[1], blended_text == BLENDED_TEXT[1], entry == ENTRY[1]
-        settings = Settings(strength, boundary, start_percent, end_percent, BLOCKS[blocks], *switches)
+        settings = Settings(strength, boundary, start_percent, end_percent, BLOCKS[blocks], *switches, priors)
         notes = end_below_start(start_percent, end_percent, "nothing is blended")
         return io.NodeOutput(blend_attention(model, settings), ui=told(notes) or None)
 

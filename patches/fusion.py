@@ -51,6 +51,7 @@ class Settings:
     a prior pass.
 
     wide: after Eq. 2 the blended branch goes on with the foreground through the wide mask instead of the soft one.
+    priors: what the masks are made of, one of fusion.PRIORS.
     """
 
     strength: float = 1.0
@@ -61,6 +62,7 @@ class Settings:
     reuse: bool = False
     own_prompt: bool = False
     wide: bool = False
+    priors: str = fusion.BOTH
 
     def active(self, sampling, timestep: Tensor) -> bool:
         return self.strength > 0 and is_between(self.start_percent, self.end_percent, sampling, timestep)
@@ -271,7 +273,7 @@ def _remember(
     """
     structure = fusion.resize_prior(*call.run.structure, size)
     content = fusion.content_prior(q, k, heads, ends)
-    masks = fusion.blending_masks(structure, content, call.settings.boundary)
+    masks = fusion.blending_masks(structure, content, call.settings.boundary, call.settings.priors)
     wide = [fusion.wide_mask(masks[0], call.settings.boundary)] if call.settings.wide else []
     call.run.masks[key] = *masks, *wide
     return rearrange(torch.stack([structure, content, *masks], 1), "b kind (h w) -> b kind h w", h=size[0])

@@ -11,6 +11,8 @@ from torch import Tensor
 
 MOST_PROBABILITIES = 2**21  # held at once, over all heads: 8 MB in float32, which a processor's cache holds
 
+PRIORS = BOTH, STRUCTURE, CONTENT = ("both", "structure alone", "content alone")
+
 
 def structure_prior(q: Tensor, k: Tensor, heads: int) -> Tensor:
     """[B,M] in 0..1, high where a token of the foreground attends to few others; q: [B,M,C], k: [B,T,C], projected, C =
@@ -36,13 +38,13 @@ def content_prior(q: Tensor, k: Tensor, heads: int, ends: list[int]) -> Tensor:
     return reduce_attention(q, k, heads, lambda probabilities: probabilities[..., ends].sum(-1).mean(0))
 
 
-def blending_masks(structure: Tensor, content: Tensor, boundary: float) -> tuple[Tensor, Tensor]:
-    """(mask_soft, mask_hard), each [B,M] in 0..1, from the two priors [B,M]; boundary: the coefficient d, larger is
-    sharper.
+def blending_masks(structure: Tensor, content: Tensor, boundary: float, priors: str = BOTH) -> tuple[Tensor, Tensor]:
+    """(mask_soft, mask_hard), each [B,M] in 0..1, from the two priors [B,M] or one of them, see PRIORS; boundary: the
+    coefficient d, larger is sharper.
 
-    Source: layerfusion, Alg. 3
+    Source: layerfusion, Alg. 3; one prior alone is the ablation of Fig. 8c
     """
-    soft = min_max_normalise(structure * content)
+    soft = min_max_normalise({BOTH: structure * content, STRUCTURE: structure, CONTENT: content}[priors])
     return soft, torch.sigmoid(boundary * (soft - 0.5))
 
 

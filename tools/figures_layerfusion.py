@@ -30,6 +30,7 @@ OBJECTS = ("apple", "teapot", "dog", "penguin", "cactus", "car", "pumpkin", "rob
 PLACES = ("table", "room", "beach", "snow", "desert", "street", "autumn", "meadow")
 SIDE = 128
 DIFFERS = 0.06  # 15 of 255; of 0.05 to 0.1 the one at which rendered scenes come out best
+COLUMNS = {"wide": Settings(boundary=15.0, wide=True), "soft": Settings(boundary=10.0)}
 SAMPLING = {"cfg": 2.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0}
 CLAIMS = [("wide", "soft", figure) for figure in ("iou", "layers nearer than pasted", "change by the place")]
 
@@ -75,15 +76,12 @@ def flattened(colour, alpha, background):
 
 
 @torch.inference_mode()
-def drawn(family, seeds: range, steps=15, wide=True):
+def drawn(family, seeds: range, settings: Settings, steps=15):
     """Everything drawn, a few of each object, as one dictionary of pictures [N,·,H,W], and the objects' names.
 
     Object i is drawn with the noise of seed seeds.start + i.
     """
-    layered = blend_attention(
-        transparency_model.apply_to_foreground(family.model, family.adapter),
-        Settings(boundary=15.0 if wide else 10.0, wide=wide),
-    )
+    layered = blend_attention(transparency_model.apply_to_foreground(family.model, family.adapter), settings)
     alone = transparency_model.apply(family.model, family.adapter, 1.0)
     negative = family.clip.encode_from_tokens_scheduled(family.clip.tokenize(""))
     each = -(-len(seeds) // len(OBJECTS))
@@ -91,7 +89,7 @@ def drawn(family, seeds: range, steps=15, wide=True):
     for number, name in enumerate(OBJECTS[: -(-len(seeds) // each)]):
         what = renderer.catalogue()[name].prompts[0]
         first, second = (renderer.PLACE_WORDS[PLACES[(number + step) % len(PLACES)]][0] for step in (0, 3))
-        settings = {
+        sampling = {
             "negative": negative,
             "latent_image": {"samples": torch.zeros(each, 4, SIDE // 8, SIDE // 8)},
             "steps": steps,
@@ -99,9 +97,9 @@ def drawn(family, seeds: range, steps=15, wide=True):
             **SAMPLING,
         }
 
-        def triplet(where, what=what, settings=settings):
+        def triplet(where, what=what, sampling=sampling):
             positive = encode_prompts(family.clip, (what, f"{renderer.EMPTY} {where}", f"{what} {where}"))
-            front, back, both = sample_rows(layered, positive, 3, **settings, own_noise=0.0)
+            front, back, both = sample_rows(layered, positive, 3, **sampling, own_noise=0.0)
             colour, alpha = foreground(family, front)
             return {
                 "colour": colour,
@@ -111,7 +109,7 @@ def drawn(family, seeds: range, steps=15, wide=True):
             }
 
         positive = family.clip.encode_from_tokens_scheduled(family.clip.tokenize(what))
-        colour, alpha = foreground(family, sample_rows(alone, positive, 1, **settings)[0])
+        colour, alpha = foreground(family, sample_rows(alone, positive, 1, **sampling)[0])
         parts = {
             **triplet(first),
             **{f"other {key}": value for key, value in triplet(second).items()},
@@ -179,12 +177,12 @@ def measured(shown, names, judge, grid):
     }
 
 
-def measure(seeds: range, columns=("wide", "soft")) -> dict[str, dict[str, list[float]]]:
+def measure(seeds: range, columns: dict[str, Settings] = COLUMNS) -> dict[str, dict[str, list[float]]]:
     """{column: {figure: one value a picture}}"""
     judge, found = oracle.load(), {}
-    for column in columns:
+    for column, settings in columns.items():
         family = family_of(FILES[0], *map(load_file, FILES[1:]))
-        shown, names = drawn(family, seeds, wide=column == "wide")
+        shown, names = drawn(family, seeds, settings)
         figures = measured(shown, names, judge, OUTPUT / f"layerfusion_{column}.png")
         figures["iou of rendered scenes"] = rendered_overlap(family, names)
         found[column] = {figure: values.tolist() for figure, values in figures.items()}

@@ -119,9 +119,12 @@ class Reference:
     structure_at: number from the end of the block that shows the structure.
     """
 
-    def __init__(self, unet, foreground, ends, boundary=10.0, own_prompt=False, structure_at=1, wide=False):
+    def __init__(
+        self, unet, foreground, ends, boundary=10.0, own_prompt=False, structure_at=1, wide=False, priors="both"
+    ):
         self.unet, self.foreground = copy.deepcopy(unet).double(), copy.deepcopy(foreground).double()
         self.ends, self.boundary, self.own_prompt, self.wide, self.masks = ends, boundary, own_prompt, wide, {}
+        self.priors = priors
         pairs = [
             [m for m in model.modules() if isinstance(m, BasicTransformerBlock)]
             for model in (self.unet, self.foreground)
@@ -160,7 +163,7 @@ class Reference:
             side, small = int(np.sqrt(count)), int(np.sqrt(foreground.shape[1]))
             factor = side // small
             prior = prior.view(-1, small, factor, small, factor).mean((2, 4)).flatten(1)
-            soft = minmax(prior * content)
+            soft = minmax({"both": prior * content, "structure alone": prior, "content alone": content}[self.priors])
             hard, wide = (
                 1 / (1 + torch.exp(-self.boundary * (soft - middle))) for middle in (0.5, level_between(soft))
             )

@@ -47,7 +47,16 @@ def test_one_call_is_the_papers_algorithm(models, kind, count):
     assert not close(plain["cond"], cond, 1e-2) and not close(plain["uncond"], uncond, 1e-2)
 
 
-@pytest.mark.parametrize("settings", [{"boundary": 3.0}, {"own_prompt": True}, {"wide": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"boundary": 3.0},
+        {"own_prompt": True},
+        {"wide": True},
+        {"priors": "structure alone"},
+        {"priors": "content alone"},
+    ],
+)
 def test_the_settings_mean_what_the_reference_says(models, settings):
     model = models("mini")
     positive, negative = layered(model), conditioning(model, 2, rows=1)
