@@ -223,39 +223,8 @@ def test_sd2_is_told_from_sd15_whose_structure_it_has(apply):
             apply(model, recognised(weights))
 
 
-def flux_lora(alpha=None):
-    """(a random layer LoRA for small_flux in diffusers' names, as published; of each of its layers the weight that it
-    is a part of here, and the first row): to_q, to_k and to_v are thirds of one weight, and a single block's are the
-    first of linear1.
-    """
-    width, weights, expected = 32, {}, {}
-    for block in range(2):
-        for name, place, start in (
-            ("attn.to_q", "img_attn.qkv", 0),
-            ("attn.to_k", "img_attn.qkv", 32),
-            ("attn.to_v", "img_attn.qkv", 64),
-            ("attn.to_out.0", "img_attn.proj", 0),
-            ("attn.add_k_proj", "txt_attn.qkv", 32),
-        ):
-            expected[f"transformer.transformer_blocks.{block}.{name}"] = (
-                f"diffusion_model.double_blocks.{block}.{place}.weight",
-                start,
-            )
-        for index, name in enumerate(("to_q", "to_k", "to_v")):
-            expected[f"transformer.single_transformer_blocks.{block}.attn.{name}"] = (
-                f"diffusion_model.single_blocks.{block}.linear1.weight",
-                index * width,
-            )
-    for name in expected:
-        weights[f"{name}.lora_B.weight"] = torch.randn(width, 4) * 0.1
-        weights[f"{name}.lora_A.weight"] = torch.randn(4, width)
-        if alpha is not None:
-            weights[f"{name}.alpha"] = torch.tensor(alpha)
-    return weights, expected
-
-
 def test_fluxs_layer_lora_reaches_its_place_in_the_joined_weights():
-    model, (weights, expected) = small_flux(), flux_lora()
+    model, (weights, expected) = small_flux(), random_files.flux_lora()
     before = {key: value.clone() for key, value in model.model.state_dict().items()}
     for name, (place, start) in expected.items():
         up, down = weights[f"{name}.lora_B.weight"], weights[f"{name}.lora_A.weight"]
@@ -325,7 +294,7 @@ def test_a_controlnet_acts_as_on_merged_weights():
 
 @pytest.mark.parametrize("alpha", [None, 2.0])
 def test_fluxs_layer_lora_on_the_foreground_equals_a_merged_model_and_leaves_the_rest(alpha):
-    model, files = small_flux(), recognised(flux_lora(alpha)[0], ("Flux",))
+    model, files = small_flux(), recognised(random_files.flux_lora(alpha=alpha)[0], ("Flux",))
     positive, negative = conditioning("Flux", 3), conditioning("Flux", 1, seed=2)
     x = torch.randn(6, 16, 6, 10, generator=torch.Generator().manual_seed(5))
 
