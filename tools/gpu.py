@@ -103,7 +103,7 @@ def sdxl(small: bool):
 
 
 def flux(small: bool, fill: bool = False):
-    """(model, its blocks in words). On a card that is too small for all of Flux's blocks, as many of each kind as fit."""
+    """(model, its blocks in words). On a card that is too small for all of Flux, as many blocks of each kind as fit."""
     import comfy.supported_models
 
     from patches import small_transformers
