@@ -95,11 +95,9 @@ def sdxl(small: bool):
     from patches import fusion_reference
 
     family, shape = fusion_reference.UNETS["SDXL"]
-    shallow = {"transformer_depth": [0, 0, 1, 1, 1, 1], "transformer_depth_output": [0, 0, 0, *[1] * 6]}
-    shallow |= {"transformer_depth_middle": 1}
     published = {"model_channels": 320, "context_dim": 2048, "num_head_channels": 64}
     dtype = torch.float32 if small else torch.float16
-    return network(family, {**fusion_reference.SHARED, **shape, **(shallow if small else published)}, dtype)
+    return network(family, {**fusion_reference.SHARED, **shape, **({} if small else published)}, dtype)
 
 
 def flux(small: bool, fill: bool = False):
