@@ -31,6 +31,16 @@ def narrow_texts(load):
     return narrow
 
 
+def known_texts(detect):
+    """Newer ComfyUI tells Qwen3 4B from others by its width."""
+
+    def known(weights):
+        qwen3 = "model.layers.0.self_attn.q_norm.weight" in weights
+        return comfy.sd.TEModel.QWEN3_4B if qwen3 else detect(weights)
+
+    return known
+
+
 def narrow_autoencoder(build):
     def narrow(regularizer_config, **halves):
         for half in halves.values():
@@ -51,6 +61,7 @@ def narrow_eye(build):
 
 comfy.model_detection.detect_unet_config = narrow_networks(comfy.model_detection.detect_unet_config)
 comfy.sd.load_clip = narrow_texts(comfy.sd.load_clip)
+comfy.sd.detect_te_model = known_texts(comfy.sd.detect_te_model)
 comfy.sd.AutoencodingEngine = narrow_autoencoder(comfy.sd.AutoencodingEngine)
 comfy.text_encoders.qwen_vl.Qwen2VLVisionTransformer = narrow_eye(comfy.text_encoders.qwen_vl.Qwen2VLVisionTransformer)
 # By its width ComfyUI tells Z-Image from Lumina 2.

@@ -68,8 +68,9 @@ def write_files(models: Path) -> None:
     for name, (kind, changes) in NETWORKS.items():
         network = small_transformers.patcher(kind, **changes).model.diffusion_model
         save_file(network.state_dict(), models / "diffusion_models" / f"{name}.safetensors")
+    encoders = {kind: small_encoders.encoder(kind).cond_stage_model for kind in {kind for kind, _ in TEXTS.values()}}
     for name, (kind, part) in TEXTS.items():
-        encoder = getattr(small_encoders.encoder(kind).cond_stage_model, part).transformer
+        encoder = getattr(encoders[kind], part).transformer
         weights = {key: value.half().contiguous() for key, value in encoder.state_dict().items()}
         save_file(weights, models / "text_encoders" / f"{name}.safetensors")
     for name, kind in (("ae", "Flux"), ("qwen_image_vae", "Qwen-Image")):
