@@ -43,6 +43,9 @@ mutants:  ## change the code in one place at a time, and see whether a test noti
 bench:  ## time and memory against plain ways of doing the same
 	$(EXEC) tools/bench.py $(ARGS)
 
+gpu:  ## on a machine with CUDA: the tests on the card, and models of published width with random weights; ARGS=--small anywhere
+	$(EXEC) tools/gpu.py $(ARGS)
+
 mini:  ## train the mini family from nothing and write its files; goes on where it was stopped
 	for what in autoencoder decoder classifier diffusion inpaint transparency transparent_decoder adapter dreamlayer dreamlayer_apart; do $(EXEC) -m training $$what || exit 1; done
 	$(EXEC) -m training publish
@@ -52,4 +55,4 @@ mini:  ## train the mini family from nothing and write its files; goes on where 
 	$(EXEC) -m training publish
 	$(EXEC) -m training judge
 
-.PHONY: demo test quick test-full test-readers check types serve run figures mutants bench mini
+.PHONY: demo test quick test-full test-readers check types serve run figures mutants bench gpu mini

@@ -58,6 +58,8 @@ def apply_to_foreground(model: ModelPatcher, transparency: Transparency, rows: R
             f"transparency: {transparency.name} is {transparency.describe()}; layers need {NEEDS}, which draws single "
             "objects."
         )
+    if "flux" in transparency.parts:
+        return foreground.apply_to_foreground(model, _flux_terms(model, transparency), rows=rows)
     _adapter(model, transparency)  # for its sentences about another family
     terms = {
         key: parts["diff::0"] if "diff::0" in parts else (parts["lora::0"], parts["lora::1"])
@@ -166,6 +168,26 @@ def _flux(model: ModelPatcher, transparency: Transparency) -> dict:
             f"as {unused[0]}; it is for another version of Flux."
         )
     return patches
+
+
+def _flux_terms(model: ModelPatcher, transparency: Transparency) -> dict[str, tuple[Tensor, Tensor]]:
+    """Flux's layer LoRA as one pair (up, down) for each weight: q, k and v, which have pairs of their own, are parts of
+    one weight in ComfyUI.
+    """
+    state, parts = unpatched(model), {}
+    for key, patch in _flux(model, transparency).items():
+        name, place, *change = key if isinstance(key, tuple) else (key, None)
+        up, down, alpha = patch.weights[:3]
+        up = up if alpha is None else up * (alpha / len(down))
+        for turn in change:
+            up = turn(up)
+        _, start, length = place or (0, 0, len(up))
+        whole = up.new_zeros(len(state[name]), up.shape[1])
+        whole[start : start + length] = up
+        parts.setdefault(name, []).append((whole, down))
+    return {
+        name: (torch.cat([up for up, _ in own], 1), torch.cat([down for _, down in own])) for name, own in parts.items()
+    }
 
 
 def unpatched(model: ModelPatcher) -> dict[str, Tensor]:

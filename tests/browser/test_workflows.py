@@ -32,6 +32,9 @@ def test_model_files_are_named_with_their_place_for_people_and_for_the_frontend(
         if node["type"] in ("Strata_LoadDecomposer", "Strata_BackToFront"):  # what users train themselves
             assert all(name in notes for name in files) and (not files or "docs/training.md" in notes)
             continue
+        for name in (value for value in node.get("widgets_values", []) if str(value).endswith(".pth")):
+            # The frontend downloads no pickles.
+            assert f"[{name}]({known[name]}) → `models/layer_model`" in notes
         if node["type"] == "Strata_LoadRGBAVAE":  # a folder of its own, with what lies beside the file
             assert all(f"`models/vae/{name}`" in notes for name in files)
             continue
@@ -43,6 +46,7 @@ def test_model_files_are_named_with_their_place_for_people_and_for_the_frontend(
                     "CheckpointLoaderSimple": "checkpoints",
                     "ControlNetLoader": "controlnet",
                     "UNETLoader": "diffusion_models",
+                    "CLIPLoader": "text_encoders",
                     "DualCLIPLoader": "text_encoders",
                     "VAELoader": "vae",
                     "CLIPVisionLoader": "clip_vision",
@@ -50,9 +54,8 @@ def test_model_files_are_named_with_their_place_for_people_and_for_the_frontend(
                     "Strata_LoadTransparency": "layer_model",
                 }[node["type"]]
             )
-            assert hint["url"] == known.get(hint["name"], hint["url"]) and hint["url"].endswith(
-                "/resolve/main/" + hint["name"]
-            )
+            assert hint["url"] == known.get(hint["name"], hint["url"])
+            assert "/resolve/main/" in hint["url"] and hint["url"].endswith("/" + hint["name"])
             assert f"[{hint['name']}]({hint['url']}) → `models/{hint['directory']}`" in notes
 
 

@@ -1,5 +1,8 @@
-"""ComfyUI in the test's own process, on the CPU: tests below may import comfy, folder_paths and the pack's patches."""
+"""ComfyUI in the test's own process, on the CPU unless STRATA_TEST_DEVICE says cuda (tools/gpu.py): tests below may
+import comfy, folder_paths and the pack's patches.
+"""
 
+import os
 import shutil
 import sys
 import tempfile
@@ -14,7 +17,7 @@ sys.path.insert(0, str(host.find_or_install().root))
 
 from comfy.cli_args import args  # noqa: E402
 
-args.cpu = True
+args.cpu = os.environ.get("STRATA_TEST_DEVICE") != "cuda"
 BASE = tempfile.TemporaryDirectory(prefix="strata-tests-")
 args.base_directory = BASE.name
 

@@ -14,21 +14,31 @@ LAYOUTS = {
 }
 
 
-def random_file(layout: str, own: bool = False, mixed: bool = True) -> dict[str, torch.Tensor]:
-    """As released. own: with what each branch learnt for itself. mixed: the last layers are not zero."""
+def random_file(
+    layout: str,
+    own: bool = False,
+    mixed: bool = True,
+    width: int = WIDTH,
+    rank: int = RANK,
+    blocks: dict[str, range] | None = None,
+) -> dict[str, torch.Tensor]:
+    """As released. own: with what each branch learnt for itself. mixed: the last layers are not zero. blocks: of
+    another Flux than the mini one, by kind.
+    """
     draw = torch.Generator().manual_seed(3)
-    blocks, fused = LAYOUTS[layout]
+    mini, fused = LAYOUTS[layout]
+    blocks = blocks or mini
     weights = {}
     for kind, numbers in blocks.items():
         for number in numbers:
             block = f"{networks.BLOCKS[kind]}.{number}"
             for layer in (*networks.PROJECTIONS, *([networks.OUT] if kind == "double" else [])):
                 for source in networks.SOURCES:
-                    for part, shape in (("A", (RANK, WIDTH)), ("B", (WIDTH, RANK))):
+                    for part, shape in (("A", (rank, width)), ("B", (width, rank))):
                         key = f"{block}.attn1n.{layer}.lora_{part}.{source}.weight"
                         weights[key] = 0.2 * torch.randn(shape, generator=draw)
-            width = WIDTH * (1 + fused)
-            weights[f"{block}.conv1n.weight"] = mixed * torch.randn(width, width, generator=draw) / width**0.5
+            both = width * (1 + fused)
+            weights[f"{block}.conv1n.weight"] = mixed * torch.randn(both, both, generator=draw) / both**0.5
     for branch in networks.CONTENT if own else ():
         for layer, rows, columns in (
             ("transformer_blocks.0.attn.to_k", WIDTH, WIDTH),

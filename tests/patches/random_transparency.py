@@ -79,6 +79,36 @@ def sharing(widths, frames, rank=4, control=0):
     return found
 
 
+def flux_lora(width=32, blocks=2, alpha=None):
+    """(a layer LoRA in diffusers' names, as published; of each of its layers ComfyUI's weight that it is a part of, and
+    the first row): to_q, to_k and to_v are thirds of one weight, and a single block's are the first of linear1.
+    """
+    weights, expected = {}, {}
+    for block in range(blocks):
+        for name, place, start in (
+            ("attn.to_q", "img_attn.qkv", 0),
+            ("attn.to_k", "img_attn.qkv", 1),
+            ("attn.to_v", "img_attn.qkv", 2),
+            ("attn.to_out.0", "img_attn.proj", 0),
+            ("attn.add_k_proj", "txt_attn.qkv", 1),
+        ):
+            expected[f"transformer.transformer_blocks.{block}.{name}"] = (
+                f"diffusion_model.double_blocks.{block}.{place}.weight",
+                start * width,
+            )
+        for index, name in enumerate(("to_q", "to_k", "to_v")):
+            expected[f"transformer.single_transformer_blocks.{block}.attn.{name}"] = (
+                f"diffusion_model.single_blocks.{block}.linear1.weight",
+                index * width,
+            )
+    for name in expected:
+        weights[f"{name}.lora_B.weight"] = torch.randn(width, 4) * 0.1
+        weights[f"{name}.lora_A.weight"] = torch.randn(4, width)
+        if alpha is not None:
+            weights[f"{name}.alpha"] = torch.tensor(alpha)
+    return weights, expected
+
+
 def network(module):
     """Weights of a network, random, at a size that keeps a signal between zero and one busy."""
     for parameter in module.parameters():

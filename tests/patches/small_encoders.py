@@ -23,7 +23,8 @@ CONFIGS = {
     "t5xxl_model_config": {"d_model": WIDTH, "d_kv": 8, "num_heads": 2, "d_ff": 16, "num_layers": 2},
     "clip_l_model_config": CLIP,
     "clip_g_model_config": CLIP,
-    "qwen25_7b_model_config": QWEN,
+    # ComfyUI knows Qwen2.5 7B by the width of its keys, 4 heads of 128.
+    "qwen25_7b_model_config": {**QWEN, "num_attention_heads": 4, "num_key_value_heads": 4},
     "qwen3_4b_model_config": QWEN,
 }
 MODULES = {

@@ -6,6 +6,7 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.supported_models
 import torch
+from comfy.ldm.flux.model import FluxParams
 
 CONTEXT, POOLED = 24, 10
 FLUX = {
@@ -24,6 +25,7 @@ FLUX = {
     "patch_size": 2,
     "qkv_bias": True,
     "guidance_embed": True,
+    **({"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}),  # newer ComfyUI's
 }
 KINDS = {
     "Flux": (comfy.supported_models.Flux, FLUX),

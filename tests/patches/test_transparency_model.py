@@ -18,6 +18,8 @@ from strata.patches import transparency, transparency_model
 
 from . import random_family
 from . import random_transparency as random_files
+from .random_autoencoders import conditioning
+from .sampling_helpers import estimates
 from .small_models import Small, SmallXL, sample, shapes, small, small_flux
 
 
@@ -222,32 +224,11 @@ def test_sd2_is_told_from_sd15_whose_structure_it_has(apply):
 
 
 def test_fluxs_layer_lora_reaches_its_place_in_the_joined_weights():
-    """In diffusers' names, as published: to_q, to_k and to_v are thirds of one weight here, and a single block's are
-    the first of linear1.
-    """
-    model, width, weights, expected = small_flux(), 32, {}, {}
-    for block in range(2):
-        for name, place, start in (
-            ("attn.to_q", "img_attn.qkv", 0),
-            ("attn.to_k", "img_attn.qkv", 32),
-            ("attn.to_v", "img_attn.qkv", 64),
-            ("attn.to_out.0", "img_attn.proj", 0),
-            ("attn.add_k_proj", "txt_attn.qkv", 32),
-        ):
-            expected[f"transformer.transformer_blocks.{block}.{name}"] = (
-                f"diffusion_model.double_blocks.{block}.{place}.weight",
-                start,
-            )
-        for index, name in enumerate(("to_q", "to_k", "to_v")):
-            expected[f"transformer.single_transformer_blocks.{block}.attn.{name}"] = (
-                f"diffusion_model.single_blocks.{block}.linear1.weight",
-                index * width,
-            )
+    model, (weights, expected) = small_flux(), random_files.flux_lora()
     before = {key: value.clone() for key, value in model.model.state_dict().items()}
     for name, (place, start) in expected.items():
-        up, down = torch.randn(width, 4) * 0.1, torch.randn(4, width)
-        weights[f"{name}.lora_B.weight"], weights[f"{name}.lora_A.weight"] = up, down
-        before[place][start : start + width] += 0.5 * up @ down
+        up, down = weights[f"{name}.lora_B.weight"], weights[f"{name}.lora_A.weight"]
+        before[place][start : start + len(up)] += 0.5 * up @ down
     patched = transparency_model.apply(model, recognised(weights, ("Flux",)), 0.5)
     patched.patch_model()
     try:
@@ -309,3 +290,23 @@ def test_a_controlnet_acts_as_on_merged_weights():
     found = sample(patched, control=hint, control_apply_to_uncond=True)
     expected = sample(merged(weights, 1.0), control=hint, control_apply_to_uncond=True)
     assert (found - expected).abs().max() < 2e-3 * expected.abs().max() and (found - sample(patched)).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("alpha", [None, 2.0])
+def test_fluxs_layer_lora_on_the_foreground_equals_a_merged_model_and_leaves_the_rest(alpha):
+    model, files = small_flux(), recognised(random_files.flux_lora(alpha=alpha)[0], ("Flux",))
+    positive, negative = conditioning("Flux", 3), conditioning("Flux", 1, seed=2)
+    x = torch.randn(6, 16, 6, 10, generator=torch.Generator().manual_seed(5))
+
+    def found(patched):
+        return estimates(patched, positive, negative, x, sigma=0.7)
+
+    plain, whole = found(model), found(transparency_model.apply(model, files, 1.0))
+    layered = found(transparency_model.apply_to_foreground(model, files))
+    for name in ("cond", "uncond"):
+        assert torch.allclose(layered[name][::3], whole[name][::3], rtol=1e-4, atol=1e-4)
+        assert (whole[name][::3] - plain[name][::3]).abs().max() > 0.05
+        for other in (1, 2):
+            assert torch.allclose(layered[name][other::3], plain[name][other::3], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="weights.safetensors is for Flux and the model is Small"):
+        transparency_model.apply_to_foreground(small(), files)
