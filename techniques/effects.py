@@ -4,7 +4,9 @@ layers that darken and brighten the ground and each object.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 
 import torch
 from einops import rearrange
@@ -13,13 +15,13 @@ from torch import Tensor
 from .depth import push_pull
 from .geometry import content_box, rasterise
 from .harmonization import colours_and_alphas, visible_shares
-from .layers import Layer, LayerStack, in_group
+from .layers import EFFECTS, Layer, LayerStack, as_effect, in_own_group, parent_of
 
 STEPS = 24  # of bisection: finer than float32 shows
 NEUTRAL = 0.25 / 255  # a change below it is none
 SOLID = 0.05  # alpha over which a pixel throws shadows
 NEAR = 0.02  # of the canvas's longer side: over this distance the ground goes from one object to the next
-SHADOW, GLOW, SHADE, LIGHT = "shadow", "glow", "shade", "light"  # of an object: on the ground, and on itself
+SHADOW, GLOW, SHADE, LIGHT = EFFECTS
 
 
 def darken_or_brighten(colour: Tensor, gain: Tensor) -> Tensor:
@@ -182,9 +184,9 @@ def _ground_shares(alphas: Tensor, reach: float) -> tuple[Tensor, Tensor]:
 
 
 def effect_layers(stack: LayerStack, effects: Effects) -> LayerStack:
-    """The stack with its effects as layers, each object's with it in a group of its own: what darkens the ground
-    (multiply) and brightens it (screen) below the object, what darkens and brightens itself above it. Layers of no
-    effect are left out, and nothing is drawn where an effect is none.
+    """The stack with its effects as layers, each object's with it in a group of its own within those that it lies in:
+    what darkens the ground (multiply) and brightens it (screen) below the object, what darkens and brightens itself
+    above it. Layers of no effect are left out, and nothing is drawn where an effect is none.
 
     Source: ours, effects as ordinary layers that any program shows the same
     """
@@ -193,9 +195,22 @@ def effect_layers(stack: LayerStack, effects: Effects) -> LayerStack:
     for layer, ground, own in zip(objects, effects.ground, effects.own, strict=True):
         below = _pair(ground, layer.name, SHADOW, GLOW)
         above = _pair(own, layer.name, SHADE, LIGHT)
-        group = [*below, layer, *above]
-        layers += [in_group(one, layer.name) for one in group] if len(group) > 1 else group
+        layers += bound(below, layer, above, layers)
     return stack.with_layers(layers)
+
+
+def bound(below: Sequence[Layer], layer: Layer, above: Sequence[Layer], others: Sequence[Layer]) -> list[Layer]:
+    """An object with its effects below and above it, all of them in a group of their own that is named after it, with a
+    number where others have a group of that name; the layer as it is where there are no effects.
+
+    Source: ours, shadows and light go where their object goes
+    """
+    if not below and not above:
+        return [layer]
+    parent, taken = parent_of(layer), {parent_of(one) for one in others}
+    names = chain([layer.name], (f"{layer.name} {number}" for number in count(2)))
+    name = next(name for name in names if (*parent, name) not in taken)
+    return [in_own_group(one, parent, name) for one in (*below, layer, *above)]
 
 
 def with_effect_layers(stack: LayerStack, picture: Tensor, reach: float) -> LayerStack:
@@ -215,8 +230,6 @@ def _pair(gain: Tensor, name: str, darker: str, brighter: str) -> list[Layer]:
             continue
         pixels = rearrange(torch.cat([factor, alpha[None]]), "c h w -> h w c")
         left, top, right, bottom = content_box(alpha)
-        mark = {"strata": {"effect": kind}}
-        found.append(
-            Layer(pixels[top:bottom, left:right], f"{name} {kind}", x=left, y=top, blend_mode=mode, extra=mark)
-        )
+        layer = Layer(pixels[top:bottom, left:right], f"{name} {kind}", x=left, y=top, blend_mode=mode)
+        found.append(as_effect(layer, kind))
     return found
