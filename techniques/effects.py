@@ -9,17 +9,21 @@ from dataclasses import dataclass
 from itertools import chain, count
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from .depth import push_pull
 from .geometry import content_box, rasterise
 from .harmonization import colours_and_alphas, visible_shares
-from .layers import EFFECTS, Layer, LayerStack, as_effect, in_own_group, parent_of
+from .layers import EFFECTS, Layer, LayerStack, as_effect, bound_to, in_groups, parent_of
 
 STEPS = 24  # of bisection: finer than float32 shows
 NEUTRAL = 0.25 / 255  # a change below it is none
 SOLID = 0.05  # alpha over which a pixel throws shadows
+# Of a layer that has its shadow in it: alpha of the object, brightness of a shadow, alpha of the weakest one, alpha of
+# none, and how many pixels a soft edge of the object is wide.
+OPAQUE, DARK, FAINT, TRACE, EDGE = 0.9, 0.35, 0.06, 0.02, 2
 NEAR = 0.02  # of the canvas's longer side: over this distance the ground goes from one object to the next
 SHADOW, GLOW, SHADE, LIGHT = EFFECTS
 
@@ -210,7 +214,48 @@ def bound(below: Sequence[Layer], layer: Layer, above: Sequence[Layer], others: 
     parent, taken = parent_of(layer), {parent_of(one) for one in others}
     names = chain([layer.name], (f"{layer.name} {number}" for number in count(2)))
     name = next(name for name in names if (*parent, name) not in taken)
-    return [in_own_group(one, parent, name) for one in (*below, layer, *above)]
+    return [in_groups(one, [*parent, name]) for one in (*below, layer, *above)]
+
+
+def without_effects(stack: LayerStack, number: int) -> tuple[LayerStack, int]:
+    """The stack without the effects of the layer of that number, which leaves their group, and its number there; the
+    stack as it is where it has none.
+
+    Source: ours, shadows and light go where their object goes
+    """
+    gone, layers = bound_to(stack, number), list(stack.layers)
+    if gone:
+        layers[number] = in_groups(layers[number], parent_of(layers[number])[:-1])
+    left = [layer for place, layer in enumerate(layers) if place not in gone]
+    return stack.with_layers(left), number - sum(place < number for place in gone)
+
+
+def shadow_apart(pixels: Tensor) -> tuple[Tensor, Tensor] | None:
+    """[H,W,4] of an object and of its shadow, of a layer [H,W,4], straight alpha, that has both; over each other they
+    are the layer. None where it has no shadow.
+
+    Shadow is what is dark and translucent and not beside what is opaque. From there, and from where the layer is empty,
+    it goes on smoothly below the object, whose alpha is what is left.
+    Source: ours, over of Porter and Duff solved for the layer in front
+    """
+    colour, alpha = pixels[..., :3], pixels[..., 3]
+    near = F.max_pool2d((alpha >= OPAQUE).to(alpha)[None, None], 2 * EDGE + 1, 1, EDGE)[0, 0]
+    sure = (colour.mean(-1) < DARK) & (near == 0)
+    if not (sure & (alpha > FAINT)).any():
+        return None
+    known = (sure | (alpha < TRACE))[None, None].to(alpha)
+    share = torch.where(sure, alpha, 0)
+    share = torch.minimum(push_pull(share[None, None, ..., None], known)[0, 0, ..., 0].clamp(min=0), alpha)
+    shade = push_pull(colour[None, None], (sure & (alpha > TRACE))[None, None].to(alpha))[0, 0]
+    shade = torch.where(sure[..., None], colour, shade.clamp(0, 1))
+    alpha, share, shown = alpha[..., None], share[..., None], colour * alpha[..., None]
+    rest = (alpha - share) / (1 - share).clamp(min=1e-6)
+    below = share * (1 - rest)
+    # As far as the object's own colour can still make up for it.
+    least, most = (shown - rest) / below.clamp(min=1e-6), shown / below.clamp(min=1e-6)
+    shade = torch.where(below > 1e-6, torch.minimum(torch.maximum(shade, least), most), shade).clamp(0, 1)
+    own = torch.where(rest > 0, ((shown - shade * below) / rest.clamp(min=1e-6)).clamp(0, 1), colour)
+    return torch.cat([own, rest], -1), torch.cat([shade, share], -1)
 
 
 def with_effect_layers(stack: LayerStack, picture: Tensor, reach: float) -> LayerStack:

@@ -198,16 +198,15 @@ def in_group(layer: Layer, name: str) -> Layer:
 
     Source: ours, groups of layer files in ComfyUI's layer document.
     """
-    return _with_ours(layer, parent=[name, *parent_of(layer)][-MAX_GROUPS:])
+    return in_groups(layer, [name, *parent_of(layer)])
 
 
-def in_own_group(layer: Layer, parent: Sequence[str], name: str) -> Layer:
-    """The layer in a group of that name within the groups `parent`, whatever it lay in; of more than MAX_GROUPS the
-    innermost stay.
+def in_groups(layer: Layer, parent: Sequence[str]) -> Layer:
+    """The layer in these groups alone, the outermost first; of more than MAX_GROUPS the innermost stay.
 
     Source: ours, groups of layer files in ComfyUI's layer document.
     """
-    return _with_ours(layer, parent=[*parent, name][-MAX_GROUPS:])
+    return _with_ours(layer, parent=list(parent)[-MAX_GROUPS:])
 
 
 def effect_of(layer: Layer) -> str | None:

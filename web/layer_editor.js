@@ -205,15 +205,29 @@ export class LayerEditor {
         this.commit();
     }
 
+    /** One step forward or backward, past the next layer with all of its effects. */
     reorder(by) {
-        this.moveTo(this.place + by);
+        const { staying } = this;
+        let { place } = this;
+        const next = () => staying[by > 0 ? place : place - 1];
+        const together = this.effects.has(this.selected) ? [next()] : this.group(next());
+        while (together.includes(next())) place += by;
+        this.moveTo(place);
         this.commit();
+    }
+
+    /** A layer's index, or those of an object with its effects. */
+    group(index) {
+        const lead = this.layers.findIndex(({ bound = [] }, i) => bound.length && (i === index || bound.includes(index)));
+        return lead < 0 ? [index] : [lead, ...this.layers[lead].bound];
     }
 
     /** Whether a layer moves when the selected one does: itself and its effects. */
     moves(index) {
         return index === this.selected || Boolean(this.layer.bound?.includes(index));
     }
+
+    get staying() { return this.state.order.filter((index) => !this.moves(index)); }
 
     /** How many of the layers that stay are behind the selected one. */
     get place() {
@@ -223,7 +237,7 @@ export class LayerEditor {
 
     /** The selected layer, with its effects around it, to a place among the others, 0 at the back. */
     moveTo(place) {
-        const others = this.state.order.filter((index) => !this.moves(index));
+        const others = this.staying;
         others.splice(Math.max(0, place), 0, ...this.state.order.filter((index) => this.moves(index)));
         this.state.order = others;
         this.draw();
@@ -608,8 +622,7 @@ export class LayerEditor {
         if (focused !== inputs.name) inputs.name.value = value.name;
         this.fieldsEl.querySelector("output").textContent = `${inputs.opacity.value} %`;
         this.drawModes(value.blend_mode);
-        const staying = this.state.order.filter((index) => !this.moves(index)).length;
-        this.enable(this.forwardEl, this.place < staying);
+        this.enable(this.forwardEl, this.place < this.staying.length);
         this.enable(this.backwardEl, this.place > 0);
     }
 

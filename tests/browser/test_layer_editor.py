@@ -182,7 +182,7 @@ class Dialog:
         return self.root.locator("li .pick").all_inner_texts()
 
     def select(self, name: str) -> None:
-        self.root.locator("li .pick", has_text=name).click()
+        self.root.locator("li").get_by_role("button", name=name, exact=True).click()
 
     def picture(self) -> np.ndarray:
         """What the canvas shows, at 100 %: [H,W,3]."""
