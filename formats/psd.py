@@ -215,7 +215,8 @@ def _set_effect(record, kind: str) -> None:
 
     data = kind.encode().ljust(-len(kind) % 4 + len(kind), b"\0")
     setting = MetadataSetting(key=EFFECT, copy_on_sheet=True, data=data)
-    record.tagged_blocks.set_data(Tag.METADATA_SETTING, MetadataSettings([setting]))
+    settings = MetadataSettings([setting])  # type: ignore[list-item]  # psd-tools does not say what its list holds
+    record.tagged_blocks.set_data(Tag.METADATA_SETTING, settings)
 
 
 def _effect(item) -> str | None:

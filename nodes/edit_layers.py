@@ -48,8 +48,8 @@ class EditLayers(Node):
 
 
 def editor_files(stack: LayerStack) -> dict:
-    """What the editor draws: the layers as they come in, each with a PNG of what can be seen of it and the indices of the
-    effects that go along with it.
+    """What the editor draws: the layers as they come in, each with a PNG of what can be seen of it and the indices of
+    the effects that go along with it.
     """
     shown = [_shown(layer) | {"bound": bound_to(stack, number)} for number, layer in enumerate(stack.layers)]
     return {"canvas": list(stack.canvas), "layers": shown}

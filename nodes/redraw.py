@@ -146,8 +146,8 @@ def _notes(stack: LayerStack, added: dict[int, torch.Tensor]) -> list[str]:
 
 
 class RedrawLayer(Node):
-    """One layer anew from words, in the context of what is behind it; the old one's effects go, and the new one's shadow
-    becomes a layer of its own.
+    """One layer anew from words, in the context of what is behind it; the old one's effects go, and the new one's
+    shadow becomes a layer of its own.
 
     Source: bfs, Sec. 3 (where the model is a Flux-Fill)
     Source: layerdiffuse, released code (bg2fg, where attention sharing is connected)

@@ -21,9 +21,7 @@ def takes_layers(node) -> bool:
     return any(str(one.get_io_type()) == "LAYERS" for one in node.define_schema().inputs)
 
 
-NODES = {
-    node.define_schema().node_id: node for module in nodes.MODULES for node in module.NODES if takes_layers(node)
-}
+NODES = {node.define_schema().node_id: node for module in nodes.MODULES for node in module.NODES if takes_layers(node)}
 
 
 @pytest.fixture(scope="module")

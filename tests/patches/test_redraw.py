@@ -230,7 +230,8 @@ def test_the_old_ones_effects_go_and_the_shadow_is_a_layer_that_goes_along(famil
     monkeypatch.setattr(redraw, "by_back_to_front", drawn_by)
     document, image, drawn = redrawn(before, family, coupled, rgba, room=4.0)
     stack = read_layers(document)
-    kept = [layer for number, layer in enumerate(before.layers) if number != old and number not in bound_to(before, old)]
+    gone = [old, *bound_to(before, old)]
+    kept = [layer for number, layer in enumerate(before.layers) if number not in gone]
     assert [layer.name for layer in stack.layers] == [layer.name for layer in kept] + ["an apple shadow", "an apple"]
     assert all(torch.equal(one.image, other.image) for one, other in zip(stack.layers, kept, strict=False))
     assert bound_to(stack, len(stack.layers) - 1) == [len(stack.layers) - 2]
