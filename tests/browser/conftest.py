@@ -75,7 +75,7 @@ class Editor:
         setting = f"{self.url}/settings/Comfy.VueNodes.Enabled"
         requests.post(setting, json=self.mode == "nodes2", timeout=10).raise_for_status()
         self.page.goto(self.url, wait_until="domcontentloaded")
-        self.page.wait_for_function(READY, timeout=180_000)
+        self.page.wait_for_function(READY, timeout=60_000)
         assert not [error for error in self.errors if "Strata" in error]
         self.errors.clear()  # what an older host's own start-up says
         return self
@@ -161,7 +161,7 @@ def editor(request, browser, site, pages) -> Editor:
     """
     if request.param not in pages:
         page = browser.new_context(viewport={"width": 1600, "height": 1400}).new_page()
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(20_000)
         pages[request.param] = Editor(page, site, request.param).open()
     found = pages[request.param]
     found.page.evaluate("() => app.graph.clear()")
