@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from ..techniques.layers import LayerStack, parent_of
+from ..techniques.layers import LayerStack, effect_of, parent_of
 from . import openraster, png, psd
 from .groups import GROUPS
 from .raster import Refused, alpha_to_mask, in_parallel, on_canvas, plain_name, to_bytes, trimmed
@@ -70,6 +70,8 @@ def save(
             }
             if parent := parent_of(layer):
                 fields["parent"] = parent
+            if kind := effect_of(layer):
+                fields["effect"] = kind
             write(opened[index], on_canvas(layer, stack.canvas), {**metadata, "strata": fields})
 
         for done, _ in enumerate(in_parallel(write_layer, range(len(stack.layers))), 1):

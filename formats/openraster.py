@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..techniques.layers import Layer, LayerStack
+from ..techniques.layers import Layer, LayerStack, as_effect, effect_of
 from .groups import GROUPS, box_of, flattened, grouped, in_sequence, masked
 from .png import read_metadata as read_png_metadata
 from .png import write_png
@@ -35,7 +35,7 @@ from .raster import (
     plain_name,
     to_bytes,
 )
-from .xml import parse_xml
+from .xml import NAMESPACE, parse_xml
 
 MODES = {
     "normal": "svg:src-over",
@@ -77,6 +77,7 @@ OPERATORS = {
     "svg:clear": lambda s, b: (0, 0),
 }
 MIMETYPE = b"image/openraster"
+EFFECT = f"{{{NAMESPACE}}}effect"  # an attribute of our own, which other programs leave out
 _XML_BYTES = 2**22
 _PNG_OVERHEAD = 2**26  # what a layer's PNG may hold beside its pixels
 
@@ -153,6 +154,7 @@ def _stack_xml(stack: LayerStack) -> ElementTree.Element:
                 f"layers: layer {layer.name!r} has the blend mode {layer.blend_mode}, which OpenRaster does not have; "
                 f"save as PSD or PNG layers, or use one of {', '.join(MODES)}."
             )
+        effect = effect_of(layer)
         ElementTree.SubElement(
             opened[-1],
             "layer",
@@ -161,6 +163,7 @@ def _stack_xml(stack: LayerStack) -> ElementTree.Element:
                 "opacity": repr(layer.opacity),
                 "visibility": "visible" if layer.visible else "hidden",
                 "composite-op": MODES[layer.blend_mode],
+                **({EFFECT: effect} if effect else {}),
             },
         )
     return root
@@ -340,7 +343,7 @@ def _layer(archive: zipfile.ZipFile, element: ElementTree.Element, visible: bool
     x, y = (_number(element, key, 0, name) for key in "xy")
     if (x, y) != (round(x), round(y)):
         notes.append(f"Layer {label!r} lies between pixels and is moved to whole ones.")
-    return Layer(
+    layer = Layer(
         from_bytes(pixels),
         label,
         None,
@@ -350,6 +353,7 @@ def _layer(archive: zipfile.ZipFile, element: ElementTree.Element, visible: bool
         blend_mode=DOCUMENT_MODES.get(element.get("composite-op", "svg:src-over"), "normal"),
         visible=visible,
     )
+    return as_effect(layer, element.get(EFFECT))
 
 
 def _opacity(element: ElementTree.Element, name: str, notes: list[str]) -> float:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageCms
 from torch import Tensor
 
-from ..techniques.layers import BLEND_MODES, Layer, LayerStack
+from ..techniques.layers import BLEND_MODES, Layer, LayerStack, as_effect, effect_of
 from .groups import GROUPS, box_of, flattened, grouped, in_sequence, masked
 from .raster import (
     Refused,
@@ -37,12 +37,12 @@ from .raster import (
     quantised,
     srgb_profile,
 )
-from .xml import parse_xml
+from .xml import NAMESPACE, parse_xml
 
 MISSING_MODES = ("grain-extract", "grain-merge")  # GIMP's; Photoshop has no such modes
 MAX_BYTES = 2**31 - 1  # what Photoshop opens as PSD
 XMP, ICC = 1060, 1039
-NAMESPACE = "https://github.com/ComfyUI-Strata/ComfyUI-Strata"
+EFFECT = b"strE"  # of a layer's metadata, see _set_effect
 
 
 def write(
@@ -173,6 +173,8 @@ def _record(layer: Layer, canvas: tuple[int, int], bits: int):
         mask_data=None if layer.mask is None else MaskData(*box),
     )
     _set_name(record, layer.name)
+    if kind := effect_of(layer):
+        _set_effect(record, kind)
     return record, data
 
 
@@ -202,6 +204,27 @@ def _set_name(record, name: str) -> None:
     name = plain_name(name)
     record.name = name.encode("macroman", "replace")[:255].decode("macroman")
     record.tagged_blocks.set_data(Tag.UNICODE_LAYER_NAME, name)
+
+
+def _set_effect(record, kind: str) -> None:
+    """What an effect is goes into the block that Photoshop has for other programs' notes of a layer, which are copied
+    with it.
+    """
+    from psd_tools.constants import Tag
+    from psd_tools.psd.tagged_blocks import MetadataSetting, MetadataSettings
+
+    data = kind.encode().ljust(-len(kind) % 4 + len(kind), b"\0")
+    setting = MetadataSetting(key=EFFECT, copy_on_sheet=True, data=data)
+    settings = MetadataSettings([setting])  # type: ignore[list-item]  # psd-tools does not say what its list holds
+    record.tagged_blocks.set_data(Tag.METADATA_SETTING, settings)
+
+
+def _effect(item) -> str | None:
+    from psd_tools.constants import Tag
+
+    settings = item.tagged_blocks.get_data(Tag.METADATA_SETTING) or ()
+    data = next((setting.data for setting in settings if setting.key == EFFECT), b"")
+    return data.rstrip(b"\0").decode("ascii", "replace") if isinstance(data, bytes) else None
 
 
 def _compressed(plane: np.ndarray):
@@ -331,7 +354,7 @@ class _Layers:
             blend_mode=self.mode(item),
             visible=item.visible,
         )
-        return masked(layer, self.mask(item, item.bbox))
+        return masked(as_effect(layer, _effect(item)), self.mask(item, item.bbox))
 
     def mode(self, item) -> str:
         mode = item.blend_mode.name.lower().replace("_", "-")

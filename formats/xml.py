@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
+NAMESPACE = "https://github.com/ComfyUI-Strata/ComfyUI-Strata"  # of what is our own in files
+
 
 class _NoDoctype(ElementTree.TreeBuilder):
     # Called before the declarations inside it are read, so that no entity is ever defined or expanded.

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..formats.raster import to_bytes
 from ..techniques.geometry import content_box, rasterise
 from ..techniques.layer_edits import apply_edits, read_edits
-from ..techniques.layers import Layer, LayerStack, read_layers, write_layers
+from ..techniques.layers import Layer, LayerStack, bound_to, read_layers, write_layers
 from .inputs import save_temporary
 from .layers_edit import layers_input, layers_output
 from .sockets import Node, schema, told
@@ -48,8 +48,11 @@ class EditLayers(Node):
 
 
 def editor_files(stack: LayerStack) -> dict:
-    """What the editor draws: the layers as they come in, each with a PNG of what can be seen of it."""
-    return {"canvas": list(stack.canvas), "layers": [_shown(layer) for layer in stack.layers]}
+    """What the editor draws: the layers as they come in, each with a PNG of what can be seen of it and the indices of
+    the effects that go along with it.
+    """
+    shown = [_shown(layer) | {"bound": bound_to(stack, number)} for number, layer in enumerate(stack.layers)]
+    return {"canvas": list(stack.canvas), "layers": shown}
 
 
 def _shown(layer: Layer) -> dict:

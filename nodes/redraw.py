@@ -7,7 +7,8 @@ from ..patches import back_to_front, completion, redraw
 from ..patches import decomposer as layeringdiff
 from ..techniques import arrange
 from ..techniques.compositing import TRANSPARENT, flatten_image
-from ..techniques.layers import LayerStack, read_layers, write_layers
+from ..techniques.effects import shadow_apart, without_effects
+from ..techniques.layers import MAX_LAYERS, LayerStack, read_layers, write_layers
 from .layers_edit import SELECT, layers_input, layers_output
 from .sampling import cfg_input, sampler_input, scheduler_input, seed_input, steps_input
 from .sockets import Decomposer, Node, Transparency, schema, told
@@ -145,7 +146,8 @@ def _notes(stack: LayerStack, added: dict[int, torch.Tensor]) -> list[str]:
 
 
 class RedrawLayer(Node):
-    """One layer anew from words, in the context of what is behind it.
+    """One layer anew from words, in the context of what is behind it; the old one's effects go, and the new one's
+    shadow becomes a layer of its own.
 
     Source: bfs, Sec. 3 (where the model is a Flux-Fill)
     Source: layerdiffuse, released code (bg2fg, where attention sharing is connected)
@@ -208,11 +210,18 @@ class RedrawLayer(Node):
                     optional=True,
                     tooltip="For SD1.5: layer_sd15_vae_transparent_decoder, from Load transparency.",
                 ),
+                io.Boolean.Input(
+                    "effects",
+                    default=True,
+                    optional=True,
+                    tooltip="For BFS: on puts the shadow into a layer of its own, which goes along with the new one. "
+                    "off leaves it in the same layer.",
+                ),
             ],
             outputs=[
                 layers_output(),
                 io.Image.Output("IMAGE", display_name="image", tooltip="All visible layers over each other."),
-                io.Image.Output("drawn", display_name="drawn", tooltip="The new layer alone, RGBA."),
+                io.Image.Output("drawn", display_name="drawn", tooltip="The new thing with its shadow, RGBA."),
             ],
         )
 
@@ -230,19 +239,22 @@ class RedrawLayer(Node):
         rgba_vae=None,
         sharing=None,
         decoder=None,
+        effects=True,
         **sampling,
     ):
         stack = read_layers(layers)
-        number = _one(stack, layer)
+        stack, number = without_effects(stack, _one(stack, layer))
         place = redraw.place_of(stack, number, room)
         parts = (place, model, positive, negative, vae)
         if sharing is None:
             pixels = redraw.by_back_to_front(*parts, rgba_vae, noise, **sampling)
         else:
             pixels = redraw.around_layer(*parts, sharing, decoder, **sampling)
-        stack = redraw.put(stack, number, place, pixels)
-        image, _ = flatten_image(stack, TRANSPARENT)
-        return io.NodeOutput(write_layers(stack), image[None], stack.layers[number].image[None])
+        apart = effects and sharing is None and len(stack.layers) < MAX_LAYERS and shadow_apart(pixels)
+        new = redraw.put(stack, number, place, *(apart or (pixels,)))
+        image, _ = flatten_image(new, TRANSPARENT)
+        drawn = redraw.cut(stack.layers[number], place, pixels)
+        return io.NodeOutput(write_layers(new), image[None], drawn.image[None])
 
 
 def _one(stack: LayerStack, text: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +10,11 @@ from comfy.model_patcher import ModelPatcher
 from einops import rearrange
 from torch import Tensor
 
+from ..techniques import effects
 from ..techniques.compositing import flatten
 from ..techniques.fitting import rastered
 from ..techniques.geometry import content_box, rasterise
-from ..techniques.layers import Layer, LayerStack
+from ..techniques.layers import Layer, LayerStack, as_effect
 from . import autoencoder, back_to_front, rgba_vae, transparency_model, transparent_latents
 from .attention_sharing import together
 from .layer_rows import sample_rows
@@ -111,12 +112,21 @@ def drawn_size(height: int, width: int) -> tuple[int, int]:
     return tuple(max(MULTIPLE, round(side * scale / MULTIPLE) * MULTIPLE) for side in (height, width))
 
 
-def put(stack: LayerStack, number: int, place: Place, pixels: Tensor) -> LayerStack:
+def put(stack: LayerStack, number: int, place: Place, pixels: Tensor, shadow: Tensor | None = None) -> LayerStack:
     """The stack with new pixels [H,W,4] of the box for the layer of that number, cut to what is seen of them. Its name,
-    opacity, blend mode and group stay, and all other layers are the same objects.
+    opacity, blend mode and group stay, and all other layers are the same objects. shadow: [H,W,4] of the box, which
+    becomes an effect layer of the new one.
     """
+    new = cut(stack.layers[number], place, pixels)
+    others = [*stack.layers[:number], *stack.layers[number + 1 :]]
+    below = []
+    if shadow is not None:
+        dark = replace(cut(stack.layers[number], place, shadow), name=f"{new.name} {effects.SHADOW}")
+        below = [as_effect(dark, effects.SHADOW)]
+    return stack.with_layers([*others[:number], *effects.bound(below, new, [], others), *others[number:]])
+
+
+def cut(layer: Layer, place: Place, pixels: Tensor) -> Layer:
+    """The layer with pixels [H,W,4] of the box in place of its own, cut to what is seen of them."""
     left, top, right, bottom = content_box(pixels[..., 3])
-    new = stack.layers[number].with_pixels(
-        pixels[top:bottom, left:right].clone(), place.box[0] + left, place.box[1] + top
-    )
-    return stack.with_layers([*stack.layers[:number], new, *stack.layers[number + 1 :]])
+    return layer.with_pixels(pixels[top:bottom, left:right].clone(), place.box[0] + left, place.box[1] + top)

@@ -4,22 +4,28 @@ layers that darken and brighten the ground and each object.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from .depth import push_pull
 from .geometry import content_box, rasterise
 from .harmonization import colours_and_alphas, visible_shares
-from .layers import Layer, LayerStack, in_group
+from .layers import EFFECTS, Layer, LayerStack, as_effect, bound_to, in_groups, parent_of
 
 STEPS = 24  # of bisection: finer than float32 shows
 NEUTRAL = 0.25 / 255  # a change below it is none
 SOLID = 0.05  # alpha over which a pixel throws shadows
+# Of a layer that has its shadow in it: alpha of the object, brightness of a shadow, alpha of the weakest one, alpha of
+# none, and how many pixels a soft edge of the object is wide.
+OPAQUE, DARK, FAINT, TRACE, EDGE = 0.9, 0.35, 0.06, 0.02, 2
 NEAR = 0.02  # of the canvas's longer side: over this distance the ground goes from one object to the next
-SHADOW, GLOW, SHADE, LIGHT = "shadow", "glow", "shade", "light"  # of an object: on the ground, and on itself
+SHADOW, GLOW, SHADE, LIGHT = EFFECTS
 
 
 def darken_or_brighten(colour: Tensor, gain: Tensor) -> Tensor:
@@ -182,9 +188,9 @@ def _ground_shares(alphas: Tensor, reach: float) -> tuple[Tensor, Tensor]:
 
 
 def effect_layers(stack: LayerStack, effects: Effects) -> LayerStack:
-    """The stack with its effects as layers, each object's with it in a group of its own: what darkens the ground
-    (multiply) and brightens it (screen) below the object, what darkens and brightens itself above it. Layers of no
-    effect are left out, and nothing is drawn where an effect is none.
+    """The stack with its effects as layers, each object's with it in a group of its own within those that it lies in:
+    what darkens the ground (multiply) and brightens it (screen) below the object, what darkens and brightens itself
+    above it. Layers of no effect are left out, and nothing is drawn where an effect is none.
 
     Source: ours, effects as ordinary layers that any program shows the same
     """
@@ -193,9 +199,63 @@ def effect_layers(stack: LayerStack, effects: Effects) -> LayerStack:
     for layer, ground, own in zip(objects, effects.ground, effects.own, strict=True):
         below = _pair(ground, layer.name, SHADOW, GLOW)
         above = _pair(own, layer.name, SHADE, LIGHT)
-        group = [*below, layer, *above]
-        layers += [in_group(one, layer.name) for one in group] if len(group) > 1 else group
+        layers += bound(below, layer, above, layers)
     return stack.with_layers(layers)
+
+
+def bound(below: Sequence[Layer], layer: Layer, above: Sequence[Layer], others: Sequence[Layer]) -> list[Layer]:
+    """An object with its effects below and above it, all of them in a group of their own that is named after it, with a
+    number where others have a group of that name; the layer as it is where there are no effects.
+
+    Source: ours, shadows and light go where their object goes
+    """
+    if not below and not above:
+        return [layer]
+    parent, taken = parent_of(layer), {parent_of(one) for one in others}
+    names = chain([layer.name], (f"{layer.name} {number}" for number in count(2)))
+    name = next(name for name in names if (*parent, name) not in taken)
+    return [in_groups(one, [*parent, name]) for one in (*below, layer, *above)]
+
+
+def without_effects(stack: LayerStack, number: int) -> tuple[LayerStack, int]:
+    """The stack without the effects of the layer of that number, which leaves their group, and its number there; the
+    stack as it is where it has none.
+
+    Source: ours, shadows and light go where their object goes
+    """
+    gone, layers = bound_to(stack, number), list(stack.layers)
+    if gone:
+        layers[number] = in_groups(layers[number], parent_of(layers[number])[:-1])
+    left = [layer for place, layer in enumerate(layers) if place not in gone]
+    return stack.with_layers(left), number - sum(place < number for place in gone)
+
+
+def shadow_apart(pixels: Tensor) -> tuple[Tensor, Tensor] | None:
+    """[H,W,4] of an object and of its shadow, of a layer [H,W,4], straight alpha, that has both; over each other they
+    are the layer. None where it has no shadow.
+
+    Shadow is what is dark and translucent and not beside what is opaque. From there, and from where the layer is empty,
+    it goes on smoothly below the object, whose alpha is what is left.
+    Source: ours, over of Porter and Duff solved for the layer in front
+    """
+    colour, alpha = pixels[..., :3], pixels[..., 3]
+    near = F.max_pool2d((alpha >= OPAQUE).to(alpha)[None, None], 2 * EDGE + 1, 1, EDGE)[0, 0]
+    sure = (colour.mean(-1) < DARK) & (near == 0)
+    if not (sure & (alpha > FAINT)).any():
+        return None
+    known = (sure | (alpha < TRACE))[None, None].to(alpha)
+    share = torch.where(sure, alpha, 0)
+    share = torch.minimum(push_pull(share[None, None, ..., None], known)[0, 0, ..., 0].clamp(min=0), alpha)
+    shade = push_pull(colour[None, None], (sure & (alpha > TRACE))[None, None].to(alpha))[0, 0]
+    shade = torch.where(sure[..., None], colour, shade.clamp(0, 1))
+    alpha, share, shown = alpha[..., None], share[..., None], colour * alpha[..., None]
+    rest = (alpha - share) / (1 - share).clamp(min=1e-6)
+    below = share * (1 - rest)
+    # As far as the object's own colour can still make up for it.
+    least, most = (shown - rest) / below.clamp(min=1e-6), shown / below.clamp(min=1e-6)
+    shade = torch.where(below > 1e-6, torch.minimum(torch.maximum(shade, least), most), shade).clamp(0, 1)
+    own = torch.where(rest > 0, ((shown - shade * below) / rest.clamp(min=1e-6)).clamp(0, 1), colour)
+    return torch.cat([own, rest], -1), torch.cat([shade, share], -1)
 
 
 def with_effect_layers(stack: LayerStack, picture: Tensor, reach: float) -> LayerStack:
@@ -215,8 +275,6 @@ def _pair(gain: Tensor, name: str, darker: str, brighter: str) -> list[Layer]:
             continue
         pixels = rearrange(torch.cat([factor, alpha[None]]), "c h w -> h w c")
         left, top, right, bottom = content_box(alpha)
-        mark = {"strata": {"effect": kind}}
-        found.append(
-            Layer(pixels[top:bottom, left:right], f"{name} {kind}", x=left, y=top, blend_mode=mode, extra=mark)
-        )
+        layer = Layer(pixels[top:bottom, left:right], f"{name} {kind}", x=left, y=top, blend_mode=mode)
+        found.append(as_effect(layer, kind))
     return found

@@ -7,6 +7,7 @@ works with `LayerStack` and `Layer`: one frame per layer, every field present, b
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -44,6 +45,7 @@ BLEND_MODES = (
     "color",
     "luminosity",
 )
+EFFECTS = ("shadow", "glow", "shade", "light")  # of an object: what darkens and brightens the ground, and itself
 _FIELDS = {
     "type",
     "image",
@@ -196,18 +198,38 @@ def in_group(layer: Layer, name: str) -> Layer:
 
     Source: ours, groups of layer files in ComfyUI's layer document.
     """
-    ours = layer.extra.get("strata")
-    parent = [name, *parent_of(layer)][-MAX_GROUPS:]
-    return replace(layer, extra=layer.extra | {"strata": (ours if isinstance(ours, dict) else {}) | {"parent": parent}})
+    return in_groups(layer, [name, *parent_of(layer)])
+
+
+def in_groups(layer: Layer, parent: Sequence[str]) -> Layer:
+    """The layer in these groups alone, the outermost first; of more than MAX_GROUPS the innermost stay.
+
+    Source: ours, groups of layer files in ComfyUI's layer document.
+    """
+    return _with_ours(layer, parent=list(parent)[-MAX_GROUPS:])
 
 
 def effect_of(layer: Layer) -> str | None:
-    """What a layer does to the object of its group: shadow, glow, shade or light; None for a layer that is no effect.
+    """What a layer does to the object of its group, one of EFFECTS; None for a layer that is no effect.
 
     Source: ours, a mark `effect` under "strata" in ComfyUI's layer document
     """
     ours = layer.extra.get("strata")
-    return ours.get("effect") if isinstance(ours, dict) else None
+    kind = ours.get("effect") if isinstance(ours, dict) else None
+    return kind if isinstance(kind, str) and kind in EFFECTS else None
+
+
+def as_effect(layer: Layer, kind: str | None) -> Layer:
+    """The layer marked as an effect of that kind; as it is for a kind that is none of EFFECTS, as a file may have it.
+
+    Source: ours, a mark `effect` under "strata" in ComfyUI's layer document
+    """
+    return _with_ours(layer, effect=kind) if kind in EFFECTS else layer
+
+
+def _with_ours(layer: Layer, **values: Any) -> Layer:
+    ours = layer.extra.get("strata")
+    return replace(layer, extra=layer.extra | {"strata": (ours if isinstance(ours, dict) else {}) | values})
 
 
 def bound_to(stack: LayerStack, index: int) -> list[int]:

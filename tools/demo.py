@@ -80,11 +80,23 @@ def pictures(path: Path) -> list[tuple[str, Image.Image]]:
         from psd_tools import PSDImage
 
         psd = PSDImage.open(path)
-        return [(layer.name, layer.composite(viewport=psd.viewbox).convert("RGBA")) for layer in psd]
+        options = {"viewport": psd.viewbox, "layer_filter": _shows_alone}
+        return [(layer.name, layer.composite(**options).convert("RGBA")) for layer in psd]
     if path.suffix in (".png", ".webp"):
         with Image.open(path) as image:
             return [(path.name, image.convert("RGBA"))]
     return []
+
+
+def _shows_alone(layer) -> bool:
+    """Not so an effect in a group, which darkens or brightens what lies behind the group."""
+    from psd_tools.constants import BlendMode
+
+    return layer.visible and (layer.is_group() or not _grouped(layer) or layer.blend_mode == BlendMode.NORMAL)
+
+
+def _grouped(layer) -> bool:
+    return layer.parent is not None and layer.parent.parent is not None
 
 
 def cell(caption: str, image: Image.Image) -> Image.Image:

@@ -205,6 +205,8 @@ def calls_of(client, prompt: dict, log: Log) -> dict[str, set[str]]:
     """{function: nodes} of a prompt. A node with a strength that has put something into the model counts only for what
     it does not call at strength 0.
     """
+    import run
+
     log.new()
     client.run(prompt)
     called = log.new()
@@ -216,7 +218,11 @@ def calls_of(client, prompt: dict, log: Log) -> dict[str, set[str]]:
             for key, node in prompt.items()
         }
         if off != prompt:
-            client.run(off)
+            try:
+                client.run(off)
+            except run.RunError:  # a sampler refuses a model without it, so that all of it counts
+                log.new()
+                continue
             for function, (_, patched) in log.new().items():
                 if kind in patched and function in called:
                     called[function][1].discard(kind)

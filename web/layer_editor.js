@@ -3,7 +3,7 @@
 import { hideCommand } from "./keys.js";
 import { icon, MARKUP, PARTS, ROW } from "./layer_editor_markup.js";
 import {
-    boxOf, clamp, CSS_MODES, handleAt, MAX_SIDE, mirrored, placed, pulled, readEdits, rotated, scaled, snapped,
+    along, boxOf, clamp, CSS_MODES, handleAt, MAX_SIDE, mirrored, placed, pulled, readEdits, rotated, scaled, snapped,
     tidyName, turn, untouched, writeEdits,
 } from "./layer_edits.js";
 
@@ -73,7 +73,8 @@ export class LayerEditor {
         else if (missing) notes.push(`Apply drops the edits of ${missing}: no such layer is here.`);
         this.history = [this.snapshot()];
         this.step = 0;
-        this.selected = this.state.order.at(-1);
+        this.effects = new Set(layers.flatMap(({ bound = [] }) => bound));
+        this.selected = this.state.order.findLast((index) => !this.effects.has(index)) ?? this.state.order.at(-1);
         this.layerEls = layers.map((layer) => this.layerElement(layer));
         this.rowEls = layers.map((layer, i) => this.rowElement(layer, i));
         this.pileEl.replaceChildren(...this.layerEls);
@@ -105,7 +106,10 @@ export class LayerEditor {
     get box() { return boxOf(this.layer, this.value); }
 
     set(fields) {
-        this.state.values[this.selected] = { ...this.value, ...fields };
+        const { values } = this.state;
+        values[this.selected] = { ...this.value, ...fields };
+        const before = JSON.parse(this.history[this.step]).values;
+        for (const [i, value] of along(this.layers, before, this.selected, this.value)) values[i] = value;
         this.draw();
     }
 
@@ -201,16 +205,40 @@ export class LayerEditor {
         this.commit();
     }
 
+    /** One step forward or backward, past the next layer with all of its effects. */
     reorder(by) {
-        const place = this.state.order.indexOf(this.selected);
-        this.moveTo(place + by);
+        const { staying } = this;
+        let { place } = this;
+        const next = () => staying[by > 0 ? place : place - 1];
+        const together = this.effects.has(this.selected) ? [next()] : this.group(next());
+        while (together.includes(next())) place += by;
+        this.moveTo(place);
         this.commit();
     }
 
-    /** The selected layer to a place of the order, 0 at the back. */
+    /** A layer's index, or those of an object with its effects. */
+    group(index) {
+        const lead = this.layers.findIndex(({ bound = [] }, i) => bound.length && (i === index || bound.includes(index)));
+        return lead < 0 ? [index] : [lead, ...this.layers[lead].bound];
+    }
+
+    /** Whether a layer moves when the selected one does: itself and its effects. */
+    moves(index) {
+        return index === this.selected || Boolean(this.layer.bound?.includes(index));
+    }
+
+    get staying() { return this.state.order.filter((index) => !this.moves(index)); }
+
+    /** How many of the layers that stay are behind the selected one. */
+    get place() {
+        const { order } = this.state;
+        return order.slice(0, order.indexOf(this.selected)).filter((index) => !this.moves(index)).length;
+    }
+
+    /** The selected layer, with its effects around it, to a place among the others, 0 at the back. */
     moveTo(place) {
-        const others = this.state.order.filter((index) => index !== this.selected);
-        others.splice(Math.max(0, place), 0, this.selected);
+        const others = this.staying;
+        others.splice(Math.max(0, place), 0, ...this.state.order.filter((index) => this.moves(index)));
         this.state.order = others;
         this.draw();
     }
@@ -401,10 +429,12 @@ export class LayerEditor {
         this.zoomTo(this.zoom * (b.apart / Math.max(a.apart, 1)), [b.x, b.y]);
     }
 
-    /** The nearest layer that is seen at a point of the canvas; undefined when there is none. */
+    /** The nearest layer that is seen at a point of the canvas, of an object with effects the object; undefined when
+     * there is none. */
     hit(point) {
         const { order, values } = this.state;
-        return [...order].reverse().find((index) => values[index].visible && this.opaque(index, point));
+        const taken = order.filter((index) => values[index].visible && !this.effects.has(index));
+        return taken.findLast((index) => this.opaque(index, point));
     }
 
     opaque(index, [x, y]) {
@@ -490,7 +520,7 @@ export class LayerEditor {
             this.listEl.setPointerCapture(event.pointerId);
             this.select(gesture.index);
         }
-        const others = [...this.listEl.children].filter((row) => Number(row.dataset.index) !== gesture.index);
+        const others = [...this.listEl.children].filter((row) => !this.moves(Number(row.dataset.index)));
         const middle = (row) => row.getBoundingClientRect().top + row.offsetHeight / 2;
         this.moveTo(others.filter((row) => event.clientY <= middle(row)).length);
     }
@@ -592,9 +622,8 @@ export class LayerEditor {
         if (focused !== inputs.name) inputs.name.value = value.name;
         this.fieldsEl.querySelector("output").textContent = `${inputs.opacity.value} %`;
         this.drawModes(value.blend_mode);
-        const place = this.state.order.indexOf(this.selected);
-        this.enable(this.forwardEl, place < this.layers.length - 1);
-        this.enable(this.backwardEl, place > 0);
+        this.enable(this.forwardEl, this.place < this.staying.length);
+        this.enable(this.backwardEl, this.place > 0);
     }
 
     /** A button that goes while it has the focus would take the keys along. */

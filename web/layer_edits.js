@@ -1,7 +1,8 @@
 // What the layer editor computes: no DOM and no ComfyUI in here, so that tests can call it directly.
 // A layer is as it comes into the node: name, x, y, w, h, rotation, flip_h, flip_v, opacity, blend_mode, visible, box.
 // x, y is its top left corner before rotation, rotation is in degrees clockwise about its centre, and box is where its
-// content lies, as fractions [left, top, right, bottom] of its sides. Values are the fields of a layer after editing;
+// content lies, as fractions [left, top, right, bottom] of its sides. bound are the indices of its effects (shadow,
+// light), which go where it goes. Values are the fields of a layer after editing;
 // a state has those of all layers, and their order.
 
 /** The modes that CSS has: techniques/compositing.py has the same formulas. */
@@ -120,6 +121,44 @@ export function placed(layer, value, box) {
     const [dx, dy] = offset(layer, next);
     const corner = (centre, length) => clamp(whole(centre - length / 2), -MAX_SIDE, MAX_SIDE);
     return { ...next, x: corner(box.x - dx, next.w), y: corner(box.y - dy, next.h) };
+}
+
+const PLACE = ["x", "y", "w", "h", "rotation", "flip_h", "flip_v"];
+const samePlace = (a, b) => PLACE.every((field) => a[field] === b[field]);
+
+/** The place of a layer that is moved, scaled, turned and flipped as another was when it went from one place to another. */
+export function carried(own, from, to) {
+    if (samePlace(from, to)) return Object.fromEntries(PLACE.map((field) => [field, own[field]]));
+    const flips = [from.flip_h !== to.flip_h ? -1 : 1, from.flip_v !== to.flip_v ? -1 : 1];
+    const [across, down] = [to.w / from.w, to.h / from.h];
+    const side = (length) => clamp(whole(length), 1, MAX_SIDE);
+    const off = own.rotation - from.rotation;
+    const [cos, sin] = rotated([1, 0], off);
+    const w = side(own.w * Math.hypot(across * cos, down * sin));
+    const h = side(own.h * Math.hypot(across * sin, down * cos));
+    const away = [own.x + own.w / 2 - from.x - from.w / 2, own.y + own.h / 2 - from.y - from.h / 2];
+    const [u, v] = rotated(away, -from.rotation);
+    const [dx, dy] = rotated([u * flips[0] * across, v * flips[1] * down], to.rotation);
+    const corner = (centre, length) => clamp(whole(centre - length / 2), -MAX_SIDE, MAX_SIDE);
+    return {
+        x: corner(to.x + to.w / 2 + dx, w), y: corner(to.y + to.h / 2 + dy, h), w, h,
+        rotation: turn(to.rotation + off * flips[0] * flips[1]),
+        flip_h: own.flip_h !== flips[0] < 0, flip_v: own.flip_v !== flips[1] < 0,
+    };
+}
+
+/**
+ * [index, values] of what goes along when layer `index` has become `next`: its effects. before: the values of all
+ * layers until then. As long as an effect lies where it came in beside its object, it is carried from there, so that
+ * many small steps are one.
+ */
+export function along(layers, before, index, next) {
+    return (layers[index].bound ?? []).map((effect) => {
+        const came = samePlace(carried(layers[effect], layers[index], before[index]), before[effect]);
+        const [own, lead] = came ? [layers[effect], layers[index]] : [before[effect], before[index]];
+        const shown = next.visible === before[index].visible ? {} : { visible: next.visible };
+        return [effect, { ...before[effect], ...carried(own, lead, next), ...shown }];
+    });
 }
 
 /** Mirrored as it is seen, about the middle of its content: across is left and right, otherwise top and bottom. */

@@ -13,7 +13,8 @@ function* nodesOf(graph) {
 
 function named(graph) {
     const values = [...nodesOf(graph)].flatMap((node) => Object.values(node.widgets_values ?? {}));
-    return [...new Set(values.filter((value) => OURS.test(value)))];
+    const names = values.flatMap((value) => (typeof value === "string" ? value.split("\n") : [])); // or one a line
+    return [...new Set(names.filter((name) => OURS.test(name)))];
 }
 
 async function copy(name) {

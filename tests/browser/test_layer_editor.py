@@ -13,10 +13,12 @@ import pytest
 import torch
 from PIL import Image
 from scipy.ndimage import maximum_filter, minimum_filter
+from strata.techniques import effects
+from strata.techniques.arrange import transform_layers
 from strata.techniques.compositing import W3C_MODES
 from strata.techniques.geometry import transform
 from strata.techniques.layer_edits import apply_edits, read_edits
-from strata.techniques.layers import Layer, LayerStack
+from strata.techniques.layers import Layer, LayerStack, as_effect, bound_to
 
 SCRIPT = "layer_edits.js"  # whose functions `calculate` calls
 
@@ -180,7 +182,7 @@ class Dialog:
         return self.root.locator("li .pick").all_inner_texts()
 
     def select(self, name: str) -> None:
-        self.root.locator("li .pick", has_text=name).click()
+        self.root.locator("li").get_by_role("button", name=name, exact=True).click()
 
     def picture(self) -> np.ndarray:
         """What the canvas shows, at 100 %: [H,W,3]."""
@@ -757,6 +759,86 @@ def test_text_is_read_and_written_as_in_python(calculate):
         assert bool(notes) == bool(state["missing"] or {"layer": "x"} in order)
         again, _ = apply_edits(layers, read_edits(calculate("writeEdits", state, shown)))
         assert [described(layer) for layer in again.layers] == [described(layer) for layer in python.layers]
+
+
+def bound_stack() -> LayerStack:
+    """A card with a shadow in its group, on a wall."""
+    small = torch.zeros(40, 60, 4)
+    group = effects.bound(
+        [as_effect(Layer(small, "card shadow", x=52, y=37), "shadow")], Layer(small, "card", x=40, y=30), [], []
+    )
+    return LayerStack(CANVAS, (Layer(torch.zeros(CANVAS[1], CANVAS[0], 4), "wall"), *group))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"move": (31, -17)}, {"scale": 1.5}, {"rotation": math.pi / 3, "move": (5, 0)}, {"flip_h": True}]
+)
+def test_effects_are_carried_along_as_by_transform_layer(calculate, changes):
+    before = bound_stack()
+    moved = transform_layers(before, "card", **changes)
+    layers = [described(layer) | {"bound": bound_to(before, number)} for number, layer in enumerate(before.layers)]
+    after = [described(layer) for layer in moved.layers]
+    (found,) = calculate("along", layers, layers, 2, {**layers[2], **after[2]})
+    assert found[0] == 1
+    ours, theirs = ({name: one[name] for name in ("x", "y", "w", "h", "rotation")} for one in (found[1], after[1]))
+    assert ours == pytest.approx(theirs, abs=1) and ours["rotation"] == pytest.approx(theirs["rotation"], abs=0.05)
+    assert (found[1]["flip_h"], found[1]["flip_v"]) == (after[1]["flip_h"], after[1]["flip_v"])
+
+
+def test_many_small_turns_and_scales_are_one_for_the_effects(calculate):
+    start = bound_stack()
+    layers = [described(layer) | {"bound": bound_to(start, number)} for number, layer in enumerate(start.layers)]
+    values = [dict(layer) for layer in layers]
+    for step in range(1, 31):
+        side = {"w": round(60 * 1.03**step), "h": round(40 * 1.03**step)}
+        next_ = {**layers[2], **side, "rotation": step / 2, "visible": step < 30}
+        ((_, carried),) = calculate("along", layers, values, 2, next_)
+        values[1:] = [carried, next_]
+    at_once = calculate("carried", layers[1], layers[2], values[2])
+    assert at_once == {name: values[1][name] for name in at_once} and values[1]["visible"] is False
+    # An effect that was moved by itself keeps its new place beside its object
+    values[1] = {**values[1], "x": values[1]["x"] + 20}
+    ((_, carried),) = calculate("along", layers, values, 2, {**values[2], "y": 90})
+    assert (carried["x"], carried["y"] - values[1]["y"]) == (values[1]["x"], 90 - values[2]["y"])
+
+
+def test_an_object_is_dragged_with_its_shadow_and_ordered_with_it(editor):
+    scene = {"kind": "meadow", "objects": "apple, house", "count": 2, "width": 240, "height": 160, "seed": 4}
+    prompt = {
+        "1": {"class_type": "Strata_RenderScene", "inputs": scene | {"shadows": False}},
+        "2": {"class_type": "Strata_EffectLayers", "inputs": {"layers": ["1", 2], "image": ["1", 0], "reach": 0.5}},
+        **edited(["2", 0]),
+    }
+    load(editor, prompt)
+    editor.queue()
+    dialog = Dialog(editor).open().ready()
+    rows = dialog.rows()
+    front = next(name for name in rows if name in ("apple", "house"))
+    own = [name for name in rows if name.startswith(front)]
+
+    def places() -> dict:
+        found = {}
+        for name in own:
+            dialog.select(name)
+            found[name] = tuple(int(dialog.field(axis).input_value()) for axis in "xy")
+        return found
+
+    before = places()
+    dialog.select(front)
+    box = dialog.root.locator(".box").bounding_box()
+    dialog.pull((box["x"] + box["width"] / 2, box["y"] + box["height"] / 2), (21, -9))
+    after = places()
+    assert after == {name: (x + 21, y - 9) for name, (x, y) in before.items()} and f"{front} shadow" in after
+    dialog.editor.picture(f"editor_effects_{editor.mode}")
+    dialog.select(front)
+    dialog.button("Send backward").click()
+    assert [name for name in dialog.rows() if name.startswith(front)] == own
+    assert dialog.rows() == [name for name in rows if name not in own][:-1] + own + ["background"]
+    text = dialog.written()
+    edits = {entry["layer"]: (entry["x"], entry["y"]) for key, entry in text.items() if key != "order"}
+    assert edits == after and [text["order"][0], *reversed(text["order"][1 : 1 + len(own)])] == ["background", *own]
+    dialog.result()  # the node takes them
+    assert editor.errors == []
 
 
 def test_texts_that_the_node_refuses_are_no_edits(calculate):

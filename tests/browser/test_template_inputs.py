@@ -26,6 +26,15 @@ def test_missing_inputs_are_there_on_the_first_click(editor, comfy):
     assert editor.errors == []
 
 
+def test_a_list_of_files_is_copied_too(editor, comfy):
+    folder, shipped = comfy.server.base / "input", sorted((WORKFLOWS / "input").glob("strata_layerd*"))
+    for source in shipped:
+        (folder / source.name).unlink()
+    editor.load(json.loads((WORKFLOWS / "finish_layerd.json").read_text()), "finish_layerd")
+    assert len(shipped) == 4 and all((folder / one.name).read_bytes() == one.read_bytes() for one in shipped)
+    assert editor.errors == []
+
+
 def test_a_file_of_the_user_is_not_replaced(editor, comfy):
     path = comfy.server.base / "input" / IMAGE
     own = (WORKFLOWS / "input" / "strata_beach.png").read_bytes()

@@ -17,7 +17,20 @@ from strata.formats import files, openraster
 from strata.formats.groups import GROUPS, in_sequence
 from strata.formats.raster import is_srgb, picture, srgb_profile, trimmed
 from strata.techniques.compositing import W3C_MODES
-from strata.techniques.layers import MAX_GROUPS, Layer, LayerStack, in_group, parent_of, read_layers, write_layers
+from strata.techniques.effects import bound
+from strata.techniques.layers import (
+    EFFECTS,
+    MAX_GROUPS,
+    Layer,
+    LayerStack,
+    as_effect,
+    bound_to,
+    effect_of,
+    in_group,
+    parent_of,
+    read_layers,
+    write_layers,
+)
 
 from .stacks import eight_bit, example, linear_srgb, pixels, random_stack
 
@@ -103,6 +116,43 @@ def test_groups_do_not_change_what_psd_tools_shows(tmp_path, seed):
     stack = random_stack(seed, ("normal", "multiply", "screen"))
     composite = PSDImage.open(saved(tmp_path, stack)).composite(force=True).convert("RGBA")
     assert np.abs(np.asarray(composite, int) - eight_bit(picture(stack))).max() <= 2
+
+
+def with_effects():
+    """Two apples of one name, in a group of the user's, each with all four effects."""
+    layers = [dot("back")]
+    for x in (0, 3):
+        effects = [as_effect(dot(f"apple {kind}", x=x, y=1, blend_mode="multiply"), kind) for kind in EFFECTS]
+        (apple,) = inside("fruit", dot("apple", x=x))
+        layers += bound(effects[:2], apple, effects[2:], layers)
+    return LayerStack((6, 5), tuple(layers))
+
+
+@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_effects_are_bound_again_after_loading(tmp_path, format, trim):
+    stack = with_effects()
+    assert [bound_to(stack, number) for number in (3, 8)] == [[1, 2, 4, 5], [6, 7, 9, 10]]
+    back = files.load(saved(tmp_path, stack, format, trim=trim))
+    assert [(effect_of(one), parent_of(one)) for one in back.layers] == [
+        (effect_of(one), parent_of(one)) for one in stack.layers
+    ]
+    assert parent_of(back.layers[8]) == ("fruit", "apple 2")
+    second = tmp_path / "second"
+    second.mkdir()
+    again = files.load(saved(second, back, format))
+    assert [bound_to(again, number) for number in (3, 8)] == [[1, 2, 4, 5], [6, 7, 9, 10]]
+
+
+def test_an_effect_that_is_none_of_ours_is_an_ordinary_layer(tmp_path):
+    with zipfile.ZipFile(saved(tmp_path, with_effects(), "OpenRaster")) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "other.ora", "w") as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data.replace(b'effect="shadow"', b'effect="smoke"'))
+    back = files.load(tmp_path / "other.ora")
+    assert [effect_of(one) for one in back.layers[:4]] == [None, None, "glow", None]
+    assert bound_to(back, 3) == [2, 4, 5]
 
 
 def test_one_layer_each_makes_one_layer_of_an_outermost_group(tmp_path):

@@ -1,5 +1,7 @@
 """Complete layers and Redraw layer: what they draw, what they leave alone, and what they refuse."""
 
+from dataclasses import replace
+
 import comfy.sd
 import mini_models
 import pytest
@@ -8,8 +10,9 @@ from strata.nodes.redraw import CompleteLayers, RedrawLayer
 from strata.patches import back_to_front, completion, decomposer, layer_files, mini_family, redraw, rgba_vae
 from strata.patches import transparency as files
 from strata.scenes import renderer
+from strata.techniques import effects
 from strata.techniques.compositing import flatten
-from strata.techniques.layers import Layer, LayerStack, read_layers, write_layers
+from strata.techniques.layers import Layer, LayerStack, bound_to, parent_of, read_layers, write_layers
 
 from . import random_transparency, small_models
 
@@ -191,7 +194,7 @@ def whole(scene):
 
 @torch.inference_mode()
 def test_one_layer_is_new_and_all_others_are_as_they_were(family, coupled, rgba, whole):
-    document, image, drawn = redrawn(whole, family, coupled, rgba)
+    document, image, drawn = redrawn(whole, family, coupled, rgba, effects=False)
     stack = read_layers(document)
     for one, other in zip(stack.layers[:2], whole.layers[:2], strict=True):
         assert torch.equal(one.image, other.image)
@@ -207,6 +210,47 @@ def test_one_layer_is_new_and_all_others_are_as_they_were(family, coupled, rgba,
     assert torch.equal(image[0, ..., :3][outside], flatten(whole.with_layers(whole.layers[:2]))[0][outside])
     again = redrawn(whole, family, coupled, rgba)[2]
     assert torch.equal(again, drawn)
+
+
+@torch.inference_mode()
+def test_the_old_ones_effects_go_and_the_shadow_is_a_layer_that_goes_along(family, coupled, rgba, whole, monkeypatch):
+    """What BFS draws is the renderer's, since the point is what becomes of it."""
+    made = renderer.render(renderer.Request("beach", ("car",), 1), 96, 128, 3)
+    true = torch.from_numpy(made.objects[0].rgba_with_shadow)
+    lit = torch.from_numpy(renderer.render(renderer.Request("beach", ("house", "apple"), 2), 96, 128, 11).composite)
+    plain = whole.with_layers(replace(layer, opacity=1.0) for layer in whole.layers)
+    before = effects.with_effect_layers(plain, lit * 0.9, 0)
+    old = next(number for number, layer in enumerate(before.layers) if layer.name == "an apple")
+    assert bound_to(before, old) and parent_of(before.layers[old]) == ("fruit", "an apple")
+
+    def drawn_by(place, *_, **__):
+        left, top, right, bottom = place.box
+        return true[top:bottom, left:right]
+
+    monkeypatch.setattr(redraw, "by_back_to_front", drawn_by)
+    document, image, drawn = redrawn(before, family, coupled, rgba, room=4.0)
+    stack = read_layers(document)
+    gone = [old, *bound_to(before, old)]
+    kept = [layer for number, layer in enumerate(before.layers) if number not in gone]
+    assert [layer.name for layer in stack.layers] == [layer.name for layer in kept] + ["an apple shadow", "an apple"]
+    assert all(torch.equal(one.image, other.image) for one, other in zip(stack.layers, kept, strict=False))
+    assert bound_to(stack, len(stack.layers) - 1) == [len(stack.layers) - 2]
+    assert parent_of(stack.layers[-1]) == ("fruit", "an apple")
+    behind = flatten(stack.with_layers(kept))[0]
+    expected = torch.lerp(behind, true[..., :3], true[..., 3:])
+    assert (image[0, ..., :3] - expected).abs().max() < 2e-3
+    assert drawn.shape[1] <= 96 and drawn.shape[2] <= 128
+
+
+@torch.inference_mode()
+def test_without_a_shadow_there_is_one_layer(family, coupled, rgba, whole, monkeypatch):
+    def drawn_by(place, *_, **__):
+        left, top, right, bottom = place.box
+        return torch.ones(bottom - top, right - left, 4)
+
+    monkeypatch.setattr(redraw, "by_back_to_front", drawn_by)
+    stack = read_layers(redrawn(whole, family, coupled, rgba)[0])
+    assert len(stack.layers) == 3 and parent_of(stack.layers[2]) == ("fruit",)
 
 
 def test_the_place_is_the_old_layer_and_room_around_it():

@@ -208,6 +208,41 @@ def test_order_takes_effects_along_and_a_named_one_alone(found):
     assert after("drop", f'"{apple[0]}"') == [name for name in names if name != apple[0]]
 
 
+@pytest.mark.parametrize("name", ["apple", "car", "dog", "bubbles"])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_shadow_comes_apart_from_its_object(name, seed):
+    made = renderer.render(renderer.Request(None, (name,), 1), 128, 128, 40 + seed)
+    item = made.objects[0]
+    whole, bare, shadow = (torch.from_numpy(one) for one in (item.rgba_with_shadow, item.rgba, item.shadow))
+    own, dark = effects.shadow_apart(whole)
+    # Over each other they are the layer, before white and before black
+    for ground in (0.0, 1.0):
+        shown = torch.full((128, 128, 3), ground)
+        expected = torch.lerp(shown, whole[..., :3], whole[..., 3:])
+        for part in (dark, own):
+            shown = torch.lerp(shown, part[..., :3], part[..., 3:])
+        assert (shown - expected).abs().max() < 1e-3
+    free = bare[..., 3] < 0.02
+    ours, true = dark[..., 3][free] > 0.06, shadow[..., 3][free] > 0.06
+    assert (ours & true).sum() > 0.95 * (ours | true).sum() > 20
+    assert (own[..., 3] - bare[..., 3]).abs().mean() < 0.005
+
+
+def test_a_layer_without_shadow_stays_one():
+    made = renderer.render(renderer.Request(None, ("car",), 1), 96, 96, 40)
+    assert effects.shadow_apart(torch.from_numpy(made.objects[0].rgba)) is None
+    assert effects.shadow_apart(torch.zeros(20, 20, 4)) is None
+
+
+def test_an_object_without_its_effects_leaves_their_group(found):
+    _, made = found
+    number = next(place for place, layer in enumerate(made.layers) if layer.name == "apple")
+    bare, place = effects.without_effects(made, number)
+    assert bare.layers[place].name == "apple" and parent_of(bare.layers[place]) == ()
+    assert len(bare.layers) == len(made.layers) - len(bound_to(made, number))
+    assert effects.without_effects(bare, place) == (bare, place)
+
+
 def test_a_group_of_a_file_without_effects_binds_nothing():
     one, other = (Layer(torch.ones(4, 4, 4), name, extra={"strata": {"parent": ["g"]}}) for name in "ab")
     stack = LayerStack((20, 20), (one, other))
