@@ -69,14 +69,14 @@ class TokenizerOfFewWords(SD1Tokenizer):
         return [word for word in words if not self.known.issuperset(encode(word)["input_ids"])]
 
 
-def tell_size(noise: Tensor | None) -> None:
-    """A note for images [B,C,h,w] of another size than the family was trained at."""
-    side = TRAINED["side"]
-    if noise is not None and tuple(noise.shape[-2:]) != (side // 8, side // 8):
+def tell_size(noise: Tensor | None, sides: Sequence[int] = (TRAINED["side"],)) -> None:
+    """A note for latents [B,C,h,w] of images of other sizes than the model was trained at, squares of these sides."""
+    if noise is not None and tuple(noise.shape[-2:]) not in [(side // 8, side // 8) for side in sides]:
         height, width = (8 * length for length in noise.shape[-2:])
+        known = " and ".join(f"{side}×{side}" for side in sides)
         tell(
-            f"The mini family was trained at {side}×{side} pixels and does not know {width}×{height}; things may come "
-            "in pieces or twice."
+            f"The mini family was trained at {known} pixels and does not know {width}×{height}; things may come in "
+            "pieces or twice."
         )
 
 
@@ -133,7 +133,7 @@ class FluxOfFewTokens(comfy.model_base.Flux):
     """
 
     def extra_conds(self, **kwargs):
-        tell_size(kwargs.get("noise"))
+        tell_size(kwargs.get("noise"), CONFIG["flux_sides"])
         if kwargs.get("cross_attn") is not None:
             kwargs["cross_attn"] = kwargs["cross_attn"][:, : CONFIG["flux_tokens"]]
         return super().extra_conds(**kwargs)

@@ -94,7 +94,7 @@ def fill(family: Family, settings: tuple, scene: renderer.Scene, mask: torch.Ten
 
 
 @cache
-def load(file: str, side: int):
+def load(file: str, side: int = SIDE):
     """A larger image needs more noise to hide the same: the flow model's shift is the trainer's."""
     model = comfy.sd.load_diffusion_model(str(MODELS / "diffusion_models" / file))
     if side == SIDE or "flux" not in file:

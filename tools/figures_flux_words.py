@@ -1,4 +1,6 @@
-"""Whole images from words by the shipped Flux-Fill, with a box over all of the image, beside the first generation."""
+"""Whole images from words by the shipped Flux-Fill at both its sizes, with a box over all of the image, beside the
+first generation at its own.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +12,21 @@ from strata.training import loop, oracle
 
 import nodes as comfyui_nodes
 
-COUNT, SAMPLE = 96, 0  # figures_flux.py has the sample that shows that the file is the measured one
-CLAIMS = [("Flux-Fill", "text to image", "object")]
+COUNT, SAMPLE = 48, 1
+CLAIMS = [("Flux-Fill, 256", "text to image", "object")]
 
 
-def measure(seeds: range, side: int = SIDE) -> dict[str, dict[str, list[float]]]:
-    family, judge, scenes = Family(), oracle.load(), [scene_of(seed, side) for seed in seeds]
-    found = {}
-    for column, draw in (("Flux-Fill", filled), ("text to image", drawn)):
+def measure(seeds: range) -> dict[str, dict[str, list[float]]]:
+    family, judge, found = Family(), oracle.load(), {}
+    columns = {"Flux-Fill": (filled, SIDE), "Flux-Fill, 256": (filled, 256), "text to image": (drawn, SIDE)}
+    for column, (draw, side) in columns.items():
+        scenes = [scene_of(seed, side) for seed in seeds]
         made = torch.cat([draw(family, scene, seed) for scene, seed in zip(scenes, seeds, strict=True)])
         place, right = judge.text_agreement(
             made, [scene.kind for scene in scenes], [[scene.objects[0].name] for scene in scenes]
         )
         found[column] = {"object": right.tolist(), "place": place.tolist()}
-        loop.save_grid(OUTPUT / f"{column} from words, {side}.png", made[:32], 8)
+        loop.save_grid(OUTPUT / f"{column} from words.png", made[:32], 8)
     return found
 
 
@@ -35,7 +38,7 @@ def filled(family: Family, scene: renderer.Scene, seed: int) -> torch.Tensor:
     empty = torch.full((1, side, side, 3), 0.5), family.vae, torch.ones(1, side, side)
     words = family.text(scene.prompt)
     given = comfyui_nodes.InpaintModelConditioning().encode(words, family.negative, *empty, noise_mask=False)
-    (sampled,) = comfyui_nodes.common_ksampler(load(file), seed, STEPS, *run, *given)
+    (sampled,) = comfyui_nodes.common_ksampler(load(file, side), seed, STEPS, *run, *given)
     return family.vae.decode(sampled["samples"]).movedim(-1, 1)
 
 

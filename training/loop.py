@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
@@ -309,7 +310,8 @@ def plot(table: Path, path: Path, size: tuple[int, int] = (640, 360), margin: in
 
 
 def save_grid(path: Path, pictures: Tensor, columns: int) -> None:
-    """[N,3,H,W] in 0..1 as one PNG, N a multiple of columns."""
+    """[N,3,H,W] in 0..1 as one PNG; what the last row lacks is black."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    pictures = F.pad(pictures, (0,) * 7 + (-len(pictures) % columns,))
     grid = rearrange(pictures, "(row column) c h w -> (row h) (column w) c", column=columns)
     Image.fromarray((grid.float().clamp(0, 1) * 255).round().byte().cpu().numpy()).save(path)

@@ -399,3 +399,10 @@ def test_a_size_that_the_family_was_not_trained_at_is_told(loaded, told, side, c
     conds = loaded("sd")[0].model.extra_conds(noise=noise, cross_attn=text, device="cpu")
     assert "c_crossattn" in conds and len(told) == count
     assert all("trained at 128×128 pixels and does not know 256×256" in sentence for sentence in told)
+
+
+@pytest.mark.parametrize(("sides", "count"), [((16, 16), 0), ((32, 32), 0), ((32, 16), 1), ((64, 64), 1)])
+def test_the_flux_fill_knows_two_sizes(told, sides, count):
+    mini_family.tell_size(torch.zeros(1, 4, *sides), mini_family.CONFIG["flux_sides"])
+    assert len(told) == count
+    assert all("trained at 128×128 and 256×256 pixels and does not know" in sentence for sentence in told)

@@ -1,8 +1,12 @@
-"""The mini Flux-Fill's figures: a sample of the shipped file's against the table of docs/figures.json."""
+"""The mini Flux-Fill at both its sizes: samples of the shipped file against the table of docs/figures.json."""
+
+import importlib
 
 import figures
-import figures_flux
+import pytest
 
 
-def test_a_sample_agrees_with_the_table():
-    figures.check("flux", figures_flux.measure(figures.sample(figures_flux)))
+@pytest.mark.parametrize("name", ["flux", "flux_large", "flux_words"])
+def test_a_sample_agrees_with_the_table(name):
+    module = importlib.import_module(f"figures_{name}")
+    figures.check(name, module.measure(figures.sample(module)))
