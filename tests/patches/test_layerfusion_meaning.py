@@ -6,7 +6,7 @@ import figures
 import figures_layerfusion
 import pytest
 import torch
-from figures_layerfusion import FILES, OBJECTS, drawn, family_of, measured
+from figures_layerfusion import COLUMNS, FILES, OBJECTS, drawn, family_of, measured
 from strata.networks.transparency import TransparentDecoder
 from strata.patches import transparency
 from strata.training import oracle
@@ -19,7 +19,7 @@ def test_all_is_measured_on_random_weights(family, tmp_path):
     torch.manual_seed(0)
     adapter = random_transparency.adapter(transparency.structure("Strata mini"), scale=0.1)
     decoder = random_transparency.network(TransparentDecoder((16, 16, 32, 64, 96), 2))
-    shown, names = drawn(family_of(family["sd"], adapter, decoder), range(2), steps=2)
+    shown, names = drawn(family_of(family["sd"], adapter, decoder), range(2), COLUMNS["wide"], steps=2)
     found = measured(shown, names, oracle.load(), tmp_path / "grid.png")
     assert names == list(OBJECTS[:2]) and (tmp_path / "grid.png").stat().st_size > 1000
     assert all(
@@ -31,4 +31,5 @@ def test_all_is_measured_on_random_weights(family, tmp_path):
 
 @pytest.mark.skipif(not all(path.exists() for path in FILES), reason="the mini family is not trained: make mini")
 def test_a_sample_agrees_with_the_table():
-    figures.check("layerfusion", figures_layerfusion.measure(figures.sample(figures_layerfusion), ("wide",)))
+    wide = {"wide": COLUMNS["wide"]}
+    figures.check("layerfusion", figures_layerfusion.measure(figures.sample(figures_layerfusion), wide))
