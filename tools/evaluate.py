@@ -20,8 +20,6 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import figures
@@ -30,14 +28,12 @@ import judges
 import run
 from tqdm import tqdm
 
-COLUMNS = ("composite", "foreground", "background")
-
 
 def make(workflow: Path, prompts: Path, settings: list[str], results: Path, server: str | None) -> None:
     """Run the workflow once for each line of prompts, with {prompt} and {seed} in the settings; what is there stays."""
     lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     results.mkdir(parents=True, exist_ok=True)
-    with connected(server) as client, tempfile.TemporaryDirectory() as folder:
+    with run.connected(server) as client, tempfile.TemporaryDirectory() as folder:
         for seed, words in enumerate(tqdm(lines, unit="prompt")):
             name = f"{seed:04d}"
             if (results / f"{name}.txt").exists():  # written last
@@ -50,20 +46,8 @@ def make(workflow: Path, prompts: Path, settings: list[str], results: Path, serv
             (results / f"{name}.txt").write_text(words, encoding="utf-8")
 
 
-@contextmanager
-def connected(server: str | None) -> Iterator[run.Client]:
-    """That ComfyUI, or one that is started for the run."""
-    if server:
-        yield run.Client(server)
-        return
-    found, base = host.find_or_install(), host.PACK / "output" / "comfyui"
-    host.copy_inputs(found, base)
-    with host.Server(found, base) as own:
-        yield run.Client(own.url)
-
-
 def page(found: dict[str, dict[str, dict[str, float]]], missing: dict[str, str]) -> str:
-    columns = [name for name in COLUMNS if any(name in one for one in found.values())]
+    columns = dict.fromkeys(column for own in found.values() for column in own)
     lines = ["Mean ± standard error (standard deviation, number).", ""]
     lines += ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     lines += [

@@ -288,8 +288,10 @@ def depth_error(table: Table, sample: Sample, wanted: float) -> float:
     Differs: inside the front layer's alpha where there are layers, and not in SAM's mask.
     """
     depth = table.ask("depth", sample.image[None])
-    inside = table.ask("find", sample.image[None], [sample.words or ""]) if sample.objects is None else None
-    inside = (sample.objects[-1:, 3:] > 0.5).float() if inside is None else inside
+    if sample.objects is None:
+        inside = table.ask("find", sample.image[None], [sample.words or ""])
+    else:
+        inside = (sample.objects[-1:, 3:] > 0.5).float()
     return abs(float((depth * inside).sum() / inside.sum()) - wanted)
 
 
@@ -309,12 +311,13 @@ def own_models(models: Path, detector: str | None, segmenter: str | None, depth:
     def find(pictures: Tensor, words: list[str]) -> Tensor:
         images = pictures.movedim(1, -1)
         try:
-            found = detection.find(images, words, detector, segmenter, True, *THRESHOLDS)
-        except ValueError as error:
-            if "nothing of" in str(error):
+            (found,) = detection.detect(images, words, detector, *THRESHOLDS)
+            if not len(found.boxes):
                 return torch.zeros_like(pictures[:, :1])
+            (masks,) = detection.segment(images, [found.boxes], segmenter) if found.masks is None else (found.masks,)
+        except ValueError as error:
             raise Missing(str(error)) from error
-        return torch.stack([one.masks.amax(0, keepdim=True) for one in found])
+        return masks.amax(0)[None, None]
 
     def far(pictures: Tensor) -> Tensor:
         try:

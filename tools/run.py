@@ -17,6 +17,8 @@ import json
 import sys
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import host
@@ -25,6 +27,7 @@ import websocket
 from comfy_cli.workflow_to_api import WorkflowConversionError, convert_ui_to_api
 from tqdm import tqdm
 
+BASE = host.PACK / "output" / "comfyui"  # of a ComfyUI that is started for a run
 QUIET = 5  # seconds without a message, after which the queue is asked
 
 
@@ -302,6 +305,18 @@ def run_file(
     return made
 
 
+@contextmanager
+def connected(server: str | None) -> Iterator[Client]:
+    """That ComfyUI, or one that is started for the run and keeps its files below output/comfyui."""
+    if server:
+        yield Client(server)
+        return
+    found = host.find_or_install()
+    host.copy_inputs(found, BASE)
+    with host.Server(found, BASE) as own:
+        yield Client(own.url)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workflow", type=Path)
@@ -316,22 +331,13 @@ def main() -> int:
         if options.out and options.out.exists() and not options.out.is_dir():
             raise RunError(f"--out {options.out}: this is a file; give a folder.")
         read_workflow(options.workflow)
-        if options.server and options.list:
-            client = Client(options.server)
-            made = [listed(client.to_api(read_workflow(options.workflow)), client)]
-        elif options.server:
-            made = run_file(Client(options.server), options.workflow, options.set, options.out)
-        else:
-            base = host.PACK / "output" / "comfyui"
-            found = host.find_or_install()
-            host.copy_inputs(found, base)
-            with host.Server(found, base) as server:
-                if options.list:
-                    client = Client(server.url)
-                    print(listed(client.to_api(read_workflow(options.workflow)), client))
-                    return 0
-                made = run_file(Client(server.url), options.workflow, options.set, options.out)
-                made = made if options.out else [base / "output" / name for name in made]
+        with connected(options.server) as client:
+            if options.list:
+                made = [listed(client.to_api(read_workflow(options.workflow)), client)]
+            else:
+                made = run_file(client, options.workflow, options.set, options.out)
+                if not options.out and not options.server:
+                    made = [BASE / "output" / name for name in made]
         print("\n".join(str(name) for name in made))
     except (RunError, host.HostError, requests.RequestException) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -21,6 +21,8 @@ from strata.techniques.compositing import flatten_image
 from strata.techniques.layers import Layer, LayerStack
 from torch import nn
 
+from . import tiny_detectors
+
 SIDE = 64
 
 
@@ -278,3 +280,16 @@ def test_results_of_another_size_than_the_truth_are_refused(scenes, tmp_path):
         path.unlink()
     with pytest.raises(ValueError, match="no image and no PSD"):
         next(measures.read(tmp_path))
+
+
+@pytest.mark.parametrize("words", ["a dog", ""])
+def test_the_packs_detector_gives_one_mask_and_an_empty_one_for_nothing(tmp_path, words, monkeypatch):
+    tiny_detectors.grounding_dino(tmp_path / "grounding-dino" / "dino")
+    tiny_detectors.sam(tmp_path / "sams" / "sam")
+    monkeypatch.setattr(measures, "THRESHOLDS", (0.0, 0.0) if words else (1.0, 1.0))
+    find = measures.own_models(tmp_path, "dino", "sam", None)["find"]
+    mask = find(pictures(1, 9, 72), [words or "a cat"])
+    assert mask.shape == (1, 1, 72, 72) and set(mask.unique().tolist()) <= {0.0, 1.0}
+    assert words or not mask.any()
+    with pytest.raises(judges.Missing, match="absent"):
+        measures.own_models(tmp_path, "absent", "sam", None)["find"](pictures(1, 9), ["a cat"])
