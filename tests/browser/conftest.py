@@ -58,6 +58,14 @@ def browser():
         process.close()
 
 
+# A screen of at most 16 pictures a second: without a GPU every one is drawn by the processor
+SLOW_SCREEN = """{
+    const next = window.requestAnimationFrame.bind(window);
+    window.requestAnimationFrame = (draw) => setTimeout(() => next(draw), 60);
+    window.cancelAnimationFrame = clearTimeout;
+}"""
+
+
 class Editor:
     """ComfyUI's page: what a person does in it, and what it holds."""
 
@@ -144,9 +152,9 @@ def site(comfy) -> str:
     return comfy.url
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pages():
-    """The pages that a module's tests have opened, by their mode."""
+    """The pages that the tests have opened, by their mode: to open one takes ten seconds."""
     opened = {}
     yield opened
     for editor in opened.values():
@@ -160,7 +168,9 @@ def editor(request, browser, site, pages) -> Editor:
     Both modes of a test come one after the other: of a run's nodes ComfyUI still has the results when the second asks.
     """
     if request.param not in pages:
-        page = browser.new_context(viewport={"width": 1600, "height": 1400}).new_page()
+        context = browser.new_context(viewport={"width": 1600, "height": 1400})
+        context.add_init_script(SLOW_SCREEN)
+        page = context.new_page()
         page.set_default_timeout(20_000)
         pages[request.param] = Editor(page, site, request.param).open()
     found = pages[request.param]

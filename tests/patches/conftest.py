@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-sys.pycache_prefix = str(host.cache_dir() / "pycache")  # nothing is written into the host
-sys.path.insert(0, str(host.find_or_install().root))
+HOST = host.find_or_install()
+sys.dont_write_bytecode |= not HOST.ours  # nothing is written into a user's ComfyUI
+sys.path.insert(0, str(HOST.root))
 
 from comfy.cli_args import args  # noqa: E402
 
