@@ -183,7 +183,7 @@ def _png(pixels: np.ndarray, metadata: dict[str, Any]) -> bytes:
 def _read(archive: zipfile.ZipFile, name: str, groups: str, notes: list[str]) -> LayerStack:
     sizes = {info.filename: info.file_size for info in archive.infolist()}
     if "stack.xml" not in sizes:
-        raise ValueError(f"{name} has no stack.xml, so it is not an OpenRaster file.")
+        raise ValueError(f"{name} has no stack.xml, so it is not an OpenRaster file; choose another.")
     if sizes["stack.xml"] > _XML_BYTES:
         raise ValueError(
             f"{name}: its stack.xml would unpack to {sizes['stack.xml'] / 1e6:.0f} MB, which no real one has; the "

@@ -269,7 +269,7 @@ def _open(path: Path):
     with open(path, "rb") as file:
         head = file.read(26)
     if len(head) < 26 or head[:4] != b"8BPS":
-        raise ValueError(f"{path.name} is not a PSD file.")
+        raise ValueError(f"{path.name} is not a PSD file; save it again as PSD, or choose another.")
     height, width = struct.unpack(">II", head[14:22])
     check_sides(path.name, width, height)
     try:

@@ -381,7 +381,7 @@ class InsertAtDepth(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_InsertAtDepth",
-            display_name="Insert at a depth",
+            display_name="Insert at a depth (inpaint object)",
             category="Strata/Compose",
             search_aliases=["FeatGLaC", "depth-aware object insertion", "insert behind", "occlusion"],
             description="Prepares inpainting an object into a box at a depth: what is nearer stays in front of it, "

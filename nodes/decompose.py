@@ -117,7 +117,7 @@ class MatteForeground(Node):
             node_id="Strata_MatteForeground",
             display_name="Matte foreground (remove background)",
             category="Strata/Decompose",
-            search_aliases=[*NAMES, "matting", "trimap", "ViTMatte", "alpha from mask", "hair"],
+            search_aliases=[*NAMES, "matting", "trimap", "ViTMatte", "alpha from mask", "hair", "background removal"],
             description="Finds the fine alpha of an object from its rough mask or a trimap: hair, glass, soft edges.",
             inputs=[
                 io.Image.Input("image", tooltip="The image, or a batch."),
@@ -188,6 +188,10 @@ class MatteForeground(Node):
             f"Mask {number} has nothing between 0 and 1 and stays as it is; turn trimap off for a rough mask."
             for number, one in enumerate(trimaps, 1)
             if trimap and not ((one > 0) & (one < 1)).any()
+        ] + [
+            f"Mask {number} is empty, so nothing of the image is left; paint it where the object is."
+            for number, one in enumerate(mask, 1)
+            if not one.any()
         ]
         progress = ProgressBar(len(image))
         if method == METHODS[1]:
@@ -300,9 +304,9 @@ class DecomposeImage(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_DecomposeImage",
-            display_name="Decompose image (layer decomposer)",
+            display_name="Decompose image (foreground, layer decomposer)",
             category="Strata/Decompose",
-            search_aliases=[*NAMES, "image to layers", "remove object", "split layers"],
+            search_aliases=[*NAMES, "image to layers", "remove object", "extract object", "foreground and background"],
             description="Takes an image apart: each object that a mask marks becomes a layer with alpha, and what it "
             "hid is drawn behind it. The layers add up to the image.",
             inputs=[

@@ -46,10 +46,10 @@ class SliceByDepth(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_SliceByDepth",
-            display_name="Slice by depth (depth slicer)",
+            display_name="Slice by depth (photo to layers, slicer)",
             category="Strata/Depth",
             is_output_node=True,
-            search_aliases=["DeGLaD", "depth layers", "split by depth"],
+            search_aliases=["DeGLaD", "split by depth", "cut into layers", "foreground and background"],
             description="Cuts an image into layers at one or more depths. Run it once, then click in the views on "
             "the node to choose where.",
             inputs=[
@@ -367,7 +367,7 @@ class LoadDepth(Node):
             node_id="Strata_LoadDepth",
             display_name="Load depth",
             category="Strata/Depth",
-            search_aliases=["16-bit depth", "load disparity", "depth png"],
+            search_aliases=["16-bit depth", "load disparity", "depth png", "load depth map"],
             description="Loads a depth or disparity file with its full precision: 8- and 16-bit PNG, TIFF with "
             "floats, or a NumPy file.",
             inputs=[
@@ -400,7 +400,7 @@ class LoadDepth(Node):
     def validate_inputs(cls, file):
         return (
             bool((path := input_file(file)) and path.is_file())
-            or f"file: there is no {file!r} in the input folder; upload it or choose another."
+            or f"{file!r} is not a file in ComfyUI's input folder; upload it or choose another."
         )
 
 
@@ -462,7 +462,7 @@ class EstimateDepth(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_EstimateDepth",
-            display_name="Estimate depth",
+            display_name="Estimate depth (map, Depth Anything)",
             category="Strata/Depth",
             search_aliases=["Depth Anything V2", "monocular depth", "depth map"],
             description="Depth of an image by Depth Anything V2 (or another transformers depth model) from a folder "

@@ -20,7 +20,7 @@ class EditLayers(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_EditLayers",
-            display_name="Edit layers",
+            display_name="Edit layers (layer editor, move)",
             category="Strata/Layers",
             is_output_node=True,
             description="Moves, scales, turns, orders and blends layers by hand. Run it once, then press the button on "

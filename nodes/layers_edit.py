@@ -35,10 +35,10 @@ class LayersFromImages(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_LayersFromImages",
-            display_name="Layers from images",
+            display_name="Layers from images (masks to layers)",
             category="Strata/Layers",
             description="Turns every image of a batch into a layer, the first one at the back.",
-            search_aliases=["batch to layers", "stack images"],
+            search_aliases=["batch to layers", "stack images", "cut out by mask"],
             inputs=[
                 io.Image.Input(
                     "images",
@@ -244,7 +244,7 @@ class AddLayer(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_AddLayer",
-            display_name="Add layer",
+            display_name="Add layer (paste image)",
             category="Strata/Layers",
             description="Adds an image as a new layer, in front of all or behind one of them.",
             search_aliases=["new layer", "append layer", "insert layer", "paste as layer"],
@@ -277,7 +277,7 @@ class ChangeLayer(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_ChangeLayer",
-            display_name="Change layer",
+            display_name="Change layer (opacity, blend mode)",
             category="Strata/Layers",
             description="Changes the name, place, size, opacity, blend mode, visibility, image or mask of layers.",
             search_aliases=["edit layer", "layer opacity", "layer blend mode", "hide layer", "replace layer image"],
@@ -306,7 +306,7 @@ class TransformLayer(Node):
         reach = {"min": -MAX_SIDE, "max": MAX_SIDE, "step": 1.0, "round": 0.0001}
         return schema(
             node_id="Strata_TransformLayer",
-            display_name="Transform layer",
+            display_name="Transform layer (move, scale, rotate)",
             category="Strata/Layers",
             description="Fits, flips, scales, turns and moves layers, in this order. Pixels are not resampled until "
             "the layers are flattened. An object's effects come along.",
@@ -376,7 +376,7 @@ class OrderLayers(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_OrderLayers",
-            display_name="Order layers",
+            display_name="Order layers (merge, rename)",
             category="Strata/Layers",
             description="Picks, drops, reorders, renames or merges layers.",
             search_aliases=[
@@ -420,7 +420,7 @@ class FlattenLayers(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_FlattenLayers",
-            display_name="Flatten layers",
+            display_name="Flatten layers (merge, composite)",
             category="Strata/Layers",
             description="Composites the visible layers into one image.",
             search_aliases=["composite layers", "merge visible", "layers to image"],
@@ -461,7 +461,7 @@ class LayersToBatch(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_LayersToBatch",
-            display_name="Layers to batch",
+            display_name="Layers to batch (images and masks)",
             category="Strata/Layers",
             description="Gives the layers to nodes that know images and masks only, one image per layer, back to "
             "front.",
@@ -498,7 +498,7 @@ class PreviewLayers(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_PreviewLayers",
-            display_name="Preview layers",
+            display_name="Preview layers (show, contact sheet)",
             category="Strata/Layers",
             is_output_node=True,
             description="Shows the flattened image and every layer on a checkerboard, back to front with their names, "

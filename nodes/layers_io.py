@@ -34,7 +34,7 @@ class SaveLayers(Node):
             display_name="Save layers (Photoshop PSD, Krita ORA)",
             category="Strata/Layers",
             is_output_node=True,
-            search_aliases=["psd", "ora", "openraster", "photoshop", "krita", "gimp", "export layers"],
+            search_aliases=["psd", "ora", "openraster", "photoshop", "krita", "gimp", "export layers", "export PSD"],
             description="Saves layers to the output folder as a Photoshop or OpenRaster document, or as one image "
             "per layer. The workflow is embedded in every file.",
             inputs=[
@@ -118,7 +118,7 @@ class LoadLayers(Node):
             node_id="Strata_LoadLayers",
             display_name="Load layers (Photoshop PSD, Krita ORA)",
             category="Strata/Layers",
-            search_aliases=["psd", "ora", "openraster", "photoshop", "krita", "import layers"],
+            search_aliases=["psd", "ora", "openraster", "photoshop", "krita", "import layers", "open PSD"],
             description="Loads the layers of a Photoshop (PSD, PSB) or OpenRaster (ORA) file. Groups become their "
             "layers where that shows the same; Save layers writes them again.",
             inputs=[
@@ -182,7 +182,7 @@ class LoadLayerImage(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_LoadLayerImage",
-            display_name="Load layer image",
+            display_name="Load layer image (PNG with alpha)",
             category="Strata/Layers",
             search_aliases=["load image with alpha", "RGBA", "transparent PNG", "cut-out", "load images"],
             description="Loads images as layers and keeps their alpha, which Load Image gives apart. The button takes "
@@ -213,9 +213,9 @@ class LoadLayerImage(Node):
     def validate_inputs(cls, files):
         names = _names(files)
         if not names:
-            return "files: there is no file; upload one, or write the name of one in the input folder."
+            return "no file is named; upload one, or write the name of one in the input folder."
         absent = next((name for name in names if not ((path := input_file(name)) and path.is_file())), None)
-        return absent is None or f"files: {absent!r} is not a file in ComfyUI's input folder; upload it."
+        return absent is None or f"{absent!r} is not a file in ComfyUI's input folder; upload it."
 
     @classmethod
     def fingerprint_inputs(cls, files):

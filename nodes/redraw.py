@@ -157,7 +157,7 @@ class RedrawLayer(Node):
     def define_schema(cls):
         return schema(
             node_id="Strata_RedrawLayer",
-            display_name="Redraw layer",
+            display_name="Redraw layer (inpaint, replace)",
             category="Strata/Finish",
             search_aliases=["replace object", "regenerate layer", "inpaint layer", "change object", "BFS"],
             description="Draws one layer anew from words, in its place and with its shadow. All other layers stay as "

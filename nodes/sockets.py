@@ -86,7 +86,8 @@ class LayerModelFile(Node):
 
     @classmethod
     def validate_inputs(cls, file):
-        return layer_files.missing(file, cls.folder) or True
+        sentence = layer_files.missing(file, cls.folder)
+        return sentence is None or sentence.removeprefix("file: ")  # ComfyUI names the input itself
 
     @classmethod
     def fingerprint_inputs(cls, file):

@@ -425,7 +425,8 @@ def ready(decomposer: Decomposer, vae, model: ModelPatcher | None, empty: list |
     """
     if decomposer.adapters and model is None:
         raise ValueError(
-            f"model: {decomposer.name} is added to a model; connect the inpainting model of {decomposer.family}."
+            f"model: nothing is connected and {decomposer.name} needs it; connect the inpainting model of "
+            f"{decomposer.family}."
         )
     if vae.latent_channels != 4 or vae.spacial_compression_encode() != 8:
         raise ValueError(

@@ -107,7 +107,8 @@ def rename(stack: LayerStack, indices: Sequence[int], names: str) -> LayerStack:
     lines = [line for line in _lines(names) if line]
     if len(lines) != len(indices):
         raise ValueError(
-            f"names: there are {len(lines)} names for {len(indices)} selected layers; write one name per line for each."
+            f"names: the number of names is {len(lines)} and that of selected layers {len(indices)}; write one name a "
+            "line for each layer."
         )
     named = [replace(stack.layers[index], name=name) for index, name in zip(indices, lines, strict=True)]
     return stack.with_layers(_put(stack.layers, indices, named))

@@ -174,7 +174,8 @@ def parse_thresholds(text: str) -> list[float]:
         raise ValueError(f"thresholds: {text!r} is not a list of numbers; write for example 0.35, 0.6.") from error
     if outside := [value for value in values if not 0 < value < 1]:
         raise ValueError(
-            f"thresholds: {outside[0]:g} is outside of 0 to 1; 0 is the nearest depth of the image and 1 the farthest."
+            f"thresholds: {outside[0]:g} is outside of 0 to 1, where 0 is the nearest depth of the image and 1 the "
+            "farthest; write for example 0.35, 0.6."
         )
     return sorted(set(values))
 
@@ -191,7 +192,10 @@ def parse_points(text: str) -> list[tuple[float, float]]:
         raise ValueError(f"points: {text!r} is not a list of points; write for example 0.5, 0.4; 0.2, 0.7.") from error
     for point in points:
         if len(point) != 2 or not all(0 <= value <= 1 for value in point):
-            raise ValueError(f"points: {point} is not x, y with both from 0 to 1 (fractions of width and height).")
+            raise ValueError(
+                f"points: {point} is not x, y with both from 0 to 1, as fractions of width and height; write for "
+                "example 0.5, 0.4."
+            )
     return [(x, y) for x, y in points]
 
 

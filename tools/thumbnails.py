@@ -19,7 +19,9 @@ from psd_tools import PSDImage
 WORKFLOWS = host.PACK / "workflows"
 SCREENSHOTS = host.PACK / "output" / "browser"
 SIDE, GAP = 384, 4
-CANVAS = (60, 190, 1600, 1110)  # of a window of 1600 × 1400, without the frontend's own bars and its map
+CANVAS = (60, 135, 1600, 1400)  # of a window of 1600 × 1400, without the frontend's own bars
+MAP = ((60, 1310, 125, 1400), (1335, 1135, 1600, 1400))  # its counters and its map
+MARGIN = 24
 QUALITY = 80
 
 
@@ -46,9 +48,12 @@ def collage(images: list[Image.Image]) -> Image.Image:
 
 def graph_of(shot: Image.Image) -> Image.Image:
     """The nodes alone, of a screenshot of the whole window."""
+    for box in MAP:
+        shot.paste("#151515", box)
     canvas = shot.crop(CANVAS)
-    nodes = canvas.convert("L").point(lambda value: 255 * (value > 30)).getbbox()
-    return ImageOps.pad(canvas.crop(nodes), (SIDE, SIDE * 2 // 3), Image.Resampling.LANCZOS, color="#151515")
+    drawn = canvas.convert("L").point(lambda value: 255 * (value > 30)).getbbox()
+    nodes = ImageOps.expand(canvas.crop(drawn), MARGIN, "#151515")
+    return ImageOps.pad(nodes, (SIDE, SIDE * 2 // 3), Image.Resampling.LANCZOS, color="#151515")
 
 
 def main(names: list[str]) -> int:

@@ -243,7 +243,7 @@ def test_several_masks_give_several_layers_and_an_empty_one_nothing(loaded, mode
 
 def test_what_is_missing_is_said_before_any_work(loaded, whole, model):
     vae = comfy.sd.load_checkpoint_guess_config(str(MODELS / "checkpoints" / "strata_mini_sd.safetensors"))[2]
-    with pytest.raises(ValueError, match="^model: file.safetensors is added to a model; connect the inpainting model"):
+    with pytest.raises(ValueError, match="^model: nothing is connected and file.safetensors needs it; "):
         decomposer.ready(loaded, vae, None, None)
     alone = decomposer.recognise("whole.safetensors", prefixed(whole), {})
     with pytest.raises(ValueError, match="^empty_prompt: whole.safetensors has no empty prompt in it"):

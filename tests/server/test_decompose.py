@@ -90,7 +90,7 @@ def test_the_same_run_again_is_the_same(comfy):
 def test_what_is_wrong_is_one_sentence_on_the_node(comfy):
     without = graph()
     del without["apart"]["inputs"]["model"]
-    with pytest.raises(run.RunError, match="model: strata_mini_layeringdiff.safetensors is added to a model; connect"):
+    with pytest.raises(run.RunError, match="model: nothing is connected and strata_mini_layeringdiff.saf"):
         comfy.run(without)
     with pytest.raises(run.RunError, match="model: .* is a decomposer for Strata mini .*, and this is another model"):
         comfy.run(graph(model=["checkpoint", 0]))

@@ -362,9 +362,9 @@ def test_image_files_that_cannot_be_layers_are_named(comfy, tmp_path):
     Image.new("RGB", (8, 6)).save(folder / "li_opaque.png")
     (folder / "li_broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     for names, sentence in (
-        ("li_absent.png", "files: 'li_absent.png' is not a file in ComfyUI's input folder; upload it."),
+        ("li_absent.png", "files - 'li_absent.png' is not a file in ComfyUI's input folder; upload it."),
         ("../li_opaque.png", "is not a file in ComfyUI's input folder"),
-        ("", "files: there is no file; upload one"),
+        ("", "files - no file is named; upload one"),
         ("li_broken.png", "files: li_broken.png cannot be read"),
         ("\n".join(["li_opaque.png"] * 51), "files: 51 files are chosen and a LAYERS document holds 50 layers"),
     ):

@@ -34,7 +34,7 @@ def test_every_node_explains_itself(comfy):
         assert all(info["output_tooltips"]), name
 
 
-# What people type, and what older frontends, which know no aliases, are to find by it
+# What people type, and what older frontends, which know no aliases, are to find by it (see browser/test_search.py)
 WORDS = {
     "PSD": {"Strata_SaveLayers", "Strata_LoadLayers"},
     "Photoshop": {"Strata_SaveLayers", "Strata_LoadLayers"},
@@ -47,11 +47,17 @@ WORDS = {
     "LayerDiffuse": {"Strata_LoadTransparency", "Strata_ApplyTransparency", "Strata_DecodeTransparency"},
     "DreamLayer": {"Strata_LayerPrompts", "Strata_LayersSampler", "Strata_ImageToLayers"},
     "LayerFusion": {"Strata_EncodeLayerPrompts", "Strata_AttentionBlend", "Strata_LayerFusionSampler"},
-    "depth slicer": {"Strata_SliceByDepth"},
+    "depth layers": {"Strata_SliceByDepth"},
+    "photo to layers": {"Strata_SliceByDepth"},
+    "depth anything": {"Strata_EstimateDepth"},
+    "move layer": {"Strata_EditLayers", "Strata_TransformLayer"},
+    "merge layers": {"Strata_OrderLayers", "Strata_FlattenLayers"},
+    "mask to layer": {"Strata_LayersFromImages"},
+    "load image with alpha": {"Strata_LoadLayerImage"},
     "feature guidance sampler": {"Strata_FeatureGuidance"},
     "dual branch foreground": {"Strata_SampleForeground"},
     "attention blend patcher": {"Strata_AttentionBlend"},
-    "layer decomposer": {"Strata_DecomposeImage"},
+    "foreground layer": {"Strata_DecomposeImage"},
     "IRH harmonizer": {"Strata_HarmonizeLayers"},
 }
 SEEN = 30  # a word that begins later in a name is not found by the frontends' search (Fuse.js with a threshold of 0.3)

@@ -42,5 +42,5 @@ def test_an_object_keeps_its_alpha_through_stock_nodes(comfy):
 
 
 def test_a_missing_file_is_named_on_the_node(comfy):
-    with pytest.raises(run.RunError, match="file: nothing.safetensors is not there; put it into"):
+    with pytest.raises(run.RunError, match="file - nothing.safetensors is not there; put it into"):
         comfy.run(graph("nothing.safetensors"))

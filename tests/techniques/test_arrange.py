@@ -93,7 +93,7 @@ def test_arrange_orders(action, text, expected):
     [
         ("drop", "", "", "select: this drops every layer"),
         ("reorder", "1, 2", "", "select: the new order leaves out 'c', 'd'"),
-        ("rename", "1-2", "x", "names: there are 1 names for 2 selected layers"),
+        ("rename", "1-2", "x", "names: the number of names is 1 and that of selected layers 2; write"),
         ("merge", "1, 3", "", "select: only neighbouring layers"),
         ("shuffle", "", "", "action: 'shuffle' is not known"),
     ],

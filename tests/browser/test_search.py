@@ -1,0 +1,109 @@
+"""Graphs made from nothing: the search dialog finds the nodes by words that people type, and links are drawn."""
+
+from __future__ import annotations
+
+# What is typed, the node that it is to find, and where that is put
+NODES = [
+    ("load image", "LoadImage", (330, 250)),
+    ("load depth", "Strata_LoadDepth", (330, 800)),
+    ("photo to layers", "Strata_SliceByDepth", (780, 450)),
+    ("save psd", "Strata_SaveLayers", (1250, 250)),
+]
+# What is found by the names alone, as on ComfyUI 0.3.75, which hands on no aliases
+FOUND = {
+    "depth layers": {"Strata_SliceByDepth"},
+    "depth slicer": {"Strata_SliceByDepth"},
+    "depth map": {"Strata_EstimateDepth"},
+    "depth anything": {"Strata_EstimateDepth"},
+    "decompose": {"Strata_DecomposeImage", "Strata_LoadDecomposer"},
+    "layer decomposer": {"Strata_DecomposeImage"},
+    "foreground": {"Strata_DecomposeImage", "Strata_MatteForeground", "Strata_DetectForeground"},
+    "mask to layer": {"Strata_LayersFromImages"},
+    "load image with alpha": {"Strata_LoadLayerImage"},
+    "move layers": {"Strata_EditLayers", "Strata_TransformLayer"},
+    "layer editor": {"Strata_EditLayers"},
+    "scale layer": {"Strata_TransformLayer"},
+    "merge layers": {"Strata_OrderLayers", "Strata_FlattenLayers"},
+    "show layers": {"Strata_PreviewLayers"},
+    "opacity": {"Strata_ChangeLayer"},
+    "harmonise": {"Strata_HarmonizeLayers"},
+    "shadow": {"Strata_HarmonizeLayers", "Strata_EffectLayers"},
+    "insert object": {"Strata_InsertAtDepth"},
+    "inpaint": {"Strata_RedrawLayer", "Strata_InsertAtDepth"},
+}
+
+
+def test_words_find_their_nodes(editor):
+    found = editor.page.evaluate(
+        """(words) => {
+        const { $pinia } = document.querySelector('#vue-app').__vue_app__.config.globalProperties;
+        const { nodeSearchService: service } = $pinia._s.get('nodeDef');
+        return words.map((text) => service.searchNode(text, [], { limit: 12 }).map(({ name }) => name));
+    }""",
+        list(FOUND),
+    )
+    lacking = {words: FOUND[words] - set(names) for words, names in zip(FOUND, found, strict=True)}
+    assert {words: names for words, names in lacking.items() if names} == {}
+
+
+def add(editor, words: str, kind: str, place: tuple[int, int]) -> int:
+    """A double click on the canvas, words, Enter, and where newer frontends hang the node on the pointer, a click."""
+    page = editor.page
+    before = page.evaluate("() => app.graph.nodes.map((node) => node.id)")
+    page.mouse.dblclick(*place)
+    page.get_by_role("combobox").last.press_sequentially(words)
+    name = page.evaluate("(kind) => LiteGraph.registered_node_types[kind].title", kind)
+    page.get_by_role("option").filter(has_text=name).first.wait_for()
+    page.wait_for_timeout(700)  # until the dialog has marked it
+    page.keyboard.press("Enter")
+    page.wait_for_function("(count) => app.graph.nodes.length > count", arg=len(before))
+    page.mouse.move(place[0], place[1] - 10)
+    page.mouse.move(*place)
+    page.wait_for_timeout(200)
+    page.mouse.click(*place)
+    made = "(before) => app.graph.nodes.filter((n) => !before.includes(n.id)).map((n) => [n.id, n.type])"
+    [(node, found)] = page.evaluate(made, before)
+    assert found == kind, words
+    return node
+
+
+SLOT = """([id, name, side]) => {
+    const node = app.graph.getNodeById(id), index = node[side].findIndex((slot) => slot.name === name);
+    const way = side === 'inputs' ? 'in' : 'out';
+    const shown = document.querySelector(`[data-slot-key="${id}-${way}-${index}"]`)?.getBoundingClientRect();
+    if (shown) return [shown.left + shown.width / 2, shown.top + shown.height / 2];
+    const [x, y] = side === 'inputs' ? node.getInputPos(index) : node.getOutputPos(index);
+    const box = app.canvas.canvas.getBoundingClientRect(), { scale, offset } = app.canvas.ds;
+    return [box.left + (x + offset[0]) * scale, box.top + (y + offset[1]) * scale];
+}"""
+
+
+def link(editor, source: int, output: str, target: int, name: str) -> None:
+    """Drag from the dot of an output to the dot of an input."""
+    mouse, page = editor.page.mouse, editor.page
+    mouse.move(*page.evaluate(SLOT, [source, output, "outputs"]))
+    mouse.down()
+    mouse.move(*page.evaluate(SLOT, [target, name, "inputs"]), steps=5)
+    page.wait_for_timeout(50)
+    mouse.up()
+    page.wait_for_function(
+        """([source, target, name]) => {
+        const node = app.graph.getNodeById(target);
+        return node.getInputNode(node.inputs.findIndex((slot) => slot.name === name))?.id === source;
+    }""",
+        arg=[source, target, name],
+    )
+
+
+def test_a_photo_becomes_a_psd_in_a_graph_from_nothing(editor, comfy):
+    photo, depth, cut, save = (add(editor, *node) for node in NODES)
+    editor.set_widget("LoadImage", "image", "strata_raccoon.jpg")
+    editor.set_widget("Strata_LoadDepth", "file", "strata_raccoon_depth.png")
+    link(editor, photo, "IMAGE", cut, "image")
+    link(editor, depth, "depth", cut, "depth")
+    link(editor, cut, "layers", save, "layers")
+    editor.queue()
+    editor.picture(f"from_nothing_{editor.mode}")
+    entry = max(comfy.get("/history").json().values(), key=lambda entry: entry["prompt"][0])
+    assert any(file["filename"].endswith(".psd") for file in comfy.files(entry))
+    assert editor.errors == []
