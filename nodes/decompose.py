@@ -128,7 +128,9 @@ class DetectForeground(Node):
         reader, image = DepthReader(near_is, "auto"), image[..., :3]
         if matches == NEAREST:
             if depth is None:
-                raise ValueError("depth: nothing is connected; connect the depth of the image, or choose other matches.")
+                raise ValueError(
+                    "depth: nothing is connected; connect the depth of the image, or choose other matches."
+                )
             depth = reader.read(depth, image)
         progress = ProgressBar(2 * len(image))
         found = detection.find(
