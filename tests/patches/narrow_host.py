@@ -72,7 +72,7 @@ def narrow_control(detect):
     """Of a ControlNet in diffusers' form, which is known by its three published widths."""
 
     def narrow(state_dict, *args, **kwargs):
-        keys = "conv_in.weight", "add_embedding.linear_1.weight", "attentions.0.transformer_blocks.0.attn2.to_k.weight"
+        keys = "conv_in.weight", "add_embedding.linear_1.weight", "transformer_blocks.0.attn2.to_k.weight"
         known = dict(state_dict)
         for key, value in state_dict.items():
             if key in keys[:2] or key.endswith(keys[2]):
