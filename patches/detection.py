@@ -88,8 +88,6 @@ def find(
 def nearest(masks: Tensor, depth: Tensor) -> int:
     """Which of masks [N,H,W] of 0 or 1 is nearest by the median of depth [H,W], 0 = nearest, in it; empty ones are
     farthest.
-
-    Source: dreamlayer, App. A.1 (the foremost thing by the depth image)
     """
     depth = depth.to(masks.device)
     return min(range(len(masks)), key=lambda row: depth[masks[row] > 0].median().nan_to_num(torch.inf).item())

@@ -19,7 +19,7 @@ from psd_tools import PSDImage
 WORKFLOWS = host.PACK / "workflows"
 SCREENSHOTS = host.PACK / "output" / "browser"
 SIDE, GAP = 384, 4
-CANVAS = (60, 190, 1600, 1110)  # of a window of 1600 × 1400, without the frontend's own bars and its map
+CANVAS, MAP = (60, 150, 1600, 1300), (1330, 1130, 1600, 1400)  # of a window of 1600 × 1400: without its bars; its map
 QUALITY = 80
 
 
@@ -46,6 +46,7 @@ def collage(images: list[Image.Image]) -> Image.Image:
 
 def graph_of(shot: Image.Image) -> Image.Image:
     """The nodes alone, of a screenshot of the whole window."""
+    shot.paste("#151515", MAP)
     canvas = shot.crop(CANVAS)
     nodes = canvas.convert("L").point(lambda value: 255 * (value > 30)).getbbox()
     return ImageOps.pad(canvas.crop(nodes), (SIDE, SIDE * 2 // 3), Image.Resampling.LANCZOS, color="#151515")
