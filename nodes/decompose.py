@@ -13,6 +13,7 @@ from ..patches import detection, layer_files
 from ..techniques import matting
 from ..techniques.layering import composite, visible_to_own
 from ..techniques.layers import Layer, LayerStack, write_layers
+from .depth_inputs import NEAR, DepthReader, depth_input
 from .inputs import named
 from .sampling import sampler_input, scheduler_input, seed_input, steps_input
 from .sockets import Decomposer, LayerModelFile, Layers, Node, schema, told
@@ -20,7 +21,8 @@ from .sockets import Decomposer, LayerModelFile, Layers, Node, schema, told
 NAMES = ["LayeringDiff", "decompose", "layers from image", "foreground", "background"]
 IN_FILE = "in file"
 METHODS = ("closed form", "ViTMatte")
-MATCHES = ("best", "all")
+BEST, NEAREST = "best", "nearest"
+MATCHES = (BEST, "all", NEAREST)
 STARTS = ("noise", "image")
 
 
@@ -28,6 +30,9 @@ class DetectForeground(Node):
     """Things that words name, as masks.
 
     Source: layeringdiff, Sec. 3.2
+    Source: dreamlayer, Sec. 3.4 and App. A.1 (the foremost thing, its mask and its words)
+    Differs: the mask is what a segmenter finds in the box of the words; DreamLayer segments everything first, and takes
+    the words of the box that overlaps most.
     """
 
     @classmethod
@@ -61,9 +66,10 @@ class DetectForeground(Node):
                 io.Combo.Input(
                     "matches",
                     options=list(MATCHES),
-                    default=MATCHES[0],
+                    default=BEST,
                     tooltip="best: one mask for each image, of the surest match. all: one for each match, those that "
-                    "reach lowest in the image first, since they mostly stand in front.",
+                    "reach lowest in the image first, since they mostly stand in front. nearest: one mask for each "
+                    "image, of the match that is nearest by depth.",
                 ),
                 io.Float.Input(
                     "threshold",
@@ -81,26 +87,64 @@ class DetectForeground(Node):
                     step=0.01,
                     tooltip="How sure it has to be of the word, for Grounding DINO.",
                 ),
+                depth_input(
+                    tooltip="For nearest: depth of the image from any depth node; another size is resized.",
+                    optional=True,
+                ),
+                io.Combo.Input(
+                    "near_is",
+                    options=NEAR.options,
+                    default=NEAR.default,
+                    optional=True,
+                    tooltip=NEAR.tooltip,
+                ),
             ],
             outputs=[
                 io.Mask.Output("MASK", display_name="mask", tooltip="1 where the thing is."),
                 io.Mask.Output("box", display_name="box", tooltip="The box of each match as a mask."),
                 io.String.Output("found", display_name="found", tooltip="Words, sureness and box of each match."),
+                io.String.Output(
+                    "words", display_name="words", tooltip="Which of the words each match is of, one a line."
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, image, prompt, detector, segmenter, matches, threshold, text_threshold):
+    def execute(
+        cls,
+        image,
+        prompt,
+        detector,
+        segmenter,
+        matches,
+        threshold,
+        text_threshold,
+        depth=None,
+        near_is=NEAR.default,
+    ):
         words = [word.strip() for word in re.split(r"[,;\n]", prompt) if word.strip()]
         if not words:
             raise ValueError("prompt: there are no words in it; write what to find, for example: a dog.")
+        reader, image = DepthReader(near_is, "auto"), image[..., :3]
+        if matches == NEAREST:
+            if depth is None:
+                raise ValueError(
+                    "depth: nothing is connected; connect the depth of the image, or choose other matches."
+                )
+            depth = reader.read(depth, image)
         progress = ProgressBar(2 * len(image))
         found = detection.find(
-            image[..., :3], words, detector, segmenter, matches == "all", threshold, text_threshold, progress.update
+            image, words, detector, segmenter, matches != BEST, threshold, text_threshold, progress.update
         )
+        if matches == NEAREST:
+            found = [one[[detection.nearest(one.masks, own)]] for one, own in zip(found, depth, strict=True)]
         boxes = torch.cat([detection.box_masks(one.boxes, image.shape[1:3]) for one in found])
         lines = [f"image {number}: {line}" for number, one in enumerate(found, 1) for line in one.lines()]
-        return io.NodeOutput(torch.cat([one.masks for one in found]), boxes, "\n".join(lines), ui=told(lines))
+        said = [label for one in found for label in one.labels]
+        notes = told([*reader.notes, *lines])
+        return io.NodeOutput(
+            torch.cat([one.masks for one in found]), boxes, "\n".join(lines), "\n".join(said), ui=notes
+        )
 
 
 class MatteForeground(Node):

@@ -85,6 +85,14 @@ def find(
     return masked
 
 
+def nearest(masks: Tensor, depth: Tensor) -> int:
+    """Which of masks [N,H,W] of 0 or 1 is nearest by the median of depth [H,W], 0 = nearest, in it; empty ones are
+    farthest.
+    """
+    depth = depth.to(masks.device)
+    return min(range(len(masks)), key=lambda row: depth[masks[row] > 0].median().nan_to_num(torch.inf).item())
+
+
 def box_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """[N,H,W] of 0 and 1 from boxes [N,4]."""
     masks = torch.zeros(len(boxes), *size)
@@ -136,7 +144,15 @@ def _by_boxes(network, processor, image, words, threshold, text_threshold) -> Fo
         outputs, threshold=threshold, target_sizes=size, text_labels=[words], **further
     )
     labels = found["text_labels"] if "text_labels" in found else found["labels"]
-    return Found(found["boxes"].cpu().float(), found["scores"].cpu().float(), [str(one) for one in labels])
+    return Found(
+        found["boxes"].cpu().float(), found["scores"].cpu().float(), [meant(str(one), words) for one in labels]
+    )
+
+
+def meant(label: str, words: list[str]) -> str:
+    """Which of the words a label is of: Grounding DINO gives back those parts of them that it is sure of."""
+    parts = set(label.lower().split())
+    return max(words, key=lambda one: len(parts & set(one.lower().split())))
 
 
 def _by_words(network, processor, image, words, threshold, text_threshold) -> Found:

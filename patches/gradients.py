@@ -27,6 +27,7 @@ BLOCK_PATCHES = (
     "middle_block_patch",
     "output_block_patch",
 )
+CONTROL = {"input", "middle", "output"}  # what a ControlNet gives, each a list
 MISSING = object()
 ADDING = (DoubleStreamBlock, SingleStreamBlock)  # blocks that add to what they are given, in place
 
@@ -160,7 +161,7 @@ def call_unet(around: Callable, model, conds: list[dict], x: Tensor, sigma: Tens
     """
     options = model_options.get("transformer_options", {})
     wrappers = options.get("wrappers", {})
-    unet_wrappers = {**wrappers.get(WrappersMP.DIFFUSION_MODEL, {}), KEY: [around]}
+    unet_wrappers = {**wrappers.get(WrappersMP.DIFFUSION_MODEL, {}), KEY: [partial(_with_control, around)]}
     replaced = {
         name: {place: partial(_checked, patch) for place, patch in patches.items()}
         if name == "dit" or name.startswith("attn")
@@ -184,6 +185,29 @@ def call_unet(around: Callable, model, conds: list[dict], x: Tensor, sigma: Tens
         return comfy.samplers.calc_cond_batch(
             model, [conds], x, timestep, {**model_options, "transformer_options": options}
         )[0]
+
+
+def _with_control(around: Callable, executor, x: Tensor, *args, **kwargs) -> Tensor:
+    """`around`, where what a ControlNet gives is added to copies."""
+    args = [
+        {name: [one if one is None else one.as_subclass(_Hint) for one in hints] for name, hints in value.items()}
+        if isinstance(value, dict) and value and value.keys() <= CONTROL
+        else value
+        for value in args
+    ]
+    return around(executor, x, *args, **kwargs)
+
+
+class _Hint(Tensor):
+    """`h += it` gives a new tensor, as everything else with it gives plain ones: ComfyUI adds it to what the encoder
+    keeps for the decoder, and the backward pass needs that as it was.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            plain = [_plain(value) if isinstance(value, cls) else value for value in args]
+            return (torch.add if func in (Tensor.__iadd__, Tensor.add_) else func)(*plain, **(kwargs or {}))
 
 
 def _attention(override: Callable | None, own: Callable, q: Tensor, *args, **kwargs) -> Tensor:

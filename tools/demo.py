@@ -60,6 +60,7 @@ RUNS = [
     ("object_insertion", "object_insertion_mini", []),
     ("scene_composition", "scene_composition_mini", []),
     ("harmonize_layers", "harmonize_layers_mini", []),
+    ("layered_files", "layered_files_mini", []),
 ]
 OUT = host.PACK / "output" / "demo"
 CELL = (300, 240)

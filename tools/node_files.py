@@ -29,6 +29,7 @@ SCRIPTED = (
     "object_insertion_inpaint",
     "foreground_flux_fill",
     "score_gate_api",
+    "layered_files_from_photos",
 )
 # Inputs whose choices are what lies in a folder, or what this ComfyUI has.
 FROM_DISK = {

@@ -179,6 +179,14 @@ class Hints(comfy.controlnet.ControlBase):
         return {"output": [], "input": [], "middle": [self.hints.clone()]}
 
 
+class Everywhere(Hints):
+    """Hints behind every block of a UNet, as a ControlNet gives them."""
+
+    def get_control(self, x, timestep, cond, chunks, options):
+        hints = [self.hints.to(x.dtype) * (number + 1) for number in range(12)]
+        return {"output": hints[:], "input": hints[:], "middle": hints[:1]}
+
+
 def calm(model):
     """Random weights answer to every change of their input with a large one of their own, which no trained model does:
     a weaker last layer.

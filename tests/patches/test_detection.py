@@ -74,6 +74,39 @@ def test_detect_foreground_gives_the_surest_or_all_lowest_first(folders):
         DetectForeground.execute(images(1), " , ", "dino", "sam", "best", 0.3, 0.0)
 
 
+def test_the_nearest_match_is_that_of_least_depth_with_its_words(folders):
+    image, words = images(1), "a dog, a cat"
+    masks, _, found, said = DetectForeground.execute(image, words, "dino", "sam", "all", 0.0, 0.0).args
+    assert said.split("\n") == [line.split(": ")[1].rsplit(" ", 5)[0] for line in found.split("\n")]
+    assert set(said.split("\n")) <= {"a dog", "a cat"}
+    depth = torch.rand(1, 77, 129, generator=torch.Generator().manual_seed(2))
+    depth[:, :, :64] += 2  # near is white: matches that lie mostly to the left
+    inside = [np.median(depth[0][mask > 0]) if mask.any() else -np.inf for mask in masks]
+    assert len(set(inside)) > 2
+    for near, best in (("white", np.argmax(inside)), ("black", np.argmin(np.abs(inside)))):
+        one = DetectForeground.execute(image, words, "dino", "sam", "nearest", 0.0, 0.0, depth, near).args
+        assert torch.equal(one[0], masks[[best]]) and one[3] == said.split("\n")[best]
+    with pytest.raises(ValueError, match="^depth: nothing is connected; connect the depth of the image, or"):
+        DetectForeground.execute(image, words, "dino", "sam", "nearest", 0.0, 0.0)
+
+
+def test_each_image_of_a_batch_has_its_own_nearest(folders):
+    depth = torch.rand(2, 77, 129, generator=torch.Generator().manual_seed(3))
+    both = DetectForeground.execute(images(), "a dog, a cat", "dino", "sam", "nearest", 0.0, 0.0, depth).args
+    assert len(both[0]) == 2 and both[3].count("\n") == 1
+    for number in (0, 1):
+        own = DetectForeground.execute(
+            images()[[number]], "a dog, a cat", "dino", "sam", "nearest", 0.0, 0.0, depth[[number]]
+        ).args
+        assert torch.equal(own[0][0], both[0][number]) and own[3] == both[3].split("\n")[number]
+
+
+def test_a_part_of_the_words_means_the_whole(folders):
+    words = ["a red car", "a dog", "glass"]
+    for label, whole in (("red car", "a red car"), ("car", "a red car"), ("Dog", "a dog"), ("a dog", "a dog")):
+        assert detection.meant(label, words) == whole
+
+
 def test_a_folder_that_is_not_there_is_named_with_where_to_get_it(folders):
     assert {"dino", "sam3-tiny", "grounding-dino-tiny"} <= set(detection.DETECTORS.choices())
     assert {"sam", "sam2"} <= set(detection.SEGMENTERS.choices()) and "sam" not in detection.DETECTORS.choices()

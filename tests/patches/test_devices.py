@@ -4,8 +4,6 @@ node runs with its tensors on another device than the processor, and gives what 
 The models stay on the processor, so that ComfyUI brings everything to them and back again.
 """
 
-import json
-
 import comfy.model_management
 import comfy.samplers
 import comfy.sd
@@ -43,6 +41,7 @@ CASES = {  # further ways through a node: inputs by their type, or as they are
     "Strata_ComposeByDepth": [{"soft_edge": 0.0, "near_is": "auto"}],
     "Strata_DecodeTransparency": [{"background": "IMAGE", "passes": "4", "clean": "off"}, {"tile_size": 32}],
     "Strata_DecomposeImage": [{"exact": False, "align_details": False, "start": "image"}],
+    "Strata_DetectForeground": [{"matches": "nearest", "depth": "IMAGE"}],
     "Strata_EditLayers": [{"edits": '{"layers": [{"layer": 1, "rotation": 20, "w": 40}]}'}],
     "Strata_EncodeTransparency": [{"mask": "MASK"}],
     "Strata_FlattenLayers": [{"blending": "linear light", "background": "#ff000080"}],
@@ -127,28 +126,10 @@ class Values(Good):
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny_depth_model(tmp_path_factory):
-    """Depth Anything's whole structure at small width, random weights."""
-    from transformers import (
-        AutoModelForDepthEstimation,
-        DepthAnythingConfig,
-        DepthAnythingForDepthEstimation,
-        Dinov2Config,
-    )
+    from transformers import AutoModelForDepthEstimation
 
-    backbone = Dinov2Config(
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        image_size=70,
-        patch_size=14,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-        reshape_hidden_states=False,
-    )
-    sizes = {"reassemble_hidden_size": 32, "neck_hidden_sizes": [8, 16, 32, 32], "fusion_hidden_size": 16}
-    config = DepthAnythingConfig(backbone_config=backbone, head_hidden_size=8, patch_size=14, **sizes)
     folder = tmp_path_factory.mktemp("depth")
-    DepthAnythingForDepthEstimation(config).save_pretrained(folder / "tiny")
-    (folder / "tiny" / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 70}}))
+    tiny_detectors.depth_anything(folder / "tiny")
     folder_paths.add_model_folder_path(depth_model.CONFIG["folder"], str(folder))
     load = AutoModelForDepthEstimation.from_pretrained
 

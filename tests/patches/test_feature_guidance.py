@@ -13,7 +13,7 @@ from strata.patches.feature_guidance import UNCONDITIONAL, Plane, Planes, Settin
 from strata.patches.inversion import invert
 
 from .guidance_helpers import SIDE, STEPS, Case, half_mask, with_adapter
-from .sampling_helpers import Hints, conditioning, picture, sigmas_of
+from .sampling_helpers import Everywhere, Hints, conditioning, picture, sigmas_of
 
 
 @pytest.fixture(scope="module")
@@ -433,6 +433,39 @@ def test_the_composites_control_stays_its_own(case):
     guided = [(2, False), (1, True), (1, True), (2, True)]  # two scenes; two iterations; cond and uncond
     assert calls == guided * 3 + [(2, True)]
     assert all(energies[-1] < energies[0] for energies in guider.energies)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradient_behind_a_controlnet_of_every_block(checkpointing):
+    """ComfyUI adds a ControlNet's outputs in place to what the encoder keeps for the decoder."""
+    case = Case(dtype=torch.float64)
+    sigma, step_size, size = case.sigmas[1], 1e-3, 1e-5
+    control = {"control": Everywhere(torch.full((1, 1, 1, 1), 0.05)), "control_apply_to_uncond": True}
+    controlled = [[case.positive[0][0], {**case.positive[0][1], **control}]]
+    start = picture(9).double() * float(sigma)
+
+    def run(x, **settings):
+        recorded, model = {}, case.model.clone()
+        model.set_model_sampler_post_cfg_function(
+            lambda args: recorded.update(x=args["input"].clone()) or args["denoised"], disable_cfg1_optimization=True
+        )
+        guider = case.guider(
+            model=model, iterations=1, start="given latent", end_percent=1.0, checkpointing=checkpointing, **settings
+        )
+        sampler = comfy.samplers.sampler_object("euler")
+        steps = torch.stack([sigma, torch.tensor(0.0)])
+        guider.sample(x / sigma.double(), torch.zeros_like(x), sampler, steps, disable_pbar=True)
+        return guider.energies[0][0], recorded["x"]
+
+    energy, moved = run(start, positive=controlled, step_size=step_size)
+    assert abs(energy - run(start, step_size=step_size)[0]) > 1e-3 * energy
+    gradient = (start - moved) / step_size
+    direction = torch.randn(start.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ahead, behind = (
+        run(start + sign * size * direction, positive=controlled, step_size=step_size)[0] for sign in (1, -1)
+    )
+    scale = float((1 + sigma.double() ** 2).sqrt())
+    assert float((gradient * direction).sum()) == pytest.approx((ahead - behind) / (2 * size) * scale**2, rel=1e-3)
 
 
 @pytest.mark.parametrize("how", ["InpaintModelConditioning", "the sampler's own mask"])

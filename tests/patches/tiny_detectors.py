@@ -1,7 +1,8 @@
-"""Folders of transformers' detectors, segmenters and matting networks, tiny and with random weights, as save_pretrained
-writes them.
+"""Folders of transformers' detectors, segmenters, matting and depth networks, tiny and with random weights, as
+save_pretrained writes them.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -162,3 +163,22 @@ def vitmatte(folder: Path) -> Path:
         fusion_hidden_sizes=[16, 8, 8, 8],
     )
     return _save(folder, t.VitMatteForImageMatting(config), t.VitMatteImageProcessor())
+
+
+def depth_anything(folder: Path) -> Path:
+    """Its whole structure."""
+    torch.manual_seed(0)
+    backbone = t.Dinov2Config(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=70,
+        patch_size=14,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+        reshape_hidden_states=False,
+    )
+    sizes = {"reassemble_hidden_size": 32, "neck_hidden_sizes": [8, 16, 32, 32], "fusion_hidden_size": 16}
+    config = t.DepthAnythingConfig(backbone_config=backbone, head_hidden_size=8, patch_size=14, **sizes)
+    _save(folder, t.DepthAnythingForDepthEstimation(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 70}}))
+    return folder

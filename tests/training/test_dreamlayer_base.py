@@ -4,16 +4,20 @@ mini family's denoiser of layers, layered files as scenes, and a run from them.
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
+import run
 import torch
+from host import PACK
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from strata.formats import files as layer_files
 from strata.formats.raster import picture
 from strata.networks import layered_denoiser, layered_unet
 from strata.networks.layered_denoiser import LayeredDenoiser
+from strata.scenes import renderer
 from strata.techniques import diffusion as formulas
 from strata.techniques.layers import Layer, LayerStack
 from strata.training import base as bases
@@ -196,6 +200,29 @@ def test_files_come_as_scenes_of_their_lowest_layers(base_files, scenes, tmp_pat
     assert torch.allclose(
         alphas[0], scene.objects[:2, 3].unflatten(1, (8, 8)).unflatten(3, (8, 8)).mean((2, 4)), atol=1e-3
     )
+
+
+def test_files_of_the_bundled_workflow_are_learnt_from_as_they_are(comfy, base_files, tmp_path):
+    folder = tmp_path / "scenes"
+    folder.mkdir()
+    for seed in (5, 6):
+        workflow, settings = PACK / "workflows" / "layered_files_mini.json", [f"The image.seed={seed}"]
+        (path,) = run.run_file(comfy, workflow, settings, tmp_path / "made", False)
+        shutil.copy(path, folder)
+        assert layered_files.names_of(path, 3) == ["an empty beach", "a penguin", "a frog"]
+        scene = layered_files.read(path, 3, 128)
+        rendered = renderer.render(renderer.Request("beach", ("penguin", "frog"), 2), 128, 128, seed)
+        # over each other they are the image, but for shadows; the background is the place without the things
+        whole, place = (torch.from_numpy(one).permute(2, 0, 1) for one in (rendered.composite, rendered.background))
+        assert (scene.composites()[-1] - whole).abs().mean() < 0.02
+        things = torch.from_numpy(rendered.masks[1:].sum(0)) > 0.5
+        off = (scene.background - place).abs().mean(0)[things].mean()
+        assert off < 0.5 * (whole - place).abs().mean(0)[things].mean()
+        for alpha, mask in zip(scene.objects[:, 3], rendered.masks[1:], strict=True):
+            assert (alpha - torch.from_numpy(mask)).abs().mean() < 0.02
+    config = config_of(base_files, "SD1.5", folder, steps=1)
+    dreamlayer.train(config, tmp_path / "run", None, 1e9)
+    assert (tmp_path / "run" / dreamlayer.FILE).exists()
 
 
 @pytest.fixture(scope="module", params=sorted(random_bases.SMALL))
