@@ -112,7 +112,7 @@ def structure_place(model: ModelPatcher) -> Place | int:
     block, the last one where the table has none. Raises ValueError for other families.
 
     Source: layerfusion, Appendix A.3 (the last self-attention)
-    Differs: the mini family's last but one, its Flux-Fill's too, which shows the object's outline (docs/layerfusion.md).
+    Differs: the mini family's last but one, as its Flux-Fill's, which shows the outline (docs/layerfusion.md).
     """
     network, own = model.model.diffusion_model, chosen(STRUCTURE_LAYER, model)
     if family := joint_attention.family_of(network):

@@ -1,5 +1,5 @@
-"""figures_layers.py on the mini Flux-Fill at 256 pixels, with the RGBA autoencoder: layers from text, sampled apart and
-with what the method shares; no module is trained for it. The pictures go to output/layers_flux.png.
+"""figures_layers.py on the mini Flux-Fill with the RGBA autoencoder: layers from text, sampled apart and with what the
+method shares; no module is trained for it. The pictures go to output/layers_flux.png.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from figures_flux import load
 from strata.patches import layer_files, rgba_vae
 from strata.patches.shared_layers import Maps, Sharing, map_context, share_layers
 
-COUNT, SAMPLE = 96, 2
-SIDE = 256
-METHODS = ("none", "LSSA", "CACA", "both")
+COUNT, SAMPLE = 19, 2
+SIDE = 128
+METHODS = ("none", "both")
 CLAIMS = [
     ("both", "none", figure)
     for figure in ("overlap", "layers to whole", "objects seen in the layers", "objects seen in the whole")
