@@ -53,6 +53,8 @@ mini:  ## train the mini family from nothing and write its files; goes on where 
 	$(EXEC) -m training publish
 	for what in latent_composition back_to_front back_to_front_real; do $(EXEC) -m training $$what || exit 1; done
 	$(EXEC) -m training publish
+	$(EXEC) -m training flux_adapter
+	$(EXEC) -m training publish
 	$(EXEC) -m training judge
 
 .PHONY: demo test quick test-full test-readers check types serve run figures mutants bench gpu mini

@@ -4,13 +4,24 @@ patches.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import comfy.ldm.modules.attention as attention
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 Place = tuple[str, int, int]  # block, its number, transformer inside it
+# By ComfyUI's name of a model's family: the layer that shows structure, and those that context maps are taken from.
+TABLES = json.loads((Path(__file__).parent.parent / "models_config" / "fusion.json").read_text(encoding="utf-8"))
+
+
+def chosen(table: dict[str, list], model: ModelPatcher) -> list | None:
+    """What a table has for a model, by ComfyUI's name of its family or of one that this comes from."""
+    config = getattr(model.model, "model_config", None)
+    return next((table[kind.__name__] for kind in type(config).__mro__ if kind.__name__ in table), None)
 
 
 def transformers(unet: nn.Module) -> dict[Place, nn.Module]:

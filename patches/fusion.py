@@ -4,11 +4,9 @@ while sampling.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -19,15 +17,13 @@ from torch import Tensor, nn
 from ..techniques import fusion
 from ..techniques.joint_attention import attend_rows, of_blending, of_layers
 from . import attention_blocks, joint_attention
-from .attention_blocks import Place, place_of, size_of, transformers, with_patches
+from .attention_blocks import Place, chosen, place_of, size_of, transformers, with_patches
 from .joint_attention import Joint, flat
 from .kept import Record
 from .layer_prompts import END_TOKENS
 from .layer_rows import LAYERFUSION, Method, Rows, conditional_first, is_between, selected_rows_only
 
-STRUCTURE_LAYER = json.loads(
-    (Path(__file__).parent.parent / "models_config" / "fusion.json").read_text(encoding="utf-8")
-)["structure_layer"]
+STRUCTURE_LAYER = attention_blocks.TABLES["structure_layer"]
 METHOD = Method(
     key="strata_fusion",
     marker=END_TOKENS,
@@ -112,23 +108,19 @@ def blend_attention(model: ModelPatcher, settings: Settings) -> ModelPatcher:
 
 
 def structure_place(model: ModelPatcher) -> Place | int:
-    """The self-attention that shows the structure, by models_config/fusion.json; of a transformer the number of its
-    last block. Raises ValueError for other families.
+    """The self-attention that shows the structure, by models_config/fusion.json; of a transformer the number of a
+    block, the last one where the table has none. Raises ValueError for other families.
 
     Source: layerfusion, Appendix A.3 (the last self-attention)
-    Differs: the mini family's last but one, which shows the object's outline (docs/layerfusion.md).
+    Differs: the mini family's last but one, as its Flux-Fill's, which shows the outline (docs/layerfusion.md).
     """
-    network = model.model.diffusion_model
+    network, own = model.model.diffusion_model, chosen(STRUCTURE_LAYER, model)
     if family := joint_attention.family_of(network):
-        return sum(family.counts(network)) - 1
-    config = getattr(model.model, "model_config", None)
-    place = next(
-        (tuple(STRUCTURE_LAYER[kind.__name__]) for kind in type(config).__mro__ if kind.__name__ in STRUCTURE_LAYER),
-        None,
-    )
-    if place is None or place not in transformers(model.model.diffusion_model):
+        return own[0] if own else sum(family.counts(network)) - 1
+    place = tuple(own or ())
+    if place not in transformers(network):
         raise ValueError(
-            f"model: this is {type(config).__name__}, and LayerFusion works with SD1.5, SD2, SDXL, "
+            f"model: this is {type(model.model.model_config).__name__}, and LayerFusion works with SD1.5, SD2, SDXL, "
             f"{joint_attention.NAMES} and the Strata mini family; connect one of these."
         )
     return place

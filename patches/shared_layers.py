@@ -20,7 +20,7 @@ from ..networks.context_layers import ContextLayers
 from ..techniques import joint_attention as transformers_own
 from ..techniques import shared_layers as dreamlayer
 from . import foreground, joint_attention, layer_modules
-from .attention_blocks import Place, check_tokens, place_of, size_of, transformers, with_patches
+from .attention_blocks import TABLES, Place, check_tokens, chosen, place_of, size_of, transformers, with_patches
 from .joint_attention import Joint
 from .kept import Kept, Record
 from .layer_prompts import LAYERS
@@ -33,6 +33,7 @@ METHOD = Method(
     tells="which words belong to which layer",
     node="Layer prompts",
 )
+MAP_LAYERS = TABLES["map_layers"]
 SHARING, MAPS, TRAJECTORY = (f"strata_layers_{name}" for name in ("sharing", "maps", "trajectory"))
 
 
@@ -153,10 +154,11 @@ def without_layers(model: ModelPatcher) -> ModelPatcher:
 
 def map_places(model: ModelPatcher) -> list[Place] | list[int]:
     """The cross-attentions of the down blocks at their lowest resolution, which is the published one on SD1.5: 16×16
-    for 512 pixels. Of a transformer the numbers of the blocks that its family takes them from. Raises ValueError.
+    for 512 pixels. Of a transformer the numbers of the blocks that models_config/fusion.json has for the model,
+    or else those of its family. Raises ValueError.
     """
     if family := joint_attention.family_of(model.model.diffusion_model):
-        return list(family.maps(model.model.diffusion_model))
+        return chosen(MAP_LAYERS, model) or list(family.maps(model.model.diffusion_model))
     blocks = [place for place in transformers(model.model.diffusion_model) if place[0] == "input"]
     if not blocks:
         raise ValueError(

@@ -41,7 +41,8 @@ class Family:
     clip: object
     vae: object
     adapter: transparency.Transparency
-    decoder: transparency.Transparency
+    decoder: transparency.Transparency | None
+    rgba: object = None  # an autoencoder with alpha, in the decoder's place
 
 
 def family_of(checkpoint, adapter, decoder):
@@ -59,6 +60,8 @@ def pictures(family, latent):
 
 def foreground(family, latent):
     """Straight colours [B,3,H,W] and alpha [B,1,H,W]."""
+    if family.decoder is None:
+        return family.rgba.decode(latent["samples"]).movedim(-1, 1).clamp(0, 1).split((3, 1), 1)
     return transparent_latents.decode(family.decoder, pictures(family, latent), latent["samples"], passes=4)
 
 
@@ -71,12 +74,12 @@ def flattened(colour, alpha, background):
     found = []
     for front, opacity, back in zip(colour, alpha, background, strict=True):
         layers = (Layer(back.movedim(0, -1)), Layer(torch.cat([front, opacity]).movedim(0, -1)))
-        found.append(flatten(LayerStack((SIDE, SIDE), layers))[0].movedim(-1, 0))
+        found.append(flatten(LayerStack(back.shape[:0:-1], layers))[0].movedim(-1, 0))
     return torch.stack(found)
 
 
 @torch.inference_mode()
-def drawn(family, seeds: range, settings: Settings, steps=15):
+def drawn(family, seeds: range, settings: Settings, steps=15, side=SIDE, sampling=SAMPLING):
     """Everything drawn, a few of each object, as one dictionary of pictures [N,·,H,W], and the objects' names.
 
     Object i is drawn with the noise of seed seeds.start + i.
@@ -89,17 +92,17 @@ def drawn(family, seeds: range, settings: Settings, steps=15):
     for number, name in enumerate(OBJECTS[: -(-len(seeds) // each)]):
         what = renderer.catalogue()[name].prompts[0]
         first, second = (renderer.PLACE_WORDS[PLACES[(number + step) % len(PLACES)]][0] for step in (0, 3))
-        sampling = {
+        run = {
             "negative": negative,
-            "latent_image": {"samples": torch.zeros(each, 4, SIDE // 8, SIDE // 8)},
+            "latent_image": {"samples": torch.zeros(each, 4, side // 8, side // 8)},
             "steps": steps,
             "seed": seeds.start + number,
-            **SAMPLING,
+            **sampling,
         }
 
-        def triplet(where, what=what, sampling=sampling):
+        def triplet(where, what=what, run=run):
             positive = encode_prompts(family.clip, (what, f"{renderer.EMPTY} {where}", f"{what} {where}"))
-            front, back, both = sample_rows(layered, positive, 3, **sampling, own_noise=0.0)
+            front, back, both = sample_rows(layered, positive, 3, **run, own_noise=0.0)
             colour, alpha = foreground(family, front)
             return {
                 "colour": colour,
@@ -109,7 +112,7 @@ def drawn(family, seeds: range, settings: Settings, steps=15):
             }
 
         positive = family.clip.encode_from_tokens_scheduled(family.clip.tokenize(what))
-        colour, alpha = foreground(family, sample_rows(alone, positive, 1, **sampling)[0])
+        colour, alpha = foreground(family, sample_rows(alone, positive, 1, **run)[0])
         parts = {
             **triplet(first),
             **{f"other {key}": value for key, value in triplet(second).items()},
@@ -128,12 +131,12 @@ def overlap(alpha, blended, background):
 
 
 @torch.inference_mode()
-def rendered_overlap(family, names):
+def rendered_overlap(family, names, side=SIDE):
     """The same of rendered scenes, whose truth is known, after they went through the autoencoder: as much as can be
     asked for.
     """
     requests = [renderer.Request(kind=PLACES[OBJECTS.index(name)], objects=(name,)) for name in names]
-    shown = [renderer.render(request, SIDE, SIDE, seed) for seed, request in enumerate(requests)]
+    shown = [renderer.render(request, side, side, seed) for seed, request in enumerate(requests)]
     picture, background = (
         pictures(family, {"samples": family.vae.encode(torch.from_numpy(np.stack(part)))})
         for part in ([scene.composite for scene in shown], [scene.background for scene in shown])
@@ -146,8 +149,9 @@ def measured(shown, names, judge, grid):
     """The figures of the three claims, one per seed; writes the grid."""
     flat = flattened(shown["colour"], shown["alpha"], shown["background"])
     pasted = flattened(shown["independent colour"], shown["independent alpha"], shown["background"])
+    side = flat.shape[-1]
     plain = (
-        torch.from_numpy(renderer.render(renderer.Request(kind="tiles", objects=()), SIDE, SIDE, 5).background)
+        torch.from_numpy(renderer.render(renderer.Request(kind="tiles", objects=()), side, side, 5).background)
         .permute(2, 0, 1)
         .float()[None]
     )

@@ -22,6 +22,7 @@ from strata.training.cutouts import checkerboard
 
 COUNT, SAMPLE = 32, 3
 SIDE, MOST = 128, 3
+SHOWN = 192  # rows of the grid
 SAME, HALF = "same for all layers", "half the same"
 METHODS = {
     "none": (0, 0, SAME),
@@ -56,9 +57,7 @@ def overlap(alphas):
 
 
 def sampled(family, seed, method):
-    kind, names = content(seed)
-    where = renderer.PLACE_WORDS[kind][0]
-    prompts = [renderer.catalogue()[name].prompts[0] for name in names]
+    """Layers, whole picture [3,S,S], place and objects."""
     sharing, mixing, noise = METHODS[method]
     adapter, decoder = (
         transparency.recognise(name, load_file(LAYER_MODEL / f"strata_mini_transparent_{name}.safetensors"))
@@ -67,11 +66,17 @@ def sampled(family, seed, method):
     path = LAYER_MODEL / "strata_mini_dreamlayer.safetensors"
     terms = layer_modules.recognise(path.name, load_file(path)) if "trained" in method else None
     model = map_context(share_layers(family.model, Sharing(sharing), terms), Maps(mixing), terms)
+    return drawn(family, seed, model, family.vae, noise, adapter, decoder, SIDE, **SAMPLING)
+
+
+def drawn(family, seed, model, vae, noise, adapter, decoder, side, **sampling):
+    kind, names = content(seed)
+    where = renderer.PLACE_WORDS[kind][0]
+    prompts = [renderer.catalogue()[name].prompts[0] for name in names]
     (positive,) = LayerPrompts.execute(family.clip, f"{renderer.EMPTY} {where}", "\n".join(prompts)).args
-    latent = {"samples": torch.zeros(1, 4, SIDE // 8, SIDE // 8)}
     layers, _composite, whole, *_ = LayersSampler.execute(
         model,
-        family.vae,
+        vae,
         positive,
         noise,
         False,
@@ -80,21 +85,22 @@ def sampled(family, seed, method):
         adapter,
         decoder,
         negative=family.negative,
-        latent_image=latent,
+        latent_image={"samples": torch.zeros(1, 4, side // 8, side // 8)},
         seed=seed,
-        **SAMPLING,
+        **sampling,
     ).args
     return read_layers(layers[0]), whole[0].movedim(-1, 0).clamp(0, 1), kind, names
 
 
 @torch.inference_mode()
-def measure(seeds: range, methods=tuple(METHODS)) -> dict[str, dict[str, list[float]]]:
+def measure(seeds: range, methods=tuple(METHODS), draw=sampled, grid="layers") -> dict[str, dict[str, list[float]]]:
     """{method: {figure: one value a seed}}"""
     judge, family, rows, found = oracle.load(), Family(), [], {method: {} for method in methods}
-    board = checkerboard(SIDE).expand(3, -1, -1)
     for seed in seeds:
         for method in methods:
-            stack, whole, kind, names = sampled(family, seed, method)
+            stack, whole, kind, names = draw(family, seed, method)
+            side = whole.shape[-1]
+            board = checkerboard(side).expand(3, -1, -1)
             background, *objects = (layer.rgba().movedim(-1, 0) for layer in stack.layers)
             objects = torch.stack(objects)
             flat = flatten(stack)[0].movedim(-1, 0)
@@ -111,8 +117,9 @@ def measure(seeds: range, methods=tuple(METHODS)) -> dict[str, dict[str, list[fl
                 found[method].setdefault(figure, []).append(float(value))
             shown = [
                 *(objects[:, :3] * objects[:, 3:] + board * (1 - objects[:, 3:])),
-                *[torch.ones(3, SIDE, SIDE)] * (MOST - len(names)),
+                *[torch.ones(3, side, side)] * (MOST - len(names)),
             ]
-            rows.append(torch.stack([background[:3], *shown, flat, whole]))
-    loop.save_grid(OUTPUT / "layers.png", torch.cat(rows), len(rows[0]))
+            if len(rows) < SHOWN:
+                rows.append(torch.stack([background[:3], *shown, flat, whole]))
+    loop.save_grid(OUTPUT / f"{grid}.png", torch.cat(rows), len(rows[0]))
     return found

@@ -30,6 +30,8 @@ TRAINERS = {
     "flux_fill": "A model in Flux's structure that paints an object with its shadow into a box, or a whole image, "
     "from words; needs the published checkpoint.",
     "flux_fill_large": "The same, longer, at 256 pixels and at 128 in turns.",
+    "flux_adapter": "Low-rank adapter with which the Flux-Fill draws single objects in the RGBA autoencoder's latents; "
+    "starts from BFS's terms for the foreground.",
     "latent_composition": "Lays a foreground's latent over a background's; BFS's loss asks it.",
     "back_to_front": "BFS, stage 1: a composite and its foreground with its shadow, drawn together by the Flux-Fill; "
     "needs latent_composition and the published Flux-Fill.",

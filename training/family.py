@@ -24,6 +24,7 @@ from . import (
     data,
     diffusion,
     export,
+    flux_adapter,
     latents,
     layeringdiff,
     loop,
@@ -91,6 +92,10 @@ FILES = {  # trainer, file, weights
     "layer_model/strata_mini_transparent_attn.safetensors": (
         "adapter",
         lambda root: published_adapter(_trained(root / "adapter")),
+    ),
+    published.FLUX_ADAPTER: (
+        "flux_adapter",
+        lambda root: flux_adapter.published_form(_trained(root / "flux_adapter")),
     ),
     "layer_model/strata_mini_transparent_decoder.safetensors": (
         "transparent_decoder",

@@ -21,6 +21,7 @@ INPAINT = "diffusion_models/strata_mini_inpaint.safetensors"
 RGBA = "vae/strata_mini_rgba.safetensors"
 FLUX_FILL = "diffusion_models/strata_mini_flux_fill.safetensors"
 BACK_TO_FRONT = "layer_model/strata_mini_back_to_front.safetensors"
+FLUX_ADAPTER = "layer_model/strata_mini_flux_transparent.safetensors"
 LAYERINGDIFF = "layer_model/strata_mini_layeringdiff.safetensors"
 
 

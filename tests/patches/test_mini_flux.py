@@ -1,14 +1,18 @@
 """The mini Flux-Fill in ComfyUI's loaders and in diffusers' class: one model, told from every other Flux."""
 
+import copy
+
 import comfy.model_detection
 import comfy.sd
 import comfy.supported_models
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 from safetensors.torch import save_file
 from strata.networks import flux
-from strata.patches import mini_family
+from strata.patches import mini_family, transparency, transparency_model
 from strata.techniques import layering
+from strata.training import flux_adapter
 
 from .random_flux import SHAPE, randomised_flux
 from .test_mini_family import FLUX, detect, keys
@@ -124,3 +128,43 @@ def test_diffusers_and_the_host_predict_the_same(loaded, trained, size):
     # What the host returns is the clean latent.
     expected = noisy - velocity * sigma.view(-1, 1, 1, 1)
     assert velocity.std() > 0.05 and torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_adapter_says_the_same_in_diffusers_class_on_the_whole_model_and_on_one_row(loaded, trained):
+    """By its trainer's names, as Load transparency reads them: merged into the weights, and on the foreground alone."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(2)
+    adapted = copy.deepcopy(trained)
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules=flux.linear_layers(adapted)), adapted)
+    terms = {key: torch.randn_like(value) / 5 for key, value in adapted.state_dict().items() if ".lora_" in key}
+    adapted.load_state_dict(terms, strict=False)
+    file = transparency.recognise("an_adapter.safetensors", flux_adapter.published_form(terms))
+    assert file.families == ("Flux",) and set(file.parts) == {"flux"}
+
+    noisy, sigma = torch.randn(3, 4, 4, 4), torch.tensor([0.9, 0.5, 0.2])
+    text, pooled = torch.randn(3, mini_family.CONFIG["flux_tokens"], 128), torch.randn(3, 128)
+    given = torch.cat([torch.zeros(3, 4, 4, 4), torch.ones(3, 64, 4, 4)], 1)
+    expected, plain = (
+        noisy - flux.predict(model, noisy, given, sigma, text, pooled) * sigma.view(-1, 1, 1, 1)
+        for model in (adapted, trained)
+    )
+    assert (expected - plain).abs().max() > 0.05
+
+    def predicted(model):
+        options = model.model_options["transformer_options"]
+        wrappers = [one for own in model.wrappers.get(WrappersMP.DIFFUSION_MODEL, {}).values() for one in own]
+        options = {**options, "wrappers": {WrappersMP.DIFFUSION_MODEL: {"adapter": wrappers}}}
+        model.patch_model()
+        try:
+            call = {"c_concat": given, "c_crossattn": text, "y": pooled, "transformer_options": options}
+            return model.model.apply_model(noisy, sigma, **call)
+        finally:
+            model.unpatch_model()
+
+    whole = predicted(transparency_model.apply(loaded, file, 1.0))
+    assert torch.allclose(whole, expected, rtol=1e-3, atol=1e-4)
+    first = predicted(transparency_model.apply_to_foreground(loaded, file))
+    assert torch.allclose(first[:1], expected[:1], rtol=1e-3, atol=1e-4)
+    assert torch.allclose(first[1:], plain[1:], rtol=1e-3, atol=1e-4)

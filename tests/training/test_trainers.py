@@ -22,6 +22,8 @@ from strata.training import (
     diffusion,
     dreamlayer,
     family,
+    fill_base,
+    flux_adapter,
     flux_fill,
     latents,
     loop,
@@ -56,6 +58,7 @@ EIGHT = {
         "learning_rate": 3e-3,
     },
     "flux_fill": {"scenes": 16, "batch": 4, "side": 32, "steps": 40, "warmup": 5, "learning_rate": 3e-3},
+    "flux_adapter": {"scenes": 12, "batch": 2, "side": 64, "smaller_side": 32, "steps": 24, "warmup": 2},
     "adapter": {"cutouts": 64, "batch": 8, "side": 64, "steps": 8, "warmup": 2},
     "dreamlayer": {
         "adapter": None,
@@ -76,6 +79,8 @@ def little_validation():
     with pytest.MonkeyPatch.context() as patch:
         for module in (diffusion, flux_fill):
             patch.setattr(module, "CHECK", 8)
+        for name in ("CHECK", "SHOWN"):
+            patch.setattr(flux_adapter, name, 4)
         patch.setattr(dreamlayer, "CHECK", 3)
         patch.setattr(dreamlayer, "SAMPLING_STEPS", 2)
         for module in (transparency, rgba_autoencoder):
@@ -206,6 +211,40 @@ def test_the_flux_fill_overfits_eight_scenes(root):
     found = losses(root / "flux_fill", "error")
     print(found)
     assert found[0] > 1.4 and found[-1] < 0.85 * found[0]  # a model that predicts nothing has an error of about 1.9
+
+
+def test_the_flux_adapter_goes_on_from_bfs_foreground_and_its_file_says_what_it_does(root, tmp_path, monkeypatch):
+    """The last four cut-outs of its pool are for validation, so that it learns eight."""
+    config = config_of("flux_adapter", learning_rate=3e-3)
+    flux_adapter.train(config, root / "flux_adapter", None, 1e9)
+    with open(root / "flux_adapter" / "metrics.csv", newline="") as file:
+        after = float(list(csv.DictReader(file))[-1]["error 64"])
+    state = load_file(root / "flux_adapter" / "model.safetensors")
+    assert set(state) == set(flux_adapter.build(config).state_dict()) and all(".lora_" in key for key in state)
+
+    base = fill_base.load({})
+    cutouts_ = cutouts.CutOuts(root / "scenes", 12, 64, None, shadows=0.0)
+    pool = flux_adapter.CutOutLatents(cutouts_, base.rgba, torch.ones(4, 8, 8))
+    batch, words = pool.batch(np.arange(8, 12), 0), base.words([], root)
+    assert batch.condition.shape == (4, 68, 8, 8) and (batch.condition[:, 4:] == 1).all()
+    assert [bool(given.any()) for given in batch.condition[:, :4]] == [False, True, False, True]
+    errors = {}
+    for start in (None, flux_adapter.START):
+        model = flux_adapter.build({**config, "start": start})
+        plain = {**config, "empty_prompt": 0}
+        with torch.no_grad():
+            errors[start] = flux_fill.loss_of(model, batch, words, plain, np.random.default_rng(0))["error"].item()
+    print(errors, after)
+    # without an adapter it draws a scene behind every object
+    assert after < errors[flux_adapter.START] < errors[None]
+
+    monkeypatch.setattr(settings, "MODELS", tmp_path)
+    for path in (published.FLUX_FILL, published.FLUX_ADAPTER):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / published.FLUX_FILL).symlink_to(settings.PACK / "models" / published.FLUX_FILL)
+    save_file(flux_adapter.published_form(state), tmp_path / published.FLUX_ADAPTER)
+    again = flux_adapter.build({**config, "start": "published"}).state_dict()
+    assert all(torch.equal(again[key], state[key]) for key in state)
 
 
 def test_holes_show_no_shadow_outside_and_their_cells_are_the_boxes(tmp_path):
