@@ -4,6 +4,7 @@ files under the published names with the published keys, random weights, and a t
 
 import json
 import shutil
+from inspect import signature
 from pathlib import Path
 
 import host
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import run
 import torch
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from PIL import Image
 from psd_tools import PSDImage
 from safetensors.torch import save_file
@@ -27,12 +29,17 @@ NETWORKS = {  # by the file: the family, and what its text encoder's width chang
     "qwen_image_fp8_e4m3fn": ("Qwen-Image", {"joint_attention_dim": small_encoders.WIDTH}),
     "z_image_turbo_bf16": ("Z-Image", {"cap_feat_dim": small_encoders.WIDTH}),
 }
+LAYERED_TIME = "use_additional_t_cond"  # what Qwen-Image-Layered has beyond Qwen-Image
+if LAYERED_TIME in signature(QwenImageTransformer2DModel).parameters:
+    family, changes = NETWORKS["qwen_image_fp8_e4m3fn"]
+    NETWORKS["qwen_image_layered_fp8mixed"] = (family, {**changes, LAYERED_TIME: True})
 TEXTS = {  # by the file: the family's encoder, and which of its parts
     "clip_l": ("Flux", "clip_l"),
     "t5xxl_fp8_e4m3fn": ("Flux", "t5xxl"),
     "qwen_2.5_vl_7b_fp8_scaled": ("Qwen-Image", "qwen25_7b"),
     "qwen_3_4b": ("Z-Image", "qwen3_4b"),
 }
+AUTOENCODERS = {"ae": "Flux", "qwen_image_vae": "Qwen-Image", "qwen_image_layered_vae": "Qwen-Image-Layered"}
 LAYERED = [f"Size.{side}={SIDE}" for side in ("width", "height")]
 SCENE = [f"Strata_RenderScene.{side}={SIDE}" for side in ("width", "height")] + ["Strata_TransformLayer.move_x=-12"]
 COMPOSED = [
@@ -73,7 +80,7 @@ def write_files(models: Path) -> None:
         encoder = getattr(encoders[kind], part).transformer
         weights = {key: value.half().contiguous() for key, value in encoder.state_dict().items()}
         save_file(weights, models / "text_encoders" / f"{name}.safetensors")
-    for name, kind in (("ae", "Flux"), ("qwen_image_vae", "Qwen-Image")):
+    for name, kind in AUTOENCODERS.items():
         save_file(random_autoencoders.weights(kind), models / "vae" / f"{name}.safetensors")
     shape = small_transformers.FLUX
     lora, _ = random_files.flux_lora(shape["hidden_size"], shape["depth"])
@@ -87,7 +94,9 @@ def write_files(models: Path) -> None:
 
 def widths() -> dict:
     shapes = [{**small_transformers.KINDS[kind][1], **changes} for kind, changes in NETWORKS.values()]
-    networks = {shape["image_model"]: shape for shape in shapes}
+    networks = {  # the file tells whether it is layered
+        shape["image_model"]: {key: value for key, value in shape.items() if key != LAYERED_TIME} for shape in shapes
+    }
     # CLIP-L's own is by that name where its file tells how many places it has.
     texts = {**small_encoders.CONFIGS, "model_config": small_encoders.CLIP}
     return {"networks": networks, "texts": texts, "autoencoder": random_autoencoders.WIDTH}
@@ -128,3 +137,17 @@ def test_a_workflow_runs_with_its_familys_loaders(narrow, tmp_path, workflow):
     drawn = [np.asarray(layer.composite(viewport=(0, 0, SIDE, SIDE)), float) for layer in layers]
     assert all(one[..., :3].std() > 1 for one in drawn)
     assert all(one[..., 3].std() > 1 for one in drawn[1:]), "an object's alpha is the same everywhere"
+
+
+def test_what_qwen_image_layered_gives_is_fitted_to_the_image(narrow, tmp_path):
+    workflow = "finish_qwen_layered"
+    if narrow.lacks(workflow):
+        pytest.skip("it needs a newer ComfyUI")
+    image = "strata_beach.png"  # newer ComfyUI and Pillow read a JPEG a little differently
+    settings = [f"LoadImage.image={image}", f"ImageScaleToMaxDimension.largest_size={SIDE}", "KSampler.steps=2"]
+    (path,) = run.run_file(narrow, host.PACK / "workflows" / f"{workflow}.json", settings, tmp_path, False)
+    document = PSDImage.open(path)
+    with Image.open(host.PACK / "workflows" / "input" / image) as opened:
+        photo = np.asarray(opened.convert("RGB"), int)
+    assert len(list(document)) > 1, [layer.name for layer in document]
+    assert np.abs(np.asarray(document.topil().convert("RGB"), int) - photo).max() <= 2
