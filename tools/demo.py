@@ -60,6 +60,8 @@ RUNS = [
     ("object_insertion", "object_insertion_mini", []),
     ("scene_composition", "scene_composition_mini", []),
     ("harmonize_layers", "harmonize_layers_mini", []),
+    ("redraw_layer", "redraw_layer_mini", []),
+    ("chain", "chain_mini", []),
 ]
 OUT = host.PACK / "output" / "demo"
 CELL = (300, 240)
