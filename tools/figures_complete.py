@@ -20,7 +20,7 @@ from strata.scenes import renderer
 from strata.techniques.layers import Layer, LayerStack, read_layers, write_layers
 from strata.training import loop
 
-COUNT, SAMPLE = 32, 2
+COUNT, SAMPLE = 16, 2
 FIRST = 10**7  # behind the scenes of training
 PAINTED, DECOMPOSED, SMOOTH, LEFT = "inpainting model", "LayeringDiff's background", "smooth fill", "left open"
 CLAIMS = [(ours, other, "hidden background") for ours in (PAINTED, DECOMPOSED) for other in (SMOOTH, LEFT)]
