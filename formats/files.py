@@ -72,7 +72,7 @@ def save(
                 fields["parent"] = parent
             if kind := effect_of(layer):
                 fields["effect"] = kind
-            write(opened[index], on_canvas(layer, stack.canvas), {**metadata, "strata": fields})
+            write(opened[index], on_canvas(layer, stack.canvas), {**metadata, png.FIELDS: fields})
 
         for done, _ in enumerate(in_parallel(write_layer, range(len(stack.layers))), 1):
             progress(done)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,6 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 _MODEL, _MAKE = 0x0110, 0x010F  # EXIF tags: ComfyUI puts the prompt into the first, the rest from the second downwards
+FIELDS = "strata"  # the name of the metadata about the layer
 
 
 def write_png(file: BinaryIO, pixels: np.ndarray, metadata: dict[str, Any], compress_level: int = 4) -> None:
@@ -41,12 +41,20 @@ def write_webp(file: BinaryIO, pixels: np.ndarray, metadata: dict[str, Any]) -> 
 def read_metadata(path: Path | BinaryIO) -> dict[str, Any]:
     """The JSON values that write_png or write_webp put into a file, by their names."""
     with Image.open(path) as image:
-        if isinstance(image, PngImageFile):
-            items: Iterable[Sequence[str]] = image.text.items()
-        else:
-            items = [
-                value.split(":", 1)
-                for tag, value in image.getexif().items()
-                if tag <= _MODEL and isinstance(value, str) and ":" in value
-            ]
-    return {key: json.loads(value) for key, value in items}
+        return {key: json.loads(value) for key, value in _texts(image).items()}
+
+
+def saved_fields(image: Image.Image) -> dict[str, Any]:
+    """What Save layers wrote about the layer that an opened image is; {} for an image from elsewhere."""
+    try:
+        fields = json.loads(_texts(image)[FIELDS])
+    except (KeyError, ValueError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def _texts(image: Image.Image) -> dict[str, str]:
+    if isinstance(image, PngImageFile):
+        return {key: str(value) for key, value in image.text.items()}
+    values = [value for tag, value in image.getexif().items() if tag <= _MODEL and isinstance(value, str)]
+    return dict(value.split(":", 1) for value in values if ":" in value)

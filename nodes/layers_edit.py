@@ -48,7 +48,8 @@ class LayersFromImages(Node):
                     "masks",
                     optional=True,
                     tooltip="Transparency, 1 = transparent (as Load Image gives it): one mask for all images or "
-                    "one for each, of the same size. It multiplies with the alpha of RGBA images.",
+                    "one for each, of the same size. It multiplies with the alpha of RGBA images; where it is that "
+                    "alpha over again, it counts once.",
                 ),
                 layers_input(
                     "When connected, the new layers go on top of these and the canvas stays theirs.", optional=True

@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import folder_paths
@@ -200,7 +201,8 @@ class LoadLayerImage(Node):
                 Layers.Output(
                     "LAYERS",
                     display_name="layers",
-                    tooltip="A layer for each file, named after it and centred on a canvas as large as the largest.",
+                    tooltip="A layer for each file, named after it and centred on a canvas as large as the largest. "
+                    "Files of Save layers are the layers that they were, effects of objects too.",
                 ),
                 io.Image.Output(
                     "IMAGE", display_name="image", tooltip="RGBA, one image per file, of the canvas's size."
@@ -225,7 +227,7 @@ class LoadLayerImage(Node):
     def execute(cls, files):
         notes = []
         stack = load_images([input_file(name) for name in _names(files)], notes)
-        images = to_batch(stack)
+        images = to_batch(stack.with_layers(replace(layer, opacity=1.0) for layer in stack.layers))
         result = shown_layers(stack, images, 1 - images[..., 3], notes=notes)
         result.ui = {**(result.ui or {}), "images": [save_temporary(sheet(stack, preview(stack)))]}
         return result

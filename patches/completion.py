@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..techniques import completion
-from ..techniques.compositing import flatten
+from ..techniques.compositing import flatten, left_clear
 from ..techniques.geometry import filled_up, rasterise
 from ..techniques.layers import LayerStack
 from . import autoencoder
@@ -55,7 +55,7 @@ def complete(
     }
     numbers = list(pixels)
     hiding = [_hides(stack, number) * pixels[number][..., 3] for number in numbers]
-    cover = dict(zip(numbers, completion.covers(torch.stack(hiding)), strict=True)) if numbers else {}
+    cover = dict(zip(numbers, 1 - left_clear(torch.stack(hiding))[1:], strict=True)) if numbers else {}
     added = {}
     for number in numbers:
         found = completion.missing_behind(pixels[number][..., 3], cover[number], number == numbers[0])

@@ -14,6 +14,7 @@ from .compositing import TRANSPARENT, flatten_image
 from .geometry import fit, fitted_along, place, rasterise, transform
 from .layers import MAX_LAYERS, Layer, LayerStack, bound_to
 
+SAME = 1 / 510  # half a step of 8 bits: a mask that differs from an alpha by no more is that alpha
 ACTIONS = ("pick", "drop", "reorder", "bring to front", "send to back", "reverse", "rename", "merge")
 _PART = re.compile(r'\s*(?:"([^"]*)"|([^",]*))\s*(?:,|$)')
 
@@ -166,8 +167,8 @@ def from_images(
     """One layer per image [B,H,W,3|4], the first at the back, on top of `below` when given; otherwise the canvas is the
     image's size.
 
-    masks: [B,H,W] or one for all, 1 = transparent. names: one per line, "Layer N" for an empty or missing one. sockets:
-    what errors call the first two.
+    masks: [B,H,W] or one for all, 1 = transparent; they multiply with the images' own alpha, unless they are that alpha
+    over again. names: one per line, "Layer N" for an empty or missing one. sockets: what errors call the first two.
     Raises ValueError naming the input.
     Source: ours, ComfyUI's layer document.
     """
@@ -182,7 +183,9 @@ def from_images(
     lines += [""] * (len(images) - len(lines))
     lines = [line or f"Layer {number}" for number, line in enumerate(lines, len(before) + 1)]
     mask = [None] * len(images) if masks is None else masks.expand(len(images), -1, -1)
-    layers = tuple(Layer(image, name, one) for image, name, one in zip(images, lines, mask, strict=True))
+    layers = tuple(
+        Layer(image, name, _beside_alpha(image, one)) for image, name, one in zip(images, lines, mask, strict=True)
+    )
     return LayerStack(below.canvas if below else (images.shape[2], images.shape[1]), before + layers)
 
 
@@ -230,7 +233,8 @@ def change(
         image = layer.image[None] if images is None else images
         mask = masks if masks is not None or layer.mask is None else layer.mask[None]
         _check_mask(image, mask, "image" if images is not None else f"layer {layer.name!r}", "mask")
-        changed.append(replace(layer, image=image[0], mask=None if mask is None else mask[0], **fields))
+        own = layer.mask if masks is None else _beside_alpha(image[0], masks[0])
+        changed.append(replace(layer, image=image[0], mask=own, **fields))
     return stack.with_layers(_put(stack.layers, indices, changed))
 
 
@@ -308,6 +312,14 @@ def covering(stack: LayerStack) -> list[str]:
         for layer in stack.layers[1:]
         if opaque(layer) and (rasterise(layer, stack.canvas)[..., 3] >= 1).all()
     ]
+
+
+def _beside_alpha(image: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask [H,W]; None where it is the alpha of the image [H,W,3|4] over again, as nodes that give both have it, so
+    that it does not count twice.
+    """
+    again = mask is not None and image.shape[-1] == 4 and ((1 - image[..., 3]) - mask).abs().max() <= SAME
+    return None if again else mask
 
 
 def _check_mask(images: Tensor, masks: Tensor | None, image_socket: str, mask_socket: str) -> None:

@@ -15,18 +15,6 @@ SEEN = 0.5 / 255  # less cover than this shows in no file of 8 bits
 WHOLE = 0.98  # of a pixel: what a layer has and what covers it are all of it, so that the layer goes on there
 
 
-def covers(alphas: Tensor) -> Tensor:
-    """[K,H,W] of layers' alphas [K,H,W], back to front: how much of each pixel all nearer layers cover, 0..1.
-
-    Source: w3c, section 5.1 (union of shapes)
-    """
-    left, found = torch.ones_like(alphas[0]), []
-    for alpha in alphas.flip(0):
-        found.append(1 - left)
-        left = left * (1 - alpha)
-    return torch.stack(found[::-1])
-
-
 def missing_behind(alpha: Tensor, cover: Tensor, backmost: bool) -> Tensor:
     """[H,W], 0..1: the alpha that a layer of alpha [H,W] is to get where nearer layers cover it [H,W]; 0 where it stays
     as it is.

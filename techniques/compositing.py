@@ -110,6 +110,18 @@ def to_srgb(colour: Tensor) -> Tensor:
     return torch.where(colour <= 0.04045 / 12.92, colour * 12.92, 1.055 * colour.clamp(min=1e-6) ** (1 / 2.4) - 0.055)
 
 
+def left_clear(alphas: Tensor) -> Tensor:
+    """[K+1,...] of layers' alphas [K,...], back to front: how much of each pixel all layers from each one on leave
+    clear; the last is 1, in front of all.
+
+    Source: w3c, section 5.1 (source over), what the layers behind are weighted by
+    """
+    found = alphas.new_ones(len(alphas) + 1, *alphas.shape[1:])
+    for index in range(len(alphas) - 1, -1, -1):
+        torch.mul(found[index + 1], 1 - alphas[index], out=found[index])
+    return found
+
+
 def flatten(
     stack: LayerStack,
     background: tuple[float, float, float, float] = TRANSPARENT,

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .geometry import place
+from .harmonization import visible_shares
 from .layering import exact_layers
 from .layers import MAX_LAYERS, MAX_SIDE, Layer, LayerStack
 
@@ -38,18 +39,6 @@ class Fitted:
     before: Tensor
     after: Tensor
     rest: bool
-
-
-def shares(alphas: Tensor) -> Tensor:
-    """What is seen of each layer, [K,...] in 0..1, from alphas of this shape.
-
-    Source: w3c, section 5.1 (source over), as the weight of each layer
-    """
-    left, found = torch.ones_like(alphas[0]), torch.empty_like(alphas)
-    for index in range(len(alphas) - 1, -1, -1):
-        torch.mul(alphas[index], left, out=found[index])
-        left = left - found[index]
-    return found
 
 
 def noise_of(alpha: Tensor) -> float:
@@ -188,7 +177,7 @@ def fit_colours(image: Tensor, alphas: Tensor, colours: Tensor) -> None:
 
     Source: ours, see `exact_colours`; where one layer is all that is seen it takes the image's own pixels
     """
-    seen = shares(alphas)
+    _, seen = visible_shares(alphas)
     mixed = torch.ones_like(seen[0], dtype=torch.bool)
     for share, colour in zip(seen, colours, strict=True):
         alone = share >= 1 - TRACE

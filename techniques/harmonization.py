@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from .compositing import left_clear
 from .depth import push_pull
 from .geometry import rasterise
 from .layers import Layer, LayerStack
@@ -23,13 +24,12 @@ RIM = 8  # pixels, one of the latent
 
 def visible_shares(alphas: Tensor) -> tuple[Tensor, Tensor]:
     """What of each layer is seen: background [1,H,W] and foregrounds [K,1,H,W], which sum to one; alphas: [K,1,H,W],
-    back to front, 1 = opaque.
+    back to front, 1 = opaque. Of alphas [K,...] likewise [...] and [K,...].
 
     Source: dreamlayer, Eq. 1 and 12, the weights of the sum.
     """
-    clear = torch.cat([1 - alphas, torch.ones_like(alphas[:1])])
-    behind = clear.flip(0).cumprod(0).flip(0)  # behind[i]: the product over the layers from i to the front
-    return behind[0], alphas * behind[1:]
+    clear = left_clear(alphas)
+    return clear[0], alphas * clear[1:]
 
 
 def fuse_latents(background: Tensor, foregrounds: Tensor, alphas: Tensor) -> Tensor:

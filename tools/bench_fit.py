@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from turns import compared
+from turns import compared, in_turns, rows_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -77,6 +77,11 @@ def rows():
         "8 layers of 640² fitted to 2048², alphas refined",
         lambda: fit_stack(stack, image),
         lambda: plain_fit(stack, image),
+    )
+    twice = stack_of(SMALL, 2 * LAYERS)
+    yield from rows_of(
+        "16 layers of 640² fitted to 2048², beside 8 in place of a plain way",
+        *in_turns(lambda: fit_stack(twice, image), lambda: fit_stack(stack, image)),
     )
 
 

@@ -61,6 +61,8 @@ RUNS = [
     ("scene_composition", "scene_composition_mini", []),
     ("harmonize_layers", "harmonize_layers_mini", []),
     ("layered_files", "layered_files_mini", []),
+    ("redraw_layer", "redraw_layer_mini", []),
+    ("chain", "chain_mini", []),
 ]
 OUT = host.PACK / "output" / "demo"
 CELL = (300, 240)

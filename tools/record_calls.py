@@ -185,7 +185,7 @@ def record_workflows(chosen: list[str]) -> dict[str, dict[str, set[str]]]:
     runs += [(path.name, "", []) for path in (papers.PACK / "workflows").glob("*.json") if path.name not in known]
     with tempfile.TemporaryDirectory() as folder, comfyui(Path(folder)) as (client, log):
         for file, name, settings in sorted(runs):
-            if chosen and file not in chosen:
+            if chosen and file not in chosen or client.lacks(Path(file).stem):
                 continue
             title = f"{file}, {name}" if settings else file
             prompt = client.to_api(run.read_workflow(papers.PACK / "workflows" / file))

@@ -62,6 +62,10 @@ class Client:
             self._object_info = self.get("/object_info").json()
         return self._object_info
 
+    def lacks(self, workflow: str) -> set[str]:
+        """Nodes of a bundled workflow that this ComfyUI is too old for."""
+        return host.NEWER.get(workflow, set()) - self.object_info().keys()
+
     def upload(self, path: Path) -> str:
         """Put a file into ComfyUI's input folder; returns the name that load nodes take."""
         with open(path, "rb") as handle:

@@ -124,6 +124,8 @@ def assert_apart(page) -> None:
 
 @pytest.mark.parametrize(("workflow", "editor"), CASES, indirect=["editor"])
 def test_opens_and_runs(workflow, editor, comfy):
+    if comfy.lacks(workflow.stem):
+        pytest.skip("it needs a newer ComfyUI")
     page, saved = editor.page, json.loads(workflow.read_text())
     editor.load(saved, workflow.stem)
     prompt = comfy.to_api(saved)

@@ -1,17 +1,27 @@
 """Image files as layers, and pictures beside each other on a sheet."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from strata.formats import files
 from strata.formats.images import load_images
+from strata.formats.raster import picture
 from strata.formats.sheet import CELL, GAP, TEXT, contact_sheet
+from strata.techniques.arrange import transform_layers
+from strata.techniques.layers import Layer, LayerStack, as_effect, bound_to, effect_of, in_group, parent_of
+
+from .stacks import pixels
 
 
 def test_images_lie_in_the_middle_of_a_canvas_for_all_of_them(tmp_path):
     rng = np.random.default_rng(0)
     wide, high = rng.integers(0, 256, (4, 9, 3), np.uint8), rng.integers(0, 256, (7, 2, 4), np.uint8)
-    for name, pixels in (("wide.bmp", wide), ("high.tiff", high)):
-        Image.fromarray(pixels).save(tmp_path / name)
+    for name, image in (("wide.bmp", wide), ("high.tiff", high)):
+        Image.fromarray(image).save(tmp_path / name)
     notes = []
     stack = load_images([tmp_path / "wide.bmp", tmp_path / "high.tiff"], notes)
     assert stack.canvas == (9, 7) and notes == []
@@ -67,3 +77,44 @@ def test_a_sheet_shows_every_picture_with_room_for_its_name(size):
     assert not cells[0].any() and 0 < cells[1].sum() < cells[2].sum()
     gaps = [names[:, n * (CELL + GAP) : n * (CELL + GAP) + GAP // 2] for n in (1, 2, 3)]
     assert not any(gap.any() for gap in gaps), "the long name ends in an ellipsis"
+
+
+@pytest.mark.parametrize("format", ["PNG layers", "WebP layers"])
+def test_saved_layers_are_what_they_were_and_effects_stay_bound(tmp_path, format):
+    place = Layer(pixels(1, 30, 40, 3), "place")
+    thing, shadow = Layer(pixels(2, 9, 8, 4), "a/thing", x=5, y=6), Layer(pixels(3, 30, 40, 4), "dark")
+    hidden = replace(Layer(pixels(4, 30, 40, 4), "漢"), opacity=0.25, visible=False)
+    dark = as_effect(replace(shadow, blend_mode="multiply", opacity=0.5), "shadow")
+    given = LayerStack((40, 30), (place, in_group(dark, "a/thing"), in_group(thing, "a/thing"), hidden))
+    paths = files.save(tmp_path, "x_", given, picture(given), format, {"prompt": {}})
+    found = load_images(paths[:-1], [])
+    for field in ("name", "opacity", "blend_mode", "visible"):
+        assert [getattr(one, field) for one in found.layers] == [getattr(one, field) for one in given.layers]
+    assert [parent_of(one) for one in found.layers] == [(), ("a/thing",), ("a/thing",), ()]
+    assert bound_to(found, 2) == [1] and effect_of(found.layers[1]) == "shadow"
+    assert (picture(found) - picture(given)).abs().max() <= 1 / 255
+    moved = transform_layers(found, "a/thing", move=(7, 0))
+    assert moved.layers[1].x - found.layers[1].x == 7
+    flattened = load_images(paths[-1:], []).layers[0]
+    assert flattened.name == "x_flattened" and flattened.opacity == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"opacity": 7}', "opacity 7"),
+        ('{"blend_mode": "dissolve"}', "unknown blend mode"),
+        ('{"parent": "a"}', "list of group names"),
+        ("[1]", None),
+        ("{", None),
+        ('{"effect": ["shadow"], "name": ""}', None),
+    ],
+)
+def test_what_others_write_under_that_name_is_checked(tmp_path, text, message):
+    info = PngInfo()
+    info.add_text("strata", text)
+    info.add_text("parameters", "a castle, steps: 20")
+    Image.new("RGBA", (4, 3)).save(tmp_path / "a.png", pnginfo=info)
+    with pytest.raises(ValueError, match=f"^files: .*{message}") if message else nullcontext():
+        (layer,) = load_images([tmp_path / "a.png"], []).layers
+        assert effect_of(layer) is None and layer.opacity == 1

@@ -5,6 +5,7 @@ keys, random weights, and a tenth of the width or less.
 
 import json
 import shutil
+from inspect import signature
 from pathlib import Path
 
 import comfy.clip_model
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import run
 import torch
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from PIL import Image
 from psd_tools import PSDImage
 from safetensors.torch import save_file
@@ -36,6 +38,10 @@ NETWORKS = {  # by the file: the family, and what its text encoder's width chang
     "qwen_image_fp8_e4m3fn": ("Qwen-Image", {"joint_attention_dim": small_encoders.WIDTH}),
     "z_image_turbo_bf16": ("Z-Image", {"cap_feat_dim": small_encoders.WIDTH}),
 }
+LAYERED_TIME = "use_additional_t_cond"  # what Qwen-Image-Layered has beyond Qwen-Image
+if LAYERED_TIME in signature(QwenImageTransformer2DModel).parameters:
+    family, changes = NETWORKS["qwen_image_fp8_e4m3fn"]
+    NETWORKS["qwen_image_layered_fp8mixed"] = (family, {**changes, LAYERED_TIME: True})
 TEXTS = {  # by the file: the family's encoder, and which of its parts
     "clip_l": ("Flux", "clip_l"),
     "t5xxl_fp8_e4m3fn": ("Flux", "t5xxl"),
@@ -48,6 +54,7 @@ UNETS = {  # by ComfyUI's class: what a narrower text encoder changes, the poole
     "SDXL": {"model_channels": 32, "context_dim": 2 * WIDE, "adm_in_channels": WIDE + 6 * 256},
 }
 VISION = {"hidden_size": WIDE, "intermediate_size": WIDE, "num_attention_heads": 2}
+AUTOENCODERS = {"ae": "Flux", "qwen_image_vae": "Qwen-Image", "qwen_image_layered_vae": "Qwen-Image-Layered"}
 LAYERED = [f"Size.{side}={SIDE}" for side in ("width", "height")]
 SCENE = [f"Strata_RenderScene.{side}={SIDE}" for side in ("width", "height")] + ["Strata_TransformLayer.move_x=-12"]
 COMPOSED = [
@@ -92,7 +99,7 @@ def write_files(models: Path) -> None:
         encoder = getattr(encoders[kind], part).transformer
         weights = {key: value.half().contiguous() for key, value in encoder.state_dict().items()}
         save_file(weights, models / "text_encoders" / f"{name}.safetensors")
-    for name, kind in (("ae", "Flux"), ("qwen_image_vae", "Qwen-Image")):
+    for name, kind in AUTOENCODERS.items():
         save_file(random_autoencoders.weights(kind), models / "vae" / f"{name}.safetensors")
     write_unets(models, encoders["Flux"].clip_l.transformer)
     write_reference(models)
@@ -168,6 +175,7 @@ def widths() -> dict:
     networks = {shape.pop("image_model"): shape for shape in shapes}
     for shape in networks.values():
         shape.pop("in_channels")  # which the file tells
+        shape.pop(LAYERED_TIME, None)  # likewise
     # CLIP-L's own is by that name where its file tells how many places it has.
     texts = {**small_encoders.CONFIGS, "model_config": small_encoders.CLIP}
     return {
@@ -274,3 +282,17 @@ def test_photographs_become_files_that_the_trainer_of_dreamlayer_reads(narrow, t
     scene = layered_files.read(path, 3, SIDE)
     assert scene.background.std() > 0.01 and (scene.objects[:, 3].amax((1, 2)) > 0.5).all()
     assert all(0 < alpha.mean() < 0.9 for alpha in scene.objects[:, 3])
+
+
+def test_what_qwen_image_layered_gives_is_fitted_to_the_image(narrow, tmp_path):
+    workflow = "finish_qwen_layered"
+    if narrow.lacks(workflow):
+        pytest.skip("it needs a newer ComfyUI")
+    image = "strata_beach.png"  # newer ComfyUI and Pillow read a JPEG a little differently
+    settings = [f"LoadImage.image={image}", f"ImageScaleToMaxDimension.largest_size={SIDE}", "KSampler.steps=2"]
+    (path,) = run.run_file(narrow, host.PACK / "workflows" / f"{workflow}.json", settings, tmp_path, False)
+    document = PSDImage.open(path)
+    with Image.open(host.PACK / "workflows" / "input" / image) as opened:
+        photo = np.asarray(opened.convert("RGB"), int)
+    assert len(list(document)) > 1, [layer.name for layer in document]
+    assert np.abs(np.asarray(document.topil().convert("RGB"), int) - photo).max() <= 2

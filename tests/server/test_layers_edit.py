@@ -224,6 +224,14 @@ def test_layers_to_batch_gives_rgba_images_and_masks(graph):
     assert (masks[0] == 0).all() and (masks[1][0] == 255).all() and (masks[1][1:3, 1:3] == 0).all()
 
 
+def test_layers_to_batch_and_back_by_both_outputs(graph):
+    mask = graph.add("SolidMask", value=0.5, width=8, height=6)
+    layers = graph.layers(graph.rgb(), masks=mask)
+    batch = graph.add("Strata_LayersToBatch", layers=layers)
+    again = graph.add("Strata_LayersFromImages", images=batch, masks=[batch[0], 1], names="")
+    assert np.array_equal(graph.flat(again), graph.flat(layers))
+
+
 def test_preview_layers_shows_pictures_and_passes_the_layers_on(graph):
     mask = graph.add("SolidMask", value=0.5, width=80, height=40)
     shown = graph.add("Strata_PreviewLayers", layers=graph.layers(graph.rgb(width=80, height=40), masks=mask))

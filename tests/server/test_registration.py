@@ -105,6 +105,13 @@ def test_workflows_for_scripts_are_the_workflows(comfy):
         assert json.loads(path.read_text(encoding="utf-8")) == prompt, "run tools/node_files.py"
 
 
+def test_no_other_workflow_than_those_named_needs_a_newer_comfyui(comfy):
+    known = comfy.object_info().keys() | {"MarkdownNote"}
+    for path in (host.PACK / "workflows").glob("*.json"):
+        unknown = {node["type"] for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]} - known
+        assert unknown == comfy.lacks(path.stem), path.stem
+
+
 def test_the_template_browser_finds_every_workflow_with_its_picture(comfy):
     """tools/thumbnails.py makes the pictures."""
     there = {path.stem for path in (host.PACK / "workflows").glob("*.json")}

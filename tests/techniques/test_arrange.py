@@ -147,6 +147,22 @@ def test_from_images_names_masks_and_appends():
     assert all(now is then for now, then in zip(more.layers, made.layers, strict=False))
 
 
+def test_a_mask_that_is_the_alpha_over_again_counts_once():
+    images = torch.rand(2, 4, 5, 4)
+    batch = arrange.to_batch(arrange.from_images(images))
+    masks = 1 - batch[..., 3]
+    assert torch.equal(arrange.to_batch(arrange.from_images(batch, masks)), batch)
+    added = arrange.insert(None, batch[:1], (masks[:1] * 255).round() / 255, None, {})
+    assert added.layers[0].mask is None
+    changed = arrange.change(added, "1", batch[1:], masks[1:], {"x": 3})
+    assert changed.layers[0].mask is None and torch.equal(changed.layers[0].image, batch[1])
+    mine = masks.clone()
+    mine[1, 2, 2] = 1 - mine[1, 2, 2]
+    first, second = arrange.from_images(batch, mine).layers
+    assert first.mask is None and torch.equal(second.mask, mine[1]), "any other mask multiplies"
+    assert arrange.from_images(batch[..., :3], masks).layers[0].mask is not None
+
+
 @pytest.mark.parametrize(
     "count, masks, names, message",
     [

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from strata.techniques import completion
-from strata.techniques.compositing import flatten
+from strata.techniques.compositing import flatten, left_clear
 from strata.techniques.layers import Layer, LayerStack
 
 SIDE = 64
@@ -15,16 +15,6 @@ def disk(x, y, radius, soft=1.0, side=SIDE):
     across = torch.arange(side) + 0.5
     distance = ((across[None] - x) ** 2 + (across[:, None] - y) ** 2).sqrt()
     return ((radius - distance) / soft + 0.5).clamp(0, 1)
-
-
-def test_cover_is_what_all_nearer_layers_leave_nothing_of():
-    alphas = torch.rand(5, 7, 9, generator=torch.Generator().manual_seed(1))
-    found = completion.covers(alphas)
-    for number in range(5):
-        left = np.ones((7, 9))
-        for nearer in range(number + 1, 5):
-            left = left * (1 - alphas[nearer].double().numpy())
-        assert np.abs(found[number].double().numpy() - (1 - left)).max() < 1e-6
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -144,7 +134,7 @@ def test_a_completed_stack_looks_as_before():
         torch.cat([back.flip(1), nearer[..., None]], -1),
     ]
     stack = LayerStack((SIDE, SIDE), tuple(Layer(one) for one in pixels))
-    cover = completion.covers(torch.stack([one[..., 3] for one in pixels]))
+    cover = 1 - left_clear(torch.stack([one[..., 3] for one in pixels]))[1:]
     filled = []
     for number, one in enumerate(pixels):
         added = completion.missing_behind(one[..., 3], cover[number], number == 0)

@@ -193,6 +193,17 @@ def test_to_linear_and_to_srgb_undo_each_other_at_every_8_bit_value():
     torch.testing.assert_close(compositing.to_srgb(linear), values, atol=1e-7, rtol=0)
 
 
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_what_layers_leave_clear_is_the_product_over_all_nearer_ones(count):
+    alphas = torch.rand(count, 7, 9, generator=torch.Generator().manual_seed(1))
+    left = np.ones((7, 9))
+    for number in reversed(range(count + 1)):
+        if number < count:
+            left = left * (1 - alphas[number].double().numpy())
+        found = compositing.left_clear(alphas)[number]
+        assert np.abs(found.double().numpy() - left).max() < 1e-6
+
+
 def test_flatten_image_equals_pillow_alpha_composite():
     pictures = [np.random.default_rng(seed).integers(0, 256, (40, 30, 4), dtype=np.uint8) for seed in range(4)]
     expected = Image.fromarray(pictures[0])

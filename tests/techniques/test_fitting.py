@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 from strata.techniques import compositing, fitting
+from strata.techniques.harmonization import visible_shares
 from strata.techniques.layers import Layer, LayerStack
 
 
@@ -56,22 +57,13 @@ def error(stack, image):
     return (compositing.flatten(stack)[0] - image).abs().max().item()
 
 
-def test_shares_are_what_source_over_leaves_of_each():
-    alphas = draw(4, 3, 5).double()
-    for y, x in np.ndindex(3, 5):
-        left = 1.0
-        for index in (3, 2, 1, 0):
-            assert fitting.shares(alphas)[index, y, x].item() == pytest.approx(alphas[index, y, x].item() * left)
-            left *= 1 - alphas[index, y, x].item()
-
-
 @pytest.mark.parametrize("layers", [1, 2, 5])
 def test_exact_colours_add_up_within_their_range(layers):
     image, alphas, colours = draw(3, 400), draw(layers, 400, seed=1), draw(layers, 3, 400, seed=2) * 1.4 - 0.2
     alphas[0], alphas[1:, :40], alphas[1:, 40:80] = 1, 0, 1
     found = fitting.exact_colours(image, alphas, colours).double()
     assert found.min() >= 0 and found.max() <= 1
-    weights = fitting.shares(alphas.double())
+    _, weights = visible_shares(alphas.double())
     assert ((weights[:, None] * found).sum(0) - image).abs().max() < 1e-6
     unseen = (weights == 0)[:, None].expand_as(found)
     assert torch.equal(found[unseen], colours.clamp(0, 1).double()[unseen])
@@ -81,7 +73,7 @@ def test_the_change_of_all_layers_is_the_smallest():
     """Against least squares where nothing is clamped, and never worse than 1.5 times a solver's where something is."""
     alphas = torch.cat([torch.ones(1, 30), 0.1 + 0.8 * draw(3, 30)])
     colours = 0.4 + 0.2 * draw(4, 3, 30, seed=1)
-    weights = fitting.shares(alphas.double())
+    _, weights = visible_shares(alphas.double())
     image = (weights[:, None] * colours).sum(0).float() + 0.05 * (draw(3, 30, seed=2) - 0.5)
     found = fitting.exact_colours(image, alphas, colours)
     for channel, at in np.ndindex(3, 30):
