@@ -23,13 +23,13 @@ from strata.training.cutouts import checkerboard
 COUNT, SAMPLE = 32, 3
 SIDE, MOST = 128, 3
 SAME, HALF = "same for all layers", "half the same"
-METHODS = {
-    "none": (0, 0, SAME),
-    "LSSA": (1, 0, SAME),
-    "CACA": (0, 1, SAME),
-    "both": (1, 1, SAME),
-    "both, trained": (1, 1, SAME),
-    "both, trained, half the same noise": (1, 1, HALF),
+METHODS = {  # strength of sharing, context maps, noise
+    "none": (0, Maps(0), SAME),
+    "LSSA": (1, Maps(0), SAME),
+    "CACA": (0, Maps(), SAME),
+    "both": (1, Maps(), SAME),
+    "both, trained": (1, Maps(), SAME),
+    "both, trained, half the same noise": (1, Maps(), HALF),
 }
 CLAIMS = [("both, trained", "none", figure) for figure in ("overlap", "layers to whole", "objects seen in the whole")]
 SAMPLING = {"steps": 15, "cfg": 4.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0}
@@ -55,18 +55,18 @@ def overlap(alphas):
     return torch.where(missed, 1.0, metrics.alpha_iou(alphas[pairs[:, 0]], alphas[pairs[:, 1]])).mean()
 
 
-def sampled(family, seed, method):
+def sampled(family, seed, way, trained):
     kind, names = content(seed)
     where = renderer.PLACE_WORDS[kind][0]
     prompts = [renderer.catalogue()[name].prompts[0] for name in names]
-    sharing, mixing, noise = METHODS[method]
+    sharing, maps, noise = way
     adapter, decoder = (
         transparency.recognise(name, load_file(LAYER_MODEL / f"strata_mini_transparent_{name}.safetensors"))
         for name in ("attn", "decoder")
     )
     path = LAYER_MODEL / "strata_mini_dreamlayer.safetensors"
-    terms = layer_modules.recognise(path.name, load_file(path)) if "trained" in method else None
-    model = map_context(share_layers(family.model, Sharing(sharing), terms), Maps(mixing), terms)
+    terms = layer_modules.recognise(path.name, load_file(path)) if trained else None
+    model = map_context(share_layers(family.model, Sharing(sharing), terms), maps, terms)
     (positive,) = LayerPrompts.execute(family.clip, f"{renderer.EMPTY} {where}", "\n".join(prompts)).args
     latent = {"samples": torch.zeros(1, 4, SIDE // 8, SIDE // 8)}
     layers, _composite, whole, *_ = LayersSampler.execute(
@@ -88,13 +88,13 @@ def sampled(family, seed, method):
 
 
 @torch.inference_mode()
-def measure(seeds: range, methods=tuple(METHODS)) -> dict[str, dict[str, list[float]]]:
+def measure(seeds: range, methods=METHODS, sheet: str = "layers.png") -> dict[str, dict[str, list[float]]]:
     """{method: {figure: one value a seed}}"""
     judge, family, rows, found = oracle.load(), Family(), [], {method: {} for method in methods}
     board = checkerboard(SIDE).expand(3, -1, -1)
     for seed in seeds:
-        for method in methods:
-            stack, whole, kind, names = sampled(family, seed, method)
+        for method, way in methods.items():
+            stack, whole, kind, names = sampled(family, seed, way, "trained" in method)
             background, *objects = (layer.rgba().movedim(-1, 0) for layer in stack.layers)
             objects = torch.stack(objects)
             flat = flatten(stack)[0].movedim(-1, 0)
@@ -114,5 +114,5 @@ def measure(seeds: range, methods=tuple(METHODS)) -> dict[str, dict[str, list[fl
                 *[torch.ones(3, SIDE, SIDE)] * (MOST - len(names)),
             ]
             rows.append(torch.stack([background[:3], *shown, flat, whole]))
-    loop.save_grid(OUTPUT / "layers.png", torch.cat(rows), len(rows[0]))
+    loop.save_grid(OUTPUT / sheet, torch.cat(rows), len(rows[0]))
     return found
