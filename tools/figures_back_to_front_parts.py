@@ -16,7 +16,7 @@ from strata.patches import back_to_front as method
 from strata.patches import layer_files
 from strata.training import loop
 
-COUNT, SAMPLE = 24, 0  # figures_back_to_front.py has the sample
+COUNT, SAMPLE = 11, 0  # figures_back_to_front.py has the sample
 FROM = 2200  # behind its seeds
 WHOLE, SAME = "as shipped", "same noise for both"
 BARE, HALF = "without content terms", "strength 0.5"

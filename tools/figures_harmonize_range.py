@@ -13,7 +13,7 @@ from mini_models import OUTPUT, Family, picture
 from strata.techniques import metrics
 from strata.training import loop
 
-COUNT, SAMPLE = 24, 0  # figures_harmonize.py has the sample
+COUNT, SAMPLE = 10, 0  # figures_harmonize.py has the sample
 FROM = 1100  # behind its seeds
 RANGES = ((200, 0), (400, 200), (600, 400), (800, 600))
 COLUMNS = {
