@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -134,6 +135,18 @@ def test_the_page_of_figures_is_of_its_table():
     assert figures.PAGE.read_text(encoding="utf-8") == figures.page(
         json.loads(figures.TABLE.read_text(encoding="utf-8"))
     )
+
+
+def test_every_number_of_the_page_of_the_papers_is_in_the_figures_that_its_row_links_to():
+    sections = {part.partition("\n")[0]: part for part in figures.PAGE.read_text(encoding="utf-8").split("\n## ")[1:]}
+    rows = (figures.PAGE.parent / "papers.md").read_text(encoding="utf-8").split("\n## FeatGLaC")[1].splitlines()
+    numbers = []
+    for row in rows:
+        names = re.findall(r"figures\.md#(\w+)", row)
+        for number in re.findall(r"-?[\d.]+ ± [\d.]*\d", row):
+            assert any(f"| {number} |" in sections[name] for name in names), (number, row[:60])
+            numbers.append(number)
+    assert len(numbers) > 50
 
 
 def test_a_sample_that_is_off_by_more_than_four_standard_errors_is_named(tmp_path, monkeypatch):

@@ -97,13 +97,15 @@ class Models:
         self.transparent = transparency_model.apply(self.family.model, adapter, 1.0)
         self.layeringdiff = layer_files.load(layer_files.DECOMPOSER, decomposer.Decomposer)
 
-    def foreground(self, model, case: Case, extract: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def foreground(
+        self, model, case: Case, extract: bool = False, noise: str = NOISE
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The composite of its branch [1,3,H,W] and the foreground [1,4,H,W], by the pack's nodes."""
         vae, background = self.family.vae, case.background.movedim(1, -1)
         words = self.family.text(case.front.prompt)
         told = FillBackground.execute(words, self.family.negative, vae, background, case.box[:, 0], True).args
         given = {"composite": {"samples": vae.encode(case.image.movedim(1, -1))}} if extract else {}
-        found = SampleForeground.execute(model, *told, seed=case.seed, noise=NOISE, **FLOW, **given).args
+        found = SampleForeground.execute(model, *told, seed=case.seed, noise=noise, **FLOW, **given).args
         composite, rgba = (one.decode(latent["samples"]) for one, latent in zip((vae, self.rgba), found, strict=True))
         return composite.movedim(-1, 1)[:, :3], rgba.movedim(-1, 1)
 

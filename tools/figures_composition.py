@@ -42,43 +42,70 @@ def photographs(number):
     )
 
 
-def composed(family, number, cfg):
-    """What each method makes of a pair, [4,3,H,W], and photo, new place, truth, alpha and shadow, [1,·,H,W] each."""
+def inverted(family, number):
+    """What there is of a pair, [1,·,H,W] each, the inversions of new place and photo, and the scene's conditioning."""
     (words, photo), (place, background), truth = photographs(number)
     sigmas = family.sigmas(STEPS)
-    alpha = torch.from_numpy(truth.objects[0].rgba[..., 3])
-    mask = (alpha > 0.5).float()
-    euler = comfy.samplers.sampler_object("euler")
     inversions = [
         invert(family.model, family.vae.encode(shown.movedim(1, -1)), family.text(prompt), None, sigmas)
         for shown, prompt in ((background, place), (photo, words))
     ]
-    positive, nothing = family.text(truth.prompt), torch.zeros_like(inversions[0].latents[0])
-    latents = [family.vae.encode((mask * photo + (1 - mask) * background).movedim(1, -1))]
+    shown = {
+        "photo": photo,
+        "place": background,
+        "truth": picture(truth.composite),
+        "alpha": torch.from_numpy(truth.objects[0].rgba[..., 3])[None, None],
+        "shadow": torch.from_numpy(truth.objects[0].shadow[..., 3])[None, None],
+    }
+    return shown, inversions, family.text(truth.prompt)
+
+
+def guided(family, planes: Planes, positive, cfg: float, settings: Settings):
+    """The latent that FeatGLaC makes of the planes."""
+    found = guider(family.model, positive, family.negative, cfg, planes, settings)
+    nothing = torch.zeros_like(planes.planes[0].inversion.latents[0])
+    return found.sample(
+        nothing, nothing, comfy.samplers.sampler_object("euler"), family.sigmas(STEPS), disable_pbar=True
+    )
+
+
+def decoded(family, latents):
+    """[B,3,H,W]"""
+    return torch.cat([family.vae.decode(latent) for latent in latents]).movedim(-1, 1)[:, :3].clamp(0, 1)
+
+
+def composed(family, number, cfg):
+    """What each method makes of a pair, [4,3,H,W], and what there is of it."""
+    shown, inversions, positive = inverted(family, number)
+    sigmas, mask = family.sigmas(STEPS), (shown["alpha"][0, 0] > 0.5).float()
+    nothing = torch.zeros_like(inversions[0].latents[0])
+    latents = [family.vae.encode((mask * shown["photo"] + (1 - mask) * shown["place"]).movedim(1, -1))]
     for start in (LATE, EARLY):
         plain = comfy.samplers.CFGGuider(family.model)
         plain.set_conds(positive, family.negative)
         plain.set_cfg(cfg)
         back, front = (inversion.at(float(sigmas[start])) for inversion in inversions)
         pasted = composite_latent(front, back, masks_at_level(mask[None], back.shape[2:])[:, None])
+        euler = comfy.samplers.sampler_object("euler")
         latents.append(plain.sample(pasted / sigmas[start], nothing, euler, sigmas[start:], disable_pbar=True))
-    found = guider(
-        family.model,
-        positive,
-        family.negative,
-        cfg,
-        Planes((Plane(inversions[0]), Plane(inversions[1], mask))),
-        Settings(),
+    planes = Planes((Plane(inversions[0]), Plane(inversions[1], mask)))
+    latents.append(guided(family, planes, positive, cfg, Settings()))
+    return decoded(family, latents), shown
+
+
+def figures_of(judge, made, shown):
+    """{figure: [B]} of composites [B,3,H,W] of one pair."""
+    truth, photo, alpha, shadow = (
+        shown[key].expand(len(made), -1, -1, -1) for key in ("truth", "photo", "alpha", "shadow")
     )
-    latents.append(found.sample(nothing, nothing, euler, sigmas, disable_pbar=True))
-    made = torch.cat([family.vae.decode(latent) for latent in latents]).movedim(-1, 1)[:, :3].clamp(0, 1)
+    mask = (alpha > 0.5).float()
     return {
-        "made": made,
-        "photo": photo,
-        "place": background,
-        "truth": picture(truth.composite),
-        "alpha": alpha[None, None],
-        "shadow": torch.from_numpy(truth.objects[0].shadow[..., 3])[None, None],
+        "features": judge.similarity(oracle.cut_out(made, mask), oracle.cut_out(photo, mask)),
+        "object": metrics.mask_error(made, truth, mask),
+        "lighting": metrics.lighting_error(made, truth, mask),
+        "shadow band": metrics.mask_error(made, truth, metrics.shadow_band(shadow, alpha, 4)),
+        "seam": metrics.seam_error(made, truth, mask),
+        "background": metrics.mask_error(made, truth, 1 - mask),
     }
 
 
@@ -92,23 +119,10 @@ def measure(
     judge, family, rows = oracle.load(), family or Family(), []
     found = {method: {} for method in METHODS}
     for seed in seeds:
-        pair = composed(family, seed, cfg)
-        made, count = pair["made"], len(METHODS)
-        truth, photo, alpha, shadow = (
-            pair[key].expand(count, -1, -1, -1) for key in ("truth", "photo", "alpha", "shadow")
-        )
-        mask = (alpha > 0.5).float()
-        values = {
-            "features": judge.similarity(oracle.cut_out(made, mask), oracle.cut_out(photo, mask)),
-            "object": metrics.mask_error(made, truth, mask),
-            "lighting": metrics.lighting_error(made, truth, mask),
-            "shadow band": metrics.mask_error(made, truth, metrics.shadow_band(shadow, alpha, 4)),
-            "seam": metrics.seam_error(made, truth, mask),
-            "background": metrics.mask_error(made, truth, 1 - mask),
-        }
-        for figure, one in values.items():
+        made, shown = composed(family, seed, cfg)
+        for figure, one in figures_of(judge, made, shown).items():
             for method, value in zip(METHODS, one.tolist(), strict=True):
                 found[method].setdefault(figure, []).append(value)
-        rows.append(torch.cat([pair["photo"], pair["place"], made, pair["truth"]]))
+        rows.append(torch.cat([shown["photo"], shown["place"], made, shown["truth"]]))
     loop.save_grid(OUTPUT / sheet, torch.cat(rows), len(rows[0]))
     return found

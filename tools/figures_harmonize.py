@@ -53,7 +53,7 @@ def band(scene, moved=0):
     return metrics.shadow_band(torch.from_numpy(shadows), torch.from_numpy(alphas), 3)
 
 
-def harmonised(family, scene, moved=0):
+def harmonised(family, scene, moved=0, **settings):
     layers, plain = stacked(scene, moved)
     result = HarmonizeLayers.execute(
         family.model,
@@ -62,7 +62,7 @@ def harmonised(family, scene, moved=0):
         family.vae,
         layers,
         seed=scene.seed % 2**32,
-        **SETTINGS,
+        **SETTINGS | settings,
     )
     return result.args[0].movedim(-1, 1)[:, :3], plain
 

@@ -8,14 +8,13 @@ import figures_layerfusion
 from strata.patches.fusion import Settings
 from strata.techniques.fusion import CONTENT, STRUCTURE
 
-COUNT, SAMPLE = 40, 0  # figures_layerfusion.py has the sample that shows that the files are the measured ones
+COUNT, SAMPLE = 16, 0  # figures_layerfusion.py has the sample that shows that the files are the measured ones
 FROM = 1200  # behind its seeds
 COLUMNS = {
     "both priors, d 10": Settings(),
     STRUCTURE: Settings(priors=STRUCTURE),
     CONTENT: Settings(priors=CONTENT),
     "d 1": Settings(boundary=1.0),
-    "d 5": Settings(boundary=5.0),
     "d 20": Settings(boundary=20.0),
 }
 CLAIMS = [

@@ -24,13 +24,13 @@ COUNT, SAMPLE = 32, 3
 SIDE, MOST = 128, 3
 SHOWN = 192  # rows of the grid
 SAME, HALF = "same for all layers", "half the same"
-METHODS = {
-    "none": (0, 0, SAME),
-    "LSSA": (1, 0, SAME),
-    "CACA": (0, 1, SAME),
-    "both": (1, 1, SAME),
-    "both, trained": (1, 1, SAME),
-    "both, trained, half the same noise": (1, 1, HALF),
+METHODS = {  # strength of sharing, context maps, noise
+    "none": (0, Maps(0), SAME),
+    "LSSA": (1, Maps(0), SAME),
+    "CACA": (0, Maps(), SAME),
+    "both": (1, Maps(), SAME),
+    "both, trained": (1, Maps(), SAME),
+    "both, trained, half the same noise": (1, Maps(), HALF),
 }
 CLAIMS = [("both, trained", "none", figure) for figure in ("overlap", "layers to whole", "objects seen in the whole")]
 SAMPLING = {"steps": 15, "cfg": 4.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0}
@@ -56,16 +56,16 @@ def overlap(alphas):
     return torch.where(missed, 1.0, metrics.alpha_iou(alphas[pairs[:, 0]], alphas[pairs[:, 1]])).mean()
 
 
-def sampled(family, seed, method):
+def sampled(family, seed, method, way):
     """Layers, whole picture [3,S,S], place and objects."""
-    sharing, mixing, noise = METHODS[method]
+    sharing, maps, noise = way
     adapter, decoder = (
         transparency.recognise(name, load_file(LAYER_MODEL / f"strata_mini_transparent_{name}.safetensors"))
         for name in ("attn", "decoder")
     )
     path = LAYER_MODEL / "strata_mini_dreamlayer.safetensors"
     terms = layer_modules.recognise(path.name, load_file(path)) if "trained" in method else None
-    model = map_context(share_layers(family.model, Sharing(sharing), terms), Maps(mixing), terms)
+    model = map_context(share_layers(family.model, Sharing(sharing), terms), maps, terms)
     return drawn(family, seed, model, family.vae, noise, adapter, decoder, SIDE, **SAMPLING)
 
 
@@ -93,12 +93,12 @@ def drawn(family, seed, model, vae, noise, adapter, decoder, side, **sampling):
 
 
 @torch.inference_mode()
-def measure(seeds: range, methods=tuple(METHODS), draw=sampled, grid="layers") -> dict[str, dict[str, list[float]]]:
+def measure(seeds: range, methods=METHODS, draw=sampled, grid="layers") -> dict[str, dict[str, list[float]]]:
     """{method: {figure: one value a seed}}"""
     judge, family, rows, found = oracle.load(), Family(), [], {method: {} for method in methods}
     for seed in seeds:
-        for method in methods:
-            stack, whole, kind, names = draw(family, seed, method)
+        for method, way in methods.items():
+            stack, whole, kind, names = draw(family, seed, method, way)
             side = whole.shape[-1]
             board = checkerboard(side).expand(3, -1, -1)
             background, *objects = (layer.rgba().movedim(-1, 0) for layer in stack.layers)

@@ -9,11 +9,11 @@ from functools import cache
 import figures_layers
 from figures_flux import load
 from strata.patches import layer_files, rgba_vae
-from strata.patches.shared_layers import Maps, Sharing, map_context, share_layers
+from strata.patches.shared_layers import Sharing, map_context, share_layers
 
 COUNT, SAMPLE = 19, 2
 SIDE = 128
-METHODS = ("none", "both")
+METHODS = {name: figures_layers.METHODS[name] for name in ("none", "both")}
 CLAIMS = [
     ("both", "none", figure)
     for figure in ("overlap", "layers to whole", "objects seen in the layers", "objects seen in the whole")
@@ -32,10 +32,10 @@ def adapter():
     return layer_files.load(FILE, layer_files.Transparency)
 
 
-def sampled(family, seed, method, side=SIDE):
-    sharing, mixing, noise = figures_layers.METHODS[method]
+def sampled(family, seed, method, way, side=SIDE):
+    sharing, maps, noise = way
     model = load("strata_mini_flux_fill.safetensors", side)
-    model = map_context(share_layers(model, Sharing(sharing)), Maps(mixing))
+    model = map_context(share_layers(model, Sharing(sharing)), maps)
     return figures_layers.drawn(family, seed, model, rgba(), noise, adapter(), None, side, **SAMPLING)
 
 

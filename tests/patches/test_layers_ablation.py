@@ -10,7 +10,8 @@ pytestmark = pytest.mark.skipif(not CHECKPOINT.exists(), reason="no trained weig
 
 
 def test_a_sample_agrees_with_the_table():
-    figures.check("layers", figures_layers.measure(figures.sample(figures_layers), ("none", "both, trained")))
+    methods = {name: figures_layers.METHODS[name] for name in ("none", "both, trained")}
+    figures.check("layers", figures_layers.measure(figures.sample(figures_layers), methods))
 
 
 def test_a_layer_that_came_out_empty_is_a_miss_and_not_a_perfect_separation():
