@@ -152,9 +152,9 @@ def site(comfy) -> str:
     return comfy.url
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pages():
-    """The pages that the tests have opened, by their mode: to open one takes ten seconds."""
+    """The pages that a module's tests have opened, by their mode."""
     opened = {}
     yield opened
     for editor in opened.values():
