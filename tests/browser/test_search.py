@@ -50,13 +50,14 @@ def add(editor, words: str, kind: str, place: tuple[int, int]) -> int:
     """A double click on the canvas, words, Enter, and where newer frontends hang the node on the pointer, a click."""
     page = editor.page
     before = page.evaluate("() => app.graph.nodes.map((node) => node.id)")
-    box = page.get_by_role("combobox").last
+    boxes = page.get_by_role("combobox")  # of nodes, and of the search dialog
+    there = boxes.count()
     for _ in range(10):  # a double click that a busy page takes for two clicks is made again
         page.mouse.dblclick(*place)
         page.wait_for_timeout(700)
-        if box.is_visible():
+        if boxes.count() > there:
             break
-    box.press_sequentially(words)
+    boxes.last.press_sequentially(words)
     name = page.evaluate("(kind) => LiteGraph.registered_node_types[kind].title", kind)
     page.get_by_role("option").filter(has_text=name).first.wait_for()
     page.wait_for_timeout(700)  # until the dialog has marked it

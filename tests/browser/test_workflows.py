@@ -65,7 +65,7 @@ def without_file(prompt: dict, comfy) -> set[str]:
     """Types of the nodes that name a model which this ComfyUI does not have."""
     there = {
         name
-        for folder in ("checkpoints", "diffusion_models", "layer_model")
+        for folder in ("checkpoints", "diffusion_models", "layer_model", "vae")
         for name in comfy.get(f"/models/{folder}").json()
     }
     return {
