@@ -154,6 +154,7 @@ def test_opens_and_runs(workflow, editor, comfy):
         assert editor.errors == []
         return
     editor.queue()
+    editor.fit()  # the classic canvas fetches a node's images when it draws the node
     kinds = ("Strata_PreviewLayers", "Strata_SaveLayers", "SaveImage")
     page.wait_for_function(
         """(kinds) => app.graph.nodes.filter((n) => kinds.includes(n.type))
@@ -161,8 +162,8 @@ def test_opens_and_runs(workflow, editor, comfy):
         || [...document.querySelectorAll('[data-node-id] img')].length
             >= app.graph.nodes.filter((n) => kinds.includes(n.type)).length""",
         arg=kinds,
+        timeout=60_000,
     )
-    editor.fit()
     page.wait_for_function("() => app.canvas.ds.scale < 1")
     editor.picture(f"{workflow.stem}_{editor.mode}")
     if editor.mode == "canvas":
