@@ -157,7 +157,8 @@ def test_a_loader_offers_the_files_that_fit_it_and_those_that_do_not_tell(folder
     for shipped in (mini_family.PACK / "models" / "layer_model").glob("*.safetensors"):
         (folder / shipped.name).symlink_to(shipped)
     pair = [f"strata_mini_transparent_{part}.safetensors" for part in ("attn", "decoder", "encoder")]
-    assert offered(transparency.Transparency) == sorted(["mine.safetensors", "pickle.pth", *pair])
+    flux = "strata_mini_flux_transparent.safetensors"
+    assert offered(transparency.Transparency) == sorted(["mine.safetensors", "pickle.pth", flux, *pair])
     for kind, name in (
         (layer_files.LayerModules, layer_files.SHIPPED),
         (layer_files.Decomposer, layer_files.DECOMPOSER),

@@ -255,7 +255,7 @@ def test_a_picture_with_nan_is_refused_and_nan_in_depth_is_filled(comfy, inputs)
 
 def test_a_broken_or_missing_depth_file_is_named(comfy, inputs):
     assert "broken.png" in error(comfy, graph(depth="broken.png"))
-    assert "no 'absent.png'" in error(comfy, graph(depth="absent.png"))
+    assert "'absent.png' is not a file in ComfyUI's input folder" in error(comfy, graph(depth="absent.png"))
     (comfy.server.base / "outside.npy").write_bytes((comfy.server.base / "input" / "planes_depth.npy").read_bytes())
     for outside in ("../outside.npy", str(comfy.server.base / "outside.npy")):
         assert "outside.npy" in error(comfy, graph(depth=outside)) and "input folder" in error(
