@@ -46,25 +46,36 @@ def test_words_find_their_nodes(editor):
     assert {words: names for words, names in lacking.items() if names} == {}
 
 
+REACHED = """([x, y]) => {
+    const there = document.elementFromPoint(x, y);
+    return there === app.canvas.canvas || there?.closest('[data-node-id]');
+}"""
+
+
+def point(page, place: tuple[float, float]) -> None:
+    """Move the pointer, when no mask of a page that opens or of a dialog that closes lies over the place any more."""
+    page.wait_for_function(REACHED, arg=list(place))
+    page.mouse.move(*place)
+
+
 def add(editor, words: str, kind: str, place: tuple[int, int]) -> int:
     """A double click on the canvas, words, Enter, and where newer frontends hang the node on the pointer, a click."""
     page = editor.page
     before = page.evaluate("() => app.graph.nodes.map((node) => node.id)")
-    boxes = page.get_by_role("combobox")  # of nodes, and of the search dialog
-    there = boxes.count()
-    for _ in range(10):  # a double click that a busy page takes for two clicks is made again
-        page.mouse.dblclick(*place)
-        page.wait_for_timeout(700)
-        if boxes.count() > there:
-            break
-    boxes.last.press_sequentially(words)
+    point(page, place)
+    # However long a busy page takes between the two presses, they are one double click; at one moment they are none
+    page.evaluate("() => { app.canvas.pointer.constructor.doubleClickTime = 20_000; document.activeElement.blur(); }")
+    page.mouse.dblclick(*place, delay=30)
+    page.wait_for_function("() => document.activeElement.role === 'combobox'")
+    page.evaluate("() => { app.canvas.pointer.constructor.doubleClickTime = 300; }")
+    page.keyboard.type(words)
     name = page.evaluate("(kind) => LiteGraph.registered_node_types[kind].title", kind)
     page.get_by_role("option").filter(has_text=name).first.wait_for()
     page.wait_for_timeout(700)  # until the dialog has marked it
     page.keyboard.press("Enter")
     page.wait_for_function("(count) => app.graph.nodes.length > count", arg=len(before))
-    page.mouse.move(place[0], place[1] - 10)
-    page.mouse.move(*place)
+    point(page, (place[0], place[1] - 10))
+    point(page, place)
     page.wait_for_timeout(200)
     page.mouse.click(*place)
     made = "(before) => app.graph.nodes.filter((n) => !before.includes(n.id)).map((n) => [n.id, n.type])"
@@ -87,7 +98,7 @@ SLOT = """([id, name, side]) => {
 def link(editor, source: int, output: str, target: int, name: str) -> None:
     """Drag from the dot of an output to the dot of an input."""
     mouse, page = editor.page.mouse, editor.page
-    mouse.move(*page.evaluate(SLOT, [source, output, "outputs"]))
+    point(page, page.evaluate(SLOT, [source, output, "outputs"]))
     mouse.down()
     mouse.move(*page.evaluate(SLOT, [target, name, "inputs"]), steps=5)
     page.wait_for_timeout(50)
