@@ -24,7 +24,7 @@ from strata.training.flux_fill import object_box
 
 import nodes as comfyui_nodes
 
-COUNT, SAMPLE = 96, 2
+COUNT, SAMPLE = 96, 1
 FROM = 2000  # the first file's figures were of the seeds from 1000 on, in places without a bright side
 BFS, APART, FILL = "BFS", "BFS without sharing", "Flux-Fill"
 INPAINT, PASTED = "inpainting", "LayerDiffuse, pasted"

@@ -17,7 +17,7 @@ from strata.techniques import metrics
 from strata.techniques.feature_guidance import composite_latent, masks_at_level
 from strata.training import loop, oracle
 
-COUNT, SAMPLE = 24, 3
+COUNT, SAMPLE = 24, 1
 STEPS, CFG = 25, 4.0
 EARLY, LATE = 5, 20  # steps of 25 that the paper's tau of 40 and 10, of 50, leave behind
 METHODS = ("image pasting", "latent pasting, tau 10", "latent pasting, tau 40", "FeatGLaC")

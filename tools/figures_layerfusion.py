@@ -24,7 +24,7 @@ from strata.techniques.compositing import flatten
 from strata.techniques.layers import Layer, LayerStack
 from strata.training import loop, oracle
 
-COUNT, SAMPLE = 40, 4
+COUNT, SAMPLE = 40, 2
 FILES = [CHECKPOINT, *(LAYER_MODEL / f"strata_mini_transparent_{name}.safetensors" for name in ("attn", "decoder"))]
 OBJECTS = ("apple", "teapot", "dog", "penguin", "cactus", "car", "pumpkin", "robot")
 PLACES = ("table", "room", "beach", "snow", "desert", "street", "autumn", "meadow")

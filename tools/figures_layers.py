@@ -20,7 +20,7 @@ from strata.techniques.layers import read_layers
 from strata.training import loop, oracle
 from strata.training.cutouts import checkerboard
 
-COUNT, SAMPLE = 32, 3
+COUNT, SAMPLE = 32, 2
 SIDE, MOST = 128, 3
 SHOWN = 192  # rows of the grid
 SAME, HALF = "same for all layers", "half the same"

@@ -20,6 +20,10 @@ from strata.techniques.geometry import transform
 from strata.techniques.layer_edits import apply_edits, read_edits
 from strata.techniques.layers import Layer, LayerStack, as_effect, bound_to
 
+# What happens in the dialog is the same over both canvas modes; `make test-full` asks in both
+in_the_dialog = pytest.mark.parametrize(
+    "editor", ["canvas", pytest.param("nodes2", marks=pytest.mark.slow)], indirect=True
+)
 SCRIPT = "layer_edits.js"  # whose functions `calculate` calls
 
 EDIT = "Strata_EditLayers"
@@ -300,6 +304,7 @@ def test_a_layer_is_dragged(dialog):
     finish(dialog, {CARD: {"layer": "card", "x": 71, "y": 13}}, exact=True)
 
 
+@in_the_dialog
 def test_what_is_seen_under_the_pointer_is_dragged(dialog):
     """The plate's layer covers the canvas, and shows in a small part of it."""
     dialog.drag(middle("plate"), (-20, 10), "Shift")
@@ -312,6 +317,7 @@ def test_what_is_seen_under_the_pointer_is_dragged(dialog):
     )
 
 
+@in_the_dialog
 def test_it_snaps_to_edges_and_the_middle(dialog):
     dialog.button("Snap").click()
     card = BOXES["card"]
@@ -332,6 +338,7 @@ def test_it_snaps_to_edges_and_the_middle(dialog):
 HANDLES = [(-1, -1), (0, -1), (1, -1), (1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0)]
 
 
+@in_the_dialog
 @pytest.mark.parametrize("name, number", [("card", CARD), ("plate", PLATE)])
 def test_eight_handles(dialog, name, number):
     """Each alone, and undone; then a corner with Shift, which stays."""
@@ -371,6 +378,7 @@ def test_eight_handles(dialog, name, number):
     )
 
 
+@in_the_dialog
 @pytest.mark.parametrize("name, number", [("card", CARD), ("plate", PLATE)])
 def test_it_turns_about_what_is_seen(dialog, name, number):
     dialog.select(name)
@@ -390,6 +398,7 @@ def test_it_turns_about_what_is_seen(dialog, name, number):
     finish(dialog, {number: {"layer": name, **fields(turned, number)}})
 
 
+@in_the_dialog
 def test_a_turned_layer_is_scaled_along_its_own_sides_and_flipped_as_it_is_seen(dialog):
     dialog.select("card")
     dialog.field("rotation").fill("90")
@@ -404,6 +413,7 @@ def test_a_turned_layer_is_scaled_along_its_own_sides_and_flipped_as_it_is_seen(
     finish(dialog, {CARD: {"layer": "card", **fields(expected, CARD)}})
 
 
+@in_the_dialog
 def test_wheel_zooms_and_with_shift_scales(dialog):
     zoom = dialog.root.locator(".zoom")
     dialog.page.mouse.move(*dialog.at(*middle("plate")))
@@ -426,6 +436,7 @@ def test_wheel_zooms_and_with_shift_scales(dialog):
     finish(dialog, {PLATE: {"layer": "plate", **fields(larger, PLATE)}})
 
 
+@in_the_dialog
 def test_flips_opacity_blend_mode_visibility_and_name(dialog):
     dialog.select("plate")
     dialog.button("Flip top and bottom").click()
@@ -451,6 +462,7 @@ def test_flips_opacity_blend_mode_visibility_and_name(dialog):
     )
 
 
+@in_the_dialog
 def test_order_by_dragging_and_by_buttons(dialog):
     dialog.drag(middle("card"), (125, 70))  # over the plate
     row = dialog.root.locator("li", has_text="card").bounding_box()
@@ -465,6 +477,7 @@ def test_order_by_dragging_and_by_buttons(dialog):
     finish(dialog, {CARD: {"layer": "card", "x": 165, "y": 100}, "order": ["wall", "card", "plate"]}, exact=True)
 
 
+@in_the_dialog
 def test_keyboard_alone(dialog):
     keys = dialog.page.keyboard
     for key in ("ArrowRight", "Shift+ArrowRight", "Shift+ArrowDown", "ArrowUp"):
@@ -493,6 +506,7 @@ def test_keyboard_alone(dialog):
     assert dialog.editor.errors == []
 
 
+@in_the_dialog
 def test_every_control_has_a_name_and_tab_goes_through_them(dialog):
     unnamed = """(host) => [...host.shadowRoot.querySelectorAll('button, input, select')].filter((one) =>
         !(one.ariaLabel || one.innerText.trim() || [...(one.labels ?? [])].some((label) => label.innerText.trim())))
@@ -523,6 +537,7 @@ def test_every_control_has_a_name_and_tab_goes_through_them(dialog):
     assert dialog.root.locator("li .pick[aria-current=true]").inner_text() == "card"
 
 
+@in_the_dialog
 def test_undo_and_redo_stay_in_the_dialog(dialog):
     before = dialog.page.evaluate("() => app.extensionManager.workflow.activeWorkflow.changeTracker.undoQueue.length")
     dialog.drag(middle("card"), (20, 0))
@@ -582,6 +597,7 @@ def test_fingers(dialog):
     finish(dialog, {CARD: {"layer": "card", "x": 64, "y": 39}, "order": ["card", "wall", "plate"]}, exact=True)
 
 
+@in_the_dialog
 def test_the_view_moves_and_fits_small_windows(dialog):
     dialog.drag((10, 10), (50, 30), button="middle")
     dialog.button("Fit").click()
@@ -678,6 +694,7 @@ def test_it_says_what_is_old_gone_or_linked(fresh, prompt):
     assert editor.errors == []
 
 
+@in_the_dialog
 def test_blend_modes_as_flatten_layers_has_them(editor):
     """Sixteen dogs with soft shadows on a meadow, one in each mode that CSS has, moved there by edits."""
     scene = {"kind": "meadow", "objects": "dog", "count": 1, "seed": 5, "shadows": True}

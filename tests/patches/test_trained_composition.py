@@ -17,6 +17,7 @@ def family():
         return Family()
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_null_text_comes_back_within_35_db_at_cfg_7_5_and_ddim_does_not(family):
     _scene, latent, positive = family.scene("meadow", ("dog",), 3)

@@ -40,5 +40,5 @@ def test_the_shipped_pair_finds_the_alpha_of_held_out_objects(tmp_path):
     # within four standard errors.
     assert overlap.mean() >= 0.95 and sad < 200 and error < 0.04
     # With 8 passes all 64 take a minute; they come to 0.954 as well.
-    _, found = transparent_latents.decode(decoder, picture[:16], latent[:16], 8)
-    assert metrics.alpha_iou(found, alpha[:16]).mean() > overlap[:16].mean() - 0.005
+    _, found = transparent_latents.decode(decoder, picture[:4], latent[:4], 8)
+    assert metrics.alpha_iou(found, alpha[:4]).mean() > overlap[:4].mean() - 0.005
