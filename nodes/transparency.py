@@ -7,6 +7,7 @@ from ..patches import autoencoder, rgba_vae, transparency_model, transparent_lat
 from ..patches import layer_files as files
 from ..patches.attention_sharing import together
 from ..patches.layer_rows import sample_rows
+from ..techniques.arrange import beside_alpha
 from ..techniques.compositing import flatten
 from ..techniques.layers import Layer, LayerStack, write_layers
 from ..techniques.transparency import over_gray
@@ -301,7 +302,8 @@ class EncodeTransparency(Node):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Transparency, 1 = transparent, as Load Image gives it; multiplies with the image's alpha.",
+                    tooltip="Transparency, 1 = transparent, as Load Image gives it; multiplies with the image's alpha, "
+                    "unless it is that alpha over again.",
                 ),
             ],
             outputs=[
@@ -318,7 +320,9 @@ class EncodeTransparency(Node):
 
 
 def _alpha(image: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """[B,1,H,W]: the picture's alpha and the mask together. Raises ValueError for a mask of another size."""
+    """[B,1,H,W]: the picture's alpha and the mask together; once where they are the same. Raises ValueError for a mask
+    of another size.
+    """
     alpha = image[..., 3:] if image.shape[-1] == 4 else torch.ones_like(image[..., :1])
     if mask is None:
         return alpha.movedim(-1, 1)
@@ -327,7 +331,9 @@ def _alpha(image: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
             f"mask: {_sizes(mask, 'mask')} and {_sizes(image, 'image')} do not go together; make them the same size, "
             "or disconnect a mask that is not the image's."
         )
-    return alpha.movedim(-1, 1) * (1 - mask[:, None])
+    beside = [beside_alpha(*pair) for pair in zip(image, mask.expand(len(image), -1, -1), strict=True)]
+    shown = [torch.ones_like(mask[0]) if one is None else 1 - one for one in beside]
+    return alpha.movedim(-1, 1) * torch.stack(shown)[:, None]
 
 
 class SampleJointLayers(Node):

@@ -184,7 +184,7 @@ def from_images(
     lines = [line or f"Layer {number}" for number, line in enumerate(lines, len(before) + 1)]
     mask = [None] * len(images) if masks is None else masks.expand(len(images), -1, -1)
     layers = tuple(
-        Layer(image, name, _beside_alpha(image, one)) for image, name, one in zip(images, lines, mask, strict=True)
+        Layer(image, name, beside_alpha(image, one)) for image, name, one in zip(images, lines, mask, strict=True)
     )
     return LayerStack(below.canvas if below else (images.shape[2], images.shape[1]), before + layers)
 
@@ -233,7 +233,7 @@ def change(
         image = layer.image[None] if images is None else images
         mask = masks if masks is not None or layer.mask is None else layer.mask[None]
         _check_mask(image, mask, "image" if images is not None else f"layer {layer.name!r}", "mask")
-        own = layer.mask if masks is None else _beside_alpha(image[0], masks[0])
+        own = layer.mask if masks is None else beside_alpha(image[0], masks[0])
         changed.append(replace(layer, image=image[0], mask=own, **fields))
     return stack.with_layers(_put(stack.layers, indices, changed))
 
@@ -314,7 +314,7 @@ def covering(stack: LayerStack) -> list[str]:
     ]
 
 
-def _beside_alpha(image: Tensor, mask: Tensor | None) -> Tensor | None:
+def beside_alpha(image: Tensor, mask: Tensor | None) -> Tensor | None:
     """The mask [H,W]; None where it is the alpha of the image [H,W,3|4] over again, as nodes that give both have it, so
     that it does not count twice.
     """

@@ -166,6 +166,12 @@ def test_encoding_fills_up_to_eight_and_transparency_changes_the_latent(server):
     assert found.shape == (48, 64, 4)
     del prompt["encode"]["inputs"]["mask"]
     assert np.abs(pictures(server, prompt)[0] - found).mean() > 1
+    # An image with its alpha counts it once, with the mask that is the same alpha and without
+    prompt["image"] = node("Strata_LoadLayerImage", files="rgba.png")
+    prompt["encode"]["inputs"]["image"] = ["image", 1]
+    own = pictures(server, prompt)[0]
+    prompt["encode"]["inputs"]["mask"] = ["image", 2]
+    assert np.array_equal(pictures(server, prompt)[0], own) and np.abs(own - found).mean() < 1
 
 
 def joint(kind="Strata_SampleJointLayers", file="joint", batch=1, **inputs):
