@@ -2,13 +2,74 @@
 
 from __future__ import annotations
 
-# What is typed, the node that it is to find, and where that is put
-NODES = [
-    ("load image", "LoadImage", (330, 250)),
-    ("load depth", "Strata_LoadDepth", (330, 800)),
-    ("photo to layers", "Strata_SliceByDepth", (780, 450)),
-    ("save psd", "Strata_SaveLayers", (1250, 250)),
-]
+import pytest
+
+CHECKPOINT = "strata_mini_sd.safetensors"
+# For each graph: nodes (what is typed, the node that it is to find, where that is put), widgets and links by the nodes'
+# places in the list
+GRAPHS = {
+    "photo_to_psd": (
+        [
+            ("load image", "LoadImage", (330, 250)),
+            ("load depth", "Strata_LoadDepth", (330, 800)),
+            ("photo to layers", "Strata_SliceByDepth", (780, 450)),
+            ("save psd", "Strata_SaveLayers", (1250, 250)),
+        ],
+        [(0, "image", "strata_raccoon.jpg"), (1, "file", "strata_raccoon_depth.png")],
+        [(0, "IMAGE", 2, "image"), (1, "depth", 2, "depth"), (2, "layers", 3, "layers")],
+    ),
+    "decompose": (
+        [
+            ("load image", "LoadImage", (100, 250)),
+            ("load checkpoint", "CheckpointLoaderSimple", (100, 700)),
+            ("load diffusion model", "UNETLoader", (100, 900)),
+            ("load decomposer", "Strata_LoadDecomposer", (100, 1100)),
+            ("load image as mask", "LoadImageMask", (480, 250)),
+            ("threshold mask", "ThresholdMask", (480, 700)),
+            ("decompose", "Strata_DecomposeImage", (860, 250)),
+            ("save psd", "Strata_SaveLayers", (1250, 250)),
+        ],
+        [
+            (0, "image", "strata_astronaut.jpg"),
+            (1, "ckpt_name", CHECKPOINT),
+            (2, "unet_name", "strata_mini_inpaint.safetensors"),
+            (3, "file", "strata_mini_layeringdiff.safetensors"),
+            (4, "image", "strata_astronaut_depth.png"),
+            (4, "channel", "red"),
+            (6, "steps", 3),
+        ],
+        [
+            (0, "IMAGE", 6, "image"),
+            (4, "MASK", 5, "mask"),
+            (5, "MASK", 6, "mask"),
+            (1, "VAE", 6, "vae"),
+            (3, "decomposer", 6, "decomposer"),
+            (2, "MODEL", 6, "model"),
+            (6, "layers", 7, "layers"),
+        ],
+    ),
+    "harmonise": (
+        [
+            ("render scene", "Strata_RenderScene", (100, 250)),
+            ("load checkpoint", "CheckpointLoaderSimple", (100, 900)),
+            ("clip text encode", "CLIPTextEncode", (480, 250)),
+            ("clip text encode", "CLIPTextEncode", (480, 600)),
+            ("harmonise", "Strata_HarmonizeLayers", (880, 250)),
+            ("save psd", "Strata_SaveLayers", (1280, 250)),
+        ],
+        [(1, "ckpt_name", CHECKPOINT), (2, "text", "an octopus on a street")],
+        [
+            (1, "CLIP", 2, "clip"),
+            (1, "CLIP", 3, "clip"),
+            (1, "MODEL", 4, "model"),
+            (2, "CONDITIONING", 4, "positive"),
+            (3, "CONDITIONING", 4, "negative"),
+            (1, "VAE", 4, "vae"),
+            (0, "layers", 4, "layers"),
+            (4, "layers", 5, "layers"),
+        ],
+    ),
+}
 # What is found by the names alone, as on ComfyUI 0.3.75, which hands on no aliases
 FOUND = {
     "depth layers": {"Strata_SliceByDepth"},
@@ -112,15 +173,18 @@ def link(editor, source: int, output: str, target: int, name: str) -> None:
     )
 
 
-def test_a_photo_becomes_a_psd_in_a_graph_from_nothing(editor, comfy):
-    photo, depth, cut, save = (add(editor, *node) for node in NODES)
-    editor.set_widget("LoadImage", "image", "strata_raccoon.jpg")
-    editor.set_widget("Strata_LoadDepth", "file", "strata_raccoon_depth.png")
-    link(editor, photo, "IMAGE", cut, "image")
-    link(editor, depth, "depth", cut, "depth")
-    link(editor, cut, "layers", save, "layers")
+@pytest.mark.parametrize(
+    "name", ["photo_to_psd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("decompose", "harmonise"))]
+)
+def test_a_graph_from_nothing_ends_in_a_psd(editor, comfy, name):
+    added, widgets, links = GRAPHS[name]
+    nodes = [add(editor, *node) for node in added]
+    for place, widget, value in widgets:
+        editor.set_widget(added[place][1], widget, value)
+    for source, output, target, socket in links:
+        link(editor, nodes[source], output, nodes[target], socket)
     editor.queue()
-    editor.picture(f"from_nothing_{editor.mode}")
+    editor.picture(f"from_nothing_{name}_{editor.mode}")
     entry = max(comfy.get("/history").json().values(), key=lambda entry: entry["prompt"][0])
     assert any(file["filename"].endswith(".psd") for file in comfy.files(entry))
     # Frontend 1.32.9's search box has an error of its own when it closes
