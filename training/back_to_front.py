@@ -229,7 +229,7 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
     compose = latent_composition.load(folder.parent / "latent_composition", base.family).to(bases.device())
     sets = layered_images.samples(config, scenes, base, CHECK)
     words = base.words([caption for samples in sets.values() for caption in samples.captions], scenes)
-    kinds = ("flow",) if config["stage"] == 1 else ("real", "regular")
+    kinds = ("flow",) if config["stage"] == 1 else ("real", "regular") if config["regularise"] else ("real",)
 
     def loss(model, step, rank):
         rng, kind = np.random.default_rng((config["seed"], step, rank)), kinds[step % len(kinds)]
@@ -237,7 +237,7 @@ def train(config: dict, folder: Path, minutes: float | None, save_every: float) 
         samples = sets[layered_images.REAL if kind == "real" else layered_images.LAYERED]
         batch = samples.batch(rng.integers(0, samples.known(step), config["batch"]), step)
         found = losses(model, compose, batch, words, config, rng, kind)
-        return {"loss": found["loss"]} if len(kinds) > 1 else found
+        return {"loss": found["loss"]} if config["stage"] == 2 else found
 
     @torch.no_grad()
     def validate(model, step):

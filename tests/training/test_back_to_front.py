@@ -201,6 +201,9 @@ def test_both_stages_learn_eight_scenes(base, tmp_path, monkeypatch):
     assert loss[-1] < 0.9 * loss[0]
     second = config_of("back_to_front_real", steps=4)
     back_to_front.train(second, tmp_path / "back_to_front_real", None, 1e9)
+    alone = back_to_front.train(second | {"steps": 1, "regularise": False}, tmp_path / "alone", None, 1e9)
+    moved = {key for key, value in alone.state_dict().items() if not torch.equal(value, model.state_dict()[key])}
+    assert moved and all(f".{back_to_front.CONTENT[0]}." in key for key in moved)
     weights = back_to_front.published_form(model.state_dict())
     fresh = back_to_front.Branches(base, 4, 2)
     back_to_front.from_published(fresh, weights)  # a published file can be learnt on from
