@@ -27,7 +27,7 @@ GRAPHS = {
             ("load image as mask", "LoadImageMask", (480, 250)),
             ("threshold mask", "ThresholdMask", (480, 700)),
             ("decompose", "Strata_DecomposeImage", (860, 250)),
-            ("save psd", "Strata_SaveLayers", (1250, 250)),
+            ("save psd", "Strata_SaveLayers", (1340, 250)),
         ],
         [
             (0, "image", "strata_astronaut.jpg"),
@@ -51,11 +51,11 @@ GRAPHS = {
     "harmonise": (
         [
             ("render scene", "Strata_RenderScene", (100, 250)),
-            ("load checkpoint", "CheckpointLoaderSimple", (100, 900)),
+            ("load checkpoint", "CheckpointLoaderSimple", (100, 1100)),
             ("clip text encode", "CLIPTextEncode", (480, 250)),
             ("clip text encode", "CLIPTextEncode", (480, 600)),
-            ("harmonise", "Strata_HarmonizeLayers", (880, 250)),
-            ("save psd", "Strata_SaveLayers", (1280, 250)),
+            ("harmonize layers", "Strata_HarmonizeLayers", (940, 250)),
+            ("save psd", "Strata_SaveLayers", (1340, 250)),
         ],
         [(1, "ckpt_name", CHECKPOINT), (2, "text", "an octopus on a street")],
         [
