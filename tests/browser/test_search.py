@@ -178,6 +178,7 @@ def link(editor, source: int, output: str, target: int, name: str) -> None:
 )
 def test_a_graph_from_nothing_ends_in_a_psd(editor, comfy, name):
     added, widgets, links = GRAPHS[name]
+    editor.page.evaluate("() => app.clean()")  # images of another graph's nodes with the same numbers
     nodes = [add(editor, *node) for node in added]
     for place, widget, value in widgets:
         editor.set_widget(added[place][1], widget, value)
