@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..patches import decomposer as layeringdiff
 from ..patches import detection, layer_files
 from ..techniques import matting
-from ..techniques.layering import composite, visible_to_own
+from ..techniques.layering import OPAQUE, composite, visible_to_own
 from ..techniques.layers import Layer, LayerStack, write_layers
 from .depth_inputs import NEAR, DepthReader, depth_input
 from .inputs import named
@@ -443,7 +443,13 @@ class DecomposeImage(Node):
         error = (_recomposed(foregrounds, behind) - image).abs().mean().item()
         stacks = [write_layers(_stack(*pair)) for pair in zip(behind, foregrounds.unbind(1), strict=True)]
         empty = [number for number, alpha in enumerate(alphas, 1) if not alpha.any()]
+        full = [number for number, alpha in enumerate(alphas, 1) if (alpha >= OPAQUE).flatten(1).all(1).any()]
         notes = [f"Mask {number} is empty, and so is its layer." for number in empty]
+        notes += [
+            f"Mask {number} covers the whole image, so all that is behind it is made up; invert the mask if it marks "
+            "the background."
+            for number in full
+        ]
         return io.NodeOutput(stacks, foregrounds.flatten(0, 1), behind, error, ui=told(notes))
 
 

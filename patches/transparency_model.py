@@ -20,7 +20,7 @@ from .transparency import FAMILIES, FIRST, Transparency, fits, structure
 
 KEY = "strata_transparency"
 SHARING = {1: "layer_sd15_transparent_attn", 2: "layer_sd15_fg2bg or layer_sd15_bg2fg", 3: "layer_sd15_joint"}
-NEEDS = "an adapter such as layer_xl_transparent_attn.safetensors"
+NEEDS = "an adapter such as layer_xl_transparent_attn.safetensors, or the mini family's strata_mini_transparent_attn"
 
 
 def apply(

@@ -120,9 +120,19 @@ def test_what_is_wrong_is_one_sentence_on_the_node(comfy):
         comfy.run(several)
 
 
-def test_an_empty_mask_is_told_and_leaves_the_image(comfy):
-    prompt = graph(steps=2)
-    prompt["mask"] = {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 128, "height": 128}}
-    made = images(comfy, prompt)
+def solid(value: float, **changes) -> dict:
+    """With a mask that is the same everywhere."""
+    mask = {"class_type": "SolidMask", "inputs": {"value": value, "width": 128, "height": 128}}
+    return {**graph(steps=2, **changes), "mask": mask}
+
+
+def test_an_empty_mask_leaves_the_image(comfy):
+    made = images(comfy, solid(0.0))
     scene = renderer.render(renderer.Request("beach", ("teddy bear",), 1), 128, 128, 6)
     assert np.abs(made["behind"] - scene.composite).max() < 1.6 / 255 and made["front"][..., 3].max() == 0
+
+
+@pytest.mark.parametrize("value, note", [(0.0, "Mask 1 is empty"), (1.0, "Mask 1 covers the whole image")])
+def test_a_mask_of_nothing_or_all_is_told(comfy, value, note):
+    assert comfy.run(solid(value, seed=9))["outputs"]["apart"]["text"][0].startswith(note)
+    assert "text" not in comfy.run(graph(steps=2, seed=9))["outputs"].get("apart", {})
