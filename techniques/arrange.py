@@ -317,6 +317,8 @@ def covering(stack: LayerStack) -> list[str]:
 def beside_alpha(image: Tensor, mask: Tensor | None) -> Tensor | None:
     """The mask [H,W]; None where it is the alpha of the image [H,W,3|4] over again, as nodes that give both have it, so
     that it does not count twice.
+
+    Source: ours, ComfyUI's masks, which are 1 where an image is transparent.
     """
     again = mask is not None and image.shape[-1] == 4 and ((1 - image[..., 3]) - mask).abs().max() <= SAME
     return None if again else mask
