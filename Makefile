@@ -33,7 +33,7 @@ serve:  ## open ComfyUI with this pack for a person
 run:  ## make run W=workflows/layers_roundtrip.json ARGS="--out pictures"
 	$(EXEC) tools/run.py "$(W)" $(ARGS)
 
-figures:  ## measure every number of README and docs again (about an hour), and record what PAPERS.md lists (another)
+figures:  ## measure every number of README and docs again (several hours: some train), and record what PAPERS.md lists (an hour)
 	$(EXEC) tools/figures.py $(ARGS)
 	$(if $(ARGS),,$(EXEC) tools/record_calls.py)
 
