@@ -46,10 +46,15 @@ def ways(models: Models) -> dict[str, tuple[object, str]]:
     }
 
 
-@torch.inference_mode()
 def measure(seeds: range) -> dict[str, dict[str, list[float]]]:
-    models, shown, found = Models(), [], {}
-    columns = ways(models)
+    models = Models()
+    return drawn(models, ways(models), seeds, "back_to_front_parts")
+
+
+@torch.inference_mode()
+def drawn(models: Models, columns: dict[str, tuple[object, str]], seeds: range, grid: str) -> dict[str, dict]:
+    """Figures of each column's model and noise; pictures of the first twelve seeds go to output/<grid>.png."""
+    shown, found = [], {}
     for seed in seeds:
         case, row = case_of(seed), []
         for column, (model, noise) in columns.items():
@@ -58,5 +63,5 @@ def measure(seeds: range) -> dict[str, dict[str, list[float]]]:
                 found.setdefault(column, {}).setdefault(figure, []).append(value)
             row.append(over(pair[1], case.background))
         shown += [case.background, *row, case.image] if seed < seeds.start + 12 else []
-    loop.save_grid(OUTPUT / "back_to_front_parts.png", torch.cat(shown), 2 + len(columns))
+    loop.save_grid(OUTPUT / f"{grid}.png", torch.cat(shown), 2 + len(columns))
     return found

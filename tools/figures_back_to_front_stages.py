@@ -9,14 +9,13 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import torch
-from figures_back_to_front import Models, case_of, figures_of, over
-from mini_models import OUTPUT
+from figures_back_to_front import NOISE, Models
+from figures_back_to_front_parts import drawn
 from safetensors.torch import load_file
 from strata.networks.back_to_front import PAIRINGS
 from strata.patches import back_to_front as method
 from strata.patches import layer_files
-from strata.training import back_to_front, command, latent_composition, loop, settings
+from strata.training import back_to_front, command, latent_composition, settings
 
 COUNT, SAMPLE = 32, 0  # it trains, so that there is no quick sample
 FROM = 2300  # behind the seeds of figures_back_to_front_parts.py
@@ -67,20 +66,6 @@ def trained(root: Path) -> dict[str, layer_files.BackToFront]:
 def measure(seeds: range) -> dict[str, dict[str, list[float]]]:
     with tempfile.TemporaryDirectory() as root:
         files = trained(Path(root))
-    with torch.inference_mode():
-        return drawn(files, seeds)
-
-
-def drawn(files: dict[str, layer_files.BackToFront], seeds: range) -> dict[str, dict[str, list[float]]]:
-    models, shown, found = Models(), [], {}
-    coupled = {name: method.apply(models.fill, file) for name, file in files.items()}
-    for seed in seeds:
-        case, row = case_of(seed), []
-        for name, model in coupled.items():
-            pair = models.foreground(model, case)
-            for figure, value in figures_of(models, case, *pair).items():
-                found.setdefault(name, {}).setdefault(figure, []).append(value)
-            row.append(over(pair[1], case.background))
-        shown += [case.background, *row, case.image] if seed < seeds.start + 12 else []
-    loop.save_grid(OUTPUT / "back_to_front_stages.png", torch.cat(shown), 2 + len(coupled))
-    return found
+    models = Models()
+    columns = {name: (method.apply(models.fill, file), NOISE) for name, file in files.items()}
+    return drawn(models, columns, seeds, "back_to_front_stages")
