@@ -111,13 +111,16 @@ class Editor:
         self.page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
 
     def show(self, node_type: str) -> None:
-        """Bring the first node of a type to the left of the window, at 100 %."""
+        """Bring the first node of a type to the left of the window, at 100 %.
+
+        Drawn at once: until then its widgets have no place, and a click finds no node.
+        """
         self.page.evaluate(
             """(type) => {
             const node = app.graph.nodes.find((node) => node.type === type);
             app.canvas.ds.scale = 1;
             app.canvas.ds.offset = [150 - node.pos[0], 140 - node.pos[1]];
-            app.canvas.setDirty(true, true);
+            app.canvas.draw(true, true);
         }""",
             node_type,
         )

@@ -132,7 +132,7 @@ class Dialog:
                 const node = app.graph.nodes.find((n) => n.type === type);
                 const button = node.widgets.find((w) => w.name === 'open the editor');
                 const box = app.canvas.canvas.getBoundingClientRect(), { scale, offset } = app.canvas.ds;
-                const [x, y] = [node.pos[0] + node.size[0] / 2, node.pos[1] + (button.last_y ?? button.y) + 10];
+                const [x, y] = [node.pos[0] + node.size[0] / 2, node.pos[1] + button.last_y + 10];
                 return [box.left + (x + offset[0]) * scale, box.top + (y + offset[1]) * scale];
             }""",
                 EDIT,
