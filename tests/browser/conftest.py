@@ -58,11 +58,15 @@ def browser():
         process.close()
 
 
-# A screen of at most 16 pictures a second: without a GPU every one is drawn by the processor
+# A screen of at most 16 pictures a second on which nothing moves by itself: without a GPU the processor draws them
 SLOW_SCREEN = """{
     const next = window.requestAnimationFrame.bind(window);
     window.requestAnimationFrame = (draw) => setTimeout(() => next(draw), 60);
     window.cancelAnimationFrame = clearTimeout;
+    document.addEventListener("DOMContentLoaded", () => {
+        const still = "*, *::before, *::after { animation: none !important; transition: none !important; }";
+        document.head.append(Object.assign(document.createElement("style"), { textContent: still }));
+    });
 }"""
 
 
@@ -113,14 +117,15 @@ class Editor:
     def show(self, node_type: str) -> None:
         """Bring the first node of a type to the left of the window, at 100 %.
 
-        Drawn at once: until then its widgets have no place, and a click finds no node.
+        Drawn before anybody clicks: until then its widgets have no place, and a click finds no node.
         """
         self.page.evaluate(
-            """(type) => {
+            """async (type) => {
             const node = app.graph.nodes.find((node) => node.type === type);
             app.canvas.ds.scale = 1;
             app.canvas.ds.offset = [150 - node.pos[0], 140 - node.pos[1]];
             app.canvas.draw(true, true);
+            await new Promise(requestAnimationFrame); // what lies over the canvas follows it
         }""",
             node_type,
         )
