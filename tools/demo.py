@@ -63,6 +63,7 @@ RUNS = [
     ("layered_files", "layered_files_mini", []),
     ("redraw_layer", "redraw_layer_mini", []),
     ("chain", "chain_mini", []),
+    ("chain_photograph", "chain_photo_mini", []),
 ]
 OUT = host.PACK / "output" / "demo"
 CELL = (300, 240)

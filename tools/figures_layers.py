@@ -56,15 +56,19 @@ def overlap(alphas):
     return torch.where(missed, 1.0, metrics.alpha_iou(alphas[pairs[:, 0]], alphas[pairs[:, 1]])).mean()
 
 
-def sampled(family, seed, method, way):
-    """Layers, whole picture [3,S,S], place and objects."""
+def sampled(family, seed, method, way, terms=None):
+    """Layers, whole picture [3,S,S], place and objects.
+
+    terms: of layer modules; those that ship where the method says that it is trained.
+    """
     sharing, maps, noise = way
     adapter, decoder = (
         transparency.recognise(name, load_file(LAYER_MODEL / f"strata_mini_transparent_{name}.safetensors"))
         for name in ("attn", "decoder")
     )
-    path = LAYER_MODEL / "strata_mini_dreamlayer.safetensors"
-    terms = layer_modules.recognise(path.name, load_file(path)) if "trained" in method else None
+    if "trained" in method:
+        path = LAYER_MODEL / "strata_mini_dreamlayer.safetensors"
+        terms = layer_modules.recognise(path.name, load_file(path))
     model = map_context(share_layers(family.model, Sharing(sharing), terms), maps, terms)
     return drawn(family, seed, model, family.vae, noise, adapter, decoder, SIDE, **SAMPLING)
 
