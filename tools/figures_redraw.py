@@ -22,7 +22,7 @@ from strata.techniques.compositing import flatten
 from strata.techniques.layers import Layer, LayerStack, read_layers, write_layers
 from strata.training import loop
 
-COUNT, SAMPLE = 55, 2
+COUNT, SAMPLE = 96, 2
 FIRST = 9 * 10**6  # behind the scenes of training
 OURS, TRUE, LEFT = "Redraw layer", "BFS before the true scene", "old shadow left in the background"
 CLAIMS = [(OURS, TRUE, "named object"), (OURS, TRUE, "old shadow's band"), (LEFT, TRUE, "old shadow's band")]
