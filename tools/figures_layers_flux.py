@@ -11,11 +11,12 @@ from figures_flux import load
 from strata.patches import layer_files, rgba_vae
 from strata.patches.shared_layers import Sharing, map_context, share_layers
 
-COUNT, SAMPLE = 19, 2
+COUNT, SAMPLE = 96, 2
 SIDE = 128
-METHODS = {name: figures_layers.METHODS[name] for name in ("none", "both")}
+METHODS = {name: figures_layers.METHODS[name] for name in ("none", "LSSA", "CACA", "both")}
 CLAIMS = [
-    ("both", "none", figure)
+    (method, "none", figure)
+    for method in ("LSSA", "CACA", "both")
     for figure in ("overlap", "layers to whole", "objects seen in the layers", "objects seen in the whole")
 ]
 FILE = "strata_mini_flux_transparent.safetensors"
