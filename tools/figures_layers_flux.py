@@ -11,7 +11,7 @@ from figures_flux import load
 from strata.patches import layer_files, rgba_vae
 from strata.patches.shared_layers import Sharing, map_context, share_layers
 
-COUNT, SAMPLE = 96, 2
+COUNT, SAMPLE = 96, 1
 SIDE = 128
 METHODS = {name: figures_layers.METHODS[name] for name in ("none", "LSSA", "CACA", "both")}
 CLAIMS = [
