@@ -62,14 +62,14 @@ class Case:
         return self.scene.objects[-1]
 
 
-def case_of(seed: int) -> Case:
+def case_of(seed: int, side: int = SIDE) -> Case:
     """An object in a place that is empty or has one other, and that shows where its light comes from."""
     request = renderer.Request(train=True, count=1 + seed % 2, bright_side=True)
-    scene = renderer.render(request, SIDE, SIDE, FIRST + seed)
+    scene = renderer.render(request, side, side, FIRST + seed)
     front = scene.objects[-1]
     foreground, background = picture(front.rgba_with_shadow), picture(scene.behind_nearest)
     left, top, right, bottom = object_box(front, np.random.default_rng((seed, 5)), shadowed=1.0)
-    box = torch.zeros(1, 1, SIDE, SIDE)
+    box = torch.zeros(1, 1, side, side)
     box[..., top:bottom, left:right] = 1
     return Case(scene, over(foreground, background), background, foreground, box, seed)
 
@@ -242,6 +242,6 @@ def shadow_of(image: torch.Tensor, case: Case) -> tuple[float, float]:
     drop = torch.where(drop > FAINT, drop, 0) * around
     if not drop.any() or not body.any():
         return 0.0, 0.0
-    across = torch.arange(SIDE, dtype=drop.dtype)
+    across = torch.arange(drop.shape[-1], dtype=drop.dtype)
     centres = [(part * across).sum() / part.sum() for part in (drop, body)]
     return float((centres[0] - centres[1]).sign()), (drop.square().sum() / drop.sum()).item()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from figures_back_to_front import FILE, NOISE, Models, case_of, figures_of, over
+from figures_back_to_front import FILE, NOISE, SIDE, Models, case_of, figures_of, over
 from mini_models import OUTPUT
 from strata.networks.back_to_front import CONTENT, PAIRINGS
 from strata.patches import back_to_front as method
@@ -52,11 +52,13 @@ def measure(seeds: range) -> dict[str, dict[str, list[float]]]:
 
 
 @torch.inference_mode()
-def drawn(models: Models, columns: dict[str, tuple[object, str]], seeds: range, grid: str) -> dict[str, dict]:
+def drawn(
+    models: Models, columns: dict[str, tuple[object, str]], seeds: range, grid: str, side: int = SIDE
+) -> dict[str, dict]:
     """Figures of each column's model and noise; pictures of the first twelve seeds go to output/<grid>.png."""
     shown, found = [], {}
     for seed in seeds:
-        case, row = case_of(seed), []
+        case, row = case_of(seed, side), []
         for column, (model, noise) in columns.items():
             pair = models.foreground(model, case, noise=noise)
             for figure, value in figures_of(models, case, *pair).items():
