@@ -1,7 +1,7 @@
 """DreamLayer's trained modules, one file: what they add to keys and values, the layer embedding, and the context-aware
 layers.
 
-Keys, by ComfyUI's names of the model's weights, for SD1.5 and the mini family alike:
+Keys, by ComfyUI's names of the model's weights, for SD1.5, SDXL and the mini family alike:
 
     layer_embedding                                      [layers, width of the tokens], the background's first
     shared.diffusion_model.<…>.attn1.to_k.weight         difference, for background and whole picture

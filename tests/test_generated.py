@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import figures
+import mutants
 import papers
 import pytest
 import record_calls
@@ -147,6 +148,12 @@ def test_every_number_of_the_page_of_the_papers_is_in_the_figures_that_its_row_l
             assert any(f"| {number} |" in sections[name] for name in names), (number, row[:60])
             numbers.append(number)
     assert len(numbers) > 50
+
+
+@pytest.mark.slow
+def test_every_change_that_the_page_of_mutants_explains_is_one_of_the_code():
+    """A changed line of code leaves its entry behind, and `make mutants` would stop there."""
+    mutants.judged({what for path in mutants.files() for what, *_ in mutants.mutants(path)}, complete=True)
 
 
 def test_a_sample_that_is_off_by_more_than_four_standard_errors_is_named(tmp_path, monkeypatch):
