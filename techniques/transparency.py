@@ -74,11 +74,11 @@ def median_of_passes(
     Source: layerdiffuse, as published: two flips times four quarter turns, of eight values the lower middle one.
     Differs: two and four passes take the mean of the middle two, since the lower one of few is too transparent.
     """
-    found = []
+    results = []
     for flip, turns in PASSES[passes]:
         out = turned(decode(*(turned(part, flip, turns) for part in (image, latent))).clamp(0, 1), False, -turns)
-        found.append(turned(out, flip))
-    ordered = torch.stack(found).sort(0).values
+        results.append(turned(out, flip))
+    ordered = torch.stack(results).sort(0).values
     return ordered[3] if passes == 8 else ordered[(passes - 1) // 2 : passes // 2 + 1].mean(0)
 
 
