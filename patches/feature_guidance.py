@@ -132,13 +132,13 @@ def guider(
                 "negative: it combines several conditionings, and the embeddings of null-text can replace only one; "
                 "connect one text encoding."
             )
-    found = FeatureGuider(model)
-    found.set_conds(positive, negative)
-    found.set_cfg(cfg)
-    found.planes, found.settings = planes, settings
-    found.flow = is_flow(model)
-    found.level_weights = level_weights(model.model.diffusion_model, settings.level_weights)
-    return found
+    result = FeatureGuider(model)
+    result.set_conds(positive, negative)
+    result.set_cfg(cfg)
+    result.planes, result.settings = planes, settings
+    result.flow = is_flow(model)
+    result.level_weights = level_weights(model.model.diffusion_model, settings.level_weights)
+    return result
 
 
 def insertion_guider(
@@ -361,14 +361,14 @@ class FeatureGuider(comfy.samplers.CFGGuider):
             if joined
             else [(one, self.plane_conds[number]) for one, number in zip(latents, used, strict=True)]
         )
-        found = []
+        features = []
         for rows, conds in calls:
             probe = Probe(self.inner_model.diffusion_model, self.level_weights, gradient=False)
             call_unet(probe, self.inner_model, conds, rows, sigma, options)
             probe.check(len(rows), "the positive of an inversion")
-            found.append(probe.features)
+            features.append(probe.features)
         return {
-            level: rearrange(torch.cat([one[level] for one in found]), "(plane b) c h w -> plane b c h w", b=len(x))
+            level: rearrange(torch.cat([one[level] for one in features]), "(plane b) c h w -> plane b c h w", b=len(x))
             for level in self.level_weights
         }
 
@@ -441,14 +441,15 @@ class _Enough(Exception):
 
 
 def _with_room(executor, model: ModelPatcher, shape: tuple, *args, **kwargs):
-    """ComfyUI keeps free what twice the batch would take: what waits for the backward pass, the blocks' inputs and one
-    block's activations, is by its numbers of about a plain step's size (estimated for 1024 pixels, not measured).
+    """Have ComfyUI keep as much memory free as twice the batch would take: what waits for the backward pass, the
+    blocks' inputs and one block's activations, takes about as much as it counts for a plain step (estimated for 1024
+    pixels, not measured).
     """
     return executor(model, (ROOM * shape[0], *shape[1:]), *args, **kwargs)
 
 
 def _join(scenes: list[list[dict]], batch: int) -> list[dict] | None:
-    """One conditioning for the scenes' latents one behind the other; None when they cannot share a batch."""
+    """One conditioning for the scenes' latents one after the other; None when they cannot share a batch."""
     entries = [conds[0] for conds in scenes if len(conds) == 1 and not APART & conds[0].keys()]
     if len(entries) < len(scenes) or len({frozenset(entry["model_conds"]) for entry in entries}) > 1:
         return None

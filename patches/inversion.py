@@ -104,11 +104,13 @@ def invert(
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative if method == "null-text" else positive)
     walk = _Walk(flow, cfg if method == "null-text" else None, inner_steps, checkpointing)
-    found = guider.sample(
+    reconstruction = guider.sample(
         torch.zeros_like(latent), latent, walk, sigmas, callback=callback, disable_pbar=True, seed=seed
     )
     null = torch.stack(walk.null) if walk.null else None
-    return Inversion(torch.stack(walk.trajectory[::-1]), sigmas.cpu(), positive, method, flow, null, found.cpu())
+    return Inversion(
+        torch.stack(walk.trajectory[::-1]), sigmas.cpu(), positive, method, flow, null, reconstruction.cpu()
+    )
 
 
 def _check_null_text(model: ModelPatcher, negative: list | None, cfg: float) -> None:
@@ -209,10 +211,10 @@ class _Walk(comfy.samplers.Sampler):
             with differentiable(self.model.diffusion_model, self.checkpointing):
                 for _ in range(self.inner_steps):
                     unconditional = self.predict_from(leaf, x, sigma)
-                    found = inversion.ode_step(
+                    stepped = inversion.ode_step(
                         x, x, unconditional + (conditional - unconditional) * self.cfg, sigma, sigma, below
                     )
-                    loss = inversion.null_text_loss(found, target, below, self.flow)
+                    loss = inversion.null_text_loss(stepped, target, below, self.flow)
                     (leaf.grad,) = torch.autograd.grad(loss.sum(), leaf)
                     adam.step()
                     if loss.max().item() < inversion.null_text_tolerance(step, steps):
