@@ -491,7 +491,7 @@ def _layer_names(model, vae, positive: list, negative: list, decoder) -> list[st
 
 
 def _object_names(model, vae, positive: list, negative: list, decoder) -> list[str]:
-    """The same of a picture that at least one object is to be taken out of."""
+    """As _layer_names, for a picture that at least one object is to be taken out of."""
     names = _layer_names(model, vae, positive, negative, decoder)
     if len(names) < 2:
         raise ValueError("positive: there is no object to take out of the image; name at least one in Layer prompts.")

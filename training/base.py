@@ -1,5 +1,5 @@
 """An inpainting model to fine-tune, read from its single file into diffusers' classes: Stable Diffusion 1.5 and 2, and
-the mini family's own. What text_base.py needs of such files too.
+the mini family's own. Also what text_base.py needs to read such files.
 """
 
 from __future__ import annotations
@@ -209,7 +209,9 @@ class Stored(nn.Linear):
 
 
 def fill_as_stored(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """A model without contents gets these: frozen, linear layers as precise as they come, all else in float32."""
+    """Fill a model on the meta device with these weights, frozen: linear layers as precise as they come, all else in
+    float32.
+    """
     state = dict(state)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):

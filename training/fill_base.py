@@ -76,7 +76,6 @@ def load(config: dict) -> Base:
 
 def _mini() -> Base:
     encoder, autoencoder = published.checkpoint()
-
     rgba = rgba_autoencoder.build("published").eval().requires_grad_(False)
     words = flux_fill.Words(encoder, settings.family()["flux_tokens"])
     return Base(MINI, autoencoder, rgba, lambda captions, folder: words, published.flux_fill, "GPL-3.0, as the pack")

@@ -198,7 +198,7 @@ def build(config: dict) -> nn.Module:
 
 
 def loss_of(model: nn.Module, batch: Batch, words: Words, config: dict, rng: np.random.Generator) -> dict[str, Tensor]:
-    """Squared error of the velocity, counted less outside the hole; one prompt in `1 / empty_prompt` is left out.
+    """Squared error of the velocity, counted less outside the hole; a share `empty_prompt` of the prompts is left out.
 
     Scalars: what is minimised, and the plain error inside the hole.
     Source: bfs, Eq. 5 (one branch)

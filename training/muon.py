@@ -74,13 +74,13 @@ def orthogonalised(matrices: list[Tensor]) -> list[Tensor]:
     """
     wide = [matrix.T if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
     wide = [matrix / (matrix.norm() + 1e-7) for matrix in wide]
-    found = [None] * len(wide)
+    results = [None] * len(wide)
     for side in {matrix.shape[0] for matrix in wide}:
         places = [i for i, matrix in enumerate(wide) if matrix.shape[0] == side]
         for i, total in zip(places, _polynomial(torch.stack([wide[i] @ wide[i].T for i in places])), strict=True):
-            found[i] = total @ wide[i]
+            results[i] = total @ wide[i]
     return [
-        result if result.shape == matrix.shape else result.T for result, matrix in zip(found, matrices, strict=True)
+        result if result.shape == matrix.shape else result.T for result, matrix in zip(results, matrices, strict=True)
     ]
 
 
