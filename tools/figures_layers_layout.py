@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 
 import figures_layers
-import torch
 from mini_models import LAYER_MODEL
 from safetensors.torch import load_file, save_file
 from strata.networks.layered_denoiser import published_form
