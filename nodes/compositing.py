@@ -27,7 +27,7 @@ CAPTION = 18
 
 
 class InvertImage(Node):
-    """A picture's way to noise, and what comes back from there.
+    """A picture's path to noise, and what comes back from there.
 
     Source: featglac, Sec. 3.3, the inversion of the scenes
     Differs: the method ddim is the default, one call of the model a step; the paper takes null-text inversion, which is

@@ -367,7 +367,7 @@ class LayersSampler(Node):
 
 
 class ImageToLayers(Node):
-    """The picture's way to noise, and from there the layers, which look at that picture at every step.
+    """The picture's path to noise, and from there the layers, which attend to that picture at every step.
 
     Source: dreamlayer, Appendix E
     Differs: the picture is inverted alone; the paper inverts all layers together, as copies of the picture. That was

@@ -105,7 +105,9 @@ def is_decomposer(weights: dict[str, Tensor]) -> bool:
 
 
 def recognise(name: str, weights: dict[str, Tensor], metadata: dict[str, str], layer: str = "foreground") -> Decomposer:
-    """layer: what a file with one UNet of neither name is taken for. Raises ValueError with one sentence."""
+    """A file's content from its weights. layer: what a file with one UNet of neither name is taken for. Raises
+    ValueError with one sentence.
+    """
     layers, alignment = {}, {}
     for one in networks.LAYERS:
         if own := _below(weights, f"{one}."):

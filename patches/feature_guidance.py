@@ -98,7 +98,7 @@ def levels_of(network: UNetModel | Flux) -> dict[featglac.Level, nn.Module]:
 
 
 def level_weights(network: UNetModel | Flux, text: str) -> dict[featglac.Level, float]:
-    """Raises ValueError."""
+    """{level: weight} from what a user writes, see parse_level_weights and parse_block_weights. Raises ValueError."""
     names = list(levels_of(network))
     if not isinstance(network, Flux):
         return featglac.parse_level_weights(text, len(names))
@@ -116,7 +116,9 @@ def is_supported(model: ModelPatcher) -> bool:
 def guider(
     model: ModelPatcher, positive: list, negative: list, cfg: float, planes: Planes, settings: Settings
 ) -> FeatureGuider:
-    """Raises ValueError for a model that has no decoder of this kind, and for level weights that do not fit it."""
+    """The guider that composes these planes. Raises ValueError for a model that is not supported, and for level weights
+    that do not fit it.
+    """
     if not is_supported(model):
         raise ValueError(
             "model: feature guidance works with SD1.5, SD2, SDXL, Flux.1 and the Strata mini family; load one of them."
@@ -463,6 +465,7 @@ def _join(scenes: list[list[dict]], batch: int) -> list[dict] | None:
 
 
 def check_sampler(sampler) -> None:
+    """Raises ValueError for samplers other than Euler's without churn, which DDIM in ComfyUI is too."""
     euler = (
         isinstance(sampler, comfy.samplers.KSAMPLER)
         and sampler.sampler_function is comfy.k_diffusion.sampling.sample_euler

@@ -59,7 +59,9 @@ def noise_levels(model: ModelPatcher, steps: int, scheduler: str, sampler_name: 
 
 
 def is_flow(model: ModelPatcher) -> bool:
-    """Raises ValueError for parametrisations whose path is neither DDIM's nor flow matching's."""
+    """Whether the model does flow matching. Raises ValueError for parametrisations whose path is neither DDIM's nor
+    that of flow matching.
+    """
     sampling = model.get_model_object("model_sampling")
     if isinstance(sampling, comfy.model_sampling.CONST):
         return True
@@ -84,10 +86,10 @@ def invert(
     callback: Callable | None = None,
     checkpointing: bool = False,
 ) -> Inversion:
-    """The path of a latent [B,C,...,H,W] from the VAE. negative, cfg and inner_steps are of use to null-text, seed to
-    noise only.
+    """The path of a latent [B,C,...,H,W] from the VAE to noise and back, at sigmas [N] that fall to 0.
 
-    checkpointing: of null-text, as patches.gradients.differentiable takes it.
+    negative, cfg, inner_steps and checkpointing (see patches.gradients.differentiable) are for the method null-text
+    alone, seed for noise only.
     """
     flow = is_flow(model)
     latent = comfy.sample.fix_empty_latent_channels(model, latent)

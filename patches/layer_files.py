@@ -99,7 +99,7 @@ def load(name: str, kind: type, layer: str = "foreground") -> Transparency | Lay
 def recognise(
     name: str, weights: dict[str, Tensor], metadata: dict[str, str], layer: str = "foreground"
 ) -> Transparency | LayerModules | Decomposer | BackToFront:
-    """Raises ValueError for weights that are none of the pack's kinds."""
+    """A file's content from its weights. Raises ValueError for weights that are none of the pack's kinds."""
     kind = kind_of(weights)
     if kind is LayerModules:
         return layer_modules.recognise(name, weights)

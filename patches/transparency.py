@@ -169,6 +169,7 @@ def _pair(name: str, weights: dict[str, Tensor], trained_here: bool) -> Transpar
 
 
 def filled(name: str, network: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """The network with these weights of the file `name`, frozen. Raises ValueError."""
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:

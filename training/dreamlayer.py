@@ -111,7 +111,7 @@ def object_count(step: int, config: dict, rng: np.random.Generator, most: int = 
 
 
 def prompt_rows(prompts: list[list[str]]) -> Tensor:
-    """[B,L-1,77]"""
+    """[B,L-1,77]: rows of the embedding for the prompts of B scenes, L-1 each."""
     return torch.stack([text.rows(scene) for scene in prompts])
 
 
@@ -208,7 +208,7 @@ def adapter_terms(folder: Path) -> dict[str, Tensor]:
 
 
 def _terms(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By the UNet's modules, of an adapter in LayerDiffuse's form."""
+    """Differences of weights by the UNet's modules, from an adapter in LayerDiffuse's form."""
     end = ".weight::lora::1"
     return {
         key.removeprefix("diffusion_model.").removesuffix(end): parts[key.replace("::lora::1", "::lora::0")] @ down

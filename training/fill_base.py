@@ -82,7 +82,7 @@ def _mini() -> Base:
 
 
 def _plain(key: str) -> str:
-    """Of a transformer alone, or inside a whole checkpoint."""
+    """A transformer's key without the prefix that it has inside a whole checkpoint."""
     return key.removeprefix("model.").removeprefix("diffusion_model.")
 
 
@@ -114,14 +114,16 @@ def _depths(path: Path, shape: dict) -> dict[str, int]:
 
 
 def to_fp8(model: nn.Module) -> None:
-    """The blocks' stored matrices. Low-rank terms come first: they take their first values in the base's precision."""
+    """Store the frozen matrices of the blocks in fp8. Low-rank terms have to be there before, since they take their
+    first values in the base's precision.
+    """
     for name, module in model.named_modules():
         if isinstance(module, bases.Stored) and "transformer_blocks." in name:
             module.weight.data = module.weight.data.to(torch.float8_e4m3fn)
 
 
 def _transformer(path: Path, shape: dict) -> nn.Module:
-    """Frozen, its matrices as they are in the file, or in bf16 where that has fp8. Raises TrainingError."""
+    """The transformer, frozen, its matrices as in the file, or in bf16 where that has fp8. Raises TrainingError."""
     with torch.device("meta"):
         model = flux.build(shape)
     found = {_plain(key): value for key, value in load_file(path).items()}

@@ -45,7 +45,7 @@ class Scene:
 
 
 def names_of(path: Path, most: int) -> list[str]:
-    """Of the background and of up to `most` objects. Raises TrainingError with one sentence."""
+    """The names of the background and of up to `most` objects. Raises TrainingError with one sentence."""
     return [" ".join(layer.name.split()) for layer in _shown(path, most)[1]]
 
 

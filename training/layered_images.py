@@ -40,8 +40,8 @@ class Samples:
 
 
 def samples(config: dict, folder: Path, base: fill_base.Base, check: int) -> dict[str, Samples]:
-    """Of both kinds, or of those that the config names folders for. check: how many rendered scenes are kept for
-    validation. Raises TrainingError with one sentence for folders that do not hold what is needed.
+    """Samples of both kinds, or of those that the config names folders for. check: how many rendered scenes are kept
+    for validation. Raises TrainingError with one sentence for folders that do not hold what is needed.
     """
     if base.family == fill_base.MINI:
         pool = LayeredScenes(folder, base.autoencoder, base.rgba, config["scenes"], config["side"])
@@ -88,7 +88,7 @@ def _images(config: dict, name: str) -> dict[str, Path]:
 
 
 def any_pairs(fronts: dict[str, Path], backgrounds: dict[str, Path], count: int) -> list[Item]:
-    """So many random pairs."""
+    """`count` random pairs of an RGBA image and a background. Raises TrainingError."""
     rng = np.random.default_rng(0)
     (*front,), (*behind,) = fronts.values(), backgrounds.values()
     check_alpha(front)
@@ -216,13 +216,13 @@ def difference(composite: np.ndarray, background: np.ndarray) -> np.ndarray:
 
 
 def bounds(where: np.ndarray) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom."""
+    """Left, top, right, bottom of what is true in [H,W], right and bottom exclusive."""
     rows, columns = (np.nonzero(where.any(axis))[0] for axis in (1, 0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def square(size: tuple[int, int], box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-    """As large as the image (width, height) allows, with the box as near the middle as can be."""
+    """The largest square in an image of this size (width, height), with the box as near its middle as can be."""
     edge = min(size)
     left, top = (min(max((box[axis] + box[axis + 2] - edge) // 2, 0), side - edge) for axis, side in enumerate(size))
     return left, top, left + edge, top + edge

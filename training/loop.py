@@ -85,7 +85,7 @@ class Average:
 
 
 def shared(model: nn.Module) -> dict:
-    """For copy.deepcopy, which then does not copy the frozen weights of a model."""
+    """A memo for copy.deepcopy, with which it shares the frozen weights of a model instead of copying them."""
     return {id(value): value for value in model.parameters() if not value.requires_grad}
 
 
@@ -117,7 +117,7 @@ class Progress:
 
 
 def has_fast_bf16() -> bool:
-    """A processor without bf16 instructions emulates them, many times slower than float32."""
+    """Whether bf16 is fast here: a processor without its instructions emulates them, many times slower than float32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()

@@ -67,7 +67,7 @@ def _adam(parameter: Tensor, state: dict, group: dict) -> None:
 
 
 def orthogonalised(matrices: list[Tensor]) -> list[Tensor]:
-    """Of each, about U V^T of its singular value decomposition: five steps of the quintic Newton-Schulz iteration.
+    """Of each matrix about the U V^T of its singular value decomposition, by five quintic Newton-Schulz steps.
 
     Each step multiplies by a polynomial of x x^T, so all of them are gathered in a square matrix of the short side, for
     all matrices of one short side together.
