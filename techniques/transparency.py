@@ -22,7 +22,7 @@ def extend_colours(colour: Tensor, alpha: Tensor) -> Tensor:
     """Colours [B,3,H,W] that run on smoothly where alpha [B,1,H,W] is below one, so that no edge shows where opacity
     ends; 0..1.
 
-    Opaque pixels keep their colour; a picture without any opaque pixel becomes its mean, black.
+    Opaque pixels keep their colour; a picture that is transparent everywhere becomes black.
     Source: layerdiffuse, Sec. 3.1 (padded RGB: an alpha pyramid, each level 1.2 times smaller).
     """
     levels: list[tuple[Tensor, ...]] = [(colour * alpha, alpha)]
