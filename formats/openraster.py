@@ -194,11 +194,11 @@ def _read(archive: zipfile.ZipFile, name: str, groups: str, notes: list[str]) ->
     check_sides(f"{name}: the canvas", *canvas)
     elements = [element for element in root.iter("layer") if _drawn(element)]
     check_total(name, [_png_size(archive, sizes, element, name) for element in elements])
-    found = []
+    layers = []
     for top in reversed(root.findall("stack")):
-        found += _moved(_layers(archive, top, name, groups == GROUPS[1], notes), top, name)
-    check_count(name, found)
-    return LayerStack(canvas, tuple(found))
+        layers += _moved(_layers(archive, top, name, groups == GROUPS[1], notes), top, name)
+    check_count(name, layers)
+    return LayerStack(canvas, tuple(layers))
 
 
 def _drawn(element: ElementTree.Element) -> bool:
@@ -209,7 +209,7 @@ def _layers(
     archive: zipfile.ZipFile, stack: ElementTree.Element, name: str, merge: bool, notes: list[str]
 ) -> list[Layer]:
     """Of a stack, back to front."""
-    found: list[Layer] = []
+    layers: list[Layer] = []
     for element in reversed(stack):
         label, shown = plain_name(element.get("name", "")) or "Layer", element.get("visibility", "visible") != "hidden"
         operator = element.get("composite-op", "svg:src-over")
@@ -239,12 +239,12 @@ def _layers(
         for layer in new:
             acts = operator in OPERATORS and layer.visible
             layer = replace(layer, blend_mode="normal") if operator in OPERATORS else layer
-            found = _composited(found, layer, operator, notes) if acts else [*found, layer]
+            layers = _composited(layers, layer, operator, notes) if acts else [*layers, layer]
         if operator not in DOCUMENT_MODES and (operator not in OPERATORS or not shown):
             notes.append(
                 f"{label!r} has the blend mode {operator}, which ComfyUI's layers do not have; it is read as normal."
             )
-    return found
+    return layers
 
 
 def _moved(layers: list[Layer], stack: ElementTree.Element, name: str) -> list[Layer]:

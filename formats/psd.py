@@ -134,8 +134,8 @@ def read(path: Path, groups: str = GROUPS[0], notes: list[str] | None = None) ->
 def read_metadata(path: Path) -> dict[str, Any]:
     """What `write` put into the file, for example {"prompt": …, "workflow": …}; empty for other programs' files."""
     data = _open(path)._record.image_resources.get_data(XMP)
-    found = parse_xml(data, f"{path.name}: the XMP block").findtext(f".//{{{NAMESPACE}}}metadata") if data else None
-    return json.loads(found) if found else {}
+    text = parse_xml(data, f"{path.name}: the XMP block").findtext(f".//{{{NAMESPACE}}}metadata") if data else None
+    return json.loads(text) if text else {}
 
 
 def _check_modes(stack: LayerStack) -> None:
@@ -303,18 +303,18 @@ class _Layers:
 
     def of(self, items) -> list[Layer]:
         """Back to front; clipped items go with the item below them that is not."""
-        found, siblings = [], list(items)
+        layers, siblings = [], list(items)
         while siblings:
             item = siblings.pop(0)
             clipped = []
             while siblings and siblings[0].clipping:
                 clipped += self.pieces(siblings.pop(0))
             own = self.pieces(item, isolated=bool(clipped))
-            found += self.clipped(own, clipped, item.name) if clipped and own else own or self.uncovered(item, clipped)
-        return found
+            layers += self.clipped(own, clipped, item.name) if clipped and own else own or self.uncovered(item, clipped)
+        return layers
 
     def pieces(self, item, isolated: bool = False) -> list[Layer]:
-        """isolated: a group that passes through does not: what layers are clipped to is made for itself."""
+        """An item as layers. isolated: a pass-through group is read as normal, since layers are clipped to it."""
         if item.is_group() or _drawn(item):
             self.notes += [
                 f"The {what} of {'group' if item.is_group() else 'layer'} {_name(item)!r} {verb} not read."
@@ -371,7 +371,7 @@ class _Layers:
         if not item.has_mask() or item.mask.disabled:
             return None
         pixels, more = item.numpy("mask"), item.mask._data.parameters
-        found = over(
+        values = over(
             box,
             None if pixels is None else pixels[..., 0],
             item.mask.left,
@@ -385,7 +385,7 @@ class _Layers:
         )
         if more and (more.user_mask_feather or more.vector_mask_feather):
             self.notes.append(f"The feather of the mask of {_name(item)!r} is not read.")
-        return 1 - density / 255 * (1 - found)
+        return 1 - density / 255 * (1 - values)
 
     def group(self, item, isolated: bool) -> list[Layer]:
         outermost, self.merged = self.merged, False
@@ -458,7 +458,7 @@ def _unread(item) -> list[tuple[str, str]]:
     limits = [
         tuple(limit) for channel in (ranges.composite_ranges, *(ranges.channel_ranges or ())) for limit in channel or ()
     ]
-    found = {
+    drawn_by = {
         ("effects", "are"): item.has_effects(),
         ("vector mask", "is"): item.kind == "pixel"
         and item.has_vector_mask()
@@ -470,7 +470,7 @@ def _unread(item) -> list[tuple[str, str]]:
             item.tagged_blocks.get_data(Tag.BLEND_CLIPPING_ELEMENTS, 1)
         ),
     }
-    return [words for words, there in found.items() if there]
+    return [words for words, present in drawn_by.items() if present]
 
 
 def _over_base(base: Layer, tops: list[Layer]) -> Tensor:
@@ -485,8 +485,7 @@ def _over_base(base: Layer, tops: list[Layer]) -> Tensor:
 
 def _flat(psd, notes: list[str]) -> Layer:
     """The picture of a document without layers. Its further channels are saved selections, unless the file says that
-    the first is transparency:
-    by a negative number of layers, by a block of merged transparency or by the identifier 0.
+    the first is transparency: by a negative number of layers, a block of merged transparency or the identifier 0.
     """
     from psd_tools.constants import Resource, Tag
     from psd_tools.psd.image_resources import AlphaIdentifiers, ImageResource

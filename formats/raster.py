@@ -88,10 +88,10 @@ def is_srgb(profile: bytes) -> bool:
     values = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     try:
         own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
-        found = np.array(ImageCms.profileToProfile(Image.fromarray(values), own, srgb, outputMode="RGB"))
+        converted = np.array(ImageCms.profileToProfile(Image.fromarray(values), own, srgb, outputMode="RGB"))
     except (ImageCms.PyCMSError, OSError):
         return False
-    return bool(np.abs(found.astype(int) - values).max() <= 1)
+    return bool(np.abs(converted.astype(int) - values).max() <= 1)
 
 
 def over(box: tuple[int, int, int, int], pixels: np.ndarray | None, x: int, y: int, outside: float) -> np.ndarray:
@@ -143,8 +143,8 @@ def in_place(layer: Layer, canvas: tuple[int, int]) -> Layer:
 
 
 def trimmed(layer: Layer, canvas: tuple[int, int], bits: int = 8) -> Layer:
-    """The layer in place, cut to the box of what a file of these bits does not hold as wholly transparent; one pixel is
-    left where that is nothing.
+    """The layer in place, cut to the box of the pixels that are not wholly transparent in a file of these bits; one
+    pixel is left where there are none.
     """
     layer = in_place(layer, canvas)
     drawn = layer.rgba()[..., 3] * (2**bits - 1) > 0.5
@@ -156,8 +156,8 @@ def trimmed(layer: Layer, canvas: tuple[int, int], bits: int = 8) -> Layer:
 
 def _ends(drawn: Tensor) -> tuple[int, int]:
     """The first index that is true, and the one behind the last."""
-    found = drawn.nonzero()
-    return (int(found[0]), int(found[-1]) + 1) if len(found) else (0, 1)
+    indices = drawn.nonzero()
+    return (int(indices[0]), int(indices[-1]) + 1) if len(indices) else (0, 1)
 
 
 def alpha_to_mask(layer: Layer, canvas: tuple[int, int]) -> Layer:

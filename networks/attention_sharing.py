@@ -99,8 +99,8 @@ class SharedAttention(nn.Module):
             for layer in (self.temporal_q, self.temporal_k, self.temporal_v)
         )
         scores = torch.einsum("bfthc,bgthc->bthfg", q, k).float() * q.shape[-1] ** -0.5
-        found = torch.einsum("bthfg,bgthc->bfthc", scores.softmax(-1).to(v), v)
-        return self.temporal_o(rearrange(found, "b frame token head c -> b frame token (head c)"))
+        attended = torch.einsum("bthfg,bgthc->bfthc", scores.softmax(-1).to(v), v)
+        return self.temporal_o(rearrange(attended, "b frame token head c -> b frame token (head c)"))
 
 
 class PictureFeatures(nn.Module):
@@ -136,11 +136,11 @@ class PictureFeatures(nn.Module):
 
     def forward(self, picture: Tensor) -> dict[int, Tensor]:
         """picture: [B,3,H,W] in -1..1 -> {number of pixels: features [B,C,h,w]}."""
-        found = {}
+        features = {}
         for block in (self.blocks_0, self.blocks_1, self.blocks_2, self.blocks_3):
             picture = block(picture)
-            found[picture.shape[-2] * picture.shape[-1]] = picture
-        return found
+            features[picture.shape[-2] * picture.shape[-1]] = picture
+        return features
 
 
 class Hookers(nn.Module):

@@ -46,8 +46,8 @@ class LowRank(nn.Module):
 
 
 class Sharing(nn.Module):
-    """One block's: low-rank terms for each direction on the block's own projections, and the layer that turns what was
-    read into what is added. Rows come in pairs, composite and foreground one after the other.
+    """The sharing of one block: low-rank terms for each direction on the block's own projections, and the layer that
+    turns what was read into what is added. Rows come in pairs, composite and foreground one after the other.
 
     fused: the last layer sees both branches' messages at once (Eq. 3), not each alone. out: a projection of the
     messages goes before it, with terms of its own, as in the released double blocks.
@@ -100,7 +100,7 @@ class Sharing(nn.Module):
 
 
 def swapped(rows: Tensor) -> Tensor:
-    """Each row's partner in its place."""
+    """[2N,T,C]: each row's partner in its place."""
     return rearrange(rearrange(rows, "(n pair) t c -> n pair t c", pair=2).flip(1), "n pair t c -> (n pair) t c")
 
 
@@ -198,20 +198,20 @@ def _filled(name: str, place: Place, parts: dict[str, Tensor], operations: Any) 
     mix, down = parts["conv1n.weight"], parts["attn1n.to_q.lora_A.xy_lora.weight"]
     width = down.shape[1]
     with torch.device("meta"):  # the file's weights take the place of all
-        found = Sharing(width, len(down), len(mix) == 2 * width, len(layers) > len(PROJECTIONS), operations)
-    found.mix.weight = nn.Parameter(mix, requires_grad=False)
+        sharing = Sharing(width, len(down), len(mix) == 2 * width, len(layers) > len(PROJECTIONS), operations)
+    sharing.mix.weight = nn.Parameter(mix, requires_grad=False)
     for layer in layers:
         for source in SOURCES:
-            term = found.term(layer, source)
+            term = sharing.term(layer, source)
             for linear, part in ((term.down, "A"), (term.up, "B")):
                 linear.weight = nn.Parameter(parts[f"attn1n.{layer}.lora_{part}.{source}.weight"], requires_grad=False)
-    found.norm_q, found.norm_k = (parts.get(f"attn1n.{norm}.weight") for norm in ("norm_q", "norm_k"))
-    return found
+    sharing.norm_q, sharing.norm_k = (parts.get(f"attn1n.{norm}.weight") for norm in ("norm_q", "norm_k"))
+    return sharing
 
 
 def _hosts(name: str, layers: dict[str, dict[str, Tensor]], width: int) -> dict[str, list[Term]]:
-    """Of {diffusers' layer: {"A": down, "B": up}}. Raises ValueError."""
-    found: dict[str, list[Term]] = {}
+    """Terms by the host's name of a layer, from {diffusers' name: {"A": down, "B": up}}. Raises ValueError."""
+    terms: dict[str, list[Term]] = {}
     for layer, parts in layers.items():
         if set(parts) != {"A", "B"}:
             raise ValueError(
@@ -219,8 +219,8 @@ def _hosts(name: str, layers: dict[str, dict[str, Tensor]], width: int) -> dict[
                 "again."
             )
         host, place = _host_layer(layer)
-        found.setdefault(host, []).append(Term(place * width, parts["B"], parts["A"]))
-    return found
+        terms.setdefault(host, []).append(Term(place * width, parts["B"], parts["A"]))
+    return terms
 
 
 def _host_layer(layer: str) -> tuple[str, int]:

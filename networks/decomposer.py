@@ -39,10 +39,10 @@ def published_form(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """What one layer's denoiser has learnt, of the weights of training/layeringdiff.py's Denoiser: the first
     convolution and low-rank terms by diffusers' names as PEFT calls them, or all of it where there are none.
     """
-    found = {}
+    published = {}
     low_rank = any(".lora_" in key for key in state)
     for key, value in state.items():
         name = key.removeprefix("unet.")
         if not low_rank or name.startswith("conv_in.") or ".lora_" in name:
-            found[name.replace(".default.", ".")] = value
-    return found
+            published[name.replace(".default.", ".")] = value
+    return published

@@ -101,7 +101,7 @@ def predict(
     places = torch.zeros(height, width, 3, device=latent.device)
     places[..., 1] = torch.arange(height, device=latent.device)[:, None]
     places[..., 2] = torch.arange(width, device=latent.device)
-    found = model(
+    tokens = model(
         hidden_states=pack(torch.cat([latent, condition], 1)),
         encoder_hidden_states=text,
         pooled_projections=pooled,
@@ -111,11 +111,11 @@ def predict(
         txt_ids=torch.zeros(text.shape[1], 3, device=latent.device),
         return_dict=False,
     )[0]
-    return unpack(found, height)
+    return unpack(tokens, height)
 
 
 def linear_layers(model: nn.Module) -> list[str]:
-    """The names of those in its blocks, but for what modulates: where low-rank terms go."""
+    """The names of the linear layers in its blocks, without those that modulate: where low-rank terms go."""
     return [
         name
         for name, module in model.named_modules()
@@ -129,24 +129,24 @@ def pack(latent: Tensor) -> Tensor:
 
 
 def unpack(tokens: Tensor, rows: int) -> Tensor:
-    """The way back from pack; rows: of tokens."""
+    """The way back from pack, tokens [B,N,4C] -> [B,C,h,w]; rows: of tokens, h/2."""
     return rearrange(tokens, "b (h w) (c down across) -> b c (h down) (w across)", h=rows, down=PATCH, across=PATCH)
 
 
 def host_form(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of diffusers' FluxTransformer2DModel under the host's names, as checkpoints of Flux have them."""
-    found = {}
+    renamed = {}
     for host, parts, ends in _layers(state, "transformer_blocks", "single_transformer_blocks"):
         for end in ends:
             if f"{parts[0]}.{end}" in state:
                 value = torch.cat([state[f"{part}.{end}"] for part in parts])
-                found[f"{host}.{'scale' if 'norm' in host else end}"] = _turned(host, value)
-    return found
+                renamed[f"{host}.{'scale' if 'norm' in host else end}"] = _turned(host, value)
+    return renamed
 
 
 def diffusers_form(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The way back from host_form."""
-    found, width = {}, state["img_in.weight"].shape[0]
+    renamed, width = {}, state["img_in.weight"].shape[0]
     for host, parts, ends in _layers(state, "double_blocks", "single_blocks"):
         for end in ends:
             name = f"{host}.{'scale' if 'norm' in host else end}"
@@ -154,8 +154,8 @@ def diffusers_form(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 # What is joined is as wide as the model, but for the last, which takes the rest.
                 rows = [width] * (len(parts) - 1)
                 values = _turned(host, state[name]).split([*rows, len(state[name]) - sum(rows)])
-                found.update({f"{part}.{end}": value for part, value in zip(parts, values, strict=True)})
-    return found
+                renamed.update({f"{part}.{end}": value for part, value in zip(parts, values, strict=True)})
+    return renamed
 
 
 def _layers(state: dict[str, Tensor], *kinds: str) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...]]]:

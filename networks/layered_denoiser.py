@@ -139,8 +139,8 @@ def attend(module: Any, n: Tensor, context: Tensor, call: Call, jointly: bool, g
 
 
 class LayerBlock(nn.Module):
-    """A transformer block of the UNet, its parts under the names that they had. up: it shares attention. gives_maps:
-    maps are taken from it.
+    """A transformer block of the UNet, its parts under the names that they had. up: it is on the way up, so it mixes
+    maps in and shares attention. gives_maps: maps are taken from it.
     """
 
     def __init__(self, plain: TransformerBlock, adapter: dict[str, Tensor], up: bool, gives_maps: bool):
@@ -181,15 +181,15 @@ def layer_tokens(
 def map_blocks(unet: UNet) -> list[str]:
     """The transformer blocks of the way down at its lowest resolution, which is where the nodes take the maps."""
     level = 0
-    found: dict[str, int] = {}
+    levels: dict[str, int] = {}
     for number, part in enumerate(unet.input_blocks):
         level += any(isinstance(layer, Downsample) for layer in part.modules())
-        found |= {
+        levels |= {
             f"input_blocks.{number}.{name}": level
             for name, layer in part.named_modules()
             if isinstance(layer, TransformerBlock)
         }
-    return [name for name, of in found.items() if of == max(found.values())]
+    return [name for name, depth in levels.items() if depth == max(levels.values())]
 
 
 class LayeredDenoiser(nn.Module):
@@ -253,11 +253,11 @@ def published_form(
 
     prefix: of the UNet's keys in the state. named: ComfyUI's name of a module of it ("diffusion_model.…").
     """
-    found = {}
+    published = {}
     for key, value in state.items():
         module, _, kind = key.removeprefix(prefix).rpartition(".")
         if kind in ("shared", "foreground"):
-            found[f"{kind}.{named(module)}.weight"] = value
+            published[f"{kind}.{named(module)}.weight"] = value
         elif key.startswith(("layer_embedding", "context_layers.")):
-            found[key] = value
-    return found
+            published[key] = value
+    return published

@@ -61,7 +61,7 @@ class Encoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """words: how many tokens have an embedding; the checkpoint names them (`training.checkpoint`)."""
+    """words: how many tokens have an embedding; the checkpoint lists them as cond_stage_model.token_ids."""
 
     def __init__(
         self,

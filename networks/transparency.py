@@ -228,10 +228,10 @@ def encoder_shape(weights: dict[str, Tensor]) -> dict:
 
 def published_adapter(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The trained terms under LayerDiffuse's keys: `<weight>::lora::0` is up [out,rank], `::1` is down [rank,in]."""
-    found = {}
+    published = {}
     for key, value in state.items():
         for part, index in (("lora_B", 0), ("lora_A", 1)):
             if f".{part}.default.weight" in key:
                 name = key.removeprefix("model.").replace(f".{part}.default.weight", ".weight")
-                found[f"{name}::lora::{index}"] = value
-    return found
+                published[f"{name}::lora::{index}"] = value
+    return published

@@ -27,7 +27,7 @@ CAPTION = 18
 
 
 class InvertImage(Node):
-    """A picture's way to noise, and what comes back from there.
+    """A picture's path to noise, and what comes back from there.
 
     Source: featglac, Sec. 3.3, the inversion of the scenes
     Differs: the method ddim is the default, one call of the model a step; the paper takes null-text inversion, which is
@@ -153,14 +153,14 @@ class InvertImage(Node):
         image = encodable(image, vae)[..., :3]
         sigmas = noise_levels(model, steps, scheduler)
         latent = autoencoder.encode(vae, image)
-        found = inversion_cache.invert_once(
+        inversion = inversion_cache.invert_once(
             model, latent, positive, negative, sigmas, method, cfg, inner_steps, seed, checkpointing, disk_cache == "on"
         )
-        made = latent if found.reconstruction is None else found.reconstruction
+        made = latent if inversion.reconstruction is None else inversion.reconstruction
         after = autoencoder.decode(vae, made)[..., :3].cpu()
-        report = _report(found, latent, image, after)
+        report = _report(inversion, latent, image, after)
         shown = {"images": [_before_after(image[0].cpu(), after[0], report)]}
-        return io.NodeOutput(found, found.sigmas, {"samples": latent}, after, report, ui=shown)
+        return io.NodeOutput(inversion, inversion.sigmas, {"samples": latent}, after, report, ui=shown)
 
 
 def _report(found: Inversion, latent: torch.Tensor, image: torch.Tensor, after: torch.Tensor) -> str:
@@ -516,9 +516,9 @@ class InsertAtDepth(Node):
         )
         nearer = region - visible
         held, noise_mask = (crop_to_latent(mask, latent["samples"]) for mask in (nearer, region))
-        found = insertion_guider(model, positive, negative, cfg, Plane(inversion, held[0]), **settings)
+        guidance = insertion_guider(model, positive, negative, cfg, Plane(inversion, held[0]), **settings)
         faded = visible * feathered(region[:, None], feather)[:, 0]
-        return io.NodeOutput(found, {**latent, "noise_mask": noise_mask}, faded, nearer, ui=reader.ui() or None)
+        return io.NodeOutput(guidance, {**latent, "noise_mask": noise_mask}, faded, nearer, ui=reader.ui() or None)
 
 
 def _visible_part(region: torch.Tensor, depth: torch.Tensor, threshold: float) -> torch.Tensor:

@@ -140,10 +140,10 @@ class DetectForeground(Node):
             found = [one[[detection.nearest(one.masks, own)]] for one, own in zip(found, depth, strict=True)]
         boxes = torch.cat([detection.box_masks(one.boxes, image.shape[1:3]) for one in found])
         lines = [f"image {number}: {line}" for number, one in enumerate(found, 1) for line in one.lines()]
-        said = [label for one in found for label in one.labels]
+        labels = [label for one in found for label in one.labels]
         notes = told([*reader.notes, *lines])
         return io.NodeOutput(
-            torch.cat([one.masks for one in found]), boxes, "\n".join(lines), "\n".join(said), ui=notes
+            torch.cat([one.masks for one in found]), boxes, "\n".join(lines), "\n".join(labels), ui=notes
         )
 
 

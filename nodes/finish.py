@@ -151,7 +151,7 @@ def _figures(stack: LayerStack, image: torch.Tensor | None) -> tuple[torch.Tenso
     rasters = (rasterise(layer, stack.canvas) for layer in stack.layers if layer.visible)  # one at a time in memory
     seen = [(scoring.halo(raster), raster[..., 3].clone()) for raster in rasters]
     edges, alphas = [one for one, _ in seen], [own for _, own in seen]
-    found = {
+    figures = {
         "layers": float(len(stack.layers)),
         "blank": float(len(received.blanks(small))),
         "duplicate": float(len(received.duplicates(small))),
@@ -160,9 +160,9 @@ def _figures(stack: LayerStack, image: torch.Tensor | None) -> tuple[torch.Tenso
         "hidden_filled": scoring.hidden_filled(alphas) if alphas else math.nan,
     }
     if image is None:
-        return torch.zeros_like(alpha), found
+        return torch.zeros_like(alpha), figures
     error, of_image = scoring.recomposition(colour, alpha, image)
-    return error, found | of_image
+    return error, figures | of_image
 
 
 def _rows(stack: LayerStack, truth: LayerStack, merges: int) -> list[dict[str, float]]:

@@ -258,13 +258,15 @@ class RedrawLayer(Node):
 
 
 def _one(stack: LayerStack, text: str) -> int:
-    """Raises ValueError when the text does not name a single layer."""
+    """Index of the layer that the text names, the frontmost for an empty text. Raises ValueError when it does not name
+    a single layer.
+    """
     if not text.strip():
         return len(stack.layers) - 1
-    found = arrange.select(stack, text, "layer")
-    if len(found) != 1:
-        raise ValueError(f"layer: {text[:60]!r} names {len(found)} layers; name the one that is to be drawn anew.")
-    return found[0]
+    indices = arrange.select(stack, text, "layer")
+    if len(indices) != 1:
+        raise ValueError(f"layer: {text[:60]!r} names {len(indices)} layers; name the one that is to be drawn anew.")
+    return indices[0]
 
 
 NODES = [CompleteLayers, RedrawLayer]

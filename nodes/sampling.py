@@ -76,9 +76,9 @@ def noise_inputs(prefix: str = "", percents: tuple[str, str] = ("start_percent",
             max=1.0,
             step=0.01,
             optional=True,
-            tooltip=f"{told} It means the same with every model, which {percent} does not. 0 goes by {percent}.",
+            tooltip=f"{text} It means the same with every model, which {percent} does not. 0 goes by {percent}.",
         )
-        for end, percent, told in zip(("start", "end"), percents, what, strict=True)
+        for end, percent, text in zip(("start", "end"), percents, what, strict=True)
     ]
 
 

@@ -367,7 +367,7 @@ class LayersSampler(Node):
 
 
 class ImageToLayers(Node):
-    """The picture's way to noise, and from there the layers, which look at that picture at every step.
+    """The picture's path to noise, and from there the layers, which attend to that picture at every step.
 
     Source: dreamlayer, Appendix E
     Differs: the picture is inverted alone; the paper inverts all layers together, as copies of the picture. That was
@@ -491,7 +491,7 @@ def _layer_names(model, vae, positive: list, negative: list, decoder) -> list[st
 
 
 def _object_names(model, vae, positive: list, negative: list, decoder) -> list[str]:
-    """The same of a picture that at least one object is to be taken out of."""
+    """As _layer_names, for a picture that at least one object is to be taken out of."""
     names = _layer_names(model, vae, positive, negative, decoder)
     if len(names) < 2:
         raise ValueError("positive: there is no object to take out of the image; name at least one in Layer prompts.")

@@ -1,5 +1,5 @@
-"""The attention blocks of a UNet: where they are, what is known inside of them, and patches put around others'
-patches.
+"""The attention blocks of a UNet: where they are, what a patch inside them is told, and our patches put around those of
+others.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ def check_tokens(rows: Tensor, options: dict) -> None:
 
 
 def place_of(options: dict) -> Place:
+    """Where the attention that calls with these options is."""
     return (*options["block"], options["block_index"])
 
 

@@ -1,5 +1,5 @@
-"""Attention over several pictures of a batch, as LayerDiffuse's SD1.5 files do it: beside the UNet's own attentions,
-put there while the model is in use.
+"""Attention over several pictures of a batch, as LayerDiffuse's SD1.5 files do it: added to the UNet's own attentions
+while the model is in use.
 """
 
 from __future__ import annotations
@@ -24,18 +24,17 @@ from .layer_rows import LAYERFUSION, Rows
 
 NAME = re.compile(r"(input_blocks|output_blocks|middle_block)\..*\.attn[12]")
 KEY = "strata_sharing_"
-MOST_REPEATED = 4  # as ComfyUI puts conditionings of several lengths into one batch
+MOST_REPEATED = 4  # common length of the prompts over the longest one's, at most; ComfyUI has such a limit too
 # A ControlNet's fields that its run sets.
 OF_A_RUN = ("cond_hint", "timestep_range", "extra_concat", "model_sampling_current")
-CONTROL = (
-    "strata_sharing_picture"  # the picture's features by number of pixels, in the transformer options of one evaluation
-)
+# Key in the transformer options of one evaluation: the picture's features by number of pixels.
+CONTROL = "strata_sharing_picture"
 
 
 def attentions(unet: nn.Module) -> list[nn.Module]:
     """In the order of the files: input blocks, output blocks, the middle block last."""
-    found = [(name, module) for name, module in unet.named_modules() if NAME.fullmatch(name)]
-    return [module for name, module in sorted(found, key=lambda item: item[0].startswith("middle"))]
+    matching = [(name, module) for name, module in unet.named_modules() if NAME.fullmatch(name)]
+    return [module for name, module in sorted(matching, key=lambda item: item[0].startswith("middle"))]
 
 
 def widths(model: ModelPatcher) -> list[dict[str, tuple[int, int]]]:
@@ -136,6 +135,8 @@ class Injection:
 
 
 def shared(module: nn.Module, plain: Callable, layer: nn.Module, strength: float) -> Callable:
+    """An attention's forward with the shared layer. plain: the forward that was there, for strengths other than 1."""
+
     def forward(x, context=None, value=None, mask=None, transformer_options={}):  # noqa: B006 the host's own signature
         if layer.frames > 1:
             check_tokens(x, transformer_options)
@@ -163,8 +164,8 @@ def shared(module: nn.Module, plain: Callable, layer: nn.Module, strength: float
 
 
 def with_features(sharing: AttentionSharing, picture: Tensor) -> Callable:
-    """Wrapper of the UNet: the picture's features at the size of this latent go along in its options. Pictures repeat
-    over the batch.
+    """Wrapper of the UNet that puts the features of the picture [B,3,H,W] in -1..1, at the size of the call's latent,
+    into its options. Pictures repeat over the batch.
     """
 
     def wrapper(executor, x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **kwargs):  # noqa: B006

@@ -66,9 +66,9 @@ def apply(model: ModelPatcher, file: BackToFront, strength: float = 1.0, layout:
 
 
 def _own(model: ModelPatcher, file: BackToFront, branch: str) -> dict[str, nn.Module]:
-    """What a branch learnt for itself, as layers beside the model's. Raises ValueError."""
+    """What a branch has learnt for itself, as layers beside the model's. Raises ValueError."""
     weights = transparency_model.unpatched(model)
-    found = {}
+    joined = {}
     for name, terms in file.content[branch].items():
         key = f"diffusion_model.{name}.weight"
         rows = len(weights[key]) if key in weights else 0
@@ -76,8 +76,8 @@ def _own(model: ModelPatcher, file: BackToFront, branch: str) -> dict[str, nn.Mo
             raise ValueError(
                 f"model: {file.name} changes {name}, which this model lacks or has in another size; load its base."
             )
-        found[key] = networks.joined(terms, rows)
-    return foreground.differences(model, found)
+        joined[key] = networks.joined(terms, rows)
+    return foreground.differences(model, joined)
 
 
 def is_on(model: ModelPatcher) -> bool:
@@ -124,10 +124,10 @@ def _check_copies(model: ModelPatcher, file: BackToFront) -> None:
     wanted = {key.removeprefix("diffusion_model."): value for key, value in weights.items()}
     own = flux.diffusers_form(wanted)
     for key, value in file.copies.items():
-        there = own.get(key)
-        if there is None or not there.dtype.is_floating_point or there.dtype.itemsize < 2:
+        stored = own.get(key)
+        if stored is None or not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
             continue  # fp8 and quantised weights are not the file's to the digit
-        if (there.float() - value.float()).abs().max() > SAME * there.float().abs().max():
+        if (stored.float() - value.float()).abs().max() > SAME * stored.float().abs().max():
             raise ValueError(
                 f"model: {file.name} was trained on another base than this one ({key} differs); load its base."
             )
@@ -143,13 +143,13 @@ def _denoise(terms: Terms, strength: float, executor, x: Tensor, *args, **kwargs
         ]
         for rows, own in zip((COMPOSITE, FOREGROUND), terms.content, strict=True):
             stack.enter_context(foreground.acting(unet, own, strength, rows))
-        found = executor(x, *args, **kwargs)
+        out = executor(x, *args, **kwargs)
         if not all(call.done for call in calls):
             raise ValueError(
                 "model: another patch on it replaces the blocks' projections, so the branches cannot read each other; "
                 "remove that patch."
             )
-    return found
+    return out
 
 
 @contextmanager
@@ -234,19 +234,19 @@ class _Double(_Call):
 def fill_background(
     positive: list, negative: list, vae, background: Tensor, mask: Tensor
 ) -> tuple[list, list, dict[str, Tensor]]:
-    """Both conditionings with the background [B,H,W,C], whole, and the mask [B,H,W] of where the foreground goes; and
-    an empty latent of that size.
+    """Both conditionings with the whole background [B,H,W,C] and the mask [B,H,W] of where the foreground goes,
+    1 = there; and an empty latent of that size.
 
     Source: bfs, Sec. 3 (the condition of both branches)
     """
     height, width = mask.shape[-2:]
-    whole = filled_up(rearrange(background[..., :3], "b h w c -> b c h w"), FILLED_UP)
-    latent = autoencoder.encode(vae, rearrange(whole, "b c h w -> b h w c"))
+    padded = filled_up(rearrange(background[..., :3], "b h w c -> b c h w"), FILLED_UP)
+    latent = autoencoder.encode(vae, rearrange(padded, "b c h w -> b h w c"))
     # nothing is painted into what is filled up
-    border = F.pad(mask[:, None], (0, -width % FILLED_UP, 0, -height % FILLED_UP))
-    values = {"concat_latent_image": latent, "concat_mask": border}
-    told = [node_helpers.conditioning_set_values(one, values) for one in (positive, negative)]
-    return told[0], told[1], {"samples": torch.zeros_like(latent)}
+    padded_mask = F.pad(mask[:, None], (0, -width % FILLED_UP, 0, -height % FILLED_UP))
+    values = {"concat_latent_image": latent, "concat_mask": padded_mask}
+    conditionings = [node_helpers.conditioning_set_values(one, values) for one in (positive, negative)]
+    return conditionings[0], conditionings[1], {"samples": torch.zeros_like(latent)}
 
 
 def sample(
@@ -298,9 +298,9 @@ def extracting(model: ModelPatcher, composite: Tensor) -> ModelPatcher:
         return executor(x, timestep, *args, **kwargs)
 
     def predict(executor, x: Tensor, *args, **kwargs):
-        found = executor(x, *args, **kwargs).clone()
-        found[0::2] = _repeated(clean, len(found) // 2).to(found)
-        return found
+        denoised = executor(x, *args, **kwargs).clone()
+        denoised[0::2] = _repeated(clean, len(denoised) // 2).to(denoised)
+        return denoised
 
     clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, GIVEN, denoise)
     clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, GIVEN, predict)

@@ -43,10 +43,11 @@ class Hole:
 def complete(
     stack: LayerStack, chosen: Sequence[int], paint: Painter, steps: int, grow: int = 0
 ) -> tuple[LayerStack, dict[int, Tensor]]:
-    """The stack whose chosen layers go on behind nearer ones, and by layer the alpha [H,W] that was added. Layers that
-    lack nothing are the same objects; the others fill the canvas.
+    """The stack whose chosen layers are continued behind nearer ones, and by layer the alpha [H,W] that it now has
+    there. Layers that lack nothing are the same objects; the others fill the canvas.
 
-    grow: how many pixels around what is missing are drawn anew too, and left out again.
+    steps: sampling steps for each layer, for the progress bar. grow: how many pixels around what is missing are drawn
+    anew too; nothing of them is taken.
     """
     pixels = {
         number: rasterise(replace(layer, opacity=1.0), stack.canvas)
@@ -58,15 +59,15 @@ def complete(
     cover = dict(zip(numbers, 1 - left_clear(torch.stack(hiding))[1:], strict=True)) if numbers else {}
     added = {}
     for number in numbers:
-        found = completion.missing_behind(pixels[number][..., 3], cover[number], number == numbers[0])
-        if number in chosen and found.any():
-            added[number] = found
-    whole, progress, layers = flatten(stack)[0], layeringdiff.Progress(len(added) * steps), list(stack.layers)
+        missing = completion.missing_behind(pixels[number][..., 3], cover[number], number == numbers[0])
+        if number in chosen and missing.any():
+            added[number] = missing
+    composite, progress, layers = flatten(stack)[0], layeringdiff.Progress(len(added) * steps), list(stack.layers)
     for number, region in added.items():
         colour, alpha = flatten(stack.with_layers(layers[: number + 1]))
         around = completion.grown(region, grow)
         image = completion.continued(colour, around + (alpha <= 0))
-        drawn = paint(Hole(image, around, layers[number].name, whole, cover[number]), progress)
+        drawn = paint(Hole(image, around, layers[number].name, composite, cover[number]), progress)
         drawn = completion.matched(drawn, image, around)
         layers[number] = layers[number].with_pixels(completion.filled_in(pixels[number], drawn, region))
     return stack.with_layers(layers), added
@@ -106,22 +107,22 @@ class Inpainting:
         positive = self.positive
         if self.clip is not None:
             positive = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(hole.name))
-        told = [node_helpers.conditioning_set_values(one, values) for one in (positive, self.negative)]
-        found = comfy.sample.sample(
+        conditionings = [node_helpers.conditioning_set_values(one, values) for one in (positive, self.negative)]
+        sampled = comfy.sample.sample(
             self.model,
             comfy.sample.prepare_noise(latent, self.seed),
             self.steps,
             self.cfg,
             self.sampler_name,
             self.scheduler,
-            *told,
+            *conditionings,
             latent,
             noise_mask=mask,
             callback=progress.callback(self.model, self.steps),
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=self.seed,
         )
-        return autoencoder.decode(self.vae, found)[0, :height, :width, :3].to(hole.image)
+        return autoencoder.decode(self.vae, sampled)[0, :height, :width, :3].to(hole.image)
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,9 @@ def is_decomposer(weights: dict[str, Tensor]) -> bool:
 
 
 def recognise(name: str, weights: dict[str, Tensor], metadata: dict[str, str], layer: str = "foreground") -> Decomposer:
-    """layer: what a file with one UNet of neither name is taken for. Raises ValueError with one sentence."""
+    """A file's content from its weights. layer: what a file with one UNet of neither name is taken for. Raises
+    ValueError with one sentence.
+    """
     layers, alignment = {}, {}
     for one in networks.LAYERS:
         if own := _below(weights, f"{one}."):
@@ -250,7 +252,7 @@ def _is_coarse(model: ModelPatcher, terms: dict) -> bool:
 
 
 def _merged(model: ModelPatcher, own: dict[str, Tensor], terms: dict) -> ModelPatcher:
-    """As ComfyUI's LoRAs are: other patches on these weights go with them."""
+    """Merged as ComfyUI's LoRAs are, so that other patches on these weights act too."""
     state, first, target = unpatched(model), own[FIRST].float(), f"diffusion_model.{HOSTS_FIRST}"
     difference, bias = first.clone(), target.replace("weight", "bias")
     difference[:, :9] -= state[target].to(first)
@@ -357,13 +359,13 @@ def draw(
     Source: layeringdiff, Sec. 3.3 (FBDD)
     """
     height, width = image.shape[-2:]
-    whole, behind = filled_up(image, MULTIPLE), F.pad(alpha, _padding(alpha))
-    latent, cells = autoencoder.encode(vae, whole.movedim(1, -1)), layering.alpha_cells(behind)
+    padded, padded_alpha = filled_up(image, MULTIPLE), F.pad(alpha, _padding(alpha))
+    latent, cells = autoencoder.encode(vae, padded.movedim(1, -1)), layering.alpha_cells(padded_alpha)
     layers = []
     for layer in wanted:
         clone = denoiser(model, decomposer, layer, latent, cells)
-        found = _sample(clone, decomposer.null, latent, run, progress)
-        made = autoencoder.decode(vae, found)[..., :3].movedim(-1, 1)
+        sampled = _sample(clone, decomposer.null, latent, run, progress)
+        made = autoencoder.decode(vae, sampled)[..., :3].movedim(-1, 1)
         layers.append(made[..., :height, :width].to(image))
     return layers
 
@@ -391,6 +393,7 @@ def finish(
 
 
 def _padding(image: Tensor) -> tuple[int, ...]:
+    """For F.pad: up to multiples of MULTIPLE, at the right and below."""
     return (0, -image.shape[-1] % MULTIPLE, 0, -image.shape[-2] % MULTIPLE)
 
 

@@ -98,7 +98,7 @@ def levels_of(network: UNetModel | Flux) -> dict[featglac.Level, nn.Module]:
 
 
 def level_weights(network: UNetModel | Flux, text: str) -> dict[featglac.Level, float]:
-    """Raises ValueError."""
+    """{level: weight} from what a user writes, see parse_level_weights and parse_block_weights. Raises ValueError."""
     names = list(levels_of(network))
     if not isinstance(network, Flux):
         return featglac.parse_level_weights(text, len(names))
@@ -116,7 +116,9 @@ def is_supported(model: ModelPatcher) -> bool:
 def guider(
     model: ModelPatcher, positive: list, negative: list, cfg: float, planes: Planes, settings: Settings
 ) -> FeatureGuider:
-    """Raises ValueError for a model that has no decoder of this kind, and for level weights that do not fit it."""
+    """The guider that composes these planes. Raises ValueError for a model that is not supported, and for level weights
+    that do not fit it.
+    """
     if not is_supported(model):
         raise ValueError(
             "model: feature guidance works with SD1.5, SD2, SDXL, Flux.1 and the Strata mini family; load one of them."
@@ -132,13 +134,13 @@ def guider(
                 "negative: it combines several conditionings, and the embeddings of null-text can replace only one; "
                 "connect one text encoding."
             )
-    found = FeatureGuider(model)
-    found.set_conds(positive, negative)
-    found.set_cfg(cfg)
-    found.planes, found.settings = planes, settings
-    found.flow = is_flow(model)
-    found.level_weights = level_weights(model.model.diffusion_model, settings.level_weights)
-    return found
+    result = FeatureGuider(model)
+    result.set_conds(positive, negative)
+    result.set_cfg(cfg)
+    result.planes, result.settings = planes, settings
+    result.flow = is_flow(model)
+    result.level_weights = level_weights(model.model.diffusion_model, settings.level_weights)
+    return result
 
 
 def insertion_guider(
@@ -361,14 +363,14 @@ class FeatureGuider(comfy.samplers.CFGGuider):
             if joined
             else [(one, self.plane_conds[number]) for one, number in zip(latents, used, strict=True)]
         )
-        found = []
+        features = []
         for rows, conds in calls:
             probe = Probe(self.inner_model.diffusion_model, self.level_weights, gradient=False)
             call_unet(probe, self.inner_model, conds, rows, sigma, options)
             probe.check(len(rows), "the positive of an inversion")
-            found.append(probe.features)
+            features.append(probe.features)
         return {
-            level: rearrange(torch.cat([one[level] for one in found]), "(plane b) c h w -> plane b c h w", b=len(x))
+            level: rearrange(torch.cat([one[level] for one in features]), "(plane b) c h w -> plane b c h w", b=len(x))
             for level in self.level_weights
         }
 
@@ -441,14 +443,15 @@ class _Enough(Exception):
 
 
 def _with_room(executor, model: ModelPatcher, shape: tuple, *args, **kwargs):
-    """ComfyUI keeps free what twice the batch would take: what waits for the backward pass, the blocks' inputs and one
-    block's activations, is by its numbers of about a plain step's size (estimated for 1024 pixels, not measured).
+    """Have ComfyUI keep as much memory free as twice the batch would take: what waits for the backward pass, the
+    blocks' inputs and one block's activations, takes about as much as it counts for a plain step (estimated for 1024
+    pixels, not measured).
     """
     return executor(model, (ROOM * shape[0], *shape[1:]), *args, **kwargs)
 
 
 def _join(scenes: list[list[dict]], batch: int) -> list[dict] | None:
-    """One conditioning for the scenes' latents one behind the other; None when they cannot share a batch."""
+    """One conditioning for the scenes' latents one after the other; None when they cannot share a batch."""
     entries = [conds[0] for conds in scenes if len(conds) == 1 and not APART & conds[0].keys()]
     if len(entries) < len(scenes) or len({frozenset(entry["model_conds"]) for entry in entries}) > 1:
         return None
@@ -462,6 +465,7 @@ def _join(scenes: list[list[dict]], batch: int) -> list[dict] | None:
 
 
 def check_sampler(sampler) -> None:
+    """Raises ValueError for samplers other than Euler's without churn, which DDIM in ComfyUI is too."""
     euler = (
         isinstance(sampler, comfy.samplers.KSAMPLER)
         and sampler.sampler_function is comfy.k_diffusion.sampling.sample_euler

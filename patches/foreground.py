@@ -65,7 +65,7 @@ def differences(model: ModelPatcher, terms: dict[str, tuple[Tensor, Tensor] | Te
 
 
 def load_with(model: ModelPatcher, networks: list[nn.Module]) -> None:
-    """From now on ComfyUI holds them where it holds this clone."""
+    """Have ComfyUI load these networks with this clone from now on, and unload them with it."""
     helper = comfy.model_patcher.ModelPatcher(
         nn.ModuleList(networks), load_device=model.load_device, offload_device=model.offload_device
     )
@@ -80,7 +80,7 @@ def _submodule(module: nn.Module, name: str) -> nn.Module | None:
 
 
 def _is_linear(module: nn.Module | None) -> bool:
-    """ComfyUI's linear layers of quantised models are no nn.Linear."""
+    """Also true of ComfyUI's linear layers of quantised models, which are not nn.Linear."""
     return isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
 
 

@@ -43,8 +43,9 @@ BLOCKS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """strength 0..1; boundary: the paper's d; percents of the sampling; reuse: structure of the step before instead of
-    a prior pass.
+    """strength: 0..1. boundary: the paper's d. start_percent, end_percent: 0..1 of the sampling. blocks: the parts of
+    the model that blend, see BLOCKS. reuse: the structure of the step before instead of a prior pass. own_prompt: the
+    blended branch reads its own prompt instead of the background's.
 
     wide: after Eq. 2 the blended branch goes on with the foreground through the wide mask instead of the soft one.
     priors: what the masks are made of, one of fusion.PRIORS.
@@ -148,10 +149,10 @@ def _calculate(
     def calculate(phase: str, conds: list, x: Tensor = x, timestep: Tensor = timestep, options: dict = options):
         call = Call(settings, run, phase, place)
         call_options = {**model_options, "transformer_options": {**options, METHOD.key: call}}
-        found = executor(model, conds, x, timestep, call_options)
+        estimates = executor(model, conds, x, timestep, call_options)
         if call.structure is not None:
             run.structure = call.structure
-        return found
+        return estimates
 
     if number is not None and (run.structure is None or not settings.reuse):
         if "control" in conds[number][0]:  # a ControlNet keeps its hints for one size of batch
@@ -260,8 +261,8 @@ def _remember(
     ends: list[int],
     size: tuple[int, int],
 ) -> Tensor:
-    """The masks of an attention layer, from its foreground's queries and the keys of the foreground's prompt. Gives
-    what the paper's Fig. 3 shows of them, [B,4,H,W].
+    """Keep the masks of an attention layer, from its foreground's queries [B,M,C] and the keys [B,T,C] of the
+    foreground's prompt. Returns what the paper's Fig. 3 shows of them, [B,4,H,W].
     """
     structure = fusion.resize_prior(*call.run.structure, size)
     content = fusion.content_prior(q, k, heads, ends)

@@ -122,8 +122,8 @@ class _Adding:
 
     def forward(self, *args, **kwargs):
         named = {name: _summing(value) if name in ("img", "txt", "x") else value for name, value in kwargs.items()}
-        found = super().forward(*map(_summing, args), **named)
-        return tuple(map(_plain, found)) if isinstance(found, tuple) else _plain(found)
+        sums = super().forward(*map(_summing, args), **named)
+        return tuple(map(_plain, sums)) if isinstance(sums, tuple) else _plain(sums)
 
 
 class _Sum(Tensor):
@@ -216,25 +216,25 @@ def _attention(override: Callable | None, own: Callable, q: Tensor, *args, **kwa
         args, kwargs = list(map(_kept, args)), {name: _kept(value) for name, value in kwargs.items()}
     if override is None:
         return attention_pytorch(q, *args, **kwargs)
-    found = override(attention_pytorch, q, *args, **kwargs)
-    return attention_pytorch(q, *args, **kwargs) if _cut(found, q, *args) else found
+    out = override(attention_pytorch, q, *args, **kwargs)
+    return attention_pytorch(q, *args, **kwargs) if _cut(out, q, *args) else out
 
 
-def _cut(found: Tensor, *inputs) -> bool:
-    """Whether a result has lost the gradient that its inputs carry."""
-    return not found.requires_grad and any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+def _cut(result: Tensor, *inputs) -> bool:
+    """Whether a result lacks the gradient that its inputs carry."""
+    return not result.requires_grad and any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
 
 
 def _checked(patch: Callable, *args, **kwargs):
     """The patch's result; those of Flux's blocks take and give dicts."""
     inputs = list(args[0].values()) if isinstance(args[0], dict) else args
-    found = patch(*args, **kwargs)
-    if _cut(found["img"] if isinstance(found, dict) else found, *inputs):
+    result = patch(*args, **kwargs)
+    if _cut(result["img"] if isinstance(result, dict) else result, *inputs):
         raise ValueError(
             "model: a patch on it replaces an attention block by one without gradients, which guidance and null-text "
             "need; remove that patch, or start ComfyUI with --use-pytorch-cross-attention."
         )
-    return found
+    return result
 
 
 class _OnCopies(torch.autograd.Function):
@@ -263,10 +263,12 @@ class _OnCopies(torch.autograd.Function):
     def backward(ctx, *gradients):
         with torch.enable_grad(), torch.autograd.graph.allow_mutation_on_saved_tensors():
             leaves = [value.detach().clone().requires_grad_(value.is_floating_point()) for value in ctx.saved_tensors]
-            found = ctx.call([value.clone() for value in leaves])
+            outputs = ctx.call([value.clone() for value in leaves])
             pairs = [
                 (value, gradient)
-                for value, gradient in zip(found if isinstance(found, tuple) else (found,), gradients, strict=True)
+                for value, gradient in zip(
+                    outputs if isinstance(outputs, tuple) else (outputs,), gradients, strict=True
+                )
                 if isinstance(value, Tensor) and value.requires_grad
             ]
             wanted = [leaf for leaf in leaves if leaf.requires_grad]

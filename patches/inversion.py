@@ -59,7 +59,9 @@ def noise_levels(model: ModelPatcher, steps: int, scheduler: str, sampler_name: 
 
 
 def is_flow(model: ModelPatcher) -> bool:
-    """Raises ValueError for parametrisations whose path is neither DDIM's nor flow matching's."""
+    """Whether the model does flow matching. Raises ValueError for parametrisations whose path is neither DDIM's nor
+    that of flow matching.
+    """
     sampling = model.get_model_object("model_sampling")
     if isinstance(sampling, comfy.model_sampling.CONST):
         return True
@@ -84,10 +86,10 @@ def invert(
     callback: Callable | None = None,
     checkpointing: bool = False,
 ) -> Inversion:
-    """The path of a latent [B,C,...,H,W] from the VAE. negative, cfg and inner_steps are of use to null-text, seed to
-    noise only.
+    """The path of a latent [B,C,...,H,W] from the VAE to noise and back, at sigmas [N] that fall to 0.
 
-    checkpointing: of null-text, as patches.gradients.differentiable takes it.
+    negative, cfg, inner_steps and checkpointing (see patches.gradients.differentiable) are for the method null-text
+    alone, seed for noise only.
     """
     flow = is_flow(model)
     latent = comfy.sample.fix_empty_latent_channels(model, latent)
@@ -104,11 +106,13 @@ def invert(
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative if method == "null-text" else positive)
     walk = _Walk(flow, cfg if method == "null-text" else None, inner_steps, checkpointing)
-    found = guider.sample(
+    reconstruction = guider.sample(
         torch.zeros_like(latent), latent, walk, sigmas, callback=callback, disable_pbar=True, seed=seed
     )
     null = torch.stack(walk.null) if walk.null else None
-    return Inversion(torch.stack(walk.trajectory[::-1]), sigmas.cpu(), positive, method, flow, null, found.cpu())
+    return Inversion(
+        torch.stack(walk.trajectory[::-1]), sigmas.cpu(), positive, method, flow, null, reconstruction.cpu()
+    )
 
 
 def _check_null_text(model: ModelPatcher, negative: list | None, cfg: float) -> None:
@@ -209,10 +213,10 @@ class _Walk(comfy.samplers.Sampler):
             with differentiable(self.model.diffusion_model, self.checkpointing):
                 for _ in range(self.inner_steps):
                     unconditional = self.predict_from(leaf, x, sigma)
-                    found = inversion.ode_step(
+                    stepped = inversion.ode_step(
                         x, x, unconditional + (conditional - unconditional) * self.cfg, sigma, sigma, below
                     )
-                    loss = inversion.null_text_loss(found, target, below, self.flow)
+                    loss = inversion.null_text_loss(stepped, target, below, self.flow)
                     (leaf.grad,) = torch.autograd.grad(loss.sum(), leaf)
                     adam.step()
                     if loss.max().item() < inversion.null_text_tolerance(step, steps):

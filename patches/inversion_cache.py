@@ -48,11 +48,11 @@ def invert_once(
     if tensors is not None:
         return Inversion(positive=positive, method=method, **{**tensors, "flow": bool(tensors["flow"])})
     callback = latent_preview.prepare_callback(model, 2 * (len(sigmas) - 1))
-    found = invert(model, latent, positive, negative, sigmas, method, cfg, inner_steps, seed, callback, checkpointing)
+    made = invert(model, latent, positive, negative, sigmas, method, cfg, inner_steps, seed, callback, checkpointing)
     if name:
-        tensors = {key: value for key, value in vars(found).items() if isinstance(value, Tensor)}
-        store(name, tensors | {"flow": torch.tensor(found.flow)})
-    return found
+        tensors = {key: value for key, value in vars(made).items() if isinstance(value, Tensor)}
+        store(name, tensors | {"flow": torch.tensor(made.flow)})
+    return made
 
 
 def folder() -> Path:

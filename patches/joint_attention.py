@@ -31,7 +31,7 @@ from .kept import Kept
 KEY = "strata_joint_attention"
 OVERRIDE = "optimized_attention_override"
 TEXT_LENGTHS = "strata_text_lengths"  # of each row of a conditioning whose prompts are of several lengths
-MEMORY = 1.1  # of a plain batch's: keys and values of all layers of a scene, for one row at a time
+MEMORY = 1.1  # times a plain batch's: for the keys and values of all layers of a scene, joined for one row at a time
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,14 @@ class Run(Kept):
 
 @dataclass
 class Joint:
-    """The joint attentions of one call of the model, and of each the place.
+    """The joint attentions of one call of the model, and where in it the current one is.
 
     rows: of the batch. chunks: the numbers of the estimates in it. size: rows and columns of the image's tokens. text:
-    tokens of the prompts with their padding. lengths: those that count, of each row.
+    tokens of the prompts with their padding. lengths: tokens of each row's prompt without padding.
     number: of the block that is attending, and beside: for each row the tokens that count beside the image, its
-    prompt's first.
+    prompt's first. seen, other: how many joint attentions and how many of the prompt alone there were so far.
     act(joint, q, k, v, attend) -> [B,T,C], or None for an attention as it would be without the hook; q, k and v are
-    [B,H,T,D], attend is attend_rows' one.
+    [B,H,T,D], attend as attend_rows takes it.
     """
 
     family: Family
@@ -163,18 +163,18 @@ class Joint:
             [q, k, v] if inside else [rows.reshape(*rows.shape[:2], heads, -1).transpose(1, 2) for rows in (q, k, v)]
         )
         given = {name: value for name, value in kw.items() if name not in ("mask", "skip_reshape")}
-        found = self.act(self, *shaped, lambda *qkv: run(*qkv, heads, mask=None, skip_reshape=True, **given))
-        if found is None:
+        out = self.act(self, *shaped, lambda *qkv: run(*qkv, heads, mask=None, skip_reshape=True, **given))
+        if out is None:
             return run(q, k, v, heads, *args, **kw)
         if (args[0] if args else kw.get("mask")) is not None:
             raise ValueError(
                 "positive or negative: a conditioning has an attention mask, so layers cannot read each other; leave "
                 "out the node that has made it (Apply Style Model with a strength, for one)."
             )
-        return found
+        return out
 
     def _enter(self, tokens: int, rows: int, keys: int, options: dict) -> None:
-        """Where this attention is. Raises ValueError for sequences that are not the family's own."""
+        """Note where this attention is. Raises ValueError for sequences that are not the family's own."""
         expected = self.image.start + self._filled(math.prod(self.size))
         if rows != self.rows or keys != tokens or (self.family.multiple and tokens != expected):
             raise ValueError(
@@ -190,7 +190,7 @@ class Joint:
         self.beside = [[slice(self._filled(length)), *behind] for length in self.lengths]
 
     def _of_text(self, run: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args, **kw):
-        """The prompt alone, without what fills up the shorter ones."""
+        """Attention over the prompt alone, without what fills up the shorter ones."""
         blocks = getattr(self.network, self.family.text_blocks) if self.family.text_blocks else ()
         self.other += 1
         if self.other > len(blocks) or not self.padded:
@@ -250,11 +250,11 @@ class _Override:
 
 def _lengths(options: dict, rows: int, text: int) -> list[int]:
     """How many tokens of each row's prompt are its own."""
-    found, chunk = [], rows // len(options["uuids"])
+    lengths, chunk = [], rows // len(options["uuids"])
     for name in options["uuids"]:
         own = options[KEY].lengths.get(name, [text])
-        found += (own * math.ceil(chunk / len(own)))[:chunk]
-    return [min(length, text) for length in found]
+        lengths += (own * math.ceil(chunk / len(own)))[:chunk]
+    return [min(length, text) for length in lengths]
 
 
 def of_rows(options: dict, rows: slice) -> dict:
@@ -312,5 +312,5 @@ def _without_padding(executor, x, t, c_concat=None, c_crossattn=None, control=No
 
 
 def apart(joint: Joint, q: Tensor, k: Tensor, v: Tensor, attend: Callable) -> Tensor | None:
-    """Each row by itself, which only prompts of several lengths need the hook for."""
+    """Each row by itself; None where all prompts have one length, since that needs no hook."""
     return attend_rows(q, k, v, joint.image, joint.beside, of_layers(joint.rows, 1), attend) if joint.padded else None

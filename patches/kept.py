@@ -1,4 +1,4 @@
-"""What travels in a model's options and is one object for all clones of the model."""
+"""Objects that travel in a model's options and are shared by all clones of the model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ LEVEL = 1e-4  # noise levels that differ less, relatively, are one: samplers com
 
 
 class Kept:
-    """ComfyUI deep-copies the options whenever a model is cloned: weights would be copied that it does not manage, and
-    a record would be lost.
+    """An object that is not copied. ComfyUI deep-copies the options whenever a model is cloned: weights would be copied
+    that it does not manage, and a record would be lost.
     """
 
     def __deepcopy__(self, memo: dict):

@@ -48,13 +48,13 @@ def fitting(folder: str, fits: Callable[[dict[str, Tensor]], bool]) -> list[str]
     """The files of ComfyUI's folder whose weights fit by names and shapes, and those that do not tell without being
     loaded: all but safetensors.
     """
-    found = []
+    matching = []
     for name in folder_paths.get_filename_list(folder):
         path = folder_paths.get_full_path(folder, name)
         shapes = path and _shapes(path, state(name, folder))
         if shapes is None or shapes and fits(shapes):
-            found.append(name)
-    return found
+            matching.append(name)
+    return matching
 
 
 @lru_cache(maxsize=256)
@@ -90,16 +90,16 @@ def load(name: str, kind: type, layer: str = "foreground") -> Transparency | Lay
     one sentence for a missing, damaged, unknown or other kind of file.
     """
     weights = read(name)
-    found = recognise(name, weights, metadata(Path(folder_paths.get_full_path(KIND, name))), layer)
-    if not isinstance(found, kind):
-        raise ValueError(f"file: {name} is {found.describe()}, and this node takes {WANTED[kind]}.")
-    return found
+    loaded = recognise(name, weights, metadata(Path(folder_paths.get_full_path(KIND, name))), layer)
+    if not isinstance(loaded, kind):
+        raise ValueError(f"file: {name} is {loaded.describe()}, and this node takes {WANTED[kind]}.")
+    return loaded
 
 
 def recognise(
     name: str, weights: dict[str, Tensor], metadata: dict[str, str], layer: str = "foreground"
 ) -> Transparency | LayerModules | Decomposer | BackToFront:
-    """Raises ValueError for weights that are none of the pack's kinds."""
+    """A file's content from its weights. Raises ValueError for weights that are none of the pack's kinds."""
     kind = kind_of(weights)
     if kind is LayerModules:
         return layer_modules.recognise(name, weights)

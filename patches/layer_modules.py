@@ -72,7 +72,7 @@ class Terms(Kept):
 
 
 def recognise(name: str, weights: dict[str, Tensor]) -> LayerModules:
-    """Raises ValueError for a damaged file."""
+    """A file's content from its weights. Raises ValueError for a damaged file."""
     shared, objects, context = (
         {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
         for prefix in ("shared.", "foreground.", CONTEXT)
@@ -89,7 +89,7 @@ def recognise(name: str, weights: dict[str, Tensor]) -> LayerModules:
 
 
 def terms(model: ModelPatcher, modules: LayerModules) -> Terms:
-    """Raises ValueError for a model that the file is not for."""
+    """A file's part for this model. Raises ValueError for a model that the file is not for."""
     weights = transparency_model.unpatched(model)
     for key, value in [*modules.shared.items(), *modules.foreground.items()]:
         if key not in weights or weights[key].shape != value.shape:

@@ -34,19 +34,19 @@ def split_prompts(background: str, objects: str) -> tuple[str, list[str]]:
     Raises ValueError for two backgrounds.
     Source: dreamlayer, Appendix A (a language model splits a sentence into the layers' prompts)
     """
-    found, backgrounds = [], [background.strip()] if background.strip() else []
+    prompts, backgrounds = [], [background.strip()] if background.strip() else []
     for line in objects.splitlines():
         words = MARKER.sub("", line).strip()
         if named := BACKGROUND.match(words):
             backgrounds += [named[1]] if named[1] else []
         elif words:
-            found.append(words)
+            prompts.append(words)
     if len(backgrounds) > 1:
         raise ValueError(
             f"background: there are several, {' and '.join(map(repr, backgrounds))}; leave one of them, the input or a "
             "line of objects."
         )
-    return (backgrounds or [""])[0], found
+    return (backgrounds or [""])[0], prompts
 
 
 def encode_prompts(clip, prompts: tuple[str, str, str]) -> list:
@@ -57,17 +57,17 @@ def encode_prompts(clip, prompts: tuple[str, str, str]) -> list:
     encoded = [clip.encode_from_tokens_scheduled(one) for one in tokens]
     if name := _language(tokens[0], clip):
         (words,), end, count = _words(clip, name, [prompts[0]])
-        found = []
+        conditioning = []
         for entries in zip(*encoded, strict=True):
             cond, values = _filled(entries)
-            found.append([cond, {**values, END_TOKENS: _shifted([*words, end], count, entries[0][0])}])
-        return found
+            conditioning.append([cond, {**values, END_TOKENS: _shifted([*words, end], count, entries[0][0])}])
+        return conditioning
     ends = end_tokens(tokens[0], clip.tokenizer)
-    found = []
+    conditioning = []
     for entries in zip(*encoded, strict=True):
         cond, values = _join(entries, clip)
-        found.append([cond, {**values, END_TOKENS: _repeated(ends, entries[0][0].shape[1], cond.shape[1])}])
-    return found
+        conditioning.append([cond, {**values, END_TOKENS: _repeated(ends, entries[0][0].shape[1], cond.shape[1])}])
+    return conditioning
 
 
 def encode_layers(clip, background: str, objects: list[str]) -> list:
@@ -121,7 +121,7 @@ def end_tokens(tokens: dict[str, list], tokenizer) -> list[int]:
     """Positions of the end-of-text tokens in the encoded prompt: one for each chunk, of every encoder (SDXL's two agree
     but for embeddings).
     """
-    found = set()
+    positions = set()
     for name, chunks in tokens.items():
         end = getattr(getattr(tokenizer, f"clip_{name}", None), "end_token", None)
         if end is None:
@@ -132,11 +132,11 @@ def end_tokens(tokens: dict[str, list], tokenizer) -> list[int]:
         start = 0
         for chunk in chunks:
             ids = [token[0] for token in chunk]
-            found.add(
+            positions.add(
                 start + next(i for i, token in enumerate(ids) if not isinstance(token, Tensor | dict) and token == end)
             )
             start += len(chunk)
-    return sorted(found)
+    return sorted(positions)
 
 
 def _chunk_ends(ends: list[int], chunk: int) -> list[int]:
@@ -198,14 +198,14 @@ def _words(clip, name: str, parts: list[str]) -> tuple[list[list[int]], int, int
     def encode(text: str) -> list:
         return [token[0] for chunk in clip.tokenize(text)[name] for token in chunk]
 
-    whole = encode(", ".join(parts))
-    end = max(place for place, token in enumerate(whole) if not isinstance(token, Tensor) and token == ENDS[name])
-    found = []
+    tokens = encode(", ".join(parts))
+    end = max(place for place, token in enumerate(tokens) if not isinstance(token, Tensor) and token == ENDS[name])
+    positions = []
     for number in range(len(parts)):
         before = "".join(f"{part}, " for part in parts[:number])
-        first, last = (_agreement(encode(text), whole) for text in (before, before + parts[number]))
-        found.append(list(range(first, min(last, end))))
-    return found, end, len(whole)
+        first, last = (_agreement(encode(text), tokens) for text in (before, before + parts[number]))
+        positions.append(list(range(first, min(last, end))))
+    return positions, end, len(tokens)
 
 
 def _agreement(tokens: list, others: list) -> int:

@@ -143,8 +143,8 @@ class Method:
     def entry(self, conds: dict[str, list[dict]]) -> dict:
         """The entry of a guider's conditionings that the method's node has made. Raises ValueError."""
         entries = [entry for own in conds.values() for entry in own]
-        found = next((entry for entry in entries if self.marker in entry), None)
-        if found is None:
+        marked = next((entry for entry in entries if self.marker in entry), None)
+        if marked is None:
             raise ValueError(f"positive: this conditioning does not say {self.tells}; make it with {self.node}.")
         if any("area" in entry for entry in entries):
             raise ValueError(
@@ -155,7 +155,7 @@ class Method:
             raise ValueError(
                 f"positive: several conditionings are combined; {self.needs} the one of {self.node} alone."
             )
-        return found
+        return marked
 
     def conditional(self, conds: list[list[dict] | None]) -> int | None:
         """The number of the conditional estimate among those of a call."""
@@ -170,12 +170,12 @@ def conditional_first(conds: list, conditional: int | None, calculate: Callable[
     """
     if conditional is None:
         return calculate(conds, False)
-    found = calculate([own if i == conditional else None for i, own in enumerate(conds)], True)
+    estimates = calculate([own if i == conditional else None for i, own in enumerate(conds)], True)
     others = [None if i == conditional else own for i, own in enumerate(conds)]
     if any(others):
         rest = calculate(others, False)
-        found = [found[i] if i == conditional else rest[i] for i in range(len(conds))]
-    return found
+        estimates = [estimates[i] if i == conditional else rest[i] for i in range(len(conds))]
+    return estimates
 
 
 def is_between(start_percent: float, end_percent: float, sampling, timestep: Tensor) -> bool:
@@ -264,9 +264,9 @@ def _noise(start: Tensor, seed: int, numbers: list[int] | None, count: int, own:
         return comfy.sample.prepare_noise(start, seed)
     numbers = range(len(start) // count) if numbers is None else numbers
 
-    def drawn(a_latent: int, places: Iterable[int]) -> Tensor:
+    def drawn(per_latent: int, places: Iterable[int]) -> Tensor:
         return comfy.sample.prepare_noise(
-            start, seed, [number * a_latent + place for number in numbers for place in places]
+            start, seed, [number * per_latent + place for number in numbers for place in places]
         )
 
     if own in (0, 1):

@@ -168,9 +168,8 @@ def all_token_rows(rows: Tensor, ids: Tensor) -> Tensor:
     """CLIP's whole embedding table from the rows [N,C] of the tokens `ids` [N].
 
     Every other token gets the row of id -1, which a trainer can train for words it does not know, or else the mean of
-    the words' rows:
-    what an unknown word then says is the average of all known ones, while a row of zeros would leave its position
-    alone, which no training has seen.
+    the words' rows: an unknown word then says the average of all known ones, while a row of zeros would leave its
+    position alone, which no training has seen.
     """
     unknown = ids == -1
     words = unknown if unknown.any() else ids < TEXT["bos_token_id"]

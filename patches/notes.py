@@ -1,5 +1,5 @@
-"""A sentence shown on the node that is running, which may be one of ComfyUI's own: web/notes.js draws it. ComfyUI's
-progress texts would go with the end of the run in newer frontends.
+"""A sentence shown on the node that is running, which may be one of ComfyUI's own: web/notes.js draws it. ComfyUI's own
+progress texts vanish at the end of the run in newer frontends.
 """
 
 from __future__ import annotations

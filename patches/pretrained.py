@@ -26,14 +26,14 @@ class Folders:
 
     def choices(self) -> list[str]:
         """Names of folders that hold such a model, and of those that can be had."""
-        found = [
+        names = [
             path.parent.name
             for kind in self.kinds
             for root in folder_paths.get_folder_paths(kind)
             for path in sorted(Path(root).glob("*/config.json"))
             if self.types is None or model_type(path.parent) in self.types
         ]
-        return list(dict.fromkeys([*found, *(model["name"] for model in self.known)]))
+        return list(dict.fromkeys([*names, *(model["name"] for model in self.known)]))
 
     def find(self, name: str) -> Path:
         """Raises ValueError that says where to get it."""

@@ -19,7 +19,7 @@ from . import autoencoder, back_to_front, rgba_vae, transparency_model, transpar
 from .attention_sharing import together
 from .layer_rows import sample_rows
 
-SIDE, MULTIPLE = 512, 64  # of what Stable Diffusion 1.5 draws: about so many pixels squared, in steps of these
+SIDE, MULTIPLE = 512, 64  # what Stable Diffusion 1.5 draws: about SIDE × SIDE pixels, sides multiples of MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def by_back_to_front(
         )
     if alpha_vae is None or not autoencoder.has_alpha(alpha_vae):
         raise ValueError("rgba_vae: BFS needs a VAE with alpha; connect one from Load RGBA VAE.")
-    told = back_to_front.fill_background(positive, negative, vae, place.behind, place.mask)
-    _, latent = back_to_front.sample(model, *told, noise, denoise=1.0, **sampling)
+    prepared = back_to_front.fill_background(positive, negative, vae, place.behind, place.mask)
+    _, latent = back_to_front.sample(model, *prepared, noise, denoise=1.0, **sampling)
     left, top, right, bottom = place.box
     return rgba_vae.decode(alpha_vae, latent["samples"], like=place.behind)[0, top:bottom, left:right]
 

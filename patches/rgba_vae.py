@@ -119,8 +119,8 @@ def encode(vae: comfy.sd.VAE, colour: Tensor, alpha: Tensor) -> Tensor:
     stride = vae.spacial_compression_encode()
     padding = (0, -colour.shape[-1] % stride, 0, -colour.shape[-2] % stride)
     colour, alpha = F.pad(colour, padding), F.pad(alpha, padding)
-    whole = torch.cat([extend_colours(colour, alpha), alpha], 1)
-    return autoencoder.encode(vae, whole.movedim(1, -1))
+    rgba = torch.cat([extend_colours(colour, alpha), alpha], 1)
+    return autoencoder.encode(vae, rgba.movedim(1, -1))
 
 
 def decode(vae: comfy.sd.VAE | None, latent: Tensor, tile_size: int = 0, like: Tensor | None = None) -> Tensor:

@@ -41,8 +41,8 @@ def sample_along(
     nothing = torch.zeros_like(start)
     # ComfyUI scales noise at the highest level by sqrt(1 + sigma²), 1.0023 times as loud as the trajectory; a
     # latent it leaves alone
-    scaled = layered.model.process_latent_out
-    noise, latent = (start / sigmas[0], nothing) if trajectory.flow else (nothing, scaled(start))
+    to_vae_scale = layered.model.process_latent_out
+    noise, latent = (start / sigmas[0], nothing) if trajectory.flow else (nothing, to_vae_scale(start))
     return comfy.sample.sample_custom(
         layered,
         noise,

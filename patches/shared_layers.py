@@ -17,7 +17,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from ..networks.context_layers import ContextLayers
-from ..techniques import joint_attention as transformers_own
+from ..techniques import joint_attention as joint_rows
 from ..techniques import shared_layers as dreamlayer
 from . import foreground, joint_attention, layer_modules
 from .attention_blocks import TABLES, Place, check_tokens, chosen, place_of, size_of, transformers, with_patches
@@ -342,7 +342,9 @@ def _mix(call: Call, n: Tensor, context: Tensor, value: Tensor, options: dict) -
 def _attend_joint(
     call: Call, options: dict, joint: Joint, q: Tensor, k: Tensor, v: Tensor, attend: Callable
 ) -> Tensor | None:
-    """A transformer's attention in which both are one: the same in it."""
+    """A transformer's joint attention, which is self- and cross-attention in one: the maps are taken from it, and in
+    the later blocks maps are mixed in and layers shared.
+    """
     if joint.seen == 1:
         call.shares.clear()
     if joint.number in call.map_places and call.conditional in joint.chunks:
@@ -354,12 +356,12 @@ def _attend_joint(
         return None
 
     def read(reads: list) -> Tensor:
-        return transformers_own.attend_rows(q, k, v, joint.image, joint.beside, reads, attend, mixed)
+        return joint_rows.attend_rows(q, k, v, joint.image, joint.beside, reads, attend, mixed)
 
-    layers = transformers_own.of_layers(joint.rows, call.run.layers, call.run.trajectory is not None)
+    layers = joint_rows.of_layers(joint.rows, call.run.layers, call.run.trajectory is not None)
     if sharing == 1:
         return read(layers)
-    apart = read(transformers_own.of_layers(joint.rows, 1))
+    apart = read(joint_rows.of_layers(joint.rows, 1))
     return torch.lerp(apart, read(layers), sharing) if sharing else apart
 
 
@@ -367,11 +369,11 @@ def _mixed(call: Call, joint: Joint, *rows: Tensor) -> tuple[Tensor, ...]:
     """Eq. 9 on the queries, keys and values of the image tokens."""
     maps = (rearrange(call.run.maps, "b object h w -> b object (h w)") * call.mixing).to(rows[0])
     maps = maps.repeat(joint.rows // call.run.layers // len(maps), 1, 1)
-    return tuple(transformers_own.mix_layers(one[:, :, joint.image], maps) for one in rows)
+    return tuple(joint_rows.mix_layers(one[:, :, joint.image], maps) for one in rows)
 
 
 def _take_joint_maps(call: Call, options: dict, joint: Joint, q: Tensor, k: Tensor) -> None:
-    """The same from the rows of the image and the columns of the prompt in a joint attention.
+    """As _take_maps, from the rows of the image and the columns of the prompt in a joint attention.
 
     Source: dreamlayer, Eq. 3, on joint attention
     Differs: the attention is over prompt and image together, and the prompt's part of it is taken as it is.

@@ -141,7 +141,7 @@ def _pair(name: str, weights: dict[str, Tensor], trained_here: bool) -> Transpar
     """A decoder, an encoder, or one file with both below `decoder.` and `encoder.` (beside them may be the whole
     autoencoder).
     """
-    parts, found = {}, None
+    parts, space = {}, None
     for kind, probe, build, shape in PAIR:
         own = (
             weights
@@ -154,7 +154,7 @@ def _pair(name: str, weights: dict[str, Tensor], trained_here: bool) -> Transpar
             options = shape(own)
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(f"file: {name} is incomplete, {error} is missing; download it again.") from error
-        found = found or _latent(kind, options, trained_here)
+        space = space or _latent(kind, options, trained_here)
         network = filled(name, build(**options, operations=comfy.ops.disable_weight_init), own)
         device = comfy.model_management.vae_device()
         network.to(dtype=comfy.model_management.vae_dtype(device, [float16]), memory_format=channels_last)
@@ -164,11 +164,12 @@ def _pair(name: str, weights: dict[str, Tensor], trained_here: bool) -> Transpar
             f"file: {name} holds neither LayerDiffuse's weights nor layer modules; choose one that the help page names."
         )
     return Transparency(
-        name, tuple(family for family in FAMILIES if FAMILIES[family]["latent"] == found), parts, latent=LATENTS[found]
+        name, tuple(family for family in FAMILIES if FAMILIES[family]["latent"] == space), parts, latent=LATENTS[space]
     )
 
 
 def filled(name: str, network: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """The network with these weights of the file `name`, frozen. Raises ValueError."""
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
@@ -194,7 +195,7 @@ def _latent(kind: str, options: dict, trained_here: bool) -> str:
     )
 
 
-# Of a pair's networks: name, a weight that only it has, class, what its shape is read by
+# A pair's networks: name, a weight that only this one has, class, and the function that reads its shape
 PAIR = (
     ("decoder", "latent_conv_in.weight", TransparentDecoder, decoder_shape),
     ("encoder", "blocks.0.weight", OffsetEncoder, encoder_shape),

@@ -182,9 +182,9 @@ def _flux_terms(model: ModelPatcher, transparency: Transparency) -> dict[str, tu
         for turn in change:
             up = turn(up)
         _, start, length = place or (0, 0, len(up))
-        whole = up.new_zeros(len(state[name]), up.shape[1])
-        whole[start : start + length] = up
-        parts.setdefault(name, []).append((whole, down))
+        padded_up = up.new_zeros(len(state[name]), up.shape[1])
+        padded_up[start : start + length] = up
+        parts.setdefault(name, []).append((padded_up, down))
     return {
         name: (torch.cat([up for up, _ in own], 1), torch.cat([down for _, down in own])) for name, own in parts.items()
     }
@@ -192,7 +192,7 @@ def _flux_terms(model: ModelPatcher, transparency: Transparency) -> dict[str, tu
 
 def unpatched(model: ModelPatcher) -> dict[str, Tensor]:
     """The model's own weights, also while another copy of it has patches on them."""
-    return {key: found[0][0] for key, found in model.get_key_patches("diffusion_model.").items()}
+    return {key: patches[0][0] for key, patches in model.get_key_patches("diffusion_model.").items()}
 
 
 def share(

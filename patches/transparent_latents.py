@@ -43,9 +43,9 @@ def decode(
 
     def once(image: Tensor, latent: Tensor) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        found = patcher.model(image, latent)
+        out = patcher.model(image, latent)
         progress.update(1)
-        return found
+        return out
 
     def part(joined: Tensor) -> Tensor:
         """Both at the latent's size in one tensor, so that the host's tiling cuts them alike."""
@@ -57,10 +57,10 @@ def decode(
         return median_of_passes(once, image, latent, passes)[..., : size[0], : size[1]].float()
 
     joined = torch.cat([latent.float(), F.pixel_unshuffle(image, STRIDE).to(latent.device)], 1)
-    found = comfy.utils.tiled_scale(
+    out = comfy.utils.tiled_scale(
         joined, part, side, side, OVERLAP, STRIDE, 4, comfy.model_management.intermediate_device()
     )
-    alpha, colour = (found[:, :1], found[:, 1:]) if transparency.latent["alpha_first"] else (found[:, 3:], found[:, :3])
+    alpha, colour = (out[:, :1], out[:, 1:]) if transparency.latent["alpha_first"] else (out[:, 3:], out[:, :3])
     if clean == "on" or clean == "auto" and transparency.families == (MINI,):
         alpha = clean_alpha(alpha)
     return torch.cat([clean_colours(*one) for one in zip(colour.split(1), alpha.split(1), strict=True)]), alpha
@@ -128,14 +128,14 @@ def posterior(vae, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
     comfy.model_management.load_models_gpu(
         [vae.patcher], memory_required=vae.memory_used_encode(pictures[:1].shape, vae.vae_dtype)
     )
-    found = []
+    posteriors = []
     for picture in pictures.split(1):
         moments = network.encoder(vae.process_input(picture).to(vae.device, vae.vae_dtype))
         if hasattr(network, "quant_conv"):
             moments = network.quant_conv(moments)
         one = DiagonalGaussianDistribution(moments.float())
-        found.append((one.mean.to(vae.output_device), one.std.to(vae.output_device)))
-    return tuple(torch.cat(part) for part in zip(*found, strict=True))
+        posteriors.append((one.mean.to(vae.output_device), one.std.to(vae.output_device)))
+    return tuple(torch.cat(part) for part in zip(*posteriors, strict=True))
 
 
 def _load(patcher: ModelPatcher, pixels: int, values: int) -> tuple[torch.device, torch.dtype]:

@@ -12,13 +12,13 @@ from functools import lru_cache
 import numpy as np
 
 FOCAL = 1.2  # in picture heights; how fast the plane runs away from the viewer
-TILE = 256
+TILE = 256  # cells of noise on a side before it repeats
 
 
 @dataclass(frozen=True)
 class Light:
-    """shadow: where the shadow of a point one unit high falls, (right, away from the viewer). color: tint of lit
-    things. strength: 0..1.
+    """shadow: where the shadow of a point one unit high falls, (right, away from the viewer), in world units. color:
+    tint of lit things, RGB factors in 0..1. strength: of the shadow, 0..1. shade: the shadow's colour, sRGB in 0..1.
     """
 
     shadow: tuple[float, float]
@@ -83,10 +83,12 @@ def noise(rng, u, v) -> np.ndarray:
 
 
 def rgb(*values) -> np.ndarray:
+    """A colour of 0..255 as [3] in 0..1."""
     return np.array(values, np.float32) / 255
 
 
 def mix(a, b, weight) -> np.ndarray:
+    """Colours [...,3], from a at weight [...] 0 to b at 1."""
     weight = np.asarray(weight, np.float32)[..., None]
     return a * (1 - weight) + b * weight
 
@@ -99,6 +101,7 @@ def ridge(plane: Plane, rng, height: float, roughness: float) -> np.ndarray:
 
 
 def sky(plane: Plane, rng, top, low, clouds: float = 0.0) -> np.ndarray:
+    """[H,W,3] from one colour at the horizon to another at the top. clouds: how many, 0 for none."""
     up = np.clip((plane.horizon - plane.y) / max(plane.horizon, 1e-3), 0, 1)
     image = mix(low, top, np.broadcast_to(up**0.7, plane.u.shape))
     if clouds:
@@ -109,6 +112,7 @@ def sky(plane: Plane, rng, top, low, clouds: float = 0.0) -> np.ndarray:
 
 
 def disc(plane: Plane, x: float, y: float, radius: float) -> np.ndarray:
+    """[H,W]: 1 inside a disc, antialiased; picture heights, x from the middle and y from the top."""
     return np.clip((radius - np.hypot(plane.x - x, plane.y - y)) * len(plane.y) + 0.5, 0, 1)
 
 
@@ -272,6 +276,7 @@ def tiles(plane, rng):
     return *_indoor(plane, wall, floor, rng.uniform(0.12, 0.2)), rgb(250, 250, 255), 0.42, rgb(24, 28, 36)
 
 
+# Each gives image [H,W,3], depth [H,W], and of its light colour, strength and shade, see Light.
 PLACES = {
     "meadow": meadow,
     "beach": beach,

@@ -32,11 +32,11 @@ def select(stack: LayerStack, text: str, socket: str = "select") -> list[int]:
         return list(range(len(stack.layers)))
     chosen: list[int] = []
     for quoted, plain in _parts(text, socket):
-        found = _named(stack, quoted) if quoted else _numbered(stack, plain, socket) or _named(stack, plain)
-        if not found:
+        matches = _named(stack, quoted) if quoted else _numbered(stack, plain, socket) or _named(stack, plain)
+        if not matches:
             names = ", ".join(f"{number} {layer.name!r}" for number, layer in enumerate(stack.layers, 1))
             raise ValueError(f"{socket}: there is no layer {quoted or plain!r}; the layers are {names}.")
-        chosen += found
+        chosen += matches
     if not chosen:
         raise ValueError(
             f"{socket}: {text[:60]!r} names no layer; write numbers, ranges and names, or leave it empty for all."
@@ -53,9 +53,8 @@ def arrange(stack: LayerStack, action: str, text: str, names: str = "") -> Layer
     """The stack after one action on the selected layers (see `select`).
 
     pick: only these, in the order written. drop: all but these. reorder: all layers, in the order written, back to
-    front.
-    bring to front, send to back: these, in the order written. reverse: these swap places, front to back. rename: one
-    line of `names` for each. merge: neighbouring layers become one, named by `names` or after the nearest.
+    front. bring to front, send to back: these, in the order written. reverse: these swap places, front to back. rename:
+    one line of `names` for each. merge: neighbouring layers become one, named by `names` or after the nearest.
     Effects go with the object that they are bound to (see `with_effects`), but for rename and reverse.
     Raises ValueError naming the input.
     Source: ours, what layer panels of image editors do.
@@ -88,16 +87,16 @@ def arrange(stack: LayerStack, action: str, text: str, names: str = "") -> Layer
 
 
 def with_effects(stack: LayerStack, indices: Sequence[int]) -> list[int]:
-    """These layers, each with the effects that are bound to it around it as they lie; effects that are named
-    themselves stay where they are named.
+    """These layers in this order, each together with the effects that are bound to it, in stack order. An effect that
+    is itself among the indices stays where it is named.
 
     Source: ours, shadows and light go where their object goes
     """
-    found: list[int] = []
+    ordered: list[int] = []
     for index in indices:
         bound = [number for number in bound_to(stack, index) if number not in indices]
-        found += sorted([index, *bound])
-    return found
+        ordered += sorted([index, *bound])
+    return ordered
 
 
 def rename(stack: LayerStack, indices: Sequence[int], names: str) -> LayerStack:
@@ -116,8 +115,8 @@ def rename(stack: LayerStack, indices: Sequence[int], names: str) -> LayerStack:
 
 
 def name_lines(names: str, most: int, what: str = "layers") -> list[str]:
-    """The lines of a text of names, empty ones too, since each line stands for one of what there is. Raises ValueError
-    for more than `most` lines.
+    """The lines of a text of names. Empty lines are kept, since line N names item N. Raises ValueError for more than
+    `most` lines.
 
     Source: ours, one name per line.
     """
@@ -192,8 +191,8 @@ def from_images(
 def insert(
     stack: LayerStack | None, images: Tensor, masks: Tensor | None, below: str | None, fields: dict[str, Any]
 ) -> LayerStack:
-    """The images as new layers with these fields, on top, or just behind the layer that `below` names; on their own
-    without a stack.
+    """The images [B,H,W,3|4] as new layers with these fields, on top, or just behind the layer that `below` names;
+    without a stack they begin a new one. masks: [B,H,W] or one for all, 1 = transparent.
 
     Raises ValueError naming the input.
     Source: ours, ComfyUI's "Add Layer".
@@ -217,7 +216,7 @@ def insert(
 def change(
     stack: LayerStack, text: str, images: Tensor | None, masks: Tensor | None, fields: dict[str, Any]
 ) -> LayerStack:
-    """The stack with these fields, and the image and mask when given, set on the selected layers.
+    """The stack with these fields, and the image [1,H,W,3|4] and mask [1,H,W] when given, set on the selected layers.
 
     Raises ValueError naming the input.
     Source: ours, ComfyUI's layer document.
@@ -297,7 +296,7 @@ def to_batch(stack: LayerStack, at_canvas_size: bool = True) -> Tensor:
 
 
 def covering(stack: LayerStack) -> list[str]:
-    """The names of visible layers, but the one at the back, that nothing behind is seen through or beside: mostly
+    """The names of the visible layers, other than the one at the back, that hide everything behind them: mostly
     pictures that have lost their alpha.
 
     Source: ours, ComfyUI's layer document.
@@ -315,13 +314,13 @@ def covering(stack: LayerStack) -> list[str]:
 
 
 def beside_alpha(image: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The mask [H,W]; None where it is the alpha of the image [H,W,3|4] over again, as nodes that give both have it, so
-    that it does not count twice.
+    """The mask [H,W], or None where it only repeats the alpha of the image [H,W,3|4], as with nodes that give both, so
+    that transparency does not count twice.
 
     Source: ours, ComfyUI's masks, which are 1 where an image is transparent.
     """
-    again = mask is not None and image.shape[-1] == 4 and ((1 - image[..., 3]) - mask).abs().max() <= SAME
-    return None if again else mask
+    repeats_alpha = mask is not None and image.shape[-1] == 4 and ((1 - image[..., 3]) - mask).abs().max() <= SAME
+    return None if repeats_alpha else mask
 
 
 def _check_mask(images: Tensor, masks: Tensor | None, image_socket: str, mask_socket: str) -> None:

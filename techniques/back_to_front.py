@@ -18,14 +18,14 @@ def box_of(mask: Tensor) -> Tensor:
     return (rows[:, :, None] & columns[:, None, :]).to(mask)
 
 
-def _spanned(there: Tensor) -> Tensor:
-    """[B,N]: true from the first to the last place that is."""
-    counted = there.int()
+def _spanned(inside: Tensor) -> Tensor:
+    """[B,N]: true from the first true place to the last."""
+    counted = inside.int()
     return (counted.cumsum(1) > 0) & (torch.flip(torch.flip(counted, [1]).cumsum(1), [1]) > 0)
 
 
 def clean_estimate(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
-    """The clean latents [B,C,h,w] that a velocity noise - latent at sigma [B] says.
+    """The clean latents [B,C,h,w] that follow from noisy ones at sigma [B], 0..1, and their velocity, noise - latent.
 
     Source: bfs, Eq. 6 (one-step denoised estimates)
     """
@@ -33,7 +33,8 @@ def clean_estimate(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
 
 
 def composition_loss(composed: Tensor, composite: Tensor) -> Tensor:
-    """Mean absolute difference of what foreground and background make together and the composite, latents [B,C,h,w].
+    """Mean absolute difference between foreground and background laid together and the composite, latents [B,C,h,w]; a
+    scalar.
 
     Source: bfs, Eq. 6
     """
@@ -41,15 +42,15 @@ def composition_loss(composed: Tensor, composite: Tensor) -> Tensor:
 
 
 def opacity_with_shadow(black: Tensor, shadowed: Tensor, alpha: Tensor) -> Tensor:
-    """Opacity [B,1,H,W] of an object and its shadow together.
+    """Opacity [B,1,H,W] of an object and its shadow together; all values in 0..1.
 
     black: [B,3,H,W], the object on black. shadowed: [B,3,H,W], the object with its shadow on white. alpha: [B,1,H,W]
     of the object alone.
     Source: bfs, Eq. 10-12
     Differs: the mean over the colours, which the text leaves open, and never less than the object's own alpha.
     """
-    found = (black + 1 - shadowed).mean(1, keepdim=True)
-    return torch.maximum(found.clamp(max=1), alpha)
+    opacity = (black + 1 - shadowed).mean(1, keepdim=True)
+    return torch.maximum(opacity.clamp(max=1), alpha)
 
 
 def colour_with_shadow(shadowed: Tensor, alpha: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Layers that go on behind nearer ones: what is missing of each, and how what was drawn there is put in."""
+"""Layers continued behind nearer ones: which part of each is missing, and how what was drawn there is put in."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from .depth import push_pull
 
 SEEN = 0.5 / 255  # less cover than this shows in no file of 8 bits
-WHOLE = 0.98  # of a pixel: what a layer has and what covers it are all of it, so that the layer goes on there
+WHOLE = 0.98  # where a layer's alpha and the cover sum to this, only the cover hides the layer, which may go on there
 
 
 def missing_behind(alpha: Tensor, cover: Tensor, backmost: bool) -> Tensor:
-    """[H,W], 0..1: the alpha that a layer of alpha [H,W] is to get where nearer layers cover it [H,W]; 0 where it stays
-    as it is.
+    """[H,W], 0..1: the alpha that a layer is to get where nearer layers hide it; 0 where it stays as it is.
 
-    The backmost layer is to be opaque wherever something covers it. Any other is taken for convex: it goes on where
-    nearer layers hide all that it lacks of a pixel, as far as the convex hull of what is seen of it reaches.
+    alpha: [H,W] of the layer. cover: [H,W] of all nearer layers together. Both 0..1, 1 = opaque.
+    The backmost layer is to be opaque wherever something covers it. Any other is taken for convex: it is continued
+    within the convex hull of its visible part, where nearer layers cover all that it lacks of a pixel.
     Source: ours, the convex hull as the simplest guess of an outline that is hidden
     """
     hidden = cover > SEEN
@@ -54,19 +54,19 @@ def convex_hull(alpha: Tensor) -> Tensor:
 
 
 def _chain(points: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """One half of the hull of points in order, without its last point, which begins the other half."""
-    found: list[tuple[int, int]] = []
+    """One half of the hull of sorted points, without its last point, which begins the other half."""
+    hull: list[tuple[int, int]] = []
     for x, y in points:
-        while len(found) > 1 and (found[-1][0] - found[-2][0]) * (y - found[-2][1]) <= (found[-1][1] - found[-2][1]) * (
-            x - found[-2][0]
+        while len(hull) > 1 and (hull[-1][0] - hull[-2][0]) * (y - hull[-2][1]) <= (hull[-1][1] - hull[-2][1]) * (
+            x - hull[-2][0]
         ):
-            found.pop()
-        found.append((x, y))
-    return found[:-1]
+            hull.pop()
+        hull.append((x, y))
+    return hull[:-1]
 
 
 def grown(region: Tensor, pixels: int) -> Tensor:
-    """[H,W], 0 or 1: where region [H,W] is above 0, and so many pixels around it.
+    """[H,W], 0 or 1: where the region [H,W] is above 0, and this many pixels around it.
 
     Source: ours, dilation by a square
     """
@@ -74,8 +74,8 @@ def grown(region: Tensor, pixels: int) -> Tensor:
 
 
 def matched(drawn: Tensor, image: Tensor, region: Tensor) -> Tensor:
-    """[H,W,3]: what was drawn [H,W,3], shifted by what its colours are off from the image [H,W,3] outside of the region
-    [H,W]. The median counts, since shadows and rims of what stood there are not to spread.
+    """[H,W,3]: what was drawn [H,W,3], shifted by the median difference of its colours from the image [H,W,3] outside
+    the region [H,W]. The median, since shadows and rims of what stood there are not to count.
 
     Source: ours, the colour drift of an autoencoder
     """
@@ -86,15 +86,15 @@ def matched(drawn: Tensor, image: Tensor, region: Tensor) -> Tensor:
 
 
 def filled_in(pixels: Tensor, drawn: Tensor, added: Tensor) -> Tensor:
-    """[H,W,4]: a layer [H,W,4], straight alpha, that has alpha `added` [H,W] where that is above 0, what it lacks of it
-    in the colours that were drawn [H,W,3]. All other pixels, and those that are opaque, stay as they are.
+    """[H,W,4]: a layer [H,W,4], straight alpha, raised to the alpha `added` [H,W] where that is above its own; the
+    difference takes the drawn colours [H,W,3]. All other pixels stay as they are.
 
     Source: ours, the layer's own share over what was drawn
     """
     alpha = pixels[..., 3]
     own = (alpha / added.clamp(min=1e-6)).clamp(0, 1)[..., None]
-    whole = torch.cat([own * pixels[..., :3] + (1 - own) * drawn, added[..., None]], -1)
-    return torch.where((added > alpha)[..., None], whole, pixels)
+    filled = torch.cat([own * pixels[..., :3] + (1 - own) * drawn, added[..., None]], -1)
+    return torch.where((added > alpha)[..., None], filled, pixels)
 
 
 def continued(image: Tensor, region: Tensor) -> Tensor:

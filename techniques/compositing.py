@@ -95,7 +95,7 @@ def blend(backdrop: Tensor, source: Tensor, mode: str) -> Tensor:
 
 
 def to_linear(colour: Tensor) -> Tensor:
-    """sRGB values in 0..1 to linear light.
+    """sRGB values in 0..1 to linear light, any shape.
 
     Source: ours, sRGB transfer function of IEC 61966-2-1.
     """
@@ -103,7 +103,7 @@ def to_linear(colour: Tensor) -> Tensor:
 
 
 def to_srgb(colour: Tensor) -> Tensor:
-    """Linear light in 0..1 to sRGB values.
+    """Linear light in 0..1 to sRGB values, any shape.
 
     Source: ours, inverse sRGB transfer function of IEC 61966-2-1.
     """
@@ -111,15 +111,15 @@ def to_srgb(colour: Tensor) -> Tensor:
 
 
 def left_clear(alphas: Tensor) -> Tensor:
-    """[K+1,...] of layers' alphas [K,...], back to front: how much of each pixel all layers from each one on leave
-    clear; the last is 1, in front of all.
+    """[K+1,...] in 0..1, from layers' alphas [K,...], back to front: entry k is the share of each pixel that layers k
+    to K - 1 together leave clear; the last entry is 1, in front of all.
 
     Source: w3c, section 5.1 (source over), what the layers behind are weighted by
     """
-    found = alphas.new_ones(len(alphas) + 1, *alphas.shape[1:])
+    clear = alphas.new_ones(len(alphas) + 1, *alphas.shape[1:])
     for index in range(len(alphas) - 1, -1, -1):
-        torch.mul(found[index + 1], 1 - alphas[index], out=found[index])
-    return found
+        torch.mul(clear[index + 1], 1 - alphas[index], out=clear[index])
+    return clear
 
 
 def flatten(

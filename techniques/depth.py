@@ -19,9 +19,7 @@ from torch import Tensor
 from .layers import MAX_LAYERS, Layer, LayerStack
 
 BINS = 256
-RIM = 8  # pixels
-
-
+RIM = 8  # pixels: a hole no wider is an edge that was not measured sharply, see fill_missing
 RANGES = ("each image", "whole batch", "fixed")
 
 
@@ -34,9 +32,9 @@ def normalise_depth(
 ) -> Tensor:
     """Raw depth or disparity [B,H,W] -> 0..1, 0 = nearest; missing values filled.
 
-    spread: each image is stretched to its own range, or all to that of the whole batch (a video, whose cuts would jump
-    otherwise), or the values from limits[0] to limits[1] are. NaN and infinite values are missing, zeros too when
-    asked. Raises ValueError when a whole image is missing, and for limits that do not rise.
+    spread: one of RANGES, what is stretched to 0..1: each image's own range, that of the whole batch (a video, whose
+    cuts would jump otherwise), or the fixed range from limits[0] to limits[1]. NaN and infinite values are missing,
+    zeros too with zero_is_missing. Raises ValueError when a whole image is missing, and for limits that do not rise.
     Source: deglad, Sec. 3.2 (the depth map D that a threshold d is compared with).
     Differs: the paper takes the predictor's values as they are; a range of 0..1 makes thresholds comparable between
     sources.
@@ -108,10 +106,10 @@ def fill_missing(depth: Tensor, valid: Tensor) -> Tensor:
         closer = torch.where(distances[:, 0] < distances[:, 1], depths[:, 0], depths[:, 1])
         ends = torch.where(one_side_closer, closer, depths.amax(1))
         narrowest, axis = width.min(0)
-        found = narrowest.isfinite()
-        reached = tuple(place[found] for place in holes)
-        depth = depth.index_put(reached, ends.gather(0, axis[None])[0, found])
-        valid = valid.index_put(reached, torch.ones_like(found[found]))
+        has_end = narrowest.isfinite()
+        reached = tuple(place[has_end] for place in holes)
+        depth = depth.index_put(reached, ends.gather(0, axis[None])[0, has_end])
+        valid = valid.index_put(reached, torch.ones_like(has_end[has_end]))
     return depth
 
 
@@ -203,13 +201,11 @@ def threshold_behind(depth: Tensor, x: float, y: float) -> float:
     """The depth just behind the object at a point. depth [H,W]; x, y fractions of width and height; returns a value in
     (0, 1).
 
-    1. A histogram of depth in 256 bins (bin = min(floor(256·D), 255)); a pixel counts exp(−r²/2s²), r its distance in
-    pixels
-       from the pixel of the point (floor(x·W), floor(y·H), clamped), s = 0.15·max(W, H).
+    1. A histogram of depth in 256 bins (bin = min(floor(256·D), 255)); a pixel counts exp(−r²/2s²), where r is its
+       distance in pixels from the pixel of the point (floor(x·W), floor(y·H), clamped) and s = 0.15·max(W, H).
     2. Smoothed three times by (1, 2, 1)/4, the end bins repeated.
     3. From the point's bin, deeper while it rises: the object's peak. Then on, keeping the lowest bin so far, until a
-    bin is above
-       1.5 times the lowest (something else begins), or the lowest is below 1/20 of the peak, or the end.
+       bin is above 1.5 times the lowest (something else begins), or the lowest is below 1/20 of the peak, or the end.
     4. The far edge of the lowest bin: (bin + 1)/256, at most 255/256.
     Source: ours, the paper's click chooses a depth on the top view; this one chooses an object.
     """
@@ -269,13 +265,12 @@ def soften(weights: Tensor, width: float) -> Tensor:
 
 
 def over_alphas(weights: Tensor, opacity: Tensor | None = None) -> Tensor:
-    """Alpha [B,N,H,W] of each layer, back to front, that shows the weights [B,N,H,W] when the layers are laid over each
-    other.
+    """Alpha [B,N,H,W] of each layer, back to front, with which the layers laid over each other show these weights.
 
-    weights: shares of a pixel, sum one. alpha_i = M_i / (M_1 + … + M_i): what lies in front of layer i takes its share
-    off afterwards.
-    opacity: [B,H,W] in 0..1, the alpha a of the picture that is cut, which the layers then have together: a M_i / (1 −
-    a + a (M_1 + … + M_i)).
+    weights: [B,N,H,W], shares of a pixel, sum one. alpha_i = M_i / (M_1 + … + M_i), since the layers in front of i take
+    their shares off it afterwards.
+    opacity: [B,H,W] in 0..1, the alpha a of the picture that is cut, which the layers together then have:
+    alpha_i = a M_i / (1 − a + a (M_1 + … + M_i)).
     Source: ours, the inverse of dreamlayer Eq. 1 (composite of layers by "over").
     """
     alphas, behind = torch.empty_like(weights), torch.zeros_like(weights[:, 0])

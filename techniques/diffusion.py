@@ -37,8 +37,8 @@ def noise_loss_weight(level: Tensor, gamma: float) -> Tensor:
 
 
 def ddim_step(latent: Tensor, noise: Tensor, level: Tensor, next_level: Tensor) -> Tensor:
-    """The latent at next_level from the noise predicted at level; both are scalars in 0..1, next_level 1 gives the
-    clean picture.
+    """The latent [B,...] at next_level from the one at level and its predicted noise [B,...]; levels are scalars in
+    0..1, next_level 1 gives the clean picture.
 
     Source: ddim, Eq. 12 with sigma 0.
     """
@@ -56,8 +56,9 @@ def flow_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def sigma_of_noise(share: float, flow: bool, deviation: float = 1.0) -> float:
-    """The sigma, as ComfyUI counts it, at which a noised image is noise to this share, 0..1, infinite for a diffusion
-    model's 1. Equal shares are equal signal-to-noise ratios, (1 / share - 1)², whatever the model and its schedule.
+    """The sigma, as ComfyUI counts it, at which noise makes up this share, 0..1, of a noised image; infinite for a
+    diffusion model's share of 1. Equal shares are equal signal-to-noise ratios, (1 / share - 1)², whatever the model
+    and its schedule.
 
     flow: noised images are (1 - sigma) clean + sigma noise, and sigma is the share. Otherwise they are clean + sigma
     noise, with clean latents of this standard deviation, and the share is sigma / (deviation + sigma).
@@ -69,7 +70,7 @@ def sigma_of_noise(share: float, flow: bool, deviation: float = 1.0) -> float:
 
 
 def flow_velocity(clean: Tensor, noise: Tensor) -> Tensor:
-    """What a flow matching model predicts, as Flux does: noise - clean.
+    """What a flow matching model predicts, as Flux does: noise - clean, [B,...] each.
 
     Source: bfs, Eq. 5; the paper's velocity points the other way.
     """
@@ -87,7 +88,7 @@ def shifted_sigmas(steps: int, mu: float) -> Tensor:
 
 
 def euler_step(latent: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
-    """The latent at next_sigma from the velocity at sigma, scalars in 0..1.
+    """The latent [B,...] at next_sigma from the one at sigma and its velocity [B,...]; sigmas are scalars in 0..1.
 
     Source: bfs, inference (the flow-matching Euler sampler)
     """
@@ -95,7 +96,7 @@ def euler_step(latent: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tens
 
 
 def v_target(clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
-    """What a network with v prediction is to say, like the latents [B,...]; level: [B], the share of variance left.
+    """The target of v prediction, of the shape of the latents [B,...]; level: [B], the share of variance left, 0..1.
 
     Source: layeringdiff, Sec. 3.4 (v-prediction loss)
     """
@@ -104,7 +105,7 @@ def v_target(clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
 
 
 def noise_of_v(noisy: Tensor, v: Tensor, level: Tensor) -> Tensor:
-    """The noise that a predicted v means at one level, a scalar.
+    """The noise [B,...] in noisy latents [B,...] by their predicted v [B,...]; level: a scalar in 0..1.
 
     Source: layeringdiff, Sec. 3.4 (v-prediction)
     """

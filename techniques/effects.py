@@ -21,15 +21,16 @@ from .layers import EFFECTS, Layer, LayerStack, as_effect, bound_to, in_groups, 
 STEPS = 24  # of bisection: finer than float32 shows
 NEUTRAL = 0.25 / 255  # a change below it is none
 SOLID = 0.05  # alpha over which a pixel throws shadows
-# Of a layer that has its shadow in it: alpha of the object, brightness of a shadow, alpha of the weakest one, alpha of
-# none, and how many pixels a soft edge of the object is wide.
+# How shadow_apart tells shadow from object: alpha from which the object is opaque, brightness below which a pixel may
+# be shadow, least alpha of a shadow, alpha below which there is nothing, and width of the object's soft edge in pixels.
 OPAQUE, DARK, FAINT, TRACE, EDGE = 0.9, 0.35, 0.06, 0.02, 2
 NEAR = 0.02  # of the canvas's longer side: over this distance the ground goes from one object to the next
 SHADOW, GLOW, SHADE, LIGHT = EFFECTS
 
 
 def darken_or_brighten(colour: Tensor, gain: Tensor) -> Tensor:
-    """Colours in 0..1 after a gain of -1..1: below 0 they are multiplied by 1 + gain, above 0 screened with it.
+    """Colours in 0..1 after a gain in -1..1 of the same shape: below 0 they are multiplied by 1 + gain, above 0
+    screened with it.
 
     Source: w3c, section 10 Blending (multiply, screen)
     """
@@ -37,7 +38,7 @@ def darken_or_brighten(colour: Tensor, gain: Tensor) -> Tensor:
 
 
 def gain_between(colour: Tensor, wanted: Tensor) -> Tensor:
-    """The gain that makes colours what is wanted of them, both in 0..1; -1..1.
+    """The gain in -1..1 that turns colours into the wanted ones, both in 0..1, all of one shape.
 
     Source: w3c, section 10 Blending (multiply, screen), solved for the source
     """
@@ -47,8 +48,8 @@ def gain_between(colour: Tensor, wanted: Tensor) -> Tensor:
 
 
 def shared_gain(gain: Tensor, share: Tensor) -> Tensor:
-    """The part of a gain of a layer that has a share of it, 0..1; the parts of all shares one after the other, which
-    sum to 1, do what the gain does.
+    """The part of a gain in -1..1 that belongs to this share of it, 0..1. Applied one after the other, the parts of
+    shares that sum to 1 do what the whole gain does.
 
     Source: ours, factors whose product is the multiplication, and likewise of what screening leaves
     """
@@ -58,8 +59,8 @@ def shared_gain(gain: Tensor, share: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Effects:
-    """Gains in -1..1 by object, back to front. ground: [K,3,H,W], on all that lies behind it. own: [K,3,H,W], on it.
-    error: [H,W], what the layers are off from the picture, the largest of the channels.
+    """Gains in -1..1 by object, back to front. ground: [K,3,H,W], on all that lies behind the object. own: [K,3,H,W],
+    on the object itself. error: [H,W], how far the layers are from the picture, the largest of the channels.
     """
 
     ground: Tensor
@@ -68,13 +69,13 @@ class Effects:
 
 
 def find_effects(stack: LayerStack, picture: Tensor, reach: float) -> Effects:
-    """What darkens and brightens a stack of an opaque background and objects so that it is the picture [H,W,3].
+    """The gains that turn a stack of an opaque background and objects into the picture [H,W,3], sRGB in 0..1.
 
-    reach: how far from an object, as a share of the canvas's longer side, what changes on the ground is its doing; 0
-    for any distance. Each pixel's change goes to what is seen most there, the ground or one object, and runs on
-    smoothly below the others. On the ground it is the nearest object's; what of an object's shadow falls on another
-    one is the other one's shade.
-    Raises ValueError for layers that are no plain things on a ground.
+    reach: how far from an object, as a share of the canvas's longer side, a change of the ground counts as its effect;
+    0 for any distance. Each pixel's change goes to what is seen most there, the ground or one object, and continues
+    smoothly below the others. On the ground it belongs to the nearest object; where an object's shadow falls on another
+    object, it becomes the other one's shade.
+    Raises ValueError for blend modes other than normal, and without an opaque background and an object.
     Source: ours, layers as light on things: what was multiplied or screened, pixel by pixel
     """
     _check_plain(stack)
@@ -145,20 +146,20 @@ class _Scene:
         return (self.image(gains) - picture).abs().amax(0)
 
     def solve(self, gains: Tensor, whose: Tensor, where: Tensor, picture: Tensor) -> None:
-        """Set one layer's gain, that of the number `whose` [H,W], where it is wanted [H,W], so that the image comes
-        nearest to the picture. The brighter the gain, the brighter the image, so bisection finds it.
+        """Change gains in place where `where` [H,W] is true: of each pixel the gain of layer number `whose` [H,W], so
+        that the image comes nearest to the picture. A higher gain makes the image brighter, so bisection finds it.
         """
         if not where.any():
             return
         own, wanted, chosen = self.at(where), picture[..., where], whose[where]
-        found, pixels = gains[..., where], torch.arange(len(chosen), device=gains.device)
+        trial, pixels = gains[..., where], torch.arange(len(chosen), device=gains.device)
         low, high = -torch.ones_like(wanted), torch.ones_like(wanted)
         for _ in range(STEPS):
             middle = (low + high) / 2
-            found[chosen, :, pixels] = middle.T
-            darker = own.image(found) < wanted
+            trial[chosen, :, pixels] = middle.T
+            darker = own.image(trial) < wanted
             low, high = torch.where(darker, middle, low), torch.where(darker, high, middle)
-        gains[..., where] = found
+        gains[..., where] = trial
 
 
 def _run_on(gain: Tensor, known: Tensor) -> Tensor:
@@ -231,11 +232,11 @@ def without_effects(stack: LayerStack, number: int) -> tuple[LayerStack, int]:
 
 
 def shadow_apart(pixels: Tensor) -> tuple[Tensor, Tensor] | None:
-    """[H,W,4] of an object and of its shadow, of a layer [H,W,4], straight alpha, that has both; over each other they
-    are the layer. None where it has no shadow.
+    """An object and its shadow, [H,W,4] each, of a layer [H,W,4] that shows both, straight alpha; the object over the
+    shadow is the layer. None where there is no shadow.
 
     Shadow is what is dark and translucent and not beside what is opaque. From there, and from where the layer is empty,
-    it goes on smoothly below the object, whose alpha is what is left.
+    it continues smoothly below the object, whose alpha is what is left.
     Source: ours, over of Porter and Duff solved for the layer in front
     """
     colour, alpha = pixels[..., :3], pixels[..., 3]
@@ -259,7 +260,7 @@ def shadow_apart(pixels: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def with_effect_layers(stack: LayerStack, picture: Tensor, reach: float) -> LayerStack:
-    """The stack with what makes it the picture [H,W,3] as layers, see find_effects and effect_layers.
+    """The stack with the effects that turn it into the picture [H,W,3|4] as layers, see find_effects and effect_layers.
 
     Source: ours, effects as ordinary layers that any program shows the same
     """
@@ -267,7 +268,7 @@ def with_effect_layers(stack: LayerStack, picture: Tensor, reach: float) -> Laye
 
 
 def _pair(gain: Tensor, name: str, darker: str, brighter: str) -> list[Layer]:
-    found = []
+    layers = []
     for kind, mode, factor in ((darker, "multiply", 1 + gain.clamp(max=0)), (brighter, "screen", gain.clamp(min=0))):
         neutral = 1.0 if mode == "multiply" else 0.0
         alpha = ((factor - neutral).abs() > NEUTRAL).any(0).to(factor)
@@ -276,5 +277,5 @@ def _pair(gain: Tensor, name: str, darker: str, brighter: str) -> list[Layer]:
         pixels = rearrange(torch.cat([factor, alpha[None]]), "c h w -> h w c")
         left, top, right, bottom = content_box(alpha)
         layer = Layer(pixels[top:bottom, left:right], f"{name} {kind}", x=left, y=top, blend_mode=mode)
-        found.append(as_effect(layer, kind))
-    return found
+        layers.append(as_effect(layer, kind))
+    return layers

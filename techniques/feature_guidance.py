@@ -100,10 +100,10 @@ def iteration_factor(iteration: int, norm: str) -> float:
 
 
 def guided_update(latent: Tensor, gradient: Tensor, sigma: Tensor, step_size: float, flow: bool = False) -> Tensor:
-    """The latent [B,C,H,W] after one iteration, in ComfyUI's scale clean + sigma * noise, or with flow (1 - sigma) *
-    clean + sigma * noise, sigma in 0..1; gradient: of G by the network's input z.
+    """The latent [B,C,H,W] after one iteration, in ComfyUI's scale: clean + sigma * noise, or with flow
+    (1 - sigma) * clean + sigma * noise, sigma in 0..1. gradient: [B,C,H,W], of G by the network's input z.
 
-    z - eta grad G is what is taken. The paper's z is the latent divided by sqrt(1 + sigma²); of flow matching it is the
+    The step is z - eta grad G. The paper's z is the latent divided by sqrt(1 + sigma²); with flow matching it is the
     latent itself.
     Source: featglac, Sec. 3.3 (z - grad G, K times at each step), with the released code's step size
     """
@@ -120,7 +120,7 @@ def composite_latent(front: Tensor, back: Tensor, mask: Tensor) -> Tensor:
 
 
 def parse_level_weights(text: str, levels: int) -> dict[int, float]:
-    """{level: weight} from numbers with commas between them, of which the last is the finest level, number levels - 1;
+    """{level: weight} from numbers with commas between them, the last one for the finest level, number levels - 1;
     zeros are left out.
 
     Raises ValueError.
@@ -167,8 +167,8 @@ def parse_block_weights(text: str, blocks: list[str], usual: list[str]) -> dict[
 
 
 def channel_units(sources: Tensor) -> Tensor:
-    """[B,C,1,1]: each channel's deviation over the places of the scenes, which a transformer's features are measured
-    in; sources [P,B,C,h,w], of more than one place. The result is in float32 or more.
+    """[B,C,1,1]: each channel's standard deviation over the places of the scenes, the unit in which a transformer's
+    features are measured; sources [P,B,C,h,w], of more than one place. The result is in float32 or more.
 
     A channel that hardly differs over the scenes counts by a tenth of the mean deviation.
     Source: ours, one step size for channels of any size

@@ -1,5 +1,5 @@
-"""Layers of any decomposer brought to the image that they are of: to its size, and to a sum that is the image in every
-pixel.
+"""Layers of any decomposer fitted to the image that they were made from: to its size, and so that over each other they
+are the image in every pixel.
 
 Arrays of layers are [K,...], the back layer first. Alphas are 1 = opaque, colours straight sRGB in 0..1.
 """
@@ -21,11 +21,11 @@ from .layering import exact_layers
 from .layers import MAX_LAYERS, MAX_SIDE, Layer, LayerStack
 
 TRACE = 1 / 510  # half a step of 8 bits
-WINDOW = 2  # pixels to each side that an alpha without its noise is a mean of
-COLOUR_ERROR = 0.1  # of the colours of enlarged layers, per channel: how far the image is believed about alpha
-ALPHA_ERROR = 0.4  # of an enlarged alpha, as a share of how much it varies from pixel to pixel of the small layer
-HAZE = 0.05  # what is nearer than this to nothing or to all, where an alpha was found anew, is taken for that
-BACKDROP = 0.5  # share of the canvas that a back layer covers at least, if it is a background and no cut-out
+WINDOW = 2  # pixels to each side over which clean_alpha takes its mean
+COLOUR_ERROR = 0.1  # assumed deviation of enlarged colours, per channel: the smaller, the more the image moves alpha
+ALPHA_ERROR = 0.4  # assumed deviation of an enlarged alpha, as a share of its range around the pixel in the small layer
+HAZE = 0.05  # an alpha found anew that is nearer than this to 0 or 1 is taken for 0 or 1
+BACKDROP = 0.5  # share of the canvas that a back layer covers at least when it is a background and not a cut-out
 _STRIP_PIXELS = 2**18
 
 
@@ -42,7 +42,7 @@ class Fitted:
 
 
 def noise_of(alpha: Tensor) -> float:
-    """Standard deviation of the noise in an alpha [H,W]; 0 for one whose even places are even.
+    """Standard deviation of the noise in an alpha [H,W] in 0..1; 0 for one that is smooth in most places.
 
     Source: immerkaer, Eq. 3
     Differs: the median of absolute values instead of their mean, so that edges do not count.
@@ -54,10 +54,10 @@ def noise_of(alpha: Tensor) -> float:
 
 
 def clean_alpha(alpha: Tensor) -> Tensor:
-    """An alpha [H,W] without noise, with nothing where next to nothing was and all where next to all was.
+    """An alpha [H,W] in 0..1 without noise: 0 where it was next to 0, and 1 where it was next to 1.
 
     Each pixel becomes the mean of those around it that differ from it by no more than noise does, so that edges stay.
-    An alpha without noise stays as it is, but for what 8 bits cannot tell from 0 or 1.
+    An alpha without noise stays as it is, except for what 8 bits cannot tell from 0 or 1.
     Source: sigmafilter, the sigma filter, with the noise as `noise_of` finds it
     """
     noise = noise_of(alpha)
@@ -79,7 +79,7 @@ def _mean_of_near(alpha: Tensor, room: float) -> Tensor:
 
 
 def _without_haze(alpha: Tensor, low: float) -> Tensor:
-    """0 below low, 1 above 1 - low, and as it is beyond twice that, without a jump between."""
+    """0 below low, 1 above 1 - low, unchanged from twice low to 1 minus twice low, and without a jump between."""
     alpha = torch.where(alpha < 2 * low, (2 * (alpha - low)).clamp(min=0), alpha)
     return torch.where(alpha > 1 - 2 * low, (1 - 2 * (1 - low - alpha)).clamp(max=1), alpha)
 
@@ -87,27 +87,27 @@ def _without_haze(alpha: Tensor, low: float) -> Tensor:
 def exact_colours(image: Tensor, alphas: Tensor, colours: Tensor) -> Tensor:
     """Colours [K,3,N] of layers near the given ones whose composite is the image [3,N]; alphas [K,N], the back one 1.
 
-    The smallest change of all of them that adds up, each within what the others can make up for: from the front to the
-    back, one layer beside the composite of all behind it. What is not seen stays.
+    The smallest change of all layers together that adds up, each within 0..1 and what the others can make up for: from
+    the front to the back, one layer against the composite of all behind it. What is not seen stays.
     Source: ours, the projection of `exact_layers` for several layers
     """
     behind, give = [colours[0]], [torch.ones_like(alphas[0])]
     for alpha, colour in zip(alphas[1:], colours[1:], strict=True):
         behind.append(torch.lerp(behind[-1], colour, alpha))
         give.append(alpha.square() + (1 - alpha).square() * give[-1])
-    found = colours.clone()
+    exact = colours.clone()
     for index in range(len(colours) - 1, 0, -1):
-        found[index], image = exact_layers(image, alphas[index], colours[index], behind[index - 1], give[index - 1])
-    found[0] = image
-    return found
+        exact[index], image = exact_layers(image, alphas[index], colours[index], behind[index - 1], give[index - 1])
+    exact[0] = image
+    return exact
 
 
 def alphas_by_image(image: Tensor, alphas: Tensor, colours: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Alphas [K,N] of enlarged layers, nearer to what the image [3,N] shows; colours [K,3,N].
 
-    low, high: [K,N], between what an alpha lies in the small layer around the pixel. The likeliest change, where alphas
-    are off by ALPHA_ERROR of that range and colours by COLOUR_ERROR: much where two layers differ in colour, nothing
-    where they do not, since the image cannot tell there.
+    low, high: [K,N], the range of each alpha in the small layer around the pixel. The likeliest change when alphas are
+    off by ALPHA_ERROR of that range and colours by COLOUR_ERROR: large where two layers differ in colour, none where
+    they do not, since the image cannot tell there.
     Source: ours, one step of Gauss-Newton for alphas with a Gaussian prior, as in Bayesian matting
     """
     left, behind = torch.ones_like(alphas[0]), [colours[0]]
@@ -153,9 +153,9 @@ def finer_alphas(image: Tensor, alphas: Tensor, colours: Tensor, ratios: list[fl
     for _ in range(rounds):
         fine = alphas_by_image(target, fine, colour, low, high)
     fine = _without_haze(sharpened(fine, low, high, gain.clamp(max=2)), HAZE)
-    found = alphas.clone()
-    found[:, rows, columns] = torch.where(changing, fine, given)
-    return found
+    result = alphas.clone()
+    result[:, rows, columns] = torch.where(changing, fine, given)
+    return result
 
 
 def _range_around(alpha: Tensor, ratio: float, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,8 +237,8 @@ def _enlarged(layer: Layer) -> Layer:
 
 
 def fit_stack(stack: LayerStack, image: Tensor, refine: bool = True) -> Fitted:
-    """The visible layers of a stack at the size of the image [H,W,3] that they are of, so that their composite is the
-    image; hidden layers are only moved along.
+    """The visible layers of a stack at the size of the image [H,W,3] that they were made from, so that their composite
+    is the image; hidden layers are only resized along.
 
     refine: alphas lose their noise, and where layers are enlarged their edges are looked for in the image. The back
     layer becomes opaque where nothing else covers the image; where it is no background, a layer behind all is added.
@@ -265,8 +265,8 @@ def fit_stack(stack: LayerStack, image: Tensor, refine: bool = True) -> Fitted:
     ratios = [1.0] * len(rest) + [_ratio(large.layers[index]) if refine else 1.0 for index in drawn]
     before, after = torch.zeros_like(image[..., 0]), torch.zeros_like(image[..., 0])
     _fit_strips(image, [*rest, *drawn.values()], ratios, before, after)
-    found = [drawn.get(index, layer) for index, layer in enumerate(large.layers)]
-    return Fitted(large.with_layers([*rest, *found]), before, after, not backdrop)
+    layers = [drawn.get(index, layer) for index, layer in enumerate(large.layers)]
+    return Fitted(large.with_layers([*rest, *layers]), before, after, not backdrop)
 
 
 def _fit_strips(image: Tensor, layers: list[Layer], ratios: list[float], before: Tensor, after: Tensor) -> None:
@@ -352,10 +352,10 @@ def _covers(layer: Layer, canvas: tuple[int, int]) -> bool:
 
 def _on_canvas(layer: Layer, canvas: tuple[int, int]) -> Layer:
     """A raster layer, as large as the canvas."""
-    whole = layer.image.new_zeros((canvas[1], canvas[0], 4))
+    pixels = layer.image.new_zeros((canvas[1], canvas[0], 4))
     height, width = layer.image.shape[:2]
-    whole[layer.y : layer.y + height, layer.x : layer.x + width] = layer.image
-    return replace(layer, image=whole, x=0, y=0)
+    pixels[layer.y : layer.y + height, layer.x : layer.x + width] = layer.image
+    return replace(layer, image=pixels, x=0, y=0)
 
 
 def _check_modes(stack: LayerStack) -> None:

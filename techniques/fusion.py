@@ -126,18 +126,18 @@ def reduce_attention(q: Tensor, k: Tensor, heads: int, reduce: Callable[[Tensor]
 
     Source: ours, the extra memory does not grow with the picture
     """
-    found = None
+    result = None
     for row, (one, keys) in enumerate(zip(q, k, strict=True)):
         start = 0
         for part in _probabilities(one, keys, heads):
             values = reduce(part)
             # Made before the large parts come and go: small results kept between would keep the heap from shrinking.
-            if found is None:
-                found = values.new_empty(len(q), q.shape[1], *values.shape[1:])
-            found[row, start : start + len(values)] = values
+            if result is None:
+                result = values.new_empty(len(q), q.shape[1], *values.shape[1:])
+            result[row, start : start + len(values)] = values
             start += len(values)
-    assert found is not None
-    return found
+    assert result is not None
+    return result
 
 
 def _probabilities(q: Tensor, k: Tensor, heads: int) -> Iterator[Tensor]:

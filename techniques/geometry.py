@@ -292,7 +292,7 @@ def _coverage(position: Tensor, length: int) -> Tensor:
 
 
 def filled_up(image: Tensor, multiple: int) -> Tensor:
-    """[B,C,H,W] with sides that are multiples, mirrored on at the right and below.
+    """[B,C,H,W] with sides that are multiples of `multiple`, continued at the right and below by mirroring.
 
     Source: ours, what networks see of images of any size
     """

@@ -19,12 +19,12 @@ from .layers import Layer, LayerStack
 from .smoothing import gaussian_blur
 from .transparency import clean_colours
 
-RIM = 8  # pixels, one of the latent
+RIM = 8  # pixels around foregrounds, one latent pixel, in which light_behind does not believe the drawn background
 
 
 def visible_shares(alphas: Tensor) -> tuple[Tensor, Tensor]:
-    """What of each layer is seen: background [1,H,W] and foregrounds [K,1,H,W], which sum to one; alphas: [K,1,H,W],
-    back to front, 1 = opaque. Of alphas [K,...] likewise [...] and [K,...].
+    """How much of each layer is seen: of the background [1,H,W] and of the foregrounds [K,1,H,W], which sum to one.
+    alphas: [K,1,H,W] of the foregrounds, back to front, 1 = opaque; alphas [K,...] likewise give [...] and [K,...].
 
     Source: dreamlayer, Eq. 1 and 12, the weights of the sum.
     """
@@ -44,11 +44,11 @@ def fuse_latents(background: Tensor, foregrounds: Tensor, alphas: Tensor) -> Ten
 
 
 def on_canvas(latent: Tensor, layer: Layer, canvas: tuple[int, int], side: int) -> Tensor:
-    """[C,⌈H/side⌉,⌈W/side⌉]: a latent [C,h,w] of the layer's own pixels, side × side of them in each, where the layer
-    lies on the canvas (W, H).
+    """[C,⌈H/side⌉,⌈W/side⌉]: a latent [C,h,w] of the layer's own pixels, moved to where the layer lies on the canvas
+    (W, H). side: pixels per latent pixel, in each direction.
 
-    Each takes the one that lies nearest, since a mean of several would have less noise than its noise level says. Where
-    the layer is not, anything.
+    Each latent pixel of the canvas takes the nearest one of the layer, since a mean of several would have less noise
+    than its noise level says. Beside the layer the values mean nothing.
     Source: dreamlayer, Eq. 13, op(·) of a latent: moved, resized, flipped, turned
     """
     height, width = layer.image.shape[:2]
@@ -66,8 +66,8 @@ def on_canvas(latent: Tensor, layer: Layer, canvas: tuple[int, int], side: int) 
 
 
 def feathered(alpha: Tensor, radius: float) -> Tensor:
-    """[K,1,H,W]: alpha [K,1,H,W] that fades in from where it begins to itself `radius` pixels further in; 0 leaves it
-    as it is.
+    """[K,1,H,W]: alpha [K,1,H,W] that fades in from its outline and is itself again `radius` pixels further in; radius
+    0 leaves it as it is.
 
     Source: ours, for putting pixels back without a seam: alpha times 2·blurred − 1 of where it is above zero.
     """
@@ -77,11 +77,11 @@ def feathered(alpha: Tensor, radius: float) -> Tensor:
 
 
 def keep_detail(before: Tensor, drawn: Tensor, same: Tensor, visible: Tensor, radius: float) -> Tensor:
-    """[1,3,H,W]: the background `before` with what is smoother than `radius` pixels of the way from `same` to `drawn`:
-    light and shadow, no texture.
+    """[1,3,H,W]: the background `before` plus that part of the change from `same` to `drawn` which is smoother than
+    `radius` pixels: light and shadow, no texture.
 
     same: `before` as the autoencoder gives it back; drawn: the harmonised picture; all [1,3,H,W]. visible: [1,1,H,W],
-    1 where the background is. A rim of a third of the radius around things does not count, since models draw them
+    1 where the background is seen. A rim of a third of the radius around things does not count, since models draw them
     wider than they are and their colours would run.
     Source: ours, an autoencoder and a few steps of denoising blur every texture that they touch.
     """
@@ -92,8 +92,8 @@ def keep_detail(before: Tensor, drawn: Tensor, same: Tensor, visible: Tensor, ra
 
 
 def band(things: Tensor, reach: float) -> Tensor:
-    """[1,H,W]: 1 on the things [1,H,W] (what of them is seen, 1 = all) and near them, falling to 0 from half of `reach`
-    pixels away from them to all of it.
+    """[1,H,W]: 1 on the things [1,H,W] (how much of a pixel is theirs, 0..1) and up to half of `reach` pixels away from
+    them, then falling to 0 at `reach`.
 
     Distances are those between the cells of a grid of at most 64 on a side.
     Source: ours, shadows and reflected light are near what throws them, and a model redraws the rest for nothing.
@@ -167,9 +167,9 @@ def harmonised_layers(stack: LayerStack, colours: Tensor, alphas: Tensor, drawn:
     free, shares = visible_shares(shapes)
     image = light_behind(ground[None], drawn, free, soft=not relight)
     image = image if (opacity == 1).all() else torch.cat([image, rearrange(opacity, "1 1 h w -> h w 1")], -1)
-    found = [Layer(image, back.name, extra=back.extra), *objects]
+    layers = [Layer(image, back.name, extra=back.extra), *objects]
     if relight:
         for number, (layer, colour, share, alpha) in enumerate(zip(objects, own, shares, shapes, strict=True), 1):
             pixels = torch.cat([torch.lerp(colour, drawn[0], share).clamp(0, 1), alpha])
-            found[number] = Layer(rearrange(pixels, "c h w -> h w c"), layer.name, extra=layer.extra)
-    return stack.with_layers(found)
+            layers[number] = Layer(rearrange(pixels, "c h w -> h w c"), layer.name, extra=layer.extra)
+    return stack.with_layers(layers)

@@ -44,20 +44,20 @@ def attend_rows(
     Differs: prompts are in the same sequence here, and are not shared: each row reads one prompt.
     """
     images = mixed or (q[:, :, image], k[:, :, image], v[:, :, image])
-    found = v.new_empty(len(q), q.shape[2], q.shape[1] * v.shape[3])
+    out = v.new_empty(len(q), q.shape[2], q.shape[1] * v.shape[3])
     for row, read in enumerate(reads):
         own = [torch.cat([values[row, :, part] for part in [*beside[row], image]], 1)[None] for values in (k, v)]
         for part in (slice(image.start), slice(image.stop, q.shape[2])):
             if (asking := q[row : row + 1, :, part]).shape[2]:
-                found[row : row + 1, part] = attend(asking, *own)
+                out[row : row + 1, part] = attend(asking, *own)
         joined = (
             torch.cat(
                 [values[read.beside, :, part] for part in beside[read.beside]] + [tokens[one] for one in read.images], 1
             )[None]
             for values, tokens in ((k, images[1]), (v, images[2]))
         )
-        found[row : row + 1, image] = attend(images[0][row : row + 1], *joined)
-    return found
+        out[row : row + 1, image] = attend(images[0][row : row + 1], *joined)
+    return out
 
 
 def of_layers(rows: int, layers: int, isolated: bool = False) -> list[Reads]:
@@ -67,12 +67,12 @@ def of_layers(rows: int, layers: int, isolated: bool = False) -> list[Reads]:
     isolated: the whole picture reads itself only.
     Source: dreamlayer, Eq. 10 and 11; Eq. 15 when isolated
     """
-    found = []
+    reads = []
     for row in range(rows):
         first = row - row % layers
         by_itself = isolated and row == first + layers - 1
-        found.append(Reads(row, [row] if by_itself else range(first, first + layers)))
-    return found
+        reads.append(Reads(row, [row] if by_itself else range(first, first + layers)))
+    return reads
 
 
 def of_blending(rows: int, own_prompt: bool = False) -> list[Reads]:
@@ -81,11 +81,11 @@ def of_blending(rows: int, own_prompt: bool = False) -> list[Reads]:
 
     Source: layerfusion, Sec. 3.3 and Alg. 3, a_BG and a_Blended both with p_BG
     """
-    found = []
+    reads = []
     for row in range(0, rows, 3):
         pair = range(row + 1, row + 3)
-        found += [Reads(row, [row]), Reads(row + 1, pair), Reads(row + 2 if own_prompt else row + 1, pair)]
-    return found
+        reads += [Reads(row, [row]), Reads(row + 1, pair), Reads(row + 2 if own_prompt else row + 1, pair)]
+    return reads
 
 
 def mix_layers(tokens: Tensor, maps: Tensor) -> Tensor:

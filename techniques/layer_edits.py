@@ -94,8 +94,8 @@ def apply_edits(stack: LayerStack, edits: Edits, socket: str = "edits") -> tuple
     """
     layers = list(stack.layers)
     missing: list[Reference] = []
-    found = _resolved([reference for reference, _ in edits.fields], layers, f"{socket}: layers", missing)
-    for index, (_, fields) in zip(found, edits.fields, strict=True):
+    targets = _resolved([reference for reference, _ in edits.fields], layers, f"{socket}: layers", missing)
+    for index, (_, fields) in zip(targets, edits.fields, strict=True):
         if index is not None:
             layers[index] = replace(layers[index], **fields)
     order = _resolved(edits.order, stack.layers, f"{socket}: order", missing)
@@ -110,15 +110,15 @@ def _resolved(
     references: Sequence[Reference], layers: Sequence[Layer], where: str, missing: list[Reference]
 ) -> list[int | None]:
     """Index of each; None for those that are not there, which are added to `missing`."""
-    found: list[int | None] = []
+    indices: list[int | None] = []
     for reference in references:
         index = reference.find(layers)
         if index is None:
             missing.append(reference)
-        elif index in found:
+        elif index in indices:
             raise ValueError(f"{where} has layer {index + 1} ({layers[index].name!r}) twice; name each layer once.")
-        found.append(index)
-    return found
+        indices.append(index)
+    return indices
 
 
 def _notes(missing: list[Reference], layers: Sequence[Layer], socket: str) -> list[str]:

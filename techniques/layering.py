@@ -93,13 +93,13 @@ def haar_bands(image: Tensor, scales: int) -> list[Tensor]:
 
     Source: layeringdiff, Eq. 3 (H_s,k)
     """
-    found = []
+    bands = []
     for _ in range(scales):
         image = F.pad(image, (0, image.shape[-1] % 2, 0, image.shape[-2] % 2), mode="replicate")
         blocks = rearrange(image, "b c (h down) (w across) -> b c (down across) h w", down=2, across=2)
-        found.append(torch.einsum("kp,bcphw->bckhw", BANDS.to(image), blocks))
+        bands.append(torch.einsum("kp,bcphw->bckhw", BANDS.to(image), blocks))
         image = blocks.sum(2) / 2
-    return found
+    return bands
 
 
 def high_frequency_loss(prediction: Tensor, reference: Tensor, scales: int = 3) -> Tensor:

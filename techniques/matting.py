@@ -15,10 +15,10 @@ from torch import Tensor
 
 from . import layering
 
-KNOWN, PRIOR = 100.0, 0.05
+KNOWN, PRIOR = 100.0, 0.05  # trust in a cut-out mask where it is certain, and within the width of its edge
 GUESS = 1e-3  # trust in the value of a trimap where it is not known
-MARGIN = 32  # pixels of what a trimap knows that the system sees around what it does not
-FILL = 8  # times as many values as the system has, at most, in its factor
+MARGIN = 32  # pixels of known values around the unknown ones that the system includes
+FILL = 8  # the factor holds at most this many times the values of the system
 # Less than this of a layer is noise of the solution, which would leave specks of made-up colour in the layer behind.
 FAINT = 0.03
 MAX_SOLVED = 1_000_000  # pixels: the closed-form system grows with them, and finer than this no eye sees it in an edge
@@ -155,8 +155,8 @@ def separate_colours(image: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     front, back = _pymatting().estimate_foreground_ml(_numpy(image), _numpy(alpha), return_background=True)
     front, back = (torch.from_numpy(value).to(image) for value in (front, back))
     rows = [rearrange(value, "h w c -> 1 c h w") for value in (image, front, back)]
-    found = layering.exact_layers(rows[0], rearrange(alpha, "h w -> 1 1 h w"), *rows[1:])
-    front, back = (rearrange(value, "1 c h w -> h w c") for value in found)
+    exact = layering.exact_layers(rows[0], rearrange(alpha, "h w -> 1 1 h w"), *rows[1:])
+    front, back = (rearrange(value, "1 c h w -> h w c") for value in exact)
     return front, back
 
 
@@ -169,7 +169,9 @@ def _without_slivers(mask: Tensor, nearer: Tensor) -> Tensor:
 
 
 def _erode(mask: Tensor, reach: int) -> Tensor:
-    """1 where the whole disc of that radius is 1; the picture's border does not erode."""
+    """[H,W]: 1 where the square that reaches so many pixels to each side is all 1; the picture's border does not
+    erode.
+    """
     grown = F.max_pool2d((1 - mask)[None, None], (2 * reach + 1, 1), 1, (reach, 0))
     return 1 - F.max_pool2d(grown, (1, 2 * reach + 1), 1, (0, reach))[0, 0]
 

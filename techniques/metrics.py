@@ -75,8 +75,8 @@ def placement(alpha: Tensor) -> Tensor:
         first, end = lines.int().argmax(1), size - lines.flip(1).int().argmax(1)
         spans.append((end - first) / size)
         centres.append((first + end) / 2 / size)
-    found = torch.stack([inside.double().mean((1, 2)), torch.maximum(*spans), *centres], 1)
-    return torch.where(inside.flatten(1).any(1)[:, None], found, torch.nan)
+    values = torch.stack([inside.double().mean((1, 2)), torch.maximum(*spans), *centres], 1)
+    return torch.where(inside.flatten(1).any(1)[:, None], values, torch.nan)
 
 
 def layer_rgb_l1(prediction: Tensor, target: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""What decomposers hand over: which alpha they write, the whole image among the layers, layers that are blank or there
-twice, and the order. All is judged on small rasters [K,4,h,w] of the layers, straight alpha, back to front.
+"""What decomposers hand over: which alpha they write, the whole image among the layers, blank and duplicate layers, and
+the order. All is judged on small rasters [K,4,h,w] of the layers, straight alpha, back to front.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .layers import Layer, LayerStack
 
 SMALL = 256  # pixels of the longer side on which layers are judged
 FAINTEST = 0.1  # alpha below which nothing of a layer is seen
-SAME = 0.1  # how far two layers may differ in any window and still be one twice
+SAME = 0.1  # how far two layers may differ in any window and still be duplicates
 OPEN = 0.02  # share of the canvas that layers may leave open and still be a whole picture
 ALPHAS = ("straight", "premultiplied", "inverted", "auto")
 ORDERS = ("as given", "reversed", "by recomposition")
@@ -93,12 +93,12 @@ def duplicates(layers: Tensor) -> list[int]:
     """
     shown = premultiplied(layers)
     blank = blanks(layers)
-    found: list[int] = []
+    repeated: list[int] = []
     for index in range(1, len(layers)):
-        before = [other for other in range(index) if not {index, other} & {*blank, *found}]
+        before = [other for other in range(index) if not {index, other} & {*blank, *repeated}]
         if any(_strongest((shown[index] - shown[other]).abs().amax(0), 2) < SAME for other in before):
-            found.append(index)
-    return found
+            repeated.append(index)
+    return repeated
 
 
 def _strongest(plane: Tensor, reach: int) -> float:
@@ -156,18 +156,18 @@ def recomposed_order(layers: Tensor, image: Tensor) -> list[int]:
 
 def _behind(shown: Tensor) -> list[Tensor]:
     """The composites of all layers before each one, and of all."""
-    found = [torch.zeros_like(shown[0])]
+    composites = [torch.zeros_like(shown[0])]
     for layer in shown:
-        found.append(_over(found[-1], layer))
-    return found
+        composites.append(_over(composites[-1], layer))
+    return composites
 
 
 def _above(shown: Tensor) -> list[Tensor]:
     """The composites of all layers from each one on, and of none."""
-    found = [torch.zeros_like(shown[0])]
+    composites = [torch.zeros_like(shown[0])]
     for layer in shown.flip(0):
-        found.append(_over(layer, found[-1]))
-    return found[::-1]
+        composites.append(_over(layer, composites[-1]))
+    return composites[::-1]
 
 
 def _error(shown: Tensor, image: Tensor) -> float:
@@ -183,7 +183,7 @@ def alpha_kind(layers: Tensor, image: Tensor | None = None) -> str:
     """
     read = {kind: read_alpha(layers, kind) for kind in ALPHAS[:3]}
     if image is not None:
-        errors = {kind: _error(over_each_other(found), image) for kind, found in read.items()}
+        errors = {kind: _error(over_each_other(straight), image) for kind, straight in read.items()}
         best = min(errors, key=errors.__getitem__)
         return best if errors[best] < 0.9 * errors["straight"] else "straight"
     if len(layers) > 1 and layers[0, 3].mean() < OPEN and layers[1:, 3].mean() > 0.5:

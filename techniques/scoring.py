@@ -64,10 +64,10 @@ def bytes_over(below: np.ndarray, top: np.ndarray) -> np.ndarray:
     share = alpha * (255 * 255 << bits) // np.maximum(together, 1)
     rest = np.uint32(255 << bits) - share
     colour = top[..., :3] * share[..., None] + below[..., :3] * rest[..., None]
-    found = np.empty_like(below)
-    found[..., :3] = _by_255(colour + np.uint32(0x80 << bits)) >> bits
-    found[..., 3] = _by_255(together + np.uint32(0x80))
-    return np.where((alpha == 0)[..., None], below, found)
+    result = np.empty_like(below)
+    result[..., :3] = _by_255(colour + np.uint32(0x80 << bits)) >> bits
+    result[..., 3] = _by_255(together + np.uint32(0x80))
+    return np.where((alpha == 0)[..., None], below, result)
 
 
 def _by_255(value: np.ndarray) -> np.ndarray:
@@ -250,7 +250,7 @@ def parse_limits(text: str, known: Sequence[str]) -> list[tuple[str, str, float]
     Raises ValueError for what cannot be read or is no figure.
     Source: ours, conditions of a gate
     """
-    found = []
+    limits = []
     for part in filter(str.strip, re.split(r"[,\n]", text)):
         match = _LIMIT.fullmatch(part)
         number = _number(match[3]) if match else None
@@ -261,8 +261,8 @@ def parse_limits(text: str, known: Sequence[str]) -> list[tuple[str, str, float]
             )
         if match[1] not in known:
             raise ValueError(f"limits: there is no figure {match[1]!r}; the figures are {', '.join(known)}.")
-        found.append((match[1], match[2], number))
-    return found
+        limits.append((match[1], match[2], number))
+    return limits
 
 
 def _number(text: str) -> float | None:

@@ -134,10 +134,10 @@ def joint_attention(
     q, k, v = (rearrange(values, "(scene layer) token c -> scene layer token c", layer=layers) for values in (q, k, v))
     asking = q[:, :-1] if isolated else q
     joined = (rearrange(values, "scene layer token c -> scene (layer token) c") for values in (asking, k, v))
-    found = rearrange(attend(*joined), "scene (layer token) c -> scene layer token c", layer=asking.shape[1])
+    out = rearrange(attend(*joined), "scene (layer token) c -> scene layer token c", layer=asking.shape[1])
     if isolated:
-        found = torch.cat([found, attend(q[:, -1], k[:, -1], v[:, -1])[:, None]], 1)
-    return rearrange(found, "scene layer token c -> (scene layer) token c")
+        out = torch.cat([out, attend(q[:, -1], k[:, -1], v[:, -1])[:, None]], 1)
+    return rearrange(out, "scene layer token c -> (scene layer) token c")
 
 
 def map_distance(maps: Tensor, others: Tensor) -> Tensor:

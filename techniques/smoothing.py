@@ -1,4 +1,4 @@
-"""Images smoothed, for what has to fade or to be carried from pixel to pixel."""
+"""Smoothing of images, for what has to fade or to be carried from pixel to pixel."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def extend_colours(colour: Tensor, alpha: Tensor) -> Tensor:
     """Colours [B,3,H,W] that run on smoothly where alpha [B,1,H,W] is below one, so that no edge shows where opacity
     ends; 0..1.
 
-    Opaque pixels keep their colour; a picture without any opaque pixel becomes its mean, black.
+    Opaque pixels keep their colour; a picture that is transparent everywhere becomes black.
     Source: layerdiffuse, Sec. 3.1 (padded RGB: an alpha pyramid, each level 1.2 times smaller).
     """
     levels: list[tuple[Tensor, ...]] = [(colour * alpha, alpha)]
@@ -74,11 +74,11 @@ def median_of_passes(
     Source: layerdiffuse, as published: two flips times four quarter turns, of eight values the lower middle one.
     Differs: two and four passes take the mean of the middle two, since the lower one of few is too transparent.
     """
-    found = []
+    results = []
     for flip, turns in PASSES[passes]:
         out = turned(decode(*(turned(part, flip, turns) for part in (image, latent))).clamp(0, 1), False, -turns)
-        found.append(turned(out, flip))
-    ordered = torch.stack(found).sort(0).values
+        results.append(turned(out, flip))
+    ordered = torch.stack(results).sort(0).values
     return ordered[3] if passes == 8 else ordered[(passes - 1) // 2 : passes // 2 + 1].mean(0)
 
 

@@ -52,8 +52,8 @@ class CutOutLatents:
 
 @dataclass(frozen=True)
 class Task:
-    """batch: of numbers below `count`, and of those to check, and of a draw. words: as diffusion.loss_of takes them.
-    show: the images of a grid [N,3,S,S], so many in a row.
+    """batch: makes a batch from numbers, those below `count` or those of `check`, and a draw. words: as
+    diffusion.loss_of takes them. show: the images of a grid [N,3,S,S], and how many are in a row.
     """
 
     model: nn.Module
@@ -87,9 +87,9 @@ def _mini(config: dict, root: Path) -> Task:
     def show(model: nn.Module) -> tuple[Tensor, int]:
         names = [entry.prompts[0] for entry in renderer.catalogue().values() if not entry.held_out]
         latent = diffusion.sample(model, names[::2][:24], config["side"]).cpu()
-        found = decoder(autoencoder.decode(latent).clamp(0, 1), latent).clamp(0, 1)
+        decoded = decoder(autoencoder.decode(latent).clamp(0, 1), latent).clamp(0, 1)
         board = checkerboard(config["side"])
-        return found[:, 1:] * found[:, :1] + board * (1 - found[:, :1]), 8
+        return decoded[:, 1:] * decoded[:, :1] + board * (1 - decoded[:, :1]), 8
 
     return Task(build(config, root), pool.batch, config["cutouts"], np.arange(64), None, show)
 

@@ -32,8 +32,8 @@ class Branches(nn.Module):
     """A Flux-Fill, frozen, with low-rank terms of peft for each branch, and the information sharing in its single
     blocks. Rows come in pairs, composite and foreground one after the other.
 
-    What is frozen in the base already is shared with it, and no part of the state that is saved. guidance: what a base
-    is told that embeds it.
+    What is frozen in the base already is shared with it, and is no part of the saved state. guidance: the strength that
+    a base with a guidance embedding is told.
     Source: bfs, Sec. 3
     Differs: what was read is added to the attention's output, as the released code does, not to its input (Eq. 3).
     """
@@ -110,7 +110,7 @@ class Reading:
     ):
         from diffusers.models.embeddings import apply_rotary_emb
 
-        found = self.plain(attention, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        out = self.plain(attention, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         projections = (getattr(attention, name) for name in networks.PROJECTIONS)
         # the base's own projections, without what a branch has learnt for itself
         base = [getattr(layer, "base_layer", layer)(hidden_states) for layer in projections]
@@ -124,7 +124,7 @@ class Reading:
         )
         q, k, v = (rearrange(rows, "b t h c -> b h t c") for rows in (q, k, v))
         messages = nn.functional.scaled_dot_product_attention(q, k, v)
-        return found + self.sharing.added(rearrange(messages, "b h t c -> b t (h c)"))
+        return out + self.sharing.added(rearrange(messages, "b h t c -> b t (h c)"))
 
 
 def published_key(key: str) -> str:

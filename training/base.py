@@ -1,5 +1,5 @@
 """An inpainting model to fine-tune, read from its single file into diffusers' classes: Stable Diffusion 1.5 and 2, and
-the mini family's own. What text_base.py needs of such files too.
+the mini family's own. Also what text_base.py needs to read such files.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def _stored(path: Path) -> dict[str, Tensor]:
-    """Of a pickled checkpoint tensors alone; code in it is not run."""
+    """The tensors of a file. Code in a pickled checkpoint is not run."""
     if path.suffix not in (".ckpt", ".pt", ".pth"):
         return load_file(path)
     state = torch.load(path, map_location="cpu", weights_only=True)
@@ -151,7 +151,7 @@ def _unet(state: dict[str, Tensor], shape: dict) -> nn.Module:
 
 
 def autoencoder_of(path: Path, state: dict[str, Tensor], **options) -> nn.Module:
-    """Stable Diffusion's, in diffusers' class, from a checkpoint's weights. Raises TrainingError."""
+    """Stable Diffusion's autoencoder in diffusers' class, from a checkpoint's weights. Raises TrainingError."""
     from diffusers import AutoencoderKL
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
@@ -170,8 +170,9 @@ def _null(path: Path, state: dict[str, Tensor], shape: dict) -> Tensor:
 
 
 def text_encoder(path: Path, state: dict[str, Tensor], shape: dict, prefix: str = "cond_stage_model.") -> nn.Module:
-    """CLIP's, in transformers' class, from a checkpoint's weights under OpenAI's or OpenCLIP's names. shape: of
-    transformers' config; with a projection_dim it gives pooled vectors too. Raises TrainingError.
+    """CLIP's text encoder in transformers' class, from a checkpoint's weights under OpenAI's or OpenCLIP's names.
+
+    shape: values of transformers' config; with a projection_dim it gives pooled vectors too. Raises TrainingError.
     """
     from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_open_clip_checkpoint
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -209,7 +210,9 @@ class Stored(nn.Linear):
 
 
 def fill_as_stored(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """A model without contents gets these: frozen, linear layers as precise as they come, all else in float32."""
+    """Fill a model on the meta device with these weights, frozen: linear layers as precise as they come, all else in
+    float32.
+    """
     state = dict(state)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):

@@ -15,9 +15,10 @@ AT_ONCE = 8
 
 
 class Captions:
-    """Arrays of what text encoders make of captions, encoded once and kept in fp16. The encoders are gone after that.
+    """Arrays of what text encoders make of captions, encoded once and kept on disk in fp16; the encoders are needed
+    only then.
 
-    shapes: of one caption's arrays, by their kinds. known: changes with whatever changes the arrays.
+    shapes: of one caption's arrays, by their kinds. known: JSON values that change with whatever changes the arrays.
     encode(captions, arrays): fills arrays [N,...] of these kinds.
     """
 
@@ -31,17 +32,17 @@ class Captions:
     ):
         from accelerate import PartialState
 
-        found = sorted({"", *captions})
-        self.rows = {caption: row for row, caption in enumerate(found)}
-        digest = hashlib.sha256(json.dumps([found, *known]).encode()).hexdigest()[:10]
-        shapes = {kind: (len(found), *shape) for kind, shape in shapes.items()}
+        unique = sorted({"", *captions})
+        self.rows = {caption: row for row, caption in enumerate(unique)}
+        digest = hashlib.sha256(json.dumps([unique, *known]).encode()).hexdigest()[:10]
+        shapes = {kind: (len(unique), *shape) for kind, shape in shapes.items()}
         paths = {kind: folder / f"captions-{digest}.{kind}" for kind in shapes}
         with PartialState().main_process_first():
             if not all(path.exists() for path in paths.values()):
                 folder.mkdir(parents=True, exist_ok=True)
                 partial = {kind: path.with_name(path.name + ".partial") for kind, path in paths.items()}
                 arrays = {kind: np.memmap(partial[kind], np.float16, "w+", shape=shapes[kind]) for kind in shapes}
-                encode(found, arrays)
+                encode(unique, arrays)
                 for kind, values in arrays.items():
                     values.flush()
                     partial[kind].replace(paths[kind])

@@ -121,7 +121,7 @@ def checks(count: int, side: int, first: int = 2 * 10**9) -> dict[str, tuple[Ten
 
     There are 540 ordinary pairs of object and place and 60 held-out ones; they take turns.
     """
-    names, found = list(renderer.catalogue()), {}
+    names, sets = list(renderer.catalogue()), {}
     pairs = [(name, kind) for name in names for kind in renderer.KINDS]
     for title, held in (("fresh", False), ("pairs", True)):
         entries = [pair for pair in pairs if renderer.is_held_out_pair(*pair) == held]
@@ -132,12 +132,12 @@ def checks(count: int, side: int, first: int = 2 * 10**9) -> dict[str, tuple[Ten
             for i, (name, kind) in enumerate(taken)
         ]
         pixels = torch.from_numpy(np.round(np.stack(shown) * 255).astype(np.uint8))
-        found[title] = (
+        sets[title] = (
             rearrange(pixels, "b h w c -> b c h w"),
             torch.tensor([renderer.KINDS.index(kind) for _, kind in taken]),
             torch.tensor([names.index(name) for name, _ in taken]),
         )
-    return found
+    return sets
 
 
 def train(config: dict, folder: Path, minutes: float | None, save_every: float) -> Classifier:

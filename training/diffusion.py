@@ -33,8 +33,8 @@ def loss_of(
     rng: np.random.Generator,
     words: Words | None = None,
 ) -> dict[str, Tensor]:
-    """Weighted squared error of the predicted noise; one prompt in `1 / empty_prompt` is left out, for classifier-free
-    guidance.
+    """Weighted squared error of the predicted noise; the share `empty_prompt` of the prompts is left out, for
+    classifier-free guidance.
 
     levels: [timesteps], the share of variance left at each. words: what the model takes for prompts; the mini family's
     rows of tokens when there are none. Scalars: what is minimised, and the plain error.
@@ -46,12 +46,12 @@ def loss_of(
     noise = torch.from_numpy(rng.standard_normal(batch.latent.shape, np.float32))
     kept = rng.random(size) >= config["empty_prompt"]
     prompts = [prompt if keep else "" for prompt, keep in zip(batch.prompts, kept, strict=True)]
-    said = words(prompts) if words else (text.with_unknown(text.rows(prompts), config["unknown_words"], rng),)
+    text_inputs = words(prompts) if words else (text.with_unknown(text.rows(prompts), config["unknown_words"], rng),)
     level = levels[timesteps]
     given = diffusion.add_noise(batch.latent, noise, level)
     if batch.condition is not None:
         given = torch.cat([given, batch.condition], 1)
-    predicted = model(given.to(device), timesteps.to(device), *(part.to(device) for part in said))
+    predicted = model(given.to(device), timesteps.to(device), *(part.to(device) for part in text_inputs))
     error = (predicted - noise.to(device)).square().mean((1, 2, 3))
     weight = diffusion.noise_loss_weight(level, config["snr_gamma"]).float().to(device)
     return {"loss": (weight * error).mean(), "error": error.mean().detach()}
@@ -76,11 +76,11 @@ def sample(
         len(prompts), 4, side // latents.FACTOR, side // latents.FACTOR, generator=torch.Generator().manual_seed(seed)
     ).to(device)
     both = prompts + [""] * len(prompts)
-    said = [part.to(device) for part in (words(both) if words else (text.rows(both),))]
+    text_inputs = [part.to(device) for part in (words(both) if words else (text.rows(both),))]
 
     def noise(latent, timestep):
         given = latent if condition is None else torch.cat([latent, condition.to(device)], 1)
-        return model(torch.cat([given] * 2), torch.full((len(both),), timestep, device=device), *said).chunk(2)
+        return model(torch.cat([given] * 2), torch.full((len(both),), timestep, device=device), *text_inputs).chunk(2)
 
     return sampling.ddim(noise, latent, steps, guidance)
 

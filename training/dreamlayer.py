@@ -89,11 +89,11 @@ class SceneLayers:
         rgba = _tensor([one.rgba for one in scene.objects])
         rgba = torch.cat([extend_colours(rgba[:, :3], rgba[:, 3:]), rgba[:, 3:]], 1)
         objects = sum(hidden(rgba, self.autoencoder, self.encoder))
-        found = torch.zeros(self.values.shape[1:])
+        values = torch.zeros(self.values.shape[1:])
         layers = torch.stack([background, *objects, composite])
-        found[: len(layers), :4] = layers
-        found[1 : len(layers) - 1, 4:] = resize_maps(rgba[:, 3:], layers.shape[-2:])
-        return found.numpy()
+        values[: len(layers), :4] = layers
+        values[1 : len(layers) - 1, 4:] = resize_maps(rgba[:, 3:], layers.shape[-2:])
+        return values.numpy()
 
 
 def _tensor(pictures: list[np.ndarray]) -> Tensor:
@@ -111,7 +111,7 @@ def object_count(step: int, config: dict, rng: np.random.Generator, most: int = 
 
 
 def prompt_rows(prompts: list[list[str]]) -> Tensor:
-    """[B,L-1,77]"""
+    """[B,L-1,77]: rows of the embedding for the prompts of B scenes, L-1 each."""
     return torch.stack([text.rows(scene) for scene in prompts])
 
 
@@ -134,7 +134,7 @@ def loss_of(
     words: Words | None = None,
 ) -> dict[str, Tensor]:
     """Noise, context and layout loss of scenes of L layers. All layers of a scene have one timestep and, but for the
-    share `own_noise`, the same noise; a scene in `1 / empty_prompt` has no words, and its alphas for maps.
+    share `own_noise`, the same noise; the share `empty_prompt` of the scenes has no words, and its alphas for maps.
 
     levels: [timesteps], the share of variance left at each. Scalars: what is minimised, and its parts.
     Source: dreamlayer, Eq. 2 (its first term) and Eq. 8 (the sum of the terms)
@@ -208,7 +208,7 @@ def adapter_terms(folder: Path) -> dict[str, Tensor]:
 
 
 def _terms(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By the UNet's modules, of an adapter in LayerDiffuse's form."""
+    """Differences of weights by the UNet's modules, from an adapter in LayerDiffuse's form."""
     end = ".weight::lora::1"
     return {
         key.removeprefix("diffusion_model.").removesuffix(end): parts[key.replace("::lora::1", "::lora::0")] @ down
@@ -268,9 +268,9 @@ def sample(
 
 @dataclass(frozen=True)
 class Task:
-    """batch: of scenes of so many objects, by numbers and a draw. known, check: by the count of objects, the numbers
-    that are learnt from, and those that are kept for validation. words: as loss_of takes them. show: the images of a
-    grid, and how many are in a row.
+    """batch: makes a batch of scenes of so many objects from their numbers and a draw. known, check: by the count of
+    objects, the numbers that are learnt from, and those that are kept for validation. words: as loss_of takes them.
+    show: the images of a grid [N,3,S,S], and how many are in a row.
     """
 
     model: nn.Module
@@ -389,9 +389,9 @@ def _shown(
     layers = sample(model, [pool.words(count - 1 + MOST * i, 0) for i in range(SHOWN)], pool.side, own_noise).cpu()
     rows = rearrange(layers, "scene layer c h w -> (scene layer) c h w")
     pictures = autoencoder.decode(rows).clamp(0, 1)
-    found = decoder(pictures, rows).clamp(0, 1)
+    decoded = decoder(pictures, rows).clamp(0, 1)
     board = checkerboard(pool.side)
-    cut = found[:, 1:] * found[:, :1] + board * (1 - found[:, :1])
+    cut = decoded[:, 1:] * decoded[:, :1] + board * (1 - decoded[:, :1])
     pictures, cut = (
         rearrange(rows, "(scene layer) c h w -> scene layer c h w", scene=SHOWN) for rows in (pictures, cut)
     )

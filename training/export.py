@@ -59,7 +59,7 @@ def _holds(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> bo
 
 
 def without_folders(config: dict) -> dict:
-    """Paths as the names of their files and folders."""
+    """The config with paths shortened to the names of their files and folders."""
     return {key: Path(value).name if isinstance(value, str) else value for key, value in config.items()}
 
 

@@ -76,14 +76,13 @@ def load(config: dict) -> Base:
 
 def _mini() -> Base:
     encoder, autoencoder = published.checkpoint()
-
     rgba = rgba_autoencoder.build("published").eval().requires_grad_(False)
     words = flux_fill.Words(encoder, settings.family()["flux_tokens"])
     return Base(MINI, autoencoder, rgba, lambda captions, folder: words, published.flux_fill, "GPL-3.0, as the pack")
 
 
 def _plain(key: str) -> str:
-    """Of a transformer alone, or inside a whole checkpoint."""
+    """A transformer's key without the prefix that it has inside a whole checkpoint."""
     return key.removeprefix("model.").removeprefix("diffusion_model.")
 
 
@@ -115,14 +114,16 @@ def _depths(path: Path, shape: dict) -> dict[str, int]:
 
 
 def to_fp8(model: nn.Module) -> None:
-    """The blocks' stored matrices. Low-rank terms come first: they take their first values in the base's precision."""
+    """Store the frozen matrices of the blocks in fp8. Low-rank terms have to be there before, since they take their
+    first values in the base's precision.
+    """
     for name, module in model.named_modules():
         if isinstance(module, bases.Stored) and "transformer_blocks." in name:
             module.weight.data = module.weight.data.to(torch.float8_e4m3fn)
 
 
 def _transformer(path: Path, shape: dict) -> nn.Module:
-    """Frozen, its matrices as they are in the file, or in bf16 where that has fp8. Raises TrainingError."""
+    """The transformer, frozen, its matrices as in the file, or in bf16 where that has fp8. Raises TrainingError."""
     with torch.device("meta"):
         model = flux.build(shape)
     found = {_plain(key): value for key, value in load_file(path).items()}

@@ -43,9 +43,9 @@ class CutOutLatents:
             self.kept.update(zip(part, self.rgba.encode(rgba), strict=True))
         latent = torch.stack([self.kept[int(i)] for i in indices])
         given = torch.stack([self.blank * float((i + draw) % 2) for i in indices])
-        whole = torch.ones_like(latent[:, :1])
-        condition = torch.cat([given, whole.expand(-1, CELLS, -1, -1)], 1)
-        return flux_fill.Batch(latent, condition, whole, [self.words(int(i), draw) for i in indices])
+        everywhere = torch.ones_like(latent[:, :1])
+        condition = torch.cat([given, everywhere.expand(-1, CELLS, -1, -1)], 1)
+        return flux_fill.Batch(latent, condition, everywhere, [self.words(int(i), draw) for i in indices])
 
     def words(self, index: int, draw: int) -> str:
         rng = np.random.default_rng((index, draw))

@@ -121,7 +121,7 @@ class FillPool(data.ScenePool):
         return Batch(values[:, :4], torch.cat([given, cells], 1), cells.mean(1, keepdim=True), prompts)
 
     def words(self, index: int, draw: int) -> str:
-        """Of a scene, or, in half of the draws, of nothing but the object that is to be painted."""
+        """The prompt of a scene, or, in half of the draws, of nothing but the object that is to be painted."""
         rng = np.random.default_rng((index, draw))
         kind, name = self.boxes[index][4], self.boxes[index][5]
         if kind == OBJECT and rng.random() < 0.5:
@@ -146,7 +146,9 @@ class FillPool(data.ScenePool):
 def object_box(
     shown: renderer.SceneObject, rng: np.random.Generator, shadowed: float = 0.75
 ) -> tuple[int, int, int, int]:
-    """Around the object and, in this share, its shadow, each side grown by 5 to 35 % of the object's size."""
+    """(left, top, right, bottom) around the object and, in the share `shadowed` of the draws, its shadow; each side
+    grown by 5 to 35 % of the object's size.
+    """
     side = np.array(shown.rgba.shape[1::-1] * 2)
     left, top, right, bottom = shown.box
     grow = rng.uniform(0.05, 0.35, 4) * (right - left + bottom - top) / 2
@@ -198,7 +200,7 @@ def build(config: dict) -> nn.Module:
 
 
 def loss_of(model: nn.Module, batch: Batch, words: Words, config: dict, rng: np.random.Generator) -> dict[str, Tensor]:
-    """Squared error of the velocity, counted less outside the hole; one prompt in `1 / empty_prompt` is left out.
+    """Squared error of the velocity, counted less outside the hole; a share `empty_prompt` of the prompts is left out.
 
     Scalars: what is minimised, and the plain error inside the hole.
     Source: bfs, Eq. 5 (one branch)

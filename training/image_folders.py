@@ -14,8 +14,8 @@ ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
 
 
 def images(folder: Path, option: str) -> dict[str, Path]:
-    """By their names without the ending, with those of folders inside. option: that named the folder. Raises
-    TrainingError.
+    """The images of a folder and of those inside it, by their names without the ending. option: the one that named the
+    folder. Raises TrainingError.
     """
     paths = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in ENDINGS)
     found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
@@ -25,7 +25,7 @@ def images(folder: Path, option: str) -> dict[str, Path]:
 
 
 def header(path: Path) -> Image.Image:
-    """Its pixels are read when they are asked for. Raises TrainingError."""
+    """The image, opened; its pixels are read when they are asked for. Raises TrainingError."""
     try:
         return Image.open(path)
     except OSError as error:
@@ -33,7 +33,7 @@ def header(path: Path) -> Image.Image:
 
 
 def read(path: Path, mode: str) -> Image.Image:
-    """The way up that its camera says. mode: Pillow's. Raises TrainingError."""
+    """The image, turned as its EXIF data say. mode: Pillow's. Raises TrainingError."""
     return ImageOps.exif_transpose(header(path)).convert(mode)
 
 
@@ -46,7 +46,7 @@ def check_sizes(paths: Iterable[Path], option: str) -> None:
 
 
 def caption(path: Path) -> str:
-    """From the .txt file beside the image, or its own name. Raises TrainingError for names that say nothing."""
+    """The .txt file beside the image, or else the image's name. Raises TrainingError for names that say nothing."""
     beside = path.with_suffix(".txt")
     found = beside.read_text(encoding="utf-8") if beside.exists() else re.sub(r"[_\W]+", " ", path.stem)
     if not any(character.isalpha() for character in found):
@@ -57,7 +57,7 @@ def caption(path: Path) -> str:
 
 
 def learnt(count: int, held_out: int, what: str = "images") -> int:
-    """How many are left to learn from. Raises TrainingError."""
+    """How many of `count` are left to learn from. Raises TrainingError."""
     if count <= held_out:
         raise settings.TrainingError(
             f"there are {count} {what} and {held_out} of them are kept for validation; give more, or set held_out "

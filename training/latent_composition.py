@@ -19,7 +19,10 @@ SHOWN = 16  # of them at most, in the grid
 
 
 class Composition(nn.Module):
-    """Source: bfs, Eq. 16 (the network)"""
+    """The composite's latent from those of foreground and background.
+
+    Source: bfs, Eq. 16 (the network)
+    """
 
     def __init__(self, widths: list[int], channels: int = 4):
         from diffusers import UNet2DModel
@@ -45,7 +48,7 @@ def build(config: dict) -> Composition:
 
 
 def load(folder: Path, base: str) -> Composition:
-    """The trained one, frozen. base: the family whose latents it is for. Raises TrainingError when there is none."""
+    """The trained network, frozen. base: the family whose latents it is for. Raises TrainingError without one."""
     if not (folder / "model.safetensors").exists():
         raise settings.TrainingError(f"{folder} has no model; train it first: python -m training latent_composition.")
     config = json.loads((folder / "config.json").read_text())

@@ -94,7 +94,7 @@ class LatentPool(data.ScenePool):
         return Batch(values[:, :4], values[:, 4:] if self.inpaint else None, prompts)
 
     def words(self, index: int, draw: int) -> str:
-        """Of a scene, or, in half of the draws, of nothing but the object that is to be painted."""
+        """The prompt of a scene, or, in half of the draws, of nothing but the object that is to be painted."""
         rng = np.random.default_rng((index, draw))
         if self.is_plain(index):
             return text.PLAIN.format(what=rng.choice(renderer.catalogue()[self.content(index)[1][0]].prompts))

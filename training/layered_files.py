@@ -37,15 +37,15 @@ class Scene:
 
     def composites(self) -> Tensor:
         """[N,3,S,S]: with the first object, with the first two, and so on."""
-        found, behind = [], self.background
+        composites, behind = [], self.background
         for rgba in self.objects:
             behind = composite(rgba[:3], behind, rgba[3:])
-            found.append(behind)
-        return torch.stack(found)
+            composites.append(behind)
+        return torch.stack(composites)
 
 
 def names_of(path: Path, most: int) -> list[str]:
-    """Of the background and of up to `most` objects. Raises TrainingError with one sentence."""
+    """The names of the background and of up to `most` objects. Raises TrainingError with one sentence."""
     return [" ".join(layer.name.split()) for layer in _shown(path, most)[1]]
 
 
@@ -79,7 +79,7 @@ def read(path: Path, most: int, side: int) -> Scene:
     """The largest square of the canvas, as near to the objects as can be, scaled. Raises TrainingError."""
     canvas, shown = _shown(path, most)
     pixels = [on_canvas(layer, canvas) for layer in shown]
-    alphas = [layer[..., 3] * shown_as.opacity for layer, shown_as in zip(pixels, shown, strict=True)]
+    alphas = [layer[..., 3] * source.opacity for layer, source in zip(pixels, shown, strict=True)]
     if alphas[0].min() < 254:
         raise settings.TrainingError(
             f"--scenes: the lowest layer of {path}, {shown[0].name!r}, is transparent in places; it is the background "

@@ -40,8 +40,8 @@ class Samples:
 
 
 def samples(config: dict, folder: Path, base: fill_base.Base, check: int) -> dict[str, Samples]:
-    """Of both kinds, or of those that the config names folders for. check: how many rendered scenes are kept for
-    validation. Raises TrainingError with one sentence for folders that do not hold what is needed.
+    """Samples of both kinds, or of those that the config names folders for. check: how many rendered scenes are kept
+    for validation. Raises TrainingError with one sentence for folders that do not hold what is needed.
     """
     if base.family == fill_base.MINI:
         pool = LayeredScenes(folder, base.autoencoder, base.rgba, config["scenes"], config["side"])
@@ -88,7 +88,7 @@ def _images(config: dict, name: str) -> dict[str, Path]:
 
 
 def any_pairs(fronts: dict[str, Path], backgrounds: dict[str, Path], count: int) -> list[Item]:
-    """So many random pairs."""
+    """`count` random pairs of an RGBA image and a background. Raises TrainingError."""
     rng = np.random.default_rng(0)
     (*front,), (*behind,) = fronts.values(), backgrounds.values()
     check_alpha(front)
@@ -168,10 +168,10 @@ class LayeredImages(data.ScenePool):
             raise settings.TrainingError(f"{item.mask or item.front} shows no object; take it away.")
         box = bounds(where)
         cut = square(front.size, box)
-        whole = cut if behind.size == front.size else square(behind.size, (0, 0, *behind.size))
+        cut_behind = cut if behind.size == front.size else square(behind.size, (0, 0, *behind.size))
         background, image = (
             np.asarray(one.resize((self.side,) * 2, Image.Resampling.BICUBIC, edges), np.float32) / 255
-            for one, edges in ((behind, whole), (front, cut))
+            for one, edges in ((behind, cut_behind), (front, cut))
         )
         box = _scaled(box, cut, self.side)
         if item.layer:
@@ -198,33 +198,33 @@ class LayeredImages(data.ScenePool):
 
     @torch.no_grad()
     def _encode(self, indices: list[int]) -> None:
-        found = [self.layers(index) for index in indices]
-        rgba = _tensor([one.foreground for one in found])
+        items = [self.layers(index) for index in indices]
+        rgba = _tensor([one.foreground for one in items])
         rgba = torch.cat([extend_colours(rgba[:, :3], rgba[:, 3:]), rgba[:, 3:]], 1)
-        parts = [self.base.autoencoder.encode(_tensor([one.composite for one in found]))]
-        parts += [self.base.autoencoder.encode(_tensor([one.background for one in found])), self.base.rgba.encode(rgba)]
+        parts = [self.base.autoencoder.encode(_tensor([one.composite for one in items]))]
+        parts += [self.base.autoencoder.encode(_tensor([one.background for one in items])), self.base.rgba.encode(rgba)]
         self.values[indices] = torch.stack(parts, 1).numpy()
-        self.boxes[indices] = [one.box for one in found]
+        self.boxes[indices] = [one.box for one in items]
 
 
 def difference(composite: np.ndarray, background: np.ndarray) -> np.ndarray:
     """Where two images [H,W,3] of bytes differ, [H,W]: in cells of 8×8 pixels, since JPEG's noise does not count."""
     apart = np.abs(composite.astype(np.int16) - background).max(-1).astype(np.float32)
     cells = F.avg_pool2d(torch.from_numpy(apart)[None], latents.FACTOR, ceil_mode=True) > 255 * SHADOW
-    whole = cells[0].numpy().repeat(latents.FACTOR, 0).repeat(latents.FACTOR, 1)
-    return whole[: apart.shape[0], : apart.shape[1]]
+    pixels = cells[0].numpy().repeat(latents.FACTOR, 0).repeat(latents.FACTOR, 1)
+    return pixels[: apart.shape[0], : apart.shape[1]]
 
 
 def bounds(where: np.ndarray) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom."""
+    """Left, top, right, bottom of what is true in [H,W], right and bottom exclusive."""
     rows, columns = (np.nonzero(where.any(axis))[0] for axis in (1, 0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def square(size: tuple[int, int], box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-    """As large as the image (width, height) allows, with the box as near the middle as can be."""
+    """The largest square in an image of this size (width, height), with the box as near its middle as can be."""
     edge = min(size)
-    left, top = (min(max((box[axis] + box[axis + 2] - edge) // 2, 0), whole - edge) for axis, whole in enumerate(size))
+    left, top = (min(max((box[axis] + box[axis + 2] - edge) // 2, 0), side - edge) for axis, side in enumerate(size))
     return left, top, left + edge, top + edge
 
 

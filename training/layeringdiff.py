@@ -90,7 +90,7 @@ class Pairs(data.ScenePool):
 
 
 def _bytes(values: Tensor) -> Tensor:
-    """As files hold them."""
+    """Values cut to 0..1 and rounded to 255ths, as files hold them."""
     return (values.clamp(0, 1) * 255).round() / 255
 
 

@@ -59,7 +59,7 @@ def learning_rate(step: int, config: dict) -> float:
 
 
 class Average:
-    """Exponential moving average of what a model learns, and of its buffers; what is frozen is not kept twice."""
+    """Exponential moving average of what a model learns, and of its buffers; frozen weights are not kept twice."""
 
     def __init__(self, model: nn.Module, decay: float):
         frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
@@ -85,12 +85,12 @@ class Average:
 
 
 def shared(model: nn.Module) -> dict:
-    """For copy.deepcopy, which then does not copy the frozen weights of a model."""
+    """A memo for copy.deepcopy, with which it shares the frozen weights of a model instead of copying them."""
     return {id(value): value for value in model.parameters() if not value.requires_grad}
 
 
 def save_what_learns(model: nn.Module) -> None:
-    """From now on the model's state, in checkpoints too, is what it learns; what is frozen is not missed there."""
+    """From now on the model's state, in checkpoints too, holds only what it learns; loading does not miss the rest."""
     learnt = {name for name, value in model.named_parameters() if value.requires_grad}
 
     def drop(model: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
@@ -117,7 +117,7 @@ class Progress:
 
 
 def has_fast_bf16() -> bool:
-    """A processor without bf16 instructions emulates them, many times slower than float32."""
+    """Whether bf16 is fast here: a processor without its instructions emulates them, many times slower than float32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
@@ -132,8 +132,9 @@ def fit(
     minutes: float | None,
     save_every: float,
 ) -> nn.Module:
-    """Train until config["steps"]; returns the averaged model. loss(model, step, rank) returns {"loss": scalar, ...} of
-    one batch.
+    """Train until config["steps"]; returns the averaged model. loss(model, step, rank) gives {"loss": scalar, ...} of
+    one batch; validate(averaged model, step) gives the figures of a row of metrics.csv. minutes: after how many to stop
+    with a checkpoint. save_every: seconds between checkpoints.
     """
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, set_seed
@@ -243,10 +244,7 @@ def _save(accelerator, folder: Path) -> None:
     """
     try:
         accelerator.save_state(str(folder / "next"))
-    except (
-        SafetensorError,
-        RuntimeError,
-    ) as error:  # safetensors' and PyTorch's own ways of saying that the disk is full
+    except (SafetensorError, RuntimeError) as error:  # how safetensors and PyTorch say that the disk is full
         raise OSError(errno.EIO, f"the checkpoint could not be written: {error}", str(folder)) from error
     if (folder / "last").exists():
         (folder / "last").rename(folder / "old")
@@ -279,7 +277,7 @@ def _same_config(config: dict, folder: Path) -> None:
 
 
 def append_row(path: Path, row: dict) -> None:
-    """To a table with a header; the first row says what its columns are."""
+    """Append a row to a table; the first row's keys become its header."""
     fresh = not path.exists()
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, row.keys())

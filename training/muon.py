@@ -67,20 +67,20 @@ def _adam(parameter: Tensor, state: dict, group: dict) -> None:
 
 
 def orthogonalised(matrices: list[Tensor]) -> list[Tensor]:
-    """Of each, about U V^T of its singular value decomposition: five steps of the quintic Newton-Schulz iteration.
+    """Of each matrix about the U V^T of its singular value decomposition, by five quintic Newton-Schulz steps.
 
     Each step multiplies by a polynomial of x x^T, so all of them are gathered in a square matrix of the short side, for
     all matrices of one short side together.
     """
     wide = [matrix.T if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
     wide = [matrix / (matrix.norm() + 1e-7) for matrix in wide]
-    found = [None] * len(wide)
+    results = [None] * len(wide)
     for side in {matrix.shape[0] for matrix in wide}:
         places = [i for i, matrix in enumerate(wide) if matrix.shape[0] == side]
         for i, total in zip(places, _polynomial(torch.stack([wide[i] @ wide[i].T for i in places])), strict=True):
-            found[i] = total @ wide[i]
+            results[i] = total @ wide[i]
     return [
-        result if result.shape == matrix.shape else result.T for result, matrix in zip(found, matrices, strict=True)
+        result if result.shape == matrix.shape else result.T for result, matrix in zip(results, matrices, strict=True)
     ]
 
 

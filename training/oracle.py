@@ -60,8 +60,8 @@ class Oracle:
         ]
         share = []
         for names, row in zip(objects, object_logits, strict=True):
-            found = {self.objects[i] for i in row.topk(len(names)).indices}
-            share.append(len(found.intersection(names)) / len(names) if names else float(row.max() < 0))
+            likeliest = {self.objects[i] for i in row.topk(len(names)).indices}
+            share.append(len(likeliest.intersection(names)) / len(names) if names else float(row.max() < 0))
         return torch.tensor(place), torch.tensor(share)
 
     @torch.no_grad()

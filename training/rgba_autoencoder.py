@@ -75,7 +75,7 @@ def losses(
 
 
 def opaque(image: Tensor) -> Tensor:
-    """[B,4,H,W] of [B,3,H,W]."""
+    """Colours [B,3,H,W] with alpha 1: [B,4,H,W]."""
     return nn.functional.pad(image, (0, 0, 0, 0, 0, 1), value=1.0)
 
 

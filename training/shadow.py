@@ -164,7 +164,7 @@ def build(config: dict) -> Shadow:
 
 
 def load(folder: Path) -> Shadow:
-    """The trained one, frozen. Raises TrainingError when there is none."""
+    """The trained network, frozen. Raises TrainingError when there is none."""
     if not (folder / "model.safetensors").exists():
         raise settings.TrainingError(f"{folder} has no model; train it first: python -m training shadow.")
     model = build(json.loads((folder / "config.json").read_text()))

@@ -52,8 +52,8 @@ class Base:
         return self.autoencoder.decode(latents.to(self.autoencoder.device) / self.scale).sample / 2 + 0.5
 
     def words(self, prompts: list[str], folder: Path) -> captions.Captions:
-        """Of each prompt the states [77,D], the pooled vector [P], for Stable Diffusion 1.5 one nothing, and where it
-        ends, [1].
+        """Of each prompt the states [77,D], the pooled vector [P], which for Stable Diffusion 1.5 is a single unused
+        value, and where the prompt ends, [1].
         """
         shapes = self.text["encoders"]
         width = sum(shape["hidden_size"] for shape in shapes)

@@ -83,8 +83,8 @@ class Folders:
         left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
         middle = (left + right) / 2 / mask.width, (top + bottom) / 2 / mask.height
 
-        def cut(image: Image.Image, way: Image.Resampling) -> Tensor:
-            pixels = np.asarray(ImageOps.fit(image, (self.side,) * 2, way, centering=middle), np.float32) / 255
+        def cut(image: Image.Image, resampling: Image.Resampling) -> Tensor:
+            pixels = np.asarray(ImageOps.fit(image, (self.side,) * 2, resampling, centering=middle), np.float32) / 255
             return rearrange(torch.from_numpy(np.atleast_3d(pixels)), "h w c -> c h w")
 
         images = [cut(image, Image.Resampling.BICUBIC) for image in (composite, background)]
