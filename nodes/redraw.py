@@ -43,7 +43,8 @@ class CompleteLayers(Node):
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="What should not be seen, such as the things in front. Not used with a decomposer.",
+                    tooltip="What should not be seen, such as the things in front. With a decomposer: an empty prompt, "
+                    "needed only where its file has none.",
                 ),
                 io.Vae.Input("vae", tooltip="The model's VAE."),
                 layers_input(
@@ -111,7 +112,7 @@ class CompleteLayers(Node):
                 model, vae, positive, negative, seed, steps, cfg, sampler_name, scheduler, clip
             )
         else:
-            decomposer = layeringdiff.ready(decomposer, vae, model, negative)
+            decomposer = layeringdiff.ready(decomposer, vae, model, negative, "negative")
             paint = completion.Decomposing(
                 model, vae, decomposer, layeringdiff.Run(seed, steps, sampler_name, scheduler)
             )

@@ -422,9 +422,13 @@ def _aligned(network: ModelPatcher, image: Tensor, alpha: Tensor, layer: Tensor)
     return torch.cat([network.model(*(part.to(device).float() for part in one)).to(layer) for one in parts])
 
 
-def ready(decomposer: Decomposer, vae, model: ModelPatcher | None, empty: list | None) -> Decomposer:
+def ready(
+    decomposer: Decomposer, vae, model: ModelPatcher | None, empty: list | None, socket: str = "empty_prompt"
+) -> Decomposer:
     """The decomposer with an empty prompt in it, from the given conditioning where the file has none. Raises ValueError
     while something that it needs is missing, before any work is done.
+
+    socket: that the conditioning comes in by.
     """
     if decomposer.adapters and model is None:
         raise ValueError(
@@ -440,13 +444,13 @@ def ready(decomposer: Decomposer, vae, model: ModelPatcher | None, empty: list |
         return decomposer
     if not empty:
         raise ValueError(
-            f"empty_prompt: {decomposer.name} has no empty prompt in it; connect a text encoding of no words, from the "
+            f"{socket}: {decomposer.name} has no empty prompt in it; connect a text encoding of no words, from the "
             f"text encoder of {decomposer.family}."
         )
     null, unets = empty[0][0], [own.model for own in decomposer.layers.values() if not isinstance(own, dict)]
     for width in {unet.model_config.unet_config["context_dim"] for unet in unets} - {null.shape[-1]}:
         raise ValueError(
-            f"empty_prompt: its embeddings have {null.shape[-1]} numbers a token and {decomposer.name} takes {width}; "
+            f"{socket}: its embeddings have {null.shape[-1]} numbers a token and {decomposer.name} takes {width}; "
             f"encode it with the text encoder of {decomposer.family}."
         )
     return replace(decomposer, null=null)

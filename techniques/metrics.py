@@ -123,7 +123,8 @@ def beyond_shadow(picture: Tensor, background: Tensor, darkest: float = 0.5, win
 
     shadows = torch.linspace(darkest, 1, 33, device=picture.device)
     difference = torch.stack([(picture - background * share).abs().amax(1, keepdim=True) for share in shadows]).amin(0)
-    return torch.from_numpy(median_filter(difference.cpu().numpy(), (1, 1, window, window), mode="nearest"))
+    median = median_filter(difference.cpu().numpy(), (1, 1, window, window), mode="nearest")
+    return torch.from_numpy(median).to(picture.device)
 
 
 def colour_ratio(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:

@@ -248,6 +248,8 @@ def test_what_is_missing_is_said_before_any_work(loaded, whole, model):
     alone = decomposer.recognise("whole.safetensors", prefixed(whole), {})
     with pytest.raises(ValueError, match="^empty_prompt: whole.safetensors has no empty prompt in it"):
         decomposer.ready(alone, vae, None, None)
+    with pytest.raises(ValueError, match="^negative: whole.safetensors has no empty prompt in it"):
+        decomposer.ready(alone, vae, None, None, "negative")
     with pytest.raises(ValueError, match="^empty_prompt: its embeddings have 768 numbers a token and whole.safe.* 128"):
         decomposer.ready(alone, vae, None, [[torch.randn(1, 77, 768), {}]])
     null = torch.randn(1, 77, 128)
