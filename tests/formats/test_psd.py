@@ -516,7 +516,7 @@ def test_a_mode_without_a_formula_is_told_where_layers_are_merged(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("visible", [0, 1])
+@pytest.mark.parametrize("visible", [0, 1, 2])
 def test_hidden_clipped_layers_stay_or_are_told(tmp_path, visible):
     document = PSDImage.new("RGB", (4, 4))
     document.create_pixel_layer(block((100, 50, 0)), name="base", opacity=128)
@@ -524,10 +524,10 @@ def test_hidden_clipped_layers_stay_or_are_told(tmp_path, visible):
         layer = document.create_pixel_layer(block((shade,) * 3), name=f"clipped {shade}")
         layer.clipping, layer.visible = True, number < visible
     stack, notes = loaded(document, tmp_path / "hidden.psd")
-    expected = (9, 9, 9, 128) if visible else (100, 50, 0, 128)
+    expected = {0: (100, 50, 0, 128), 1: (9, 9, 9, 128), 2: (200, 200, 200, 128)}[visible]
     assert (eight_bit(picture(stack)) == expected).all()
     if visible:
-        assert len(stack.layers) == 1 and "the hidden ones of them are left out" in notes[0]
+        assert len(stack.layers) == 1 and ("the hidden ones of them are left out" in notes[0]) == (visible == 1)
     else:
         assert [layer.visible for layer in stack.layers] == [True, False, False] and not notes
 

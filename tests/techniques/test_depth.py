@@ -380,6 +380,12 @@ def test_resize_depth_never_invents_a_depth_across_an_edge(old, new, seed):
     assert resized.shape == (1, *new) and set(resized.flatten().tolist()) <= set(depth.flatten().tolist())
 
 
+def test_depths_that_differ_by_less_than_two_hundredths_are_no_edge():
+    for step, between in ((0.019, True), (0.021, False)):
+        found = deglad.resize_depth(torch.tensor([[[0.5, 0.5 + step]]]), 1, 8)
+        assert (len(found.unique()) > 2) == between
+
+
 def test_resize_depth_interpolates_smooth_ground_like_pillow():
     ramp = torch.linspace(0, 0.3, 20, dtype=torch.float64).expand(1, 20, 20)
     expected = np.array(Image.fromarray(ramp[0].float().numpy()).resize((40, 40), Image.BILINEAR))
