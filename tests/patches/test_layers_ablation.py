@@ -1,6 +1,9 @@
-"""DreamLayer's figures: a sample of the shipped family's against the table of docs/figures.json."""
+"""DreamLayer's figures, and those of the blocks that show a thing: samples of the shipped family's against the tables of
+docs/figures.json.
+"""
 
 import figures
+import figures_blocks
 import figures_layers
 import pytest
 import torch
@@ -12,6 +15,10 @@ pytestmark = pytest.mark.skipif(not CHECKPOINT.exists(), reason="no trained weig
 def test_a_sample_agrees_with_the_table():
     methods = {name: figures_layers.METHODS[name] for name in ("none", "both, trained")}
     figures.check("layers", figures_layers.measure(figures.sample(figures_layers), methods))
+
+
+def test_a_sample_of_the_blocks_agrees_with_the_table():
+    figures.check("blocks", figures_blocks.measure(figures.sample(figures_blocks)))
 
 
 def test_a_layer_that_came_out_empty_is_a_miss_and_not_a_perfect_separation():
