@@ -36,7 +36,7 @@ PACK = Path(__file__).resolve().parent.parent
 # Tests in tests/patches take long, so only those of these files are tried.
 PATCHES = {
     "layer_files": ["test_transparency_files"],
-    "layer_prompts": ["test_shared_layers", "test_fusion"],
+    "layer_prompts": ["test_shared_layers", "test_fusion", "test_language_prompts"],
     "layer_rows": ["test_layer_rows", "test_shared_layers", "test_fusion"],
     "transparency": ["test_transparency_files"],
 }

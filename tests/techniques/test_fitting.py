@@ -109,6 +109,12 @@ def test_an_alpha_without_noise_stays_and_one_with_noise_is_cleaned():
         assert (found[alpha == 0] == 0).float().mean() > 0.9 and (found[alpha == 1] == 1).float().mean() > 0.9
 
 
+def test_less_than_half_a_step_of_eight_bits_is_nothing():
+    for value, expected in ((0.99 / 510, 0), (1.999 / 510, 1.998 / 510), (1 - 0.99 / 510, 1)):
+        found = fitting.clean_alpha(torch.full((8, 8), value, dtype=torch.float64))
+        assert torch.allclose(found, torch.full_like(found, expected), rtol=0, atol=1e-9), value
+
+
 def test_alphas_follow_the_image_where_colours_differ_and_stay_where_not():
     """One pixel: by the posterior mean of a Gaussian prior, written out."""
     colours = torch.tensor([[[0.1], [0.2], [0.3]], [[0.9], [0.6], [0.3]]])

@@ -267,6 +267,15 @@ def test_fractions_count_only_for_the_place_they_belong_to():
         assert geometry.transform(replace(layer, extra={"strata": odd}), move=(0.2, 0.0)).x == 0
 
 
+def test_what_others_wrote_into_a_layer_stays_when_it_moves():
+    others = {"author": "somebody", "strata": {"parent": ["group"]}}
+    layer = Layer(torch.zeros(10, 10, 3), extra=others)
+    for move in ((3.0, 1.0), (0.4, 0.0)):
+        moved = geometry.transform(layer, move=move).extra
+        moved["strata"] = {key: value for key, value in moved["strata"].items() if key != "exact"}
+        assert moved == others
+
+
 @pytest.mark.parametrize("size", [(4, 4), (5, 7), (8, 16), (3, 20)])
 def test_sides_are_filled_up_by_what_is_beside_them(size):
     image = picture(*size).movedim(-1, 0)[None]
