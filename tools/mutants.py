@@ -171,6 +171,8 @@ def _forked(run: Callable[[], int], seconds: float) -> bool | None:
             null = os.open(os.devnull, os.O_RDWR)
             for stream in (0, 1, 2):
                 os.dup2(null, stream)
+            if torch := sys.modules.get("torch"):  # its thread pool anew, before two threads of a test do it at once
+                torch.set_num_threads(torch.get_num_threads())
             status = run()
         finally:
             os._exit(status)

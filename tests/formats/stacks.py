@@ -90,14 +90,15 @@ def _smooth(random, height: int, width: int, channels: int) -> torch.Tensor:
     return torch.round(large[0].movedim(0, -1).clamp(0, 1) * 255) / 255
 
 
-def linear_srgb():
+def linear_srgb(gamma=1.0):
     """sRGB's primaries with linear light, which calls itself sRGB as Krita's profiles do: each parametric curve becomes
-    a gamma of 1.
+    a gamma of 1, or another one.
     """
+    power = round(gamma * 2**16).to_bytes(4, "big")
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     place = profile.find(b"para")
     while place >= 0:
-        profile[place + 8 : place + 10], profile[place + 12 : place + 16] = b"\0\0", b"\0\1\0\0"
+        profile[place + 8 : place + 10], profile[place + 12 : place + 16] = b"\0\0", power
         place = profile.find(b"para", place + 4)
     return bytes(profile)
 

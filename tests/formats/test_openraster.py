@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from strata.formats import files, openraster, psd
 from strata.formats.groups import GROUPS
-from strata.formats.raster import check_total, eight_bits, in_place, picture
+from strata.formats.raster import check_total, eight_bits, in_place, in_srgb, picture
 from strata.techniques.layers import BLEND_MODES, Layer, LayerStack
 
 from .stacks import eight_bit, example, layers, linear_srgb, pixels, srgb_of
@@ -531,6 +531,19 @@ def test_values_that_layers_cannot_hold_are_told(tmp_path):
         "'b' has the opacity -2.14748e+09, which is read as 0.",
         "Layer 'a' lies between pixels and is moved to whole ones.",
     ]
+
+
+@pytest.mark.parametrize(("step", "applied"), [(1, False), (2, True)])
+def test_a_profile_that_moves_no_colour_by_more_than_rounding_is_srgbs(step, applied):
+    profile = linear_srgb(2.2)
+    ramp = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, 2))
+    own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+    moved = np.array(ImageCms.profileToProfile(ramp, own, srgb))[0].astype(int)
+    value = next(v for v in range(256) if np.abs(moved[v] - v).max() == step)
+    image = Image.new("RGB", (4, 4), (value,) * 3)
+    image.info["icc_profile"] = profile
+    found = in_srgb(image, "a", [])[0, 0, :3]
+    assert found.tolist() == (moved[value].tolist() if applied else [value] * 3)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "I;16", "1"])

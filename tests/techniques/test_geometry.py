@@ -262,6 +262,7 @@ def test_chains_of_transforms_do_not_drift():
 def test_fractions_count_only_for_the_place_they_belong_to():
     layer = geometry.transform(Layer(torch.zeros(10, 10, 3)), move=(0.4, 0.0))
     assert geometry.transform(layer, move=(0.2, 0.0)).x == 1
+    assert geometry.transform(layer, move=(0.6, 0.0)).extra == {}, "whole again"
     assert geometry.transform(replace(layer, x=5), move=(0.2, 0.0)).x == 5, "moved by another node"
     for odd in ({"exact": "far"}, {"exact": [float("nan")] * 4}, [], None):
         assert geometry.transform(replace(layer, extra={"strata": odd}), move=(0.2, 0.0)).x == 0
