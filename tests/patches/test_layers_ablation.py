@@ -1,6 +1,4 @@
-"""DreamLayer's figures, and those of the blocks that show a thing: samples of the shipped family's against the tables of
-docs/figures.json.
-"""
+"""DreamLayer's figures, and which blocks show a thing: samples of the shipped family against docs/figures.json."""
 
 import figures
 import figures_blocks
