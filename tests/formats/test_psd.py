@@ -358,6 +358,27 @@ def test_two_gigabytes(monkeypatch):
         psd.write(io.BytesIO(), LayerStack((99, 99), (Layer(pixels(1, 99, 99, 4)),)), pixels(2, 99, 99, 3), {})
 
 
+def test_two_gigabytes_hold_the_layers_and_the_merged_picture_twice(monkeypatch):
+    """Of noise, which is stored as it is: four channels of the layer, three of the picture."""
+    stack, merged, side = LayerStack((40, 40), (Layer(pixels(1, 40, 40, 4)),)), pixels(2, 40, 40, 3), 40 * 40
+    monkeypatch.setattr(psd, "MAX_BYTES", 4 * side + 2 * 3 * side)
+    psd.write(io.BytesIO(), stack, merged, {})
+    monkeypatch.setattr(psd, "MAX_BYTES", 4 * side + 2 * 3 * side - 1)
+    with pytest.raises(ValueError, match="more than the 2 GB"):
+        psd.write(io.BytesIO(), stack, merged, {})
+
+
+def test_run_lengths_are_stored_where_they_are_shorter(tmp_path):
+    layers = Layer(torch.full((64, 64, 4), 0.5), "flat"), Layer(pixels(1, 64, 64, 4), "noise")
+    with open(tmp_path / "x.psd", "wb") as file:
+        psd.write(file, LayerStack((64, 64), layers), pixels(2, 64, 64, 3), {})
+    kinds = [
+        {channel.compression.name for channel in layer._channels if channel.data}
+        for layer in PSDImage.open(tmp_path / "x.psd")
+    ]
+    assert kinds == [{"RLE"}, {"RAW"}]
+
+
 FAULTS = host.PACK.parent / "shared" / "faults" / "files"
 
 

@@ -380,6 +380,19 @@ def test_resize_depth_never_invents_a_depth_across_an_edge(old, new, seed):
     assert resized.shape == (1, *new) and set(resized.flatten().tolist()) <= set(depth.flatten().tolist())
 
 
+def test_across_an_edge_the_nearer_of_two_depths_is_taken():
+    for depths in ([0.0, 1.0], [1.0, 0.0]):
+        found = deglad.resize_depth(torch.tensor([[depths]]), 1, 8)[0, 0]
+        assert found.tolist() == [depths[0]] * 4 + [depths[1]] * 4
+
+
+def test_a_nearer_layer_takes_two_pixels_more_where_what_it_hides_is_filled():
+    depth = torch.cat([torch.zeros(6, 10), torch.ones(6, 10)], 1)
+    for fill, columns in ((False, 10), (True, 12)):
+        stack, _, _ = deglad.slice_picture(torch.rand(6, 20, 3), depth, [0.5], None, fill)
+        assert (stack.layers[-1].rgba()[..., 3] > 0).sum(1).tolist() == [columns] * 6
+
+
 def test_depths_that_differ_by_less_than_two_hundredths_are_no_edge():
     for step, between in ((0.019, True), (0.021, False)):
         found = deglad.resize_depth(torch.tensor([[[0.5, 0.5 + step]]]), 1, 8)

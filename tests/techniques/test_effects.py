@@ -250,3 +250,5 @@ def test_a_group_of_a_file_without_effects_binds_nothing():
     assert bound_to(stack, 0) == [] and arrange.with_effects(stack, [1]) == [1]
     moved = arrange.transform_layers(stack, "a", move=(5, 0))
     assert [layer.x for layer in moved.layers] == [5, 0]
+    for unknown in ("mist", 1, ["shadow"]):
+        assert effect_of(Layer(torch.ones(4, 4, 4), extra={"strata": {"effect": unknown}})) is None

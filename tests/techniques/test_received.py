@@ -111,6 +111,9 @@ def test_odd_stacks_have_straight_alpha():
     image, layers = scene(0)
     for odd in (torch.zeros(1, 4, 8, 8), torch.ones(2, 4, 8, 8), torch.zeros(3, 4, 8, 8), layers[1:]):
         assert received.alpha_kind(odd) == "straight"
+    nearly = torch.full((1, 4, 8, 8), 0.95)  # is not half transparent: there is nothing to tell premultiplied by
+    assert received.alpha_kind(nearly) == "straight"
+    assert received.alpha_kind(nearly - 0.01) == "premultiplied"
 
 
 def test_no_wishes_change_nothing():
