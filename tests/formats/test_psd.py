@@ -352,19 +352,13 @@ def test_not_a_layer_file(tmp_path):
             files.load(tmp_path / "x.psd")
 
 
-def test_two_gigabytes(monkeypatch):
-    monkeypatch.setattr(psd, "MAX_BYTES", 20000)
-    with pytest.raises(ValueError, match="more than the 2 GB of a PSD file"):
-        psd.write(io.BytesIO(), LayerStack((99, 99), (Layer(pixels(1, 99, 99, 4)),)), pixels(2, 99, 99, 3), {})
-
-
 def test_two_gigabytes_hold_the_layers_and_the_merged_picture_twice(monkeypatch):
     """Of noise, which is stored as it is: four channels of the layer, three of the picture."""
     stack, merged, side = LayerStack((40, 40), (Layer(pixels(1, 40, 40, 4)),)), pixels(2, 40, 40, 3), 40 * 40
     monkeypatch.setattr(psd, "MAX_BYTES", 4 * side + 2 * 3 * side)
     psd.write(io.BytesIO(), stack, merged, {})
     monkeypatch.setattr(psd, "MAX_BYTES", 4 * side + 2 * 3 * side - 1)
-    with pytest.raises(ValueError, match="more than the 2 GB"):
+    with pytest.raises(ValueError, match="more than the 2 GB of a PSD file"):
         psd.write(io.BytesIO(), stack, merged, {})
 
 

@@ -380,7 +380,7 @@ def test_resize_depth_never_invents_a_depth_across_an_edge(old, new, seed):
     assert resized.shape == (1, *new) and set(resized.flatten().tolist()) <= set(depth.flatten().tolist())
 
 
-def test_across_an_edge_the_nearer_of_two_depths_is_taken():
+def test_across_an_edge_the_depth_closest_to_the_interpolated_one_is_taken():
     for depths in ([0.0, 1.0], [1.0, 0.0]):
         found = deglad.resize_depth(torch.tensor([[depths]]), 1, 8)[0, 0]
         assert found.tolist() == [depths[0]] * 4 + [depths[1]] * 4
