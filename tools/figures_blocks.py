@@ -8,7 +8,7 @@ from __future__ import annotations
 import comfy.sample
 import comfy.samplers
 import torch
-from figures_blocks_flux import FIRST, correlation
+from figures_blocks_flux import FIRST, add, means
 from mini_models import Family, picture
 from strata.patches import attention_blocks, layer_files, transparency_model, transparent_latents
 from strata.patches.layer_prompts import END_TOKENS, LAYERS, composite_prompt, encode_layers, encode_prompts
@@ -62,13 +62,8 @@ def measure(seeds: range) -> dict[str, dict[str, list[float]]]:
             (family.model, whole, composite_prompt(layers), masks, maps),
         ):
             for timestep in TIMESTEPS:
-                for (block, figure), values in looked(model, latent, positive, timestep, seed, look).items():
-                    agreement = correlation(values, true)
-                    found.setdefault(block, {}).setdefault(figure, {}).setdefault(seed, []).append(agreement)
-    return {
-        block: {figure: [sum(own) / len(own) for own in values.values()] for figure, values in figures.items()}
-        for block, figures in found.items()
-    }
+                add(found, seed, looked(model, latent, positive, timestep, seed, look), true)
+    return means(found)
 
 
 def looked(model, latent, positive, timestep: int, seed: int, look) -> dict[tuple[str, str], torch.Tensor]:

@@ -60,11 +60,20 @@ def measure(seeds: range) -> dict[str, dict[str, list[float]]]:
         }
         for figure, (of, latent, positive, true, look) in looks.items():
             for level in LEVELS:
-                for (block, name), values in looked(of, latent, positive, level, seed, look, figure).items():
-                    agreement = correlation(values, true)
-                    found.setdefault(block, {}).setdefault(name, {}).setdefault(seed, []).append(agreement)
+                add(found, seed, looked(of, latent, positive, level, seed, look, figure), true)
+    return means(found)
+
+
+def add(found: dict, seed: int, maps: dict[tuple[str, str], torch.Tensor], true: torch.Tensor) -> None:
+    """The correlations of maps, by block and figure, with the alphas [F,1,H,W], to those of this seed."""
+    for (block, figure), values in maps.items():
+        found.setdefault(block, {}).setdefault(figure, {}).setdefault(seed, []).append(correlation(values, true))
+
+
+def means(found: dict) -> dict[str, dict[str, list[float]]]:
+    """{block: {figure: one value a seed}}"""
     return {
-        block: {name: [sum(own) / len(own) for own in values.values()] for name, values in figures.items()}
+        block: {figure: [sum(own) / len(own) for own in values.values()] for figure, values in figures.items()}
         for block, figures in found.items()
     }
 
